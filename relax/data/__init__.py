@@ -1,0 +1,31 @@
+"""Data: reading rows, turning them into tokens and labels, packing and batching them."""
+
+from relax.data.arithmetic import arithmetic_rows
+from relax.data.batching import bucket_lengths, collate
+from relax.data.examples import IGNORE, Encoded, Examples
+from relax.data.formats import FormatOptions
+from relax.data.loader import DataLoader
+from relax.data.packing import pack
+from relax.data.prepare import prepare
+from relax.data.reading import Rows, read_rows
+from relax.data.report import DataReport, render
+from relax.data.tokenizer import arithmetic_tokenizer, load_tokenizer
+
+__all__ = [
+    "IGNORE",
+    "DataLoader",
+    "DataReport",
+    "Encoded",
+    "Examples",
+    "FormatOptions",
+    "Rows",
+    "arithmetic_rows",
+    "arithmetic_tokenizer",
+    "bucket_lengths",
+    "collate",
+    "load_tokenizer",
+    "pack",
+    "prepare",
+    "read_rows",
+    "render",
+]

@@ -1,0 +1,199 @@
+"""The formats of a row: which there are, how one is recognised, what every row of it must have."""
+
+import difflib
+from dataclasses import dataclass
+
+from relax.errors import ConfigError, DataError
+
+TRUNCATION_MODES = ("keep_start", "keep_end", "drop", "error")
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+_MASKS = ("labels", "completion_mask", "assistant_masks")
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """How rows become tokens.
+
+    Args:
+      text_field: the column of plain texts.
+      completion_only_loss: train on completions only; None: where rows have a prompt.
+      assistant_only_loss: train on what the template marks as the assistant's words only.
+      system_prompt: put before conversations that have no system message.
+      eos_token: ends a plain text, if not the tokenizer's own end token.
+      max_length: tokens per row, >= 2; None: any number (packing splits long rows itself).
+      truncation_mode: what happens to a longer row: `keep_start`, `keep_end`, `drop`, `error`.
+    """
+
+    text_field: str = "text"
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    system_prompt: str | None = None
+    eos_token: str | None = None
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+
+    def __post_init__(self):
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ConfigError(
+                f"unknown truncation_mode {self.truncation_mode!r}: use one of {TRUNCATION_MODES}."
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(
+                f"max_length must be at least 2, got {self.max_length}: "
+                "a first token has nothing to be predicted from."
+            )
+
+
+@dataclass(frozen=True)
+class Format:
+    """The format of a data set.
+
+    Args:
+      name: `tokens`, `text`, `messages`, `conversations` or `prompt-completion`.
+      columns: the columns that are read from every row.
+      conversational: the row is messages, to be rendered by a chat template.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    conversational: bool = False
+
+
+def find_format(row: dict, where: str, options: FormatOptions) -> Format:
+    """Recognises the format of the first row and refuses options that it cannot have.
+
+    >>> find_format({"prompt": "2+2=", "completion": "4"}, "a.jsonl:1", FormatOptions()).name
+    'prompt-completion'
+    """
+    found = _recognise(row, where, options)
+    if options.completion_only_loss and found.name not in ("prompt-completion", "tokens"):
+        raise ConfigError(
+            f"completion_only_loss needs rows with 'prompt' and 'completion', {where} has "
+            f"{found.columns[0]!r}: drop it, or use assistant_only_loss for conversations."
+        )
+    for name in ("assistant_only_loss", "system_prompt"):
+        if getattr(options, name) and not found.conversational:
+            raise ConfigError(f"{name} needs conversations, but {where} is of format {found.name}.")
+    return found
+
+
+def _recognise(row: dict, where: str, options: FormatOptions) -> Format:
+    present = [name for name, value in row.items() if value is not None]
+    extra = tuple(c for c in ("tools", "chat_template_kwargs") if c in present)
+    if "input_ids" in present:
+        masks = tuple(c for c in (*_MASKS, "attention_mask") if c in present)
+        return Format("tokens", ("input_ids", *masks))
+    if options.text_field in present and options.text_field != FormatOptions.text_field:
+        return Format("text", (options.text_field,))  # asked for by name
+    if "prompt" in present or "completion" in present:
+        conversational = isinstance(row.get("prompt"), list)
+        columns = ("prompt", "completion", *(extra if conversational else ()))
+        return Format("prompt-completion", columns, conversational)
+    for name in ("messages", "conversations"):
+        if name in present:
+            return Format(name, (name, *extra), True)
+    if options.text_field in present:
+        return Format("text", (options.text_field,))
+    known = ("messages", "prompt", "completion", "conversations", "input_ids")
+    close = [
+        f"{key!r} (did you mean {match[0]!r}?)"
+        for key in row
+        if (match := difflib.get_close_matches(key, (options.text_field, *known), 1))
+    ]
+    raise DataError(
+        f"{where}: no known column: {'; '.join(close) or 'the row has ' + _names(row)}. A row has "
+        f"{options.text_field!r}, 'messages', or 'prompt' and 'completion'; another column of "
+        "texts is named by dataset_text_field."
+    )
+
+
+def check_row(row: dict, found: Format, where: str) -> None:
+    """Raises DataError unless the row has every column of the format, of the right type."""
+    for column in found.columns:
+        value = row.get(column)
+        if column == "chat_template_kwargs":
+            if value is not None and not isinstance(value, dict):
+                raise _wrong_type(where, column, "an object", value)
+        elif column == "tools":
+            if value is not None and not isinstance(value, list | str):
+                raise _wrong_type(where, column, "a list", value)
+        elif value is None:
+            close = difflib.get_close_matches(column, [k for k in row if k != column], 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise DataError(
+                f"{where}: column {column!r} is missing; the row has {_names(row)}{hint}. "
+                f"Every row must be of the format of the first: {found.name}."
+            )
+        elif found.name == "tokens":
+            _check_integers(value, column, row, where)
+        elif found.conversational:
+            _check_messages(value, column, where, found.name == "conversations")
+        elif not isinstance(value, str):
+            raise _wrong_type(where, column, "a string", value)
+
+
+def _check_integers(value, column: str, row: dict, where: str) -> None:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    # A bool is an int in Python, and masks may well be written as booleans.
+    if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+        raise _wrong_type(where, column, "a list of integers", value)
+    if len(value) != len(row["input_ids"]):
+        raise DataError(
+            f"{where}: {column!r} has {len(value)} items, 'input_ids' has {len(row['input_ids'])}: "
+            "they must be as long as each other."
+        )
+
+
+def _check_messages(value, column: str, where: str, sharegpt: bool) -> None:
+    if not isinstance(value, list) or not value:
+        raise _wrong_type(where, column, "a list of messages", value)
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+    for i, message in enumerate(value):
+        place = f"{column}[{i}]"
+        if not isinstance(message, dict):
+            raise _wrong_type(where, place, "an object", message)
+        role, content = message.get(role_key), message.get(content_key)
+        if not isinstance(role, str):
+            raise DataError(
+                f"{where}: {place} needs a string {role_key!r}, it has {_names(message)}."
+            )
+        if sharegpt and role not in _SHAREGPT_ROLES:
+            raise DataError(
+                f"{where}: {place} is from {role!r}, not one of {_names(_SHAREGPT_ROLES)}."
+            )
+        # Content may be a list of parts, or be left out where the assistant only calls tools.
+        if not isinstance(content, str | list) and not message.get("tool_calls"):
+            raise DataError(
+                f"{where}: {place} needs a string {content_key!r}, it has {_names(message)}."
+            )
+
+
+def conversation(row: dict, column: str, options: FormatOptions) -> list[dict]:
+    """The messages of a column, with the system prompt where there is no system message."""
+    messages = row[column]
+    if column == "conversations":
+        messages = [{"role": _SHAREGPT_ROLES[m["from"]], "content": m["value"]} for m in messages]
+    has_system = messages[0]["role"] in ("system", "developer")
+    if options.system_prompt and not has_system and column != "completion":
+        messages = [{"role": "system", "content": options.system_prompt}, *messages]
+    return messages
+
+
+def _wrong_type(where: str, place: str, expected: str, value) -> DataError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return DataError(f"{where}: {place!r} must be {expected}, it is {shown}.")
+
+
+def _names(keys) -> str:
+    return ", ".join(repr(key) for key in keys) or "nothing"

@@ -1,0 +1,128 @@
+"""The loader: batches whose order is a function of (seed, epoch, position), and of nothing else."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from relax.data.batching import bucket_lengths, collate
+from relax.data.examples import IGNORE, Encoded, Examples
+from relax.data.packing import Segment, pack
+from relax.errors import ConfigError, DataError
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `range(num_rows)` that depends on (seed, epoch) alone.
+
+    It sorts the raw 64-bit words of numpy's PCG64, because numpy keeps the raw stream of a bit
+    generator (and `SeedSequence`) the same in every version and on every machine; it does not
+    promise that for `Generator.permutation`.
+
+    >>> sorted(epoch_order(5, seed=0, epoch=3).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    return np.argsort(words, kind="stable")
+
+
+class DataLoader:
+    """Batches of `batch_size` rows, endlessly repeatable, resumable at any position at once.
+
+    A row is one example or, with packing, several; packing is done once, in the given order, and
+    the packed rows are what is shuffled. The last batch of an epoch is filled with empty rows: the
+    shape stays, nothing is dropped, and empty rows train nothing.
+
+    Args:
+      examples: tokenised rows, each with at least one trained token.
+      batch_size: rows per update (per-device batch size times accumulation steps).
+      seed: of the order, >= 0.
+      shuffle: a new order each epoch; False keeps the given one.
+      packing: None, or a strategy of `relax.data.packing`.
+      max_length: tokens per packed row; without packing the most that an example may have.
+      max_buckets: how many batch lengths there may be without packing.
+      pad_to_multiple_of: batch lengths are multiples of it.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Encoded],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        packing: str | None = None,
+        max_length: int | None = None,
+        max_buckets: int = 4,
+        pad_to_multiple_of: int = 8,
+    ):
+        if batch_size < 1 or seed < 0:
+            raise ConfigError(
+                f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}."
+            )
+        self.examples = examples if isinstance(examples, Examples) else Examples(examples)
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.rows = _lay_out(self.examples, packing, max_length)
+        self.row_lengths = np.array([sum(s.stop - s.start for s in row) for row in self.rows])
+        # Packed rows are full but for a few: one length is enough for them.
+        buckets = 1 if packing else max_buckets
+        self.bucket_lengths = bucket_lengths(self.row_lengths.tolist(), buckets, pad_to_multiple_of)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self.batches(0)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of one epoch from position `start`; those before it are never made."""
+        order = np.arange(len(self.rows))
+        if self.shuffle:
+            order = epoch_order(len(self.rows), self.seed, epoch)
+        for position in range(start, len(self)):
+            first = position * self.batch_size
+            yield self._batch(order[first : first + self.batch_size])
+
+    def _batch(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        rows = [[self._piece(segment) for segment in self.rows[i]] for i in chosen]
+        rows += [[]] * (self.batch_size - len(rows))
+        longest = self.row_lengths[chosen].max()
+        return collate(rows, next(n for n in self.bucket_lengths if n >= longest))
+
+    def _piece(self, segment: Segment) -> Encoded:
+        input_ids, labels = self.examples[segment.document]
+        return Encoded(
+            input_ids[segment.start : segment.stop], labels[segment.start : segment.stop]
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per epoch, padding not counted."""
+        return int(self.row_lengths.sum())
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Tokens per epoch that are trained on: a piece's first token has no context and is not."""
+        labels, offsets = self.examples.labels, self.examples.offsets
+        firsts = [offsets[s.document] + s.start for row in self.rows for s in row]
+        return int((labels != IGNORE).sum() - (labels[firsts] != IGNORE).sum())
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows' places that hold a token when each is as long as the longest."""
+        return self.num_tokens / (len(self.rows) * int(self.row_lengths.max()))
+
+
+def _lay_out(examples: Examples, packing: str | None, max_length: int | None):
+    lengths = examples.lengths
+    if not len(lengths) or not lengths.sum():
+        raise DataError("a loader needs at least one example with a token, got none.")
+    if packing and max_length is None:
+        raise ConfigError("packing needs max_length, the number of tokens of a packed row.")
+    if max_length is not None and packing in (None, "bfd") and lengths.max() > max_length:
+        raise DataError(
+            f"example {int(lengths.argmax())} has {lengths.max()} tokens, max_length={max_length}: "
+            "truncate it before (prepare does), or pack with bfd_split."
+        )
+    if packing:
+        return pack(lengths, max_length, packing)
+    return [[Segment(i, 0, int(length))] for i, length in enumerate(lengths)]

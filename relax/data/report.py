@@ -1,0 +1,171 @@
+"""The report on the data that stands before the first step, and how it looks on a terminal."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from relax.data.examples import IGNORE, Encoded
+
+PERCENTS = (0, 50, 90, 99, 100)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows of a data set.
+
+    Args:
+      format: of every row.
+      columns: the columns that were read.
+      unused_columns: the columns that were not.
+      num_rows: rows read.
+      num_examples: rows that are trained on.
+      dropped: how many were left out, by reason.
+      truncated: how many were cut to max_length.
+      merged: how many have a token of both prompt and completion (it is trained on).
+      endless: how many are trained on no end token.
+      lengths: tokens per row before cutting, by percentile.
+      num_tokens: of the examples.
+      num_trained_tokens: of the examples.
+      trained_on: which tokens those are.
+      last_trained_token: of the first example, as text.
+      ends_trained: the first example's end token is trained on.
+      notes: further things to know.
+      examples: the first ones as pieces of text, each trained on or not.
+      packing: the strategy, if rows are packed.
+      num_packed_rows: if rows are packed.
+      packing_fill: the share of the packed rows' places that hold a token.
+    """
+
+    format: str
+    columns: tuple[str, ...]
+    unused_columns: tuple[str, ...]
+    num_rows: int
+    num_examples: int
+    dropped: dict[str, int]
+    truncated: int
+    merged: int
+    endless: int
+    lengths: dict[int, int]
+    num_tokens: int
+    num_trained_tokens: int
+    trained_on: str
+    last_trained_token: str
+    ends_trained: bool
+    notes: tuple[str, ...] = ()
+    examples: tuple[tuple[tuple[str, bool], ...], ...] = ()
+    packing: str | None = None
+    num_packed_rows: int | None = None
+    packing_fill: float | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of tokens that are trained on."""
+        return self.num_trained_tokens / self.num_tokens
+
+    def with_packing(self, strategy: str, loader) -> "DataReport":
+        """The report with what a packing loader made of the examples."""
+        return dataclasses.replace(
+            self, packing=strategy, num_packed_rows=len(loader.rows), packing_fill=loader.fill
+        )
+
+    def to_dict(self) -> dict:
+        """The report as JSON types; examples are left out, they are the user's data."""
+        fields = dataclasses.asdict(self)
+        del fields["examples"]
+        return {**fields, "lengths": {str(k): v for k, v in self.lengths.items()}} | {
+            "share": self.share
+        }
+
+
+def percentiles(lengths: list[int]) -> dict[int, int]:
+    """The least, median, 90th and 99th percentile and the greatest of the lengths.
+
+    >>> percentiles([1, 2, 3, 4, 5])
+    {0: 1, 50: 3, 90: 5, 99: 5, 100: 5}
+    """
+    values = np.percentile(lengths, PERCENTS, method="inverted_cdf")
+    return {p: int(v) for p, v in zip(PERCENTS, values, strict=True)}
+
+
+def spans(example: Encoded, tokenizer) -> tuple[tuple[str, bool], ...]:
+    """The example as text, in pieces that are either trained on or not."""
+    trained = example.labels != IGNORE
+    edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
+    return tuple(
+        (tokenizer.decode(example.input_ids[a:b].tolist()), bool(trained[a]))
+        for a, b in zip(edges, edges[1:], strict=False)
+    )
+
+
+def render(report: DataReport, console, print_examples: int = 1, title: str = "data") -> None:
+    """Prints the report on a rich console.
+
+    Trained tokens are bold green; where there is no colour they stand «like this».
+
+    Args:
+      report: to be printed.
+      console: a `rich.console.Console`.
+      print_examples: how many of the kept examples to show.
+      title: over the table.
+    """
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in _lines(report):
+        table.add_row(name, value, style="yellow" if name == "note" else None)
+    console.print(table, markup=False)
+    plain = console.color_system is None or console.no_color
+    for i, example in enumerate(report.examples[:print_examples]):
+        console.rule(
+            f"example {i + 1} (trained tokens {'«so»' if plain else 'green'})", align="left"
+        )
+        console.print(_coloured(example, plain), soft_wrap=True)
+
+
+def _lines(report: DataReport):
+    yield "format", f"{report.format} ({', '.join(report.columns)})"
+    if report.unused_columns:
+        yield "not used", ", ".join(report.unused_columns)
+    dropped = sum(report.dropped.values())
+    yield "rows", f"{report.num_rows:,} read, {report.num_examples:,} trained on"
+    if dropped:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+        yield "dropped", f"{dropped:,} ({reasons})"
+    yield "truncated", f"{report.truncated:,}"
+    if report.merged:
+        yield "merged", f"{report.merged:,} rows whose prompt and completion share a token"
+    names = {0: "min", 50: "median", 90: "90 %", 99: "99 %", 100: "max"}
+    yield "tokens a row", ", ".join(f"{names[p]} {n:,}" for p, n in report.lengths.items())
+    yield (
+        "tokens",
+        f"{report.num_tokens:,}, of which {report.num_trained_tokens:,} trained "
+        + (f"({report.share:.1%}): {report.trained_on}"),
+    )
+    if report.packing:
+        yield (
+            "packing",
+            f"{report.packing}: {report.num_packed_rows:,} rows, "
+            + (f"{report.packing_fill:.1%} full"),
+        )
+    yield (
+        "last trained",
+        f"{report.last_trained_token!r} "
+        + ("(end token trained)" if report.ends_trained else "(end token NOT trained)"),
+    )
+    for note in report.notes:
+        yield "note", note
+
+
+def _coloured(example, plain: bool):
+    from rich.text import Text
+
+    text = Text()
+    for piece, trained in example:
+        if plain:
+            text.append(f"«{piece}»" if trained else piece)
+        else:
+            text.append(piece, style="bold green" if trained else "dim")
+    return text
