@@ -1,0 +1,303 @@
+"""The directory of a run: who may write in it, how files appear in it, what a resume may change.
+
+Imports no jax: all of this is decided before anything is compiled.
+"""
+
+import difflib
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from relax.errors import ConfigError
+
+# All that a run writes, hence all that overwriting may delete.
+RUN_FILES = ("config.json", "metrics.jsonl", "status.json", "report.html", "bad_batch.jsonl")
+RUN_FOLDERS = ("checkpoints", "final", "samples", "events")
+STATE_FILE = "relax_state.json"
+
+_LOCK = ".lock"
+_LOCK_MARK = "relax run, pid "
+_TMP_SUFFIX = ".tmp"
+
+# Fields that say where and when things are written, not what is computed.
+FREE_FIELDS = frozenset(
+    "output_dir resume overwrite_output_dir allow_config_change config print_config "
+    "compilation_cache_dir grace_s print_examples".split()
+)
+FREE_PREFIX = "save_"
+
+
+def fsync_path(path: str | Path) -> None:
+    """Asks the disk to keep a file's bytes, or a directory's entries, through a power loss."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Writes a file that is, after any kill, either the old one or the new one, whole."""
+    path = Path(path)
+    # One writer per directory, so a fixed name: what a killed run left is overwritten.
+    temporary = path.with_name(path.name + _TMP_SUFFIX)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def write_json(path: str | Path, obj) -> None:
+    """Writes `obj` as indented JSON, atomically. Floats keep every bit."""
+    atomic_write(path, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def list_steps(directory: str | Path) -> list[int]:
+    """The steps of the committed checkpoints in a directory, ascending, read from the disk."""
+    try:
+        entries = list(os.scandir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
+class RunDir:
+    """The output directory of one run.
+
+    Use: `lock()`, then `prepare(...)`, then write; `unlock()` at the end (or leave the context).
+
+    Args:
+      output_dir: the directory; made when it is locked.
+    """
+
+    def __init__(self, output_dir: str | Path):
+        self.path = Path(output_dir)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock_fd: int | None = None
+
+    def __enter__(self) -> "RunDir":
+        return self if self._lock_fd is not None else self.lock()
+
+    def __exit__(self, *exc_info) -> None:
+        self.unlock()
+
+    def lock(self) -> "RunDir":
+        """Makes the directory and becomes its one live run; a kill -9 gives the lock back.
+
+        Raises:
+          ConfigError: another live run holds it, it is not a run's, or it cannot be made.
+        """
+        if self._lock_fd is not None:
+            return self
+        self._refuse_foreign()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir must be a directory that can be written, got '{self.path}': "
+                f"{error.strerror}. Choose another --output_dir."
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 100, 0).decode(errors="replace").removeprefix(_LOCK_MARK).strip()
+            os.close(fd)
+            raise ConfigError(
+                f"output_dir may have one live run, and '{self.path}' is held by process "
+                f"{holder or '(starting)'}. Wait for it, stop it, or choose another --output_dir."
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{_LOCK_MARK}{os.getpid()}\n".encode(), 0)
+        self._lock_fd = fd
+        return self
+
+    def unlock(self) -> None:
+        """Lets the next run in. The lock file stays: removing it would race with that run."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def prepare(
+        self,
+        resume: str | Path | None = "never",
+        overwrite: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> Path | Literal["auto"] | None:
+        """Decides where the run starts, and clears the directory if it was asked to.
+
+        Args:
+          resume: 'never' (or None), 'auto', or the path of a checkpoint.
+          overwrite: delete what an earlier run wrote here. Other files stay.
+          say: prints one line about what was decided or deleted.
+
+        Returns:
+          None for a fresh start, 'auto' for the newest intact checkpoint here, or the checkpoint.
+
+        Raises:
+          ConfigError: the directory is not empty and nothing said what to do with it; the path is
+            not a checkpoint; or the arguments contradict each other.
+        """
+        resume = "never" if resume is None else resume
+        if self._lock_fd is None:
+            raise RuntimeError("RunDir.lock() must come before RunDir.prepare()")
+        if resume == "auto" and overwrite:
+            raise ConfigError(
+                "--resume auto and --overwrite_output_dir contradict each other: the one goes on "
+                "from what the other deletes. Pass one of them."
+            )
+        start = resume if resume in ("auto", "never") else self._checkpoint(Path(resume), overwrite)
+        inside = isinstance(start, Path) and self._holds(start)
+        if overwrite:
+            self._clear(say)
+        elif not inside and start != "auto":
+            self._refuse_used()
+        if start == "auto" and not list_steps(self.checkpoints):
+            say(f"resume auto: no checkpoint in '{self.checkpoints}', starting from the beginning")
+            return None
+        return None if start == "never" else start
+
+    def _holds(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
+    def _checkpoint(self, path: Path, overwrite: bool) -> Path:
+        """Checks that a path to resume from is a checkpoint that will still be there."""
+        if not (path / STATE_FILE).is_file():
+            found = [f"{path / 'checkpoints'}/{n}" for n in list_steps(path / "checkpoints")[-1:]]
+            found += [str(path / str(n)) for n in list_steps(path)[-1:]]
+            hint = f" Did you mean '{found[0]}'?" if found else " It looks like out/checkpoints/40."
+            raise ConfigError(
+                f"resume must be auto, never or the path of a checkpoint, got '{path}', which "
+                f"holds no {STATE_FILE}.{hint}"
+            )
+        if overwrite and path.resolve().is_relative_to(self.path.resolve()):
+            raise ConfigError(
+                f"--overwrite_output_dir would delete '{path}', which --resume names. "
+                "Leave one out, or choose another --output_dir."
+            )
+        return path
+
+    def _used(self) -> list[str]:
+        """What lies in the directory, but for the lock and half-written files."""
+        if not self.path.is_dir():
+            return []
+        names = (name for name in os.listdir(self.path) if name != _LOCK)
+        return sorted(name for name in names if not _is_half_written(name))
+
+    def _is_run(self) -> bool:
+        """Whether a ReLax run wrote here: its lock file, or a checkpoint, says so."""
+        try:
+            with open(self.path / _LOCK, encoding="utf-8", errors="replace") as file:
+                if file.read(len(_LOCK_MARK)) == _LOCK_MARK:
+                    return True
+        except OSError:
+            pass
+        steps = list_steps(self.checkpoints)
+        return any((self.checkpoints / str(step) / STATE_FILE).is_file() for step in steps)
+
+    def _refuse_foreign(self) -> None:
+        """Refuses a directory where files of another program have the names of ours.
+
+        A Hugging Face model directory has a config.json too, and is not to be written over.
+        """
+        if self._is_run():
+            return
+        clash = [name for name in self._used() if name in RUN_FILES + RUN_FOLDERS]
+        if clash:
+            raise ConfigError(
+                f"output_dir must not hold files of another program, and '{self.path}' holds "
+                f"{', '.join(clash)} that no run of ReLax wrote. Choose another --output_dir."
+            )
+
+    def _refuse_used(self) -> None:
+        used = self._used()
+        if not used:
+            return
+        steps = list_steps(self.checkpoints)
+        if not any(name in RUN_FILES + RUN_FOLDERS for name in used):
+            raise ConfigError(
+                f"output_dir must be empty, and '{self.path}' holds {_some(used)}. Pass "
+                "--overwrite_output_dir to write beside that, or choose another --output_dir."
+            )
+        last = f"from step {steps[-1]}" if steps else "from the beginning: nothing was saved"
+        raise ConfigError(
+            f"output_dir must be empty, and '{self.path}' holds another run. Pass --resume auto "
+            f"to go on ({last}), --overwrite_output_dir to delete that run, or choose another "
+            "--output_dir."
+        )
+
+    def _clear(self, say: Callable[[str], None]) -> None:
+        """Deletes what ReLax writes, by name; checkpoints last, as they cost the most."""
+        ours = [n for n in os.listdir(self.path) if n in RUN_FILES or _is_half_written(n)]
+        folders = [n for n in reversed(RUN_FOLDERS) if os.path.lexists(self.path / n)]
+        for name in ours + folders:
+            entry = self.path / name
+            if stat.S_ISDIR(entry.lstat().st_mode):
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()  # a link goes, what it points at stays
+        if ours or folders:
+            say(f"overwrite: deleted {', '.join(ours + folders)} in '{self.path}'")
+
+
+def _is_half_written(name: str) -> bool:
+    return name.endswith(_TMP_SUFFIX) and name.removesuffix(_TMP_SUFFIX) in RUN_FILES
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def check_same_config(old: Mapping, new: Mapping, allow: Iterable[str] = ()) -> list[str]:
+    """Refuses to resume under a configuration that would compute something else.
+
+    Args:
+      old, new: flat dicts of fields, `old` as read from config.json.
+      allow: fields that may differ, besides `FREE_FIELDS` and those that begin with `save_`.
+
+    Returns:
+      The allowed differences as `name: old -> new`, for the log.
+
+    Raises:
+      ConfigError: a field differs that may not, or `allow` names no field.
+
+    Example:
+      >>> check_same_config({"seed": 1, "save_steps": 5}, {"seed": 2, "save_steps": 9}, ["seed"])
+      ['seed: 1 -> 2']
+    """
+    names = sorted(set(old) | set(new))
+    allow = set(allow)
+    for name in sorted(allow - set(names)):
+        close = difflib.get_close_matches(name, names, 1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"allow_config_change must name fields, got '{name}'.{hint}")
+    changed = {}
+    for name in names:
+        if name in FREE_FIELDS or name.startswith(FREE_PREFIX):
+            continue
+        before, after = _as_json(old, name), _as_json(new, name)
+        if before != after:
+            changed[name] = f"{name}: {before} -> {after}"
+    refused = [name for name in changed if name not in allow]
+    if refused:
+        lines = "\n".join(f"  {changed[name]}" for name in refused)
+        wanted = ",".join(sorted(set(refused) | (allow & set(changed))))
+        raise ConfigError(
+            f"a resumed run must have the configuration that it began with, and this differs:\n"
+            f"{lines}\nUndo the change, pass --allow_config_change {wanted} to go on all the same, "
+            "or start anew in another --output_dir."
+        )
+    return list(changed.values())
+
+
+def _as_json(fields: Mapping, name: str) -> str:
+    """A field as config.json has it, so that a tuple equals the list it was written as."""
+    return json.dumps(fields[name], sort_keys=True, default=str) if name in fields else "(absent)"

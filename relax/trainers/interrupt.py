@@ -1,0 +1,183 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave; or leave at once when asked twice.
+
+A Python signal handler runs in the main thread, and only between bytecodes: never while that thread
+is inside XLA's compiler. So two parts share the work. The handler tells the loop to stop. A watcher
+thread, woken by the interpreter's wakeup descriptor even then, ends the process on a second signal
+or when the grace time of a SIGTERM is over. Ending by force is safe because files are committed by
+a rename.
+"""
+
+import builtins
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from relax.errors import ConfigError
+
+# One Ctrl-C can arrive twice: from the terminal and from a wrapper that passes it on.
+_SAME_PRESS_S = 0.1
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop. Not an `Exception`, so that no library swallows it on its way."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 143 for SIGTERM, as shells count."""
+        return 128 + self.signum
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into an orderly end while its context lasts.
+
+    Until `arm()` a signal raises `Interrupted` in the main thread. After it the first signal only
+    sets `requested`, which the loop looks at between steps. A second signal ends the process at
+    once. In a notebook SIGTERM is left alone; outside the main thread nothing is installed; inside
+    another active `Interrupt` this one shares that one's state.
+
+    Args:
+      grace_s: seconds (> 0) between a SIGTERM and the end of the process by force.
+      say: prints one line; default: to stderr.
+
+    Example:
+      >>> with Interrupt() as interrupt:
+      ...     interrupt.arm()
+      ...     interrupt.requested is None
+      True
+    """
+
+    _active: "Interrupt | None" = None
+
+    def __init__(self, grace_s: float = 25.0, say: Callable[[str], None] | None = None):
+        if not grace_s > 0:
+            raise ConfigError(f"grace_s must be above 0 seconds, got {grace_s}. The default is 25.")
+        self.grace_s = grace_s
+        self._say = say or _say
+        self._signum: int | None = None
+        self._armed = False
+        self._outer: Interrupt | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def requested(self) -> int | None:
+        """The signal that asked for the end, or None."""
+        return self._outer.requested if self._outer else self._signum
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with: 0, 130 or 143."""
+        return 0 if self.requested is None else 128 + self.requested
+
+    def arm(self) -> None:
+        """From here on the caller polls `requested`: a first signal no longer raises."""
+        self._set_armed(True)
+
+    def disarm(self) -> None:
+        """From here on nobody polls: a signal raises `Interrupted` again."""
+        self._set_armed(False)
+
+    def _set_armed(self, armed: bool) -> None:
+        if self._outer:
+            self._outer._set_armed(armed)
+        self._armed = armed
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if Interrupt._active is not None:
+            self._outer = Interrupt._active
+            self._armed_before = self._outer._armed
+            return self
+        Interrupt._active = self
+        self._start_watcher()
+        notebook = hasattr(builtins, "__IPYTHON__")
+        for signum in [signal.SIGINT] if notebook else [signal.SIGINT, signal.SIGTERM]:
+            self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._outer:
+            self._outer._set_armed(self._armed_before)
+            self._signum, self._outer = self._outer.requested, None
+        elif Interrupt._active is self:
+            for signum, handler in self._previous.items():
+                # None stands for a handler that was not installed from Python.
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+            self._previous.clear()
+            self._stop_watcher()
+            Interrupt._active = None
+
+    def _handle(self, signum: int, frame) -> None:
+        if not self._armed:
+            raise Interrupted(signum)
+        if self._signum is None:
+            self._signum = signum
+            self._say("finishing this step, then saving (press Ctrl-C again to stop at once)")
+
+    def _start_watcher(self) -> None:
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)
+        self._old_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, name="relax-interrupt", daemon=True)
+        self._watcher.start()
+
+    def _stop_watcher(self) -> None:
+        signal.set_wakeup_fd(self._old_fd)
+        os.write(self._write_fd, b"\0")  # no signal has the number 0
+        self._watcher.join()
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+    def _watch(self) -> None:
+        """Counts signals, which arrive as one byte each, and keeps the deadline of a SIGTERM."""
+        first_s = deadline_s = None
+        while True:
+            left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+            if not select.select([self._read_fd], [], [], left_s)[0]:
+                _end(
+                    signal.SIGTERM,
+                    f"{self.grace_s:g} s after SIGTERM the run had not ended: ending it by force",
+                )
+            for signum in os.read(self._read_fd, 64):
+                if signum == 0:
+                    return
+                if self._old_fd != -1:
+                    _pass_on(self._old_fd, signum)
+                if signum not in self._previous:
+                    continue
+                now_s = time.monotonic()
+                if first_s is not None and now_s - first_s > _SAME_PRESS_S:
+                    _end(signum, "stopped at once; what was saved before is intact")
+                first_s = first_s or now_s
+                if signum == signal.SIGTERM and deadline_s is None:
+                    deadline_s = now_s + self.grace_s
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except RuntimeError:  # the signal came in the middle of a print to the same stream
+        os.write(2, line.encode() + b"\n")
+
+
+def _pass_on(fd: int, signum: int) -> None:
+    try:
+        os.write(fd, bytes([signum]))
+    except OSError:
+        pass  # its owner has closed it or does not read: its loss
+
+
+def _end(signum: int, why: str) -> None:
+    """Ends the process without unwinding; shows the cursor that a progress bar may have hidden."""
+    try:
+        os.write(2, (b"\x1b[?25h" if os.isatty(2) else b"") + b"\n" + why.encode() + b"\n")
+    finally:
+        os._exit(128 + signum)
