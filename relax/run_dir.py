@@ -21,7 +21,7 @@ RUN_FOLDERS = ("checkpoints", "final", "samples", "events")
 STATE_FILE = "relax_state.json"
 
 _LOCK = ".lock"
-_LOCK_MARK = "relax run, pid "
+_LOCK_MARK = "ReLax run, pid "
 _TMP_SUFFIX = ".tmp"
 
 # Fields that say where and when things are written, not what is computed.
@@ -115,10 +115,15 @@ class RunDir:
                 f"output_dir may have one live run, and '{self.path}' is held by process "
                 f"{holder or '(starting)'}. Wait for it, stop it, or choose another --output_dir."
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{_LOCK_MARK}{os.getpid()}\n".encode(), 0)
         self._lock_fd = fd
+        self._sign(_LOCK_MARK if self._is_run() else "")
         return self
+
+    def _sign(self, mark: str) -> None:
+        """Writes who holds the lock; with the mark, also that this directory is a run's."""
+        text = f"{mark}{os.getpid()}\n".encode()
+        os.pwrite(self._lock_fd, text, 0)
+        os.ftruncate(self._lock_fd, len(text))
 
     def unlock(self) -> None:
         """Lets the next run in. The lock file stays: removing it would race with that run."""
@@ -160,6 +165,7 @@ class RunDir:
             self._clear(say)
         elif not inside and start != "auto":
             self._refuse_used()
+        self._sign(_LOCK_MARK)
         if start == "auto" and not list_steps(self.checkpoints):
             say(f"resume auto: no checkpoint in '{self.checkpoints}', starting from the beginning")
             return None

@@ -54,7 +54,7 @@ class Interrupt:
       True
     """
 
-    _active: "Interrupt | None" = None
+    _active: "Interrupt | None" = None  # the one whose handlers are installed
 
     def __init__(self, grace_s: float = 25.0, say: Callable[[str], None] | None = None):
         if not grace_s > 0:
@@ -159,6 +159,18 @@ class Interrupt:
                 first_s = first_s or now_s
                 if signum == signal.SIGTERM and deadline_s is None:
                     deadline_s = now_s + self.grace_s
+
+
+def _forget_in_child() -> None:
+    """A forked worker must not write its own signals into its parent's pipe."""
+    active, Interrupt._active = Interrupt._active, None
+    if active is not None:
+        signal.set_wakeup_fd(-1)
+        for signum, handler in active._previous.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _say(line: str) -> None:

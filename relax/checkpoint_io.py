@@ -1,0 +1,241 @@
+"""One checkpoint on the disk: how its leaves and files are named, written, summed and read.
+
+`relax.checkpoint` says what the files are and which checkpoint is written or read when.
+"""
+
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from relax import fault
+from relax.errors import CheckpointError
+from relax.run_dir import STATE_FILE, fsync_path
+
+FORMAT = 1
+
+_ARRAYS = "arrays"
+_CHECKSUMS = "checksums.json"
+# Orbax holds a second copy of the leaves that it is writing; this bounds it.
+_IN_FLIGHT_BYTES = 200_000_000
+_SHOWN = 8
+
+
+class DamagedError(CheckpointError):
+    """The bytes are not the ones that were written: an older checkpoint may still be good."""
+
+
+def named_leaves(tree) -> dict:
+    """The leaves of a pytree under names such as `params/layer_0/kernel`."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
+    if len(leaves) != len(paths):
+        raise CheckpointError(
+            "the leaves of a state must have distinct names when joined by '/', "
+            f"got {len(paths)} leaves under {len(leaves)} names. Take the '/' out of the keys."
+        )
+    return leaves
+
+
+def tree_bytes(tree) -> int:
+    """How many bytes the leaves of a pytree (or of its ShapeDtypeStructs) take."""
+    specs = map(_spec, named_leaves(tree).values())
+    return sum(math.prod(s["shape"]) * jnp.dtype(s["dtype"]).itemsize for s in specs)
+
+
+def _spec(leaf) -> dict:
+    """What a leaf is stored as: shape, dtype and, for a typed key, its implementation."""
+    if not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        # The dtype reads key<fry>; the name of its implementation is what wrap_key_data takes.
+        return _spec(data) | {"key": str(jax.random.key_impl(jnp.empty((), leaf.dtype)))}
+    return {"shape": list(leaf.shape), "dtype": str(np.dtype(leaf.dtype))}
+
+
+def _stored(leaf):
+    """The array that stands for a leaf on the disk."""
+    if isinstance(leaf, jax.Array):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+    return np.asarray(leaf)
+
+
+def place(array: np.ndarray, like):
+    """Turns a stored array into what the template has: device, sharding, key, kind of number."""
+    if isinstance(like, (bool, int, float, complex)):
+        return type(like)(array.item())
+    if isinstance(like, (np.ndarray, np.generic)):
+        return array
+    # Only a committed array names its device; pinning the others would clash with a later mesh.
+    sharding = like.sharding if getattr(like, "committed", True) else None
+    if "key" in (spec := _spec(like)):
+        key = jax.random.wrap_key_data(jnp.asarray(array), impl=spec["key"])
+        return key if sharding is None else jax.device_put(key, sharding)
+    return jax.device_put(array, sharding)
+
+
+def _leaf_crc(array) -> int:
+    if isinstance(array, jax.Array) and any(d.platform != "cpu" for d in array.devices()):
+        # A jax array keeps the host copy that it was read through: read through a passing one.
+        array = jnp.copy(array)
+    return zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+
+
+def file_crc(path: Path) -> int | None:
+    """crc32 of a file's bytes, None if it cannot be read."""
+    crc = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                crc = zlib.crc32(block, crc)
+    except OSError:
+        return None
+    return crc
+
+
+def write(directory: Path, step: int, leaves: dict, progress: dict) -> None:
+    """Writes a whole checkpoint into a new directory and gets it onto the disk."""
+    info = {"format": FORMAT, "step": int(step), "progress": progress, "fingerprint": fingerprint()}
+    try:
+        info_bytes = json.dumps(info, indent=1).encode()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the progress of a run must be JSON: {error}") from error
+    directory.mkdir()
+    stored = {name: _stored(leaf) for name, leaf in leaves.items()}
+    sums = {n: _spec(leaf) | {"crc32": _leaf_crc(stored[n])} for n, leaf in leaves.items()}
+    # Orbax refuses arrays without elements; their shape, in the checksums, is all there is to them.
+    full = {name: array for name, array in stored.items() if array.size}
+    in_flight = max([_IN_FLIGHT_BYTES, *(array.nbytes for array in full.values())])
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight / 1e9 + 0.001)
+    with ocp.Checkpointer(handler) as orbax:
+        orbax.save(directory / _ARRAYS, full)
+    fault.point("mid_write")
+    (directory / STATE_FILE).write_bytes(info_bytes)
+    fault.point("before_checksums")
+    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    files = {name: file_crc(directory / name) for name in names}
+    (directory / _CHECKSUMS).write_bytes(_seal({"leaves": sums, "files": files}))
+    for path in [*directory.rglob("*"), directory]:
+        fsync_path(path)
+
+
+def _seal(sums: dict) -> bytes:
+    """JSON whose first field is the crc32 of all the bytes after it."""
+    rest = json.dumps(sums)[1:].encode()
+    return b'{"crc32": "%08x", ' % zlib.crc32(rest) + rest
+
+
+def read_manifests(path: Path) -> tuple[dict, dict]:
+    """Verifies and reads checksums.json and relax_state.json."""
+    try:
+        raw = (path / _CHECKSUMS).read_bytes()
+        sums = json.loads(raw)
+        del sums["crc32"]
+        if _seal(sums) != raw:
+            raise ValueError("not the bytes that were written")
+        info_bytes = (path / STATE_FILE).read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedError(
+            f"checkpoint '{path}' is damaged: file {Path(error.filename).name} is missing."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"checkpoint '{path}' is damaged: file {_CHECKSUMS}.") from error
+    if zlib.crc32(info_bytes) != sums["files"][STATE_FILE]:
+        raise DamagedError(f"checkpoint '{path}' is damaged: file {STATE_FILE}.")
+    info = json.loads(info_bytes)
+    if info["format"] != FORMAT:
+        raise CheckpointError(
+            f"checkpoint '{path}' has format {info['format']}, this version of ReLax reads "
+            f"{FORMAT}. Resume it with the version that wrote it."
+        )
+    return sums, info
+
+
+def read_arrays(path: Path, specs: dict, damaged: bool) -> tuple[dict, list[str]]:
+    """Reads all leaves as numpy arrays; names those that are not what was written.
+
+    With `damaged` a file is known to be bad: reading only serves to name the leaves that it hit.
+    """
+    full = {name: spec for name, spec in specs.items() if math.prod(spec["shape"])}
+    arrays = {
+        n: np.empty(s["shape"], jnp.dtype(s["dtype"])) for n, s in specs.items() if n not in full
+    }
+    how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in full}
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            arrays |= orbax.restore(path / _ARRAYS, restore_args=how)
+    except Exception as error:  # damaged metadata may raise anything
+        if damaged:
+            return {}, [name for name in specs if name in str(error)]
+        raise CheckpointError(f"checkpoint '{path}' cannot be read: {error}") from error
+    bad = [
+        name
+        for name, spec in specs.items()
+        if name not in arrays
+        or list(arrays[name].shape) != spec["shape"]
+        or str(arrays[name].dtype) != spec["dtype"]
+        or _leaf_crc(arrays[name]) != spec["crc32"]
+    ]
+    return arrays, bad
+
+
+def check_structure(path: Path, want: dict, have: dict) -> None:
+    """Refuses a template whose leaves are not those of the checkpoint."""
+    problems = [f"missing in the checkpoint: {name}" for name in want if name not in have]
+    problems += [f"not in this state: {name}" for name in have if name not in want]
+    for name in want.keys() & have.keys():
+        here, there = _describe(_spec(want[name])), _describe(have[name])
+        if here != there:
+            problems.append(f"{name} is {there} in the checkpoint, {here} in this state")
+    if problems:
+        raise CheckpointError(
+            f"checkpoint '{path}' must hold the leaves of this state, and differs: "
+            f"{shorten(sorted(problems))}. Is it of the same model and optimizer?"
+        )
+
+
+def _describe(spec: dict) -> str:
+    kind = f"key of {spec['key']}, " if "key" in spec else ""
+    return f"{kind}{spec['dtype']}{spec['shape']}"
+
+
+@functools.cache
+def _versions() -> dict:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+
+
+def fingerprint() -> dict:
+    """What decides, besides the configuration, which bits a run computes."""
+    devices = jax.devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return _versions() | {
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "cpu_threads": cores,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def fingerprint_diff(old: dict, new: dict) -> str:
+    """The fields that differ, as one line; empty if none do.
+
+    >>> fingerprint_diff({"jax": "0.10.2", "cpu_threads": 2}, {"jax": "0.12.0", "cpu_threads": 2})
+    'jax 0.10.2 -> 0.12.0'
+    """
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
+
+
+def shorten(items: list[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more

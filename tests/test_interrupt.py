@@ -1,0 +1,213 @@
+"""Ctrl-C and SIGTERM: raised, asked for, forced; and everything put back afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from relax.errors import ConfigError
+from relax.trainers import interrupt as module
+from relax.trainers.interrupt import Interrupt, Interrupted
+
+# The one file is loaded, since a package that imports jax would take seconds to start.
+LOAD = f"""
+import hashlib, importlib.util, os, sys, time
+spec = importlib.util.spec_from_file_location("interrupt", {module.__file__!r})
+interrupt = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(interrupt)
+Interrupt, Interrupted = interrupt.Interrupt, interrupt.Interrupted
+
+def ready():
+    print("ready", flush=True)
+
+def compile_for_long():  # native code: no Python handler can run until it is over
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
+"""
+
+UNARMED = """
+try:
+    with Interrupt():
+        ready()
+        time.sleep(30)
+except Interrupted as stop:
+    print("cleaned up", flush=True)
+    sys.exit(stop.exit_code)
+"""
+
+STEPS = """
+with Interrupt() as stop:
+    stop.arm()
+    ready()
+    while stop.requested is None:
+        time.sleep(0.01)
+    print("saved", flush=True)
+sys.exit(stop.exit_code)
+"""
+
+LONG_STEP = """
+with Interrupt() as stop:
+    stop.arm()
+    ready()
+    time.sleep(30)
+"""
+
+COMPILING = """
+with Interrupt(grace_s=0.5) as stop:
+    stop.arm()
+    ready()
+    compile_for_long()
+"""
+
+FORKED = """
+with Interrupt(grace_s=0.3) as stop:
+    stop.arm()
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+    time.sleep(0.1)
+    os.kill(child, 15)
+    assert os.waitpid(child, 0)[1] == 15
+    time.sleep(0.8)
+    assert stop.requested is None
+    ready()
+"""
+
+
+def start(code):
+    return subprocess.Popen(
+        [sys.executable, "-c", LOAD + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])},
+    )
+
+
+def signalled(code, *signums):
+    """Starts a child, signals it each time after it is ready, gives (exit code, out, err)."""
+    child = start(code)
+    try:
+        assert child.stdout.readline() == "ready\n"
+        for count, signum in enumerate(signums):
+            if count:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    child.wait(0.4)  # one signal does not end it
+            child.send_signal(signum)
+        out, err = child.communicate(timeout=20)
+    finally:
+        child.kill()
+        child.communicate()
+    return child.returncode, out, err
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_before_the_loop_a_signal_raises_at_once(signum, code):
+    assert signalled(UNARMED, signum)[:2] == (code, "cleaned up\n")
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_in_the_loop_a_signal_lets_the_step_end_and_the_run_save(signum, code):
+    returncode, out, err = signalled(STEPS, signum)
+    assert (returncode, out) == (code, "saved\n")
+    assert err == "finishing this step, then saving (press Ctrl-C again to stop at once)\n"
+
+
+@pytest.mark.parametrize("code", [LONG_STEP, COMPILING], ids=["python", "native"])
+def test_a_second_signal_ends_the_process_at_once(code):
+    returncode, _, err = signalled(code, signal.SIGINT, signal.SIGINT)
+    assert returncode == 130 and "stopped at once" in err
+    assert signalled(LONG_STEP, signal.SIGTERM, signal.SIGTERM)[0] == 143
+
+
+def test_a_process_stuck_in_native_code_ends_when_the_grace_of_sigterm_is_over():
+    returncode, _, err = signalled(COMPILING, signal.SIGTERM)
+    assert returncode == 143 and "0.5 s after SIGTERM" in err
+
+
+def test_ending_a_forked_worker_does_not_count_as_a_signal_to_the_parent():
+    returncode, out, err = signalled(FORKED)
+    assert (returncode, out, err) == (0, "", "")
+
+
+def handlers():
+    return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+
+def state_of_process():
+    wakeup_fd = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup_fd)
+    return wakeup_fd, handlers(), len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def test_handlers_descriptors_and_threads_are_put_back_and_the_old_descriptor_is_served():
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    before_fd = signal.set_wakeup_fd(write_fd)
+    try:
+        before = state_of_process()
+        with pytest.raises(Interrupted) as caught, Interrupt():
+            assert state_of_process()[:2] != before[:2]
+            signal.raise_signal(signal.SIGINT)
+        assert state_of_process() == before
+        assert caught.value.exit_code == 130
+        assert os.read(read_fd, 10) == bytes([signal.SIGINT])
+    finally:
+        signal.set_wakeup_fd(before_fd)
+        os.close(read_fd)
+        os.close(write_fd)
+
+
+def test_a_stop_asked_for_inside_a_nested_context_reaches_the_outer_one():
+    said = []
+    with Interrupt(say=said.append) as outer:
+        with Interrupt() as inner:
+            inner.arm()
+            signal.raise_signal(signal.SIGINT)
+            assert inner.requested == outer.requested == signal.SIGINT
+        assert outer.exit_code == inner.exit_code == 130
+    assert len(said) == 1
+
+
+def test_leaving_a_nested_context_leaves_the_outer_one_as_it_was():
+    with pytest.raises(Interrupted), Interrupt():
+        with Interrupt() as inner:
+            inner.arm()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_after_disarming_a_signal_raises_again():
+    with pytest.raises(Interrupted), Interrupt() as stop:
+        stop.arm()
+        stop.disarm()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_in_a_notebook_sigterm_is_left_alone(monkeypatch):
+    monkeypatch.setattr("builtins.__IPYTHON__", True, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt() as stop:
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(signal.SIGINT) == stop._handle
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+    before, seen = handlers(), []
+
+    def work():
+        with Interrupt() as stop:
+            stop.arm()
+            seen.append((handlers(), stop.requested, stop.exit_code))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, None, 0)]
+
+
+def test_a_grace_time_that_is_not_positive_is_refused():
+    with pytest.raises(ConfigError, match="grace_s must be above 0 seconds, got 0"):
+        Interrupt(grace_s=0)
