@@ -25,6 +25,7 @@ from relax import fault
 from relax.checkpoint_io import (
     DamagedError,
     check_structure,
+    damaged_leaves,
     file_crc,
     fingerprint,
     fingerprint_diff,
@@ -171,7 +172,7 @@ class Checkpointer:
         )
 
     def _remove_later(self, step: int) -> None:
-        """Removes later steps, the last first: a kill on the way leaves a state that was reached."""
+        """Removes later steps, the last first: after a kill on the way none is left out."""
         later = [old for old in self.steps() if old > step]
         for old in reversed(later):
             self._remove(old)
@@ -227,9 +228,12 @@ def restore_checkpoint(
     want = named_leaves(template)
     check_structure(path, want, sums["leaves"])
     bad_files = [name for name, crc in sums["files"].items() if file_crc(path / name) != crc]
-    arrays, bad_leaves = read_arrays(path, sums["leaves"], bool(bad_files))
+    if bad_files:
+        arrays, bad_leaves = {}, damaged_leaves(path, sums["leaves"])
+    else:
+        arrays, bad_leaves = read_arrays(path, sums["leaves"])
     if bad_files or bad_leaves:
-        what = [f"leaf {name}" for name in bad_leaves] + [f"file {name}" for name in bad_files]
+        what = [f"file {name}" for name in bad_files] + [f"leaf {name}" for name in bad_leaves]
         raise DamagedError(f"checkpoint '{path}' is damaged: {shorten(what)}.")
     changed = fingerprint_diff(info["fingerprint"], fingerprint())
     if changed:
