@@ -1,0 +1,40 @@
+"""The configuration of a run: dataclasses, files and the strict command line. Imports no jax."""
+
+from relax.config.loader import ConfigLoader, create_default_config, from_dict
+from relax.config.options import option, options, resolve_steps, section
+from relax.config.schema import (
+    DataConfig,
+    DebugConfig,
+    Hyperparams,
+    InferenceConfig,
+    ModelConfig,
+    OutputConfig,
+    ProfileConfig,
+    SFTConfig,
+    SFTSection,
+    SystemConfig,
+    TrainerConfig,
+    diff,
+)
+
+__all__ = [
+    "ConfigLoader",
+    "DataConfig",
+    "DebugConfig",
+    "Hyperparams",
+    "InferenceConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "ProfileConfig",
+    "SFTConfig",
+    "SFTSection",
+    "SystemConfig",
+    "TrainerConfig",
+    "create_default_config",
+    "diff",
+    "from_dict",
+    "option",
+    "options",
+    "resolve_steps",
+    "section",
+]

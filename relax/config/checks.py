@@ -1,0 +1,152 @@
+"""The rules a configuration is held to: types, ranges, contradictions, options without effect.
+
+"Given" means different from the default: a saved configuration spells out every field, and must
+load again.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from relax.config.names import suggestion
+from relax.config.options import INT_MAX, Option
+from relax.config.values import check_value, shown
+
+Given = Callable[[str], bool]
+
+_LIMITS = {
+    "above": (lambda value, limit: value > limit, "above"),
+    "at_least": (lambda value, limit: value >= limit, "at least"),
+    "below": (lambda value, limit: value < limit, "below"),
+    "at_most": (lambda value, limit: value <= limit, "at most"),
+}
+
+
+def problems(known: dict[str, Option], values: dict[str, Any]) -> list[str]:
+    """Everything that is wrong with the values of a configuration, one sentence each.
+
+    Where a value is of a wrong type, only the types are reported: nothing else can be told then.
+    """
+    found = [p for name, option in known.items() for p in _type(option, values[name])]
+    if found:
+        return found
+    found = [p for name, option in known.items() for p in _range(option, values[name])]
+
+    def given(name: str) -> bool:
+        return values[name] != known[name].default
+
+    for rules in (_run, _data, _packing, _evaluation, _output):
+        found += rules(values, given)
+    found += _names(known, values)
+    return found
+
+
+def _type(option: Option, value: Any) -> Iterator[str]:
+    try:
+        check_value(option.type, value)
+    except ValueError as error:
+        yield f"{option.name} {error}"
+
+
+def _range(option: Option, value: Any) -> Iterator[str]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    limits = ({"at_most": INT_MAX} if isinstance(value, int) else {}) | option.limits
+    broken = [
+        f"{_LIMITS[k][1]} {limit}" for k, limit in limits.items() if not _LIMITS[k][0](value, limit)
+    ]
+    if broken:
+        yield f"{option.name} must be {broken[0]}, got {shown(value)}"
+    elif option.steps and value > 1 and value != int(value):
+        yield f"{option.name} must be a whole number, or a ratio below 1, got {value}"
+
+
+def _unused(name: str, reason: str) -> str:
+    return f"{name} has no effect: {reason}"
+
+
+def _run(values: dict[str, Any], given: Given) -> Iterator[str]:
+    if values["max_steps"] == 0:
+        yield "max_steps must be -1 (no limit) or at least 1, got 0"
+    if given("max_steps") and given("num_train_epochs"):
+        yield _unused("num_train_epochs", "max_steps sets the length of the run; give one of them")
+    if given("warmup_steps") and values["lr_scheduler_type"] == "constant":
+        yield _unused("warmup_steps", "use lr_scheduler_type constant_with_warmup")
+    if given("data_seed") and not values["shuffle_dataset"] and not given("test_size"):
+        yield _unused("data_seed", "shuffle_dataset is false and test_size holds no rows out")
+
+
+def _data(values: dict[str, Any], given: Given) -> Iterator[str]:
+    if values["dataset_name"] is None:
+        for name in (
+            "dataset_config",
+            "dataset_train_split",
+            "dataset_test_split",
+            "dataset_text_field",
+            "eval_dataset_name",
+            "test_size",
+        ):
+            if given(name):
+                yield _unused(name, "without dataset_name the embedded arithmetic set is used")
+        return
+    if given("test_size") and given("eval_dataset_name"):
+        yield "test_size and eval_dataset_name exclude each other: give one of them"
+    elif given("test_size") and given("dataset_test_split"):
+        yield "test_size and dataset_test_split exclude each other: give one of them"
+
+
+def _packing(values: dict[str, Any], given: Given) -> Iterator[str]:
+    if given("truncation_mode") and values["max_length"] is None:
+        yield _unused("truncation_mode", "max_length is none, so no row is too long")
+    if not values["packing"]:
+        for name in ("packing_strategy", "eval_packing"):
+            if given(name):
+                yield _unused(name, "packing is false")
+        return
+    if values["max_length"] is None:
+        yield "packing needs max_length: packed rows are that long; give max_length"
+    if values["eval_packing"] is False:
+        return  # evaluation rows are still cut and padded as unpacked ones are
+    if given("truncation_mode") and values["packing_strategy"] != "bfd":
+        yield _unused(
+            "truncation_mode",
+            f"packing_strategy {values['packing_strategy']} splits long rows",
+        )
+    if given("pad_to_multiple_of"):
+        yield _unused("pad_to_multiple_of", "packed rows are max_length long")
+
+
+def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
+    if given("eval_steps") and values["eval_strategy"] != "steps":
+        yield _unused("eval_steps", f"eval_strategy is {values['eval_strategy']}; make it steps")
+    if values["eval_strategy"] != "no" or values["eval_on_start"]:
+        return
+    for name in (
+        "eval_dataset_name",
+        "test_size",
+        "dataset_test_split",
+        "eval_packing",
+        "per_device_eval_batch_size",
+        "max_eval_batches",
+    ):
+        if given(name):
+            yield _unused(name, "nothing is evaluated; give eval_strategy or eval_on_start")
+
+
+def _output(values: dict[str, Any], given: Given) -> Iterator[str]:
+    strategy, resume = values["save_strategy"], values["resume"]
+    if given("save_steps") and strategy != "steps":
+        yield _unused("save_steps", f"save_strategy is {strategy}; make it steps")
+    if given("save_total_limit") and strategy == "no":
+        yield _unused("save_total_limit", "save_strategy is no")
+    if resume.lower() in ("true", "false", "yes", "no", "1", "0"):
+        yield f"resume must be auto, never or the path of a checkpoint, got {resume!r}"
+    if given("overwrite_output_dir") and resume == "auto":
+        yield "overwrite_output_dir deletes the run that resume auto would go on with; give one"
+    if given("allow_config_change") and resume == "never":
+        yield _unused("allow_config_change", "resume is never")
+
+
+def _names(known: dict[str, Option], values: dict[str, Any]) -> Iterator[str]:
+    for name in values["allow_config_change"]:
+        if name not in known:
+            yield f"allow_config_change names no field: {name!r}.{suggestion(name, known)}"

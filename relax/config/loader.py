@@ -1,0 +1,120 @@
+"""Configurations from files and dicts: JSON or YAML, by section or flat, as strict as the flags."""
+
+from pathlib import Path
+from typing import Any
+
+from relax.config.files import read_file
+from relax.config.names import ALIASES, ratio_problem, suggestion, unknown
+from relax.config.options import options
+from relax.config.schema import SFTConfig, TrainerConfig
+from relax.config.values import check_value
+from relax.errors import ConfigError
+
+
+class ConfigLoader:
+    """Reads the configuration of a run: defaults, then the file, then flags.
+
+    Args:
+      path: a .json, .yaml or .yml file, by section (as saved) or flat; None for no file.
+      config_class: the configuration of the algorithm.
+    """
+
+    def __init__(self, path: str | Path | None, config_class: type[TrainerConfig] = SFTConfig):
+        self.path = path
+        self.config_class = config_class
+
+    def load(self) -> TrainerConfig:
+        """The file over the defaults, validated.
+
+        Raises:
+          ConfigError: names every problem, one a line.
+        """
+        return self.merge_with_cli_args({})
+
+    def merge_with_cli_args(self, args: dict[str, Any]) -> TrainerConfig:
+        """The values of `args` (by field name) over the file over the defaults, validated.
+
+        Raises:
+          ConfigError: names every problem, one a line.
+        """
+        fields = {}
+        if self.path is not None:
+            fields = _fields(read_file(self.path), self.config_class, f"{self.path}: ")
+        fields |= _fields(args, self.config_class, "")
+        config = self.config_class().replace(**fields)
+        config.validate()
+        return config
+
+
+def from_dict(data: dict[str, Any], config_class: type[TrainerConfig] = SFTConfig) -> TrainerConfig:
+    """A validated configuration from a dict, by section (as `to_dict` gives it) or flat.
+
+    >>> from_dict({"hyperparams": {"seed": 1}, "packing": True}).data.packing
+    True
+    """
+    config = config_class().replace(**_fields(data, config_class, ""))
+    config.validate()
+    return config
+
+
+def create_default_config(
+    model_path: str | None = None,
+    dataset_path: str | None = None,
+    output_dir: str | None = None,
+    config_class: type[TrainerConfig] = SFTConfig,
+    **fields: Any,
+) -> TrainerConfig:
+    """A validated configuration from the few values one usually gives; `fields` by field name."""
+    named = {
+        "model_name_or_path": model_path,
+        "dataset_name": dataset_path,
+        "output_dir": output_dir,
+    }
+    named = {name: value for name, value in named.items() if value is not None}
+    both = [name for name in named if name in fields]
+    if both:
+        raise ConfigError(f"{both[0]} is given twice: as a field and as a path. Give one of them.")
+    return from_dict(named | fields, config_class)
+
+
+def _fields(data: dict[str, Any], config_class: type[TrainerConfig], where: str) -> dict[str, Any]:
+    """The values of a dict by field name, checked; `where` stands before each problem."""
+    known = options(config_class)
+    sections = list(dict.fromkeys(option.section for option in known.values()))
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+
+    def take(name: str, value: Any) -> None:
+        field = ALIASES.get(name, name)
+        if field not in known:
+            problems.append(unknown(name, [*known, *ALIASES, *sections]))
+        elif field in found:
+            problems.append(f"{field} is given twice" + f", also as {name}" * (name != field))
+        elif problem := ratio_problem(name, value):
+            problems.append(problem)
+        else:
+            found[field] = value
+            try:
+                found[field] = check_value(known[field].type, value)
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+
+    for key, value in data.items():
+        if key == "algorithm":
+            if value != config_class.algorithm:
+                ours = config_class.algorithm
+                problems.append(f"this is a configuration of {value!r}, not of {ours!r}")
+        elif key not in sections:
+            take(str(key), value)
+        elif not isinstance(value, dict):
+            hint = suggestion(f"{key}_name", known)
+            problems.append(f"{key} is a section and must hold fields, got {value!r}.{hint}")
+        else:
+            for name, inner in value.items():
+                if name in known and known[name].section != key:
+                    problems.append(f"{name} belongs to section {known[name].section}, not {key}")
+                else:
+                    take(str(name), inner)
+    if problems:
+        raise ConfigError("\n".join(where + problem for problem in problems))
+    return found

@@ -1,0 +1,79 @@
+"""What one option is (type, default, range, help), read from the dataclasses that declare it."""
+
+import dataclasses
+import functools
+import typing
+from typing import Any, NamedTuple
+
+INT_MAX = 2**31 - 1  # step counts and sizes are 32-bit integers on the accelerator
+
+
+class Option(NamedTuple):
+    """One field of a configuration: a flag, a key of a file."""
+
+    name: str
+    section: str
+    type: Any
+    default: Any
+    help: str
+    limits: dict[str, float]  # of `above`, `at_least`, `below`, `at_most`
+    steps: bool  # whole when >= 1, a ratio of a total when < 1
+
+
+def option(default: Any, help: str, *, steps: bool = False, **limits: float) -> Any:
+    """Declares a field: its default, one line of help, and the range that `validate` holds it to.
+
+    Args:
+      default: the default; a list is copied for each instance.
+      help: one line, for `--help`.
+      steps: the value counts something when it is 1 or more and is a ratio of it when below 1.
+      **limits: any of `above`, `at_least`, `below`, `at_most`.
+    """
+    metadata = {"help": help, "limits": limits, "steps": steps}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(section_class: type, **defaults: Any) -> Any:
+    """Declares a section of a configuration, with the defaults that differ for this algorithm."""
+    return dataclasses.field(default_factory=lambda: section_class(**defaults))
+
+
+@functools.cache
+def options(config_class: type) -> dict[str, Option]:
+    """The options of a configuration class by name, in the order of their declaration.
+
+    Raises:
+      TypeError: two fields share a name; flags are flat, so each name may exist once.
+    """
+    found: dict[str, Option] = {}
+    defaults = config_class()
+    for part in dataclasses.fields(config_class):
+        values = getattr(defaults, part.name)
+        types = typing.get_type_hints(type(values))
+        for field in dataclasses.fields(values):
+            if field.name in found:
+                raise TypeError(f"{config_class.__name__} has two fields named {field.name!r}")
+            found[field.name] = Option(
+                name=field.name,
+                section=part.name,
+                type=types[field.name],
+                default=getattr(values, field.name),
+                help=field.metadata["help"],
+                limits=field.metadata["limits"],
+                steps=field.metadata["steps"],
+            )
+    return found
+
+
+def resolve_steps(value: float, total: int) -> int:
+    """Turns "steps, or a ratio of all steps when below 1" into steps; a ratio gives at least 1.
+
+    >>> resolve_steps(500, total=2000), resolve_steps(0.1, total=30), resolve_steps(0, total=30)
+    (500, 3, 0)
+    """
+    if value >= 1 or value == 0:
+        return int(value)
+    # Without the margin 0.07 * 100 = 7.000000000000001 would round up to 8.
+    return max(1, -int(-(value * total - 1e-9) // 1))

@@ -1,0 +1,258 @@
+"""The configuration of a run: one dataclass per section, one documented field per option.
+
+A new algorithm adds one section class, and names the defaults that differ for it:
+
+    @dataclass(slots=True, kw_only=True)
+    class GRPOConfig(TrainerConfig):
+        algorithm: ClassVar[str] = "grpo"
+        hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)
+        grpo: GRPOSection = section(GRPOSection)
+
+`slots` makes an assignment to a misspelt field an error.
+"""
+
+import copy
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from relax.config import checks
+from relax.config.names import unknown
+from relax.config.options import option, options, section
+from relax.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Hyperparams:
+    """The optimizer, the length of the run and the batches."""
+
+    learning_rate: float = option(2e-5, "Peak learning rate.", above=0)
+    per_device_train_batch_size: int = option(
+        8, "Rows per device in one forward and backward pass.", at_least=1
+    )
+    gradient_accumulation_steps: int = option(1, "Passes summed into one update.", at_least=1)
+    num_train_epochs: int = option(3, "Passes over the training rows.", at_least=1)
+    max_steps: int = option(
+        -1, "Updates in all, in place of num_train_epochs; -1 = no limit.", at_least=-1
+    )
+    lr_scheduler_type: Schedule = option("linear", "Course of the learning rate after warm-up.")
+    warmup_steps: float = option(
+        0.0, "Updates of warm-up, or a ratio of all when below 1.", steps=True, at_least=0
+    )
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.", at_least=0)
+    adam_beta1: float = option(0.9, "Decay of the gradient's mean.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "Decay of the gradient's square.", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "Added to the root of the square.", above=0)
+    max_grad_norm: float = option(
+        1.0, "Gradients are scaled down to this norm; 0 = off.", at_least=0
+    )
+    seed: int = option(42, "Seed of all randomness.", at_least=0)
+    data_seed: int | None = option(None, "Seed of the order of rows; none = seed.", at_least=0)
+    gradient_checkpointing: bool = option(
+        True, "Recompute activations in the backward pass: less memory."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained, and in which precision."""
+
+    model_name_or_path: str | None = option(
+        None, "Hugging Face model directory or name; none = a small one from scratch."
+    )
+    dtype: Dtype = option("float32", "Precision of the computation.")
+    param_dtype: Dtype = option("float32", "Precision of the parameters.")
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """Which rows are trained on, and how they become batches."""
+
+    dataset_name: str | None = option(
+        None, "File, directory or hub name; none = the embedded arithmetic set."
+    )
+    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on.")
+    dataset_text_field: str = option("text", "Column that holds plain text.")
+    eval_dataset_name: str | None = option(None, "Rows to evaluate on, as in dataset_name.")
+    test_size: float = option(
+        0.0,
+        "Training rows held out for evaluation, or a fraction when below 1.",
+        steps=True,
+        at_least=0,
+    )
+    max_length: int | None = option(1024, "Tokens per row at most; none = no limit.", at_least=2)
+    truncation_mode: Literal["keep_start", "keep_end", "drop", "error"] = option(
+        "keep_start", "What becomes of a longer row."
+    )
+    packing: bool = option(False, "Put several rows, isolated, into one of max_length tokens.")
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = option(
+        "bfd", "Best fit, best fit with long rows split, or one stream cut."
+    )
+    eval_packing: bool | None = option(None, "Packing in evaluation; none = as packing.")
+    pad_to_multiple_of: int | None = option(
+        None, "Round the padded length up to a multiple.", at_least=1
+    )
+    shuffle_dataset: bool = option(True, "Shuffle the rows anew in every epoch.")
+    eos_token: str | None = option(None, "End-of-sequence token; none = the tokenizer's.")
+
+
+@dataclass(slots=True, kw_only=True)
+class ProfileConfig:
+    """How conversations are rendered."""
+
+    system_prompt: str | None = option(
+        None, "Put before conversations that have no system message."
+    )
+    chat_template_path: str | None = option(
+        None, "Tokenizer directory or .jinja file; none = the tokenizer's template."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class InferenceConfig:
+    """Evaluation."""
+
+    eval_strategy: Literal["no", "steps", "epoch"] = option("no", "When to evaluate.")
+    eval_steps: float | None = option(
+        None,
+        "Updates between evaluations, or a ratio of all; none = as logging_steps.",
+        steps=True,
+        above=0,
+    )
+    per_device_eval_batch_size: int = option(8, "Rows per device in evaluation.", at_least=1)
+    max_eval_batches: int | None = option(
+        None, "Evaluate on the first batches only; none = on all.", at_least=1
+    )
+    eval_on_start: bool = option(False, "Evaluate before the first update as well.")
+
+
+@dataclass(slots=True, kw_only=True)
+class OutputConfig:
+    """What is written, where and when."""
+
+    output_dir: str = option("outputs/run", "Directory of this run.")
+    overwrite_output_dir: bool = option(False, "Delete what an earlier run left there.")
+    resume: str = option("never", "auto, never, or the path of a checkpoint to go on from.")
+    allow_config_change: list[str] = option([], "Fields that may differ from the resumed run's.")
+    logging_steps: float = option(
+        10.0, "Updates between log lines, or a ratio of all when below 1.", steps=True, above=0
+    )
+    save_strategy: Literal["no", "steps", "epoch"] = option("steps", "When to save a checkpoint.")
+    save_steps: float = option(
+        500.0, "Updates between checkpoints, or a ratio of all when below 1.", steps=True, above=0
+    )
+    save_total_limit: int | None = option(
+        None, "Checkpoints to keep, the newest ones; none = all.", at_least=1
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class SystemConfig:
+    """The machine and the process."""
+
+    compilation_cache_dir: str | None = option(
+        None, "Directory where compiled steps are kept; none = not kept."
+    )
+    grace_s: float = option(25.0, "Seconds from SIGTERM to the end at the latest.", above=0)
+
+
+@dataclass(slots=True, kw_only=True)
+class DebugConfig:
+    """Looking closer."""
+
+    print_examples: int = option(
+        1, "Rows shown, trained tokens marked, before the run.", at_least=0
+    )
+    debug_nans: bool = option(False, "Stop at the operation that makes a NaN (slow).")
+
+
+@dataclass(slots=True, kw_only=True)
+class SFTSection:
+    """Supervised fine-tuning."""
+
+    completion_only_loss: bool | None = option(
+        None, "Train on completions only; none = where rows have a prompt."
+    )
+    assistant_only_loss: bool = option(False, "Train on the assistant's messages only.")
+    loss_chunk_size: int = option(256, "Tokens whose logits exist at once.", at_least=1)
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainerConfig:
+    """What all algorithms share; an algorithm adds one section of its own."""
+
+    algorithm: ClassVar[str] = ""
+
+    hyperparams: Hyperparams = section(Hyperparams)
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    profile: ProfileConfig = section(ProfileConfig)
+    inference: InferenceConfig = section(InferenceConfig)
+    output: OutputConfig = section(OutputConfig)
+    system: SystemConfig = section(SystemConfig)
+    debug: DebugConfig = section(DebugConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """All values by field name, without the sections."""
+        known = options(type(self)).values()
+        return {o.name: getattr(getattr(self, o.section), o.name) for o in known}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values by section, as they are saved, with the name of the algorithm first."""
+        return {"algorithm": self.algorithm} | dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The saved form: JSON that `ConfigLoader` reads back to an equal configuration."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def replace(self, **fields: Any) -> "TrainerConfig":
+        """A copy with some fields changed, by their flat names.
+
+        Raises:
+          ConfigError: a name is not a field.
+        """
+        known = options(type(self))
+        problems = [unknown(name, known) for name in fields if name not in known]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        new = copy.deepcopy(self)
+        for name, value in fields.items():
+            setattr(getattr(new, known[name].section), name, value)
+        return new
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, one sentence each. A subclass adds its own rules."""
+        return checks.problems(options(type(self)), self.flat())
+
+    def validate(self) -> None:
+        """Checks types, ranges, contradictions and options without effect.
+
+        Raises:
+          ConfigError: names every problem, one a line.
+        """
+        found = self.problems()
+        if found:
+            raise ConfigError("\n".join(found))
+
+
+@dataclass(slots=True, kw_only=True)
+class SFTConfig(TrainerConfig):
+    """Supervised fine-tuning: next-token cross-entropy over the trained tokens."""
+
+    algorithm: ClassVar[str] = "sft"
+
+    output: OutputConfig = section(OutputConfig, output_dir="outputs/sft")
+    sft: SFTSection = section(SFTSection)
+
+
+def diff(old: TrainerConfig, new: TrainerConfig) -> list[tuple[str, Any, Any]]:
+    """The fields whose values differ, as (name, old, new), in the order of declaration."""
+    before, after = old.flat(), new.flat()
+    names = list(dict.fromkeys([*before, *after]))
+    return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]

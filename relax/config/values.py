@@ -1,0 +1,167 @@
+"""Values by type: strict checks of Python and JSON values, strict reading of command-line texts."""
+
+import json
+import math
+import re
+import types
+import typing
+from typing import Any, Literal
+
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_NONE = ("none", "null")
+_INT = re.compile(r"[+-]?[0-9]{1,400}")
+_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_FLOAT_WORD = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+
+
+def split_optional(annotation: Any) -> tuple[Any, bool]:
+    """`X | None` gives `(X, True)`, anything else `(X, False)`."""
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return annotation, False
+    inner = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+    if len(inner) != 1:
+        raise TypeError(f"options are of one type, or of one type and None, got {annotation}")
+    return inner[0], True
+
+
+def is_switch(annotation: Any) -> bool:
+    """Whether a flag of this type may stand alone (`--packing`) and be negated (`--no_packing`)."""
+    return split_optional(annotation)[0] is bool
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a flag of this type takes several values."""
+    return typing.get_origin(split_optional(annotation)[0]) is list
+
+
+def type_name(annotation: Any) -> str:
+    """The type as `--help` shows it.
+
+    >>> type_name(int | None), type_name(Literal["bfd", "wrapped"]), type_name(list[str])
+    ('INT|none', 'bfd|wrapped', 'A,B,...')
+    """
+    inner, optional = split_optional(annotation)
+    if typing.get_origin(inner) is Literal:
+        name = "|".join(typing.get_args(inner))
+    elif is_list(inner):
+        name = "A,B,..."
+    else:
+        name = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}[inner]
+    return name + "|none" * optional
+
+
+def _expected(annotation: Any) -> str:
+    """The type in words, to stand after "must be"."""
+    inner, optional = split_optional(annotation)
+    if typing.get_origin(inner) is Literal:
+        text = "one of " + ", ".join(typing.get_args(inner))
+    elif is_list(inner):
+        text = "a list of texts"
+    else:
+        text = {
+            bool: "true or false",
+            int: "a whole number",
+            float: "a finite number",
+            str: "a text",
+        }[inner]
+    return text + " or none" * optional
+
+
+def _refuse(annotation: Any, given: str) -> typing.NoReturn:
+    raise ValueError(f"must be {_expected(annotation)}, got {given}")
+
+
+def check_value(annotation: Any, value: Any) -> Any:
+    """Returns a Python or JSON value of exactly this type; an int is welcome as a float.
+
+    Raises:
+      ValueError: "must be ..., got ...", to stand after the name of the field.
+
+    >>> check_value(float, 1)
+    1.0
+    """
+    inner, optional = split_optional(annotation)
+    if value is None and optional:
+        return None
+    origin = typing.get_origin(inner)
+    if origin is Literal:
+        fits = isinstance(value, str) and value in typing.get_args(inner)
+    elif origin is list:
+        fits = isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
+        value = list(value) if fits else value
+    elif inner is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = fits and abs(value) < 2**1000 and math.isfinite(value)
+        value = float(value) if fits else value
+    elif inner is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        fits = isinstance(value, inner)
+    if not fits:
+        kinds = {str: "text", bool: "boolean", list: "list", dict: "object", float: "number"}
+        kind = kinds.get(type(value))
+        _refuse(annotation, shown(value) + f" (a {kind})" * bool(kind))
+    if inner is str and not value:
+        raise ValueError("must not be empty: leave it away to have the default")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: short, and on one line."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a huge number"
+    if len(text) > 80:
+        text = text[:77] + "..."
+    return text
+
+
+def parse_text(annotation: Any, text: str) -> Any:
+    """Reads the text of a command-line value as this type; a `str` stays as it is, verbatim.
+
+    Raises:
+      ValueError: "must be ..., got ...", to stand after the name of the flag.
+
+    >>> parse_text(bool, "no"), parse_text(float, "1e-4"), parse_text(str, "1e10")
+    (False, 0.0001, '1e10')
+    >>> parse_text(int | None, "none"), parse_text(list[str], "a,b"), parse_text(list[str], "[]")
+    (None, ['a', 'b'], [])
+    """
+    inner, optional = split_optional(annotation)
+    if optional and text.lower() in _NONE:
+        return None
+    if typing.get_origin(inner) is Literal:
+        if text not in typing.get_args(inner):
+            _refuse(annotation, shown(text))
+        return text
+    if is_list(inner):
+        return _parse_list(annotation, text)
+    if inner is bool:
+        if text.lower() not in _WORDS:
+            _refuse(annotation, shown(text))
+        return _WORDS[text.lower()]
+    if inner is int:
+        if not _INT.fullmatch(text):
+            _refuse(annotation, shown(text))
+        return int(text)
+    if inner is float:
+        if not _FLOAT.fullmatch(text) or not math.isfinite(float(text)):
+            _refuse(annotation, shown(text))
+        return float(text)
+    return check_value(annotation, text)
+
+
+def _parse_list(annotation: Any, text: str) -> list[str]:
+    if text.lstrip().startswith("["):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError(f"must be a,b or a JSON list, got {shown(text)}") from None
+        return check_value(annotation, value)
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise ValueError(f"must be a list a,b without empty parts, got {shown(text)}")
+    return items
+
+
+def is_number(text: str) -> bool:
+    """Whether a text such as `-1` or `-inf` is a number, and so a value rather than a flag."""
+    return bool(_FLOAT.fullmatch(text) or _FLOAT_WORD.fullmatch(text))
