@@ -1,0 +1,112 @@
+"""What composes with training without being the algorithm: progress, metrics, early stopping."""
+
+import dataclasses
+from typing import Any
+
+
+class StopTraining(Exception):
+    """Raised by a callback to end the run after the current step, in order: saved, not failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Where a run is, when a hook is called.
+
+    Attributes:
+      trainer: the trainer that runs.
+      state: the `TrainState`. The next step donates its buffers: copy what is to be kept.
+      step: updates done.
+      epoch: the current epoch, counted from 0.
+      position: loader items of this epoch that are done, or under way within the batch hooks.
+      epoch_length: loader items per epoch, None where the loader has no length.
+      total_steps: updates of the whole run, None where unknown.
+      batch: the batch, in `on_batch_begin` and `on_batch_end`.
+      stop: a callback asked for the end of the run.
+      metrics: scalars (device arrays) of the update in `on_batch_end`, floats of the whole
+        evaluation in `on_validation_end`.
+    """
+
+    trainer: Any
+    state: Any
+    step: int
+    epoch: int = 0
+    position: int = 0
+    epoch_length: int | None = None
+    total_steps: int | None = None
+    batch: Any = None
+    stop: bool = False
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs done, with the fraction of the current one where the loader's length is known."""
+        return self.epoch + (self.position / self.epoch_length if self.epoch_length else 0.0)
+
+
+class Callback:
+    """Base of callbacks: every hook does nothing. Override those you need.
+
+    A callback whose own values decide what it does later returns them from `state_dict` (JSON);
+    they go into every checkpoint and come back through `load_state_dict`.
+    """
+
+    def on_train_begin(self, event: Event) -> None: ...
+
+    def on_train_end(self, event: Event) -> None: ...
+
+    def on_epoch_begin(self, event: Event) -> None: ...
+
+    def on_epoch_end(self, event: Event) -> None: ...
+
+    def on_batch_begin(self, event: Event) -> None: ...
+
+    def on_batch_end(self, event: Event) -> None: ...
+
+    def on_validation_begin(self, event: Event) -> None: ...
+
+    def on_validation_end(self, event: Event) -> None: ...
+
+    def on_save(self, event: Event) -> None: ...
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def call(callbacks, hook: str, event: Event) -> bool:
+    """Calls one hook of every callback in order; an exception gets the callback's name added.
+
+    Returns:
+      Whether one of them asked for the end of the run.
+    """
+    stop = False
+    for callback in callbacks:
+        try:
+            getattr(callback, hook)(event)
+        except StopTraining:
+            stop = True
+        except Exception as error:
+            error.add_note(f"raised by the callback {type(callback).__name__}.{hook}")
+            raise
+    return stop
+
+
+def state_dicts(callbacks) -> dict[str, dict]:
+    """The states of all callbacks that have one, by class name and place among its kind."""
+    states = {name: callback.state_dict() for name, callback in _named(callbacks)}
+    return {name: state for name, state in states.items() if state}
+
+
+def load_state_dicts(callbacks, states: dict[str, dict]) -> None:
+    for name, callback in _named(callbacks):
+        if name in states:
+            callback.load_state_dict(states[name])
+
+
+def _named(callbacks):
+    seen: dict[str, int] = {}
+    for callback in callbacks:
+        kind = type(callback).__name__
+        seen[kind] = seen.get(kind, -1) + 1
+        yield f"{kind}.{seen[kind]}", callback

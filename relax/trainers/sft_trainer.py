@@ -1,0 +1,77 @@
+"""Supervised fine-tuning.
+
+1. A batch holds tokens and labels: the token itself where it is trained, -100 elsewhere.
+2. The model gives the hidden states of every token, seeing its own document only.
+3. The label of token t + 1 is the target of token t.
+4. Cross-entropy over the trained tokens, from the hidden states, a chunk of tokens at a time.
+
+    L = − Σ_m log p(target_m | tokens ≤ m) / #trained tokens
+
+The mean is over all trained tokens of an update, however micro-batches and rows share them.
+
+Axes: B batch, T tokens, D model.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from relax.losses import linear_cross_entropy, next_token_targets
+from relax.trainers.trainer import Trainer, TrainState
+from relax.trainers.update import LossOutput, Sum
+
+
+class SFTTrainer(Trainer):
+    """Fine-tunes a `relax.models.Transformer` on labelled tokens.
+
+    A batch is a dict of `[B, T]` integer arrays: `input_ids`, `labels`, and optionally `positions`
+    and `segment_ids` (see `Transformer.hidden_states`).
+
+    Args:
+      model, optimizer: as for `Trainer`.
+      params: pretrained parameters to start from (copied); None initialises from the key.
+      loss_chunk_size: tokens whose logits exist at once.
+      **options: of `Trainer`.
+
+    Metrics, over trained tokens: `loss` (nats), `mean_token_accuracy` (share of argmax hits),
+    `entropy` (of the predictions, nats); `num_tokens` counts all tokens but padding.
+    """
+
+    def __init__(self, model, optimizer, *, params=None, loss_chunk_size: int = 256, **options):
+        super().__init__(model, optimizer, **options)
+        self.params = params
+        self.loss_chunk_size = loss_chunk_size
+
+    def create_train_state(self, key: jax.Array) -> TrainState:
+        if self.params is None:
+            ids = jnp.zeros((1, 8), jnp.int32)
+            params = jax.jit(self.model.init)(key, ids)["params"]
+        else:
+            params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        return TrainState.create(params=params, optimizer=self.optimizer, rng=key)
+
+    def compute_loss(self, params, batch) -> LossOutput:
+        segment_ids = batch.get("segment_ids")
+        hidden = self.model.apply(
+            {"params": params},
+            batch["input_ids"],
+            batch.get("positions"),
+            segment_ids,
+            method="hidden_states",
+        )
+        sums = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),  # [B, T, D] -> [M, D]
+            self.model.output_matrix(params),
+            next_token_targets(batch["labels"]).reshape(-1),
+            chunk_size=self.loss_chunk_size,
+        )
+        tokens = batch["input_ids"].size if segment_ids is None else (segment_ids > 0).sum()
+        trained = jnp.maximum(sums.weight, 1)
+        return LossOutput(
+            loss=sums.nll / trained,
+            weight=sums.weight,
+            metrics={
+                "mean_token_accuracy": sums.correct / trained,
+                "entropy": sums.entropy / trained,
+                "num_tokens": Sum(jnp.asarray(tokens, jnp.int32)),
+            },
+        )

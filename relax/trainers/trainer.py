@@ -1,0 +1,366 @@
+"""The trainer: one compiled update over an immutable state, and the loop around it.
+
+1. `create_train_state(key)` makes params, optimizer state and the root key.
+2. For every item of the loader, `make_batches(state, item)` gives the batches of its updates.
+3. `train_step(state, batch)` makes one update: loss, gradient, clipping, optimizer, counter.
+4. Callbacks see the metrics; validation and checkpoints follow where they are due.
+
+Nothing that training changes lives outside `TrainState` and the position in the data: the key of
+update n is `fold_in(state.rng, n)`, and no attribute of a trainer changes while it trains.
+"""
+
+import abc
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from relax import fault
+from relax.trainers import callback as hooks
+from relax.trainers.callback import Event
+from relax.trainers.interrupt import Interrupt
+from relax.trainers.update import (
+    LossOutput,
+    accumulate_gradients,
+    apply_gradients,
+    as_loss_output,
+    clip_scale,
+    reduce_metrics,
+)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that an update reads and changes.
+
+    Attributes:
+      step: int32 scalar, updates done; one that was skipped because its gradient was not finite
+        counts, so that keys and data move on.
+      params: what is trained.
+      opt_state: the optimizer's state.
+      rng: the root key; it never changes.
+      frozen: weights that the loss reads and nothing updates; empty by default.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+    frozen: Any = flax.struct.field(default_factory=dict)
+
+    @classmethod
+    def create(cls, *, params, optimizer, rng, frozen=None) -> "TrainState":
+        """The state before the first update.
+
+        The state takes `params` and `frozen` over: the first update reuses their memory, and the
+        caller's arrays are gone after it. The key is copied.
+        """
+        rng = jax.random.wrap_key_data(
+            jnp.array(jax.random.key_data(rng), copy=True), impl=jax.random.key_impl(rng)
+        )
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            rng=rng,
+            frozen=frozen if frozen is not None else {},
+        )
+
+
+@runtime_checkable
+class OrderedLoader(Protocol):
+    """A loader whose order is a function of (epoch, position), so that a run resumes at once."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]: ...
+
+
+class Trainer(abc.ABC):
+    """Base of all algorithms. A subclass supplies `create_train_state` and `compute_loss`.
+
+    Args:
+      model: anything the subclass's loss knows how to apply; a Flax module as a rule.
+      optimizer: an optax transformation. Where it holds its learning rate in its state
+        (`optax.inject_hyperparams`), the rate is among the metrics.
+      gradient_accumulation_steps: micro-batches that one batch is cut into, along axis 0.
+      max_grad_norm: gradients of a larger global norm are scaled down to it; None or 0: never.
+      callbacks: see `relax.callbacks`.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer: optax.GradientTransformation,
+        *,
+        gradient_accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+        callbacks: Iterable = (),
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.max_grad_norm = max_grad_norm
+        self.callbacks = tuple(callbacks)
+        wanted = inspect.signature(self.compute_loss).parameters
+        self._extras = tuple(name for name in ("rng", "frozen") if name in wanted)
+        # Compiled per trainer, so that compiled code goes when the trainer goes.
+        self.train_step = jax.jit(self.train_step, donate_argnums=0)
+        self.eval_step = jax.jit(self.eval_step)
+
+    @abc.abstractmethod
+    def create_train_state(self, key: jax.Array) -> TrainState:
+        """The state before the first update."""
+
+    @abc.abstractmethod
+    def compute_loss(self, params, batch) -> jax.Array | LossOutput:
+        """The loss of one micro-batch: pure, a scalar mean or a `LossOutput`.
+
+        A subclass may name a parameter `rng` (the update's key; None when validating) and a
+        parameter `frozen` (`state.frozen`).
+        """
+
+    def make_batches(self, state: TrainState, item) -> Iterable:
+        """The batches to train on, from one item of the loader; here the item itself."""
+        return (item,)
+
+    def train_step(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update. Compiled once per batch shape; `state` is donated.
+
+        Returns:
+          The new state and scalars: the loss's metrics, `grad_norm` before clipping,
+          `skipped_steps` (1 where the gradient was not finite and nothing changed), and
+          `learning_rate` where the optimizer tells.
+        """
+        rng = jax.random.fold_in(state.rng, state.step)
+
+        def loss_fn(params, micro_batch, index):
+            key = jax.random.fold_in(rng, index)
+            return self._loss(params, micro_batch, rng=key, frozen=state.frozen)
+
+        gradients, metrics = accumulate_gradients(
+            loss_fn, state.params, batch, self.gradient_accumulation_steps
+        )
+        grad_norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+        scale = clip_scale(grad_norm, self.max_grad_norm)
+        params, opt_state = apply_gradients(
+            self.optimizer, gradients, state.params, state.opt_state, finite, scale
+        )
+        metrics |= {"grad_norm": grad_norm, "skipped_steps": 1 - finite.astype(jnp.int32)}
+        learning_rate = optax.tree_utils.tree_get(
+            opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
+        )
+        if learning_rate is not None:
+            metrics["learning_rate"] = learning_rate
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    def eval_step(self, params, frozen, batch) -> LossOutput:
+        """The loss of one batch without a gradient."""
+        return as_loss_output(self._loss(params, batch, rng=None, frozen=frozen))
+
+    def _loss(self, params, batch, **extras):
+        return self.compute_loss(params, batch, **{name: extras[name] for name in self._extras})
+
+    def validate(self, state: TrainState, loader, max_batches: int | None = None) -> dict:
+        """Loss and metrics over a loader, weighted by items; no gradient, no dropout.
+
+        Args:
+          state: its params are read, nothing is changed or donated.
+          loader: an iterable of batches.
+          max_batches: stop after so many; None takes all.
+
+        Returns:
+          Floats by name, `loss` among them.
+
+        Raises:
+          ValueError: if the loader gave no batch.
+        """
+        event = Event(self, state, int(state.step))
+        hooks.call(self.callbacks, "on_validation_begin", event)
+        metrics = self._evaluate(state, loader, max_batches)
+        event = dataclasses.replace(event, metrics=metrics)
+        hooks.call(self.callbacks, "on_validation_end", event)
+        return metrics
+
+    def _evaluate(self, state: TrainState, loader, max_batches: int | None) -> dict:
+        outputs = [
+            jax.device_get(self.eval_step(state.params, state.frozen, batch))
+            for batch in itertools.islice(_items(loader, 0, 0), max_batches)
+        ]
+        if not outputs:
+            raise ValueError("the evaluation loader gave no batch. Check its length.")
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        return {name: float(value) for name, value in reduce_metrics(stacked).items()}
+
+    def test(self, state: TrainState, loader, max_batches: int | None = None) -> dict:
+        """As `validate`, under the name that reports use for the last, untouched set."""
+        return self.validate(state, loader, max_batches)
+
+    def train(
+        self,
+        train_loader,
+        num_epochs: int = 1,
+        key: jax.Array | None = None,
+        *,
+        state: TrainState | None = None,
+        progress: dict | None = None,
+        max_steps: int | None = None,
+        eval_loader=None,
+        eval_steps: int | None = None,
+        max_eval_batches: int | None = None,
+        checkpointer=None,
+        save_steps: int | None = None,
+    ) -> TrainState:
+        """Trains and returns the final state.
+
+        Ctrl-C or SIGTERM finishes the current item, saves where there is a checkpointer, and
+        returns a usable state; `train(..., state=state)` goes on from it as if nothing had been.
+
+        Args:
+          train_loader: an `OrderedLoader`, or any iterable of batches that can be iterated anew.
+          num_epochs: passes over the loader (>= 1).
+          key: the root key; not needed with `state`.
+          state: where to go on from. It is donated.
+          progress: what the checkpoint of `state` holds; without it the position follows from
+            `state.step`, one update per item.
+          max_steps: stop when so many updates are done in all.
+          eval_loader, eval_steps, max_eval_batches: validate every `eval_steps` updates, or at the
+            end of every epoch.
+          checkpointer: has `save(step, state, progress)`, see `relax.checkpoint`. Saves at the end
+            and, with `save_steps`, every so many updates (0: at the end of every epoch).
+
+        Raises:
+          ValueError: neither `key` nor `state`; or the loader gave nothing to train on.
+        """
+        if state is None:
+            if key is None:
+                raise ValueError("train needs a key, such as jax.random.key(0), or a state.")
+            state = self.create_train_state(key)
+        run = _Run(
+            self, train_loader, num_epochs, max_steps, eval_loader, eval_steps, max_eval_batches,
+            checkpointer, save_steps,
+        )  # fmt: skip
+        with Interrupt() as interrupt:
+            interrupt.arm()
+            return run(state, progress, interrupt)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The loop of `Trainer.train`: batch, step, metrics, callbacks, validation, checkpoint."""
+
+    trainer: Trainer
+    loader: Any
+    num_epochs: int
+    max_steps: int | None
+    eval_loader: Any
+    eval_steps: int | None
+    max_eval_batches: int | None
+    checkpointer: Any
+    save_steps: int | None
+
+    def __call__(self, state, progress, interrupt) -> TrainState:
+        event = self._start(state, progress)
+        saved = None if progress is None else event.step
+        event = self._call("on_train_begin", event)
+        while event.epoch < self.num_epochs and not self._ended(event, interrupt):
+            if event.position == 0:
+                event = self._call("on_epoch_begin", event)
+            for item in _items(self.loader, event.epoch, event.position):
+                if self._ended(event, interrupt):
+                    break
+                before = event.step
+                event = self._train_on(event, item)
+                if _due(self.eval_steps, before, event.step):
+                    event = self._validate(event)
+                if _due(self.save_steps, before, event.step):
+                    event, saved = self._save(event), event.step
+                fault.point("step")
+            else:
+                event = self._end_epoch(event)
+                if self.save_steps == 0:
+                    event, saved = self._save(event), event.step
+        if self.checkpointer is not None and saved != event.step:
+            event = self._save(event)
+        self._call("on_train_end", event)
+        return event.state
+
+    def _start(self, state, progress) -> Event:
+        length = len(self.loader) if hasattr(self.loader, "__len__") else None
+        step = int(state.step)
+        if progress is None:
+            epoch, position = divmod(step, length) if length else (0, step)
+            progress = {"epoch": epoch, "position": position}
+        hooks.load_state_dicts(self.trainer.callbacks, progress.get("callbacks", {}))
+        limits = [length * self.num_epochs] if length else []
+        limits += [self.max_steps] if self.max_steps else []
+        return Event(
+            self.trainer,
+            state,
+            step,
+            epoch=progress["epoch"],
+            position=progress["position"],
+            epoch_length=length,
+            total_steps=min(limits, default=None),
+        )
+
+    def _ended(self, event: Event, interrupt) -> bool:
+        enough = self.max_steps is not None and event.step >= self.max_steps
+        return enough or event.stop or interrupt.requested is not None
+
+    def _call(self, hook: str, event: Event) -> Event:
+        stop = hooks.call(self.trainer.callbacks, hook, event)
+        return dataclasses.replace(event, stop=event.stop or stop)
+
+    def _train_on(self, event: Event, item) -> Event:
+        event = dataclasses.replace(event, position=event.position + 1)
+        for batch in self.trainer.make_batches(event.state, item):
+            event = self._call("on_batch_begin", dataclasses.replace(event, batch=batch))
+            state, metrics = self.trainer.train_step(event.state, batch)
+            event = dataclasses.replace(event, state=state, step=event.step + 1, metrics=metrics)
+            event = self._call("on_batch_end", event)
+        return dataclasses.replace(event, batch=None, metrics={})
+
+    def _end_epoch(self, event: Event) -> Event:
+        if event.position == 0:
+            raise ValueError(
+                f"the train loader gave no batch in epoch {event.epoch}. Pass something that can "
+                "be iterated anew for every epoch, such as a list; a generator runs out."
+            )
+        event = self._call("on_epoch_end", event)
+        if self.eval_steps is None:
+            event = self._validate(event)
+        return dataclasses.replace(event, epoch=event.epoch + 1, position=0)
+
+    def _validate(self, event: Event) -> Event:
+        if self.eval_loader is None:
+            return event
+        event = self._call("on_validation_begin", event)
+        metrics = self.trainer._evaluate(event.state, self.eval_loader, self.max_eval_batches)
+        event = self._call("on_validation_end", dataclasses.replace(event, metrics=metrics))
+        return dataclasses.replace(event, metrics={})
+
+    def _save(self, event: Event) -> Event:
+        progress = {"epoch": event.epoch, "position": event.position}
+        progress["callbacks"] = hooks.state_dicts(self.trainer.callbacks)
+        self.checkpointer.save(event.step, event.state, progress)
+        return self._call("on_save", event)
+
+
+def _due(every: int | None, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return bool(every) and after // every > before // every
+
+
+def _items(loader, epoch: int, start: int) -> Iterator:
+    """What a loader gives in an epoch from a position; a plain iterable is read up to there."""
+    if isinstance(loader, OrderedLoader):
+        return loader.batches(epoch, start)
+    return itertools.islice(iter(loader), start, None)
