@@ -1,6 +1,13 @@
 """Flax Linen decoder-only transformers, and Hugging Face directories."""
 
 from relax.models.config import RopeScaling, TransformerConfig
+from relax.models.pretrained import load_pretrained, save_pretrained
 from relax.models.transformer import Transformer
 
-__all__ = ["RopeScaling", "Transformer", "TransformerConfig"]
+__all__ = [
+    "RopeScaling",
+    "Transformer",
+    "TransformerConfig",
+    "load_pretrained",
+    "save_pretrained",
+]
