@@ -53,8 +53,8 @@ class Encoder:
     def _check_template(self) -> None:
         if not self.tokenizer.chat_template:
             raise DataError(
-                f"rows of format {self.format.name} need a chat template and the tokenizer "
-                "has none: give one with --chat_template_path (a .jinja file or a tokenizer directory)."
+                f"rows of format {self.format.name} need a chat template and the tokenizer has "
+                "none: give one with --chat_template_path (a .jinja file or a tokenizer directory)."
             )
         if self.options.eos_token and self.options.eos_token != self.tokenizer.eos_token:
             raise ConfigError(
@@ -107,33 +107,25 @@ class Encoder:
             ]
         else:
             prompts = [row["prompt"] for row in rows]
-        if self.options.assistant_only_loss:
-            marked = [self._marked(row, place) for row, place in zip(rows, where, strict=True)]
-            fulls = [text for text, _, _ in marked]
-            all_ids, spoken = [ids for _, ids, _ in marked], [mask for _, _, mask in marked]
-        else:
-            fulls = [
-                self._render(self._whole(row), row, place) if chat else self._joined(row)
-                for row, place in zip(rows, where, strict=True)
-            ]
-            all_ids, spoken = self._tokenize(fulls, special=not chat), None
+        fulls = [
+            self._render(self._whole(row), row, place) if chat else self._joined(row)
+            for row, place in zip(rows, where, strict=True)
+        ]
         all_prompt_ids = self._tokenize(prompts, special=not chat)
+        all_ids = self._tokenize(fulls, special=not chat)
         for i, (prompt_ids, ids) in enumerate(zip(all_prompt_ids, all_ids, strict=True)):
             if not fulls[i].startswith(prompts[i]):
                 raise _not_a_prefix(where[i], prompts[i], fulls[i])
-            labels = np.asarray(ids, np.int64)
+            labels = np.array(ids, np.int64)
+            if self.options.assistant_only_loss:
+                labels = self._marked(rows[i], where[i]).labels
             if self.completion_only:
                 labels[: self._prompt_length(prompt_ids, ids)] = IGNORE
-            if spoken is not None:
-                labels[np.asarray(spoken[i]) == 0] = IGNORE
-            yield Encoded(np.asarray(ids, np.int64), labels)
+            yield Encoded(np.array(ids, np.int64), labels)
 
     def _conversations(self, rows, where) -> Iterator[Encoded]:
         if self.options.assistant_only_loss:
-            for row, place in zip(rows, where, strict=True):
-                _, ids, mask = self._marked(row, place)
-                ids = np.asarray(ids, np.int64)
-                yield Encoded(ids, np.where(np.asarray(mask) == 0, IGNORE, ids))
+            yield from (self._marked(row, place) for row, place in zip(rows, where, strict=True))
             return
         texts = [
             self._render(self._whole(row), row, place)
@@ -175,8 +167,8 @@ class Encoder:
         # Templates write their special tokens themselves; verbose would warn of every long text.
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def _marked(self, row: dict, where: str) -> tuple[str, list[int], list[int]]:
-        """The rendered conversation, its tokens, and 1 for each that the assistant says."""
+    def _marked(self, row: dict, where: str) -> Encoded:
+        """A conversation with labels where the template marks the assistant's words."""
         messages = self._whole(row)
         out = self._render(
             messages, row, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -186,7 +178,8 @@ class Encoder:
                 f"{where}: assistant_only_loss found no word of the assistant: the row has the "
                 f"roles {[m['role'] for m in messages]}."
             )
-        return self._render(messages, row, where), out["input_ids"], out["assistant_masks"]
+        ids, spoken = np.array(out["input_ids"], np.int64), np.array(out["assistant_masks"])
+        return Encoded(ids, np.where(spoken == 0, IGNORE, ids))
 
     def _render(self, messages: list[dict], row: dict, where: str, **how):
         """Applies the chat template, in transformers' sandbox: the only place that renders one."""

@@ -93,7 +93,7 @@ def _recognise(row: dict, where: str, options: FormatOptions) -> Format:
     if "input_ids" in present:
         masks = tuple(c for c in (*_MASKS, "attention_mask") if c in present)
         return Format("tokens", ("input_ids", *masks))
-    if options.text_field in present and options.text_field != FormatOptions.text_field:
+    if options.text_field != FormatOptions.text_field:
         return Format("text", (options.text_field,))  # asked for by name
     if "prompt" in present or "completion" in present:
         conversational = isinstance(row.get("prompt"), list)
@@ -145,8 +145,10 @@ def check_row(row: dict, found: Format, where: str) -> None:
 def _check_integers(value, column: str, row: dict, where: str) -> None:
     value = value.tolist() if hasattr(value, "tolist") else value
     # A bool is an int in Python, and masks may well be written as booleans.
-    if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-        raise _wrong_type(where, column, "a list of integers", value)
+    if not isinstance(value, list) or not all(
+        isinstance(item, int) and abs(item) < 2**31 for item in value
+    ):
+        raise _wrong_type(where, column, "a list of 32-bit integers", value)
     if len(value) != len(row["input_ids"]):
         raise DataError(
             f"{where}: {column!r} has {len(value)} items, 'input_ids' has {len(row['input_ids'])}: "

@@ -28,8 +28,9 @@ class DataLoader:
     """Batches of `batch_size` rows, endlessly repeatable, resumable at any position at once.
 
     A row is one example or, with packing, several; packing is done once, in the given order, and
-    the packed rows are what is shuffled. The last batch of an epoch is filled with empty rows: the
-    shape stays, nothing is dropped, and empty rows train nothing.
+    the packed rows are what is shuffled. A row without a trained token (a piece of a long prompt)
+    is left out and counted in `num_dropped_rows`. The last batch of an epoch is filled with empty
+    rows: the shape stays, nothing is dropped, and empty rows train nothing.
 
     Args:
       examples: tokenised rows, each with at least one trained token.
@@ -60,7 +61,13 @@ class DataLoader:
             )
         self.examples = examples if isinstance(examples, Examples) else Examples(examples)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.rows = _lay_out(self.examples, packing, max_length)
+        rows = _lay_out(self.examples, packing, max_length)
+        trained = _trained_tokens(self.examples, rows)
+        self.rows = [row for row, count in zip(rows, trained, strict=True) if count]
+        self.num_dropped_rows = len(rows) - len(self.rows)
+        if not self.rows:
+            raise DataError(f"none of {len(rows)} rows has a token to train on.")
+        self.num_trained_tokens = sum(trained)  # per epoch
         self.row_lengths = np.array([sum(s.stop - s.start for s in row) for row in self.rows])
         # Packed rows are full but for a few: one length is enough for them.
         buckets = 1 if packing else max_buckets
@@ -100,13 +107,6 @@ class DataLoader:
         return int(self.row_lengths.sum())
 
     @property
-    def num_trained_tokens(self) -> int:
-        """Tokens per epoch that are trained on: a piece's first token has no context and is not."""
-        labels, offsets = self.examples.labels, self.examples.offsets
-        firsts = [offsets[s.document] + s.start for row in self.rows for s in row]
-        return int((labels != IGNORE).sum() - (labels[firsts] != IGNORE).sum())
-
-    @property
     def fill(self) -> float:
         """The share of the rows' places that hold a token when each is as long as the longest."""
         return self.num_tokens / (len(self.rows) * int(self.row_lengths.max()))
@@ -125,4 +125,17 @@ def _lay_out(examples: Examples, packing: str | None, max_length: int | None):
         )
     if packing:
         return pack(lengths, max_length, packing)
-    return [[Segment(i, 0, int(length))] for i, length in enumerate(lengths)]
+    return [[Segment(i, 0, int(length))] for i, length in enumerate(lengths) if length]
+
+
+def _trained_tokens(examples: Examples, rows: list[list[Segment]]) -> list[int]:
+    """Per row its trained tokens: the first of a piece has no context and is not one."""
+    before = np.concatenate([[0], np.cumsum(examples.labels != IGNORE)])
+    offsets = examples.offsets
+    return [
+        sum(
+            int(before[offsets[i] + stop] - before[offsets[i] + start + 1])
+            for i, start, stop in row
+        )
+        for row in rows
+    ]

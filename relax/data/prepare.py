@@ -33,7 +33,7 @@ def prepare(
       The examples and the report.
 
     Raises:
-      DataError: naming file and line, if a row is not what it should be; if no row can be trained on.
+      DataError: if a row is not what it should be (with file and line), or none can be trained on.
       ConfigError: if an option does not fit the data.
     """
     options = options or FormatOptions()
@@ -116,6 +116,7 @@ def _ending_tokens(tokenizer, eos: str | None) -> np.ndarray:
     """Ids that can end a turn: any special token, since not every template ends with EOS."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ending = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    ending -= {tokenizer.bos_token_id, tokenizer.unk_token_id}
     if eos:
         ending.add(tokenizer.convert_tokens_to_ids(eos))
     return np.array(sorted(ending), np.int64)

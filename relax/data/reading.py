@@ -80,7 +80,7 @@ def split_files(directory: Path, split: str, config: str | None = None) -> list[
         found = ", ".join(sorted(set(names.values())))
         raise DataError(f"no split {split!r} in {str(directory)!r}: it has {found}.")
     folders = sorted({_config_folder(path, directory, split) for path in chosen})
-    if len(folders) > 1 and chosen != files:
+    if len(folders) > 1:
         raise DataError(
             f"split {split!r} lies in several folders of {str(directory)!r}: "
             f"choose one with dataset_config: {', '.join(folders)}."
@@ -176,18 +176,19 @@ def _read_jsonl(path: Path) -> tuple[list[dict], list[int]]:
 
 
 def _decode(raw: bytes, where: str, first: bool) -> str:
-    if b"\0" in raw:
-        raise DataError(
-            f"{where}: byte {raw.index(0) + 1} is NUL: the file is damaged, as after a crash "
-            "while it was written."
-        )
     try:
-        return raw.decode("utf-8-sig" if first else "utf-8")
+        text = raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}. "
             "Save the file as UTF-8."
         ) from error
+    if "\0" in text:
+        raise DataError(
+            f"{where}: byte {raw.index(0) + 1} is NUL: the file is damaged, as after a crash "
+            "while it was written."
+        )
+    return text
 
 
 def _parse_line(text: str, where: str):

@@ -34,6 +34,7 @@ class DataReport:
       examples: the first ones as pieces of text, each trained on or not.
       packing: the strategy, if rows are packed.
       num_packed_rows: if rows are packed.
+      num_dropped_packed_rows: packed rows left out because no token of them is trained.
       packing_fill: the share of the packed rows' places that hold a token.
     """
 
@@ -56,6 +57,7 @@ class DataReport:
     examples: tuple[tuple[tuple[str, bool], ...], ...] = ()
     packing: str | None = None
     num_packed_rows: int | None = None
+    num_dropped_packed_rows: int = 0
     packing_fill: float | None = None
 
     @property
@@ -66,7 +68,11 @@ class DataReport:
     def with_packing(self, strategy: str, loader) -> "DataReport":
         """The report with what a packing loader made of the examples."""
         return dataclasses.replace(
-            self, packing=strategy, num_packed_rows=len(loader.rows), packing_fill=loader.fill
+            self,
+            packing=strategy,
+            num_packed_rows=len(loader.rows),
+            num_dropped_packed_rows=loader.num_dropped_rows,
+            packing_fill=loader.fill,
         )
 
     def to_dict(self) -> dict:
@@ -110,18 +116,20 @@ def render(report: DataReport, console, print_examples: int = 1, title: str = "d
       title: over the table.
     """
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_header=False, pad_edge=False)
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, value in _lines(report):
-        table.add_row(name, value, style="yellow" if name == "note" else None)
-    console.print(table, markup=False)
+        # Column names and tokens are the user's: never markup.
+        table.add_row(name, Text(value), style="yellow" if name == "note" else None)
+    console.rule(title, align="left", style="dim")
+    console.print(table)
     plain = console.color_system is None or console.no_color
     for i, example in enumerate(report.examples[:print_examples]):
-        console.rule(
-            f"example {i + 1} (trained tokens {'«so»' if plain else 'green'})", align="left"
-        )
+        marked = "«trained»" if plain else "trained tokens in green"
+        console.rule(Text(f"example {i + 1}, {marked}"), align="left", style="dim")
         console.print(_coloured(example, plain), soft_wrap=True)
 
 
@@ -139,22 +147,15 @@ def _lines(report: DataReport):
         yield "merged", f"{report.merged:,} rows whose prompt and completion share a token"
     names = {0: "min", 50: "median", 90: "90 %", 99: "99 %", 100: "max"}
     yield "tokens a row", ", ".join(f"{names[p]} {n:,}" for p, n in report.lengths.items())
-    yield (
-        "tokens",
-        f"{report.num_tokens:,}, of which {report.num_trained_tokens:,} trained "
-        + (f"({report.share:.1%}): {report.trained_on}"),
-    )
+    trained = f"{report.num_trained_tokens:,} trained ({report.share:.1%}): {report.trained_on}"
+    yield "tokens", f"{report.num_tokens:,}, of which {trained}"
     if report.packing:
-        yield (
-            "packing",
-            f"{report.packing}: {report.num_packed_rows:,} rows, "
-            + (f"{report.packing_fill:.1%} full"),
-        )
-    yield (
-        "last trained",
-        f"{report.last_trained_token!r} "
-        + ("(end token trained)" if report.ends_trained else "(end token NOT trained)"),
-    )
+        packed = f"{report.num_packed_rows:,} rows, {report.packing_fill:.1%} full"
+        yield "packing", f"{report.packing}: {packed}"
+    if report.num_dropped_packed_rows:
+        yield "left out", f"{report.num_dropped_packed_rows:,} packed rows without a trained token"
+    end = "end token trained" if report.ends_trained else "end token NOT trained"
+    yield "last trained", f"{report.last_trained_token!r} ({end})"
     for note in report.notes:
         yield "note", note
 
