@@ -82,7 +82,8 @@ def place(array: np.ndarray, like):
     if "key" in (spec := _spec(like)):
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=spec["key"])
         return key if sharding is None else jax.device_put(key, sharding)
-    return jax.device_put(array, sharding)
+    # The copy is not made yet, and holds on to the array until it is: wait, to hold one at a time.
+    return jax.block_until_ready(jax.device_put(array, sharding))
 
 
 def _leaf_crc(array) -> int:
