@@ -50,7 +50,8 @@ def _type(option: Option, value: Any) -> Iterator[str]:
 def _range(option: Option, value: Any) -> Iterator[str]:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    limits = ({"at_most": INT_MAX} if isinstance(value, int) else {}) | option.limits
+    whole = isinstance(value, int) or option.steps
+    limits = ({"at_most": INT_MAX} if whole else {}) | option.limits
     broken = [
         f"{_LIMITS[k][1]} {limit}" for k, limit in limits.items() if not _LIMITS[k][0](value, limit)
     ]
@@ -120,6 +121,8 @@ def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
         yield _unused("eval_steps", f"eval_strategy is {values['eval_strategy']}; make it steps")
     if values["eval_strategy"] != "no" or values["eval_on_start"]:
         return
+    if values["dataset_name"] is None:
+        return  # the embedded run measures its held-out part at the end in any case
     for name in (
         "eval_dataset_name",
         "test_size",

@@ -39,7 +39,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def _read_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_not_finite)
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_not_finite, parse_int=_whole)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -53,6 +53,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_finite(text: str) -> NoReturn:
     raise ValueError(f"numbers must be finite, got {text}")
+
+
+def _whole(text: str) -> int:
+    if len(text) > 400:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
 
 
 def _read_yaml(text: str) -> Any:
@@ -88,5 +94,5 @@ def _plain(node: Any, seen: set[int]) -> Any:
     if node.style is not None:  # quoted or a block
         return node.value
     if _NUMBER.fullmatch(node.value):
-        return json.loads(node.value)
+        return json.loads(node.value, parse_int=_whole)
     return _WORDS.get(node.value, node.value)
