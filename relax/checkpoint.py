@@ -54,7 +54,7 @@ __all__ = [
 # Names that are not yet, or no longer, checkpoints.
 _TMP = re.compile(r"tmp-(\d+)(-removed|-replaced)?")
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_FULL_WORDS = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "Disk quota")
+_FULL_WORDS = ("No space left", "File too large", "Disk quota", "RESOURCE_EXHAUSTED")
 
 
 class Checkpointer:
@@ -204,15 +204,15 @@ class Checkpointer:
     def _why_not_written(self, step: int, state, error: Exception) -> str:
         previous = self.steps()
         kept = f"checkpoint {previous[-1]} is intact" if previous else "there is no earlier one"
-        reason = str(error).strip().split("\n")[0][:300]
-        full = getattr(error, "errno", None) in _FULL or any(w in str(error) for w in _FULL_WORDS)
-        if not full:
+        said = [words for words in _FULL_WORDS if words in str(error)]
+        if not said and getattr(error, "errno", None) not in _FULL:
+            reason = str(error).strip().split("\n")[0][:300]
             return f"checkpoint {step} could not be written to '{self.directory}': {reason}; {kept}"
         free = shutil.disk_usage(_existing(self.directory)).free
         return (
             f"checkpoint {step} does not fit on the disk: it needs about {_size(tree_bytes(state))}"
-            f", '{self.directory}' has {_size(free)} free; {kept}. Free some space, or lower "
-            f"save_total_limit. ({reason})"
+            f", '{self.directory}' has {_size(free)} free ({said[0] if said else error}); {kept}. "
+            "Free some space, or lower save_total_limit."
         )
 
 

@@ -3,9 +3,11 @@
 `relax.checkpoint` says what the files are and which checkpoint is written or read when.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import zlib
@@ -119,7 +121,7 @@ def write(directory: Path, step: int, leaves: dict, progress: dict) -> None:
     full = {name: array for name, array in stored.items() if array.size}
     in_flight = max([_IN_FLIGHT_BYTES, *(array.nbytes for array in full.values())])
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight / 1e9 + 0.001)
-    with ocp.Checkpointer(handler) as orbax:
+    with _quiet(), ocp.Checkpointer(handler) as orbax:
         orbax.save(directory / _ARRAYS, full)
     fault.point("mid_write")
     (directory / STATE_FILE).write_bytes(info_bytes)
@@ -129,6 +131,18 @@ def write(directory: Path, step: int, leaves: dict, progress: dict) -> None:
     (directory / _CHECKSUMS).write_bytes(_seal({"leaves": sums, "files": files}))
     for path in [*directory.rglob("*"), directory]:
         fsync_path(path)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Orbax logs a traceback per thread for an error that it raises as well: once is enough."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _seal(sums: dict) -> bytes:
@@ -168,7 +182,7 @@ def read_arrays(path: Path, specs: dict) -> tuple[dict, list[str]]:
     full = {name: spec for name, spec in specs.items() if math.prod(spec["shape"])}
     how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in full}
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
             arrays = orbax.restore(path / _ARRAYS, restore_args=how)
     except Exception as error:
         raise CheckpointError(f"checkpoint '{path}' cannot be read: {error}") from error

@@ -75,12 +75,14 @@ def verify():
 for delay_s in delays_s:
     first = max(Checkpointer(root).steps(), default=-1) + 1
     pid = in_child(lambda: saves(root, first, first + 1000, size))
+    while first not in Checkpointer(root).steps():
+        time.sleep(0.005)
     time.sleep(delay_s)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     newest = max(Checkpointer(root).steps(), default=-1)
     print(json.dumps([first, newest, sorted(os.listdir(root))]), flush=True)
-    assert newest >= first - 1
+    assert newest >= first
     assert os.waitpid(in_child(verify), 0)[1] == 0
 """
 )
@@ -158,11 +160,10 @@ def test_a_kill_at_any_named_point_loses_no_committed_checkpoint(tmp_path):
 
 
 def test_a_kill_at_any_moment_leaves_the_previous_checkpoint(tmp_path):
-    delays_s = np.random.default_rng(0).uniform(0.02, 0.5, size=12).round(3).tolist()
+    delays_s = np.random.default_rng(0).uniform(0, 0.2, size=12).round(3).tolist()
     rounds = [json.loads(line) for line in drive(RANDOM_KILLS, tmp_path, json.dumps(delays_s))]
     rounds = [line for line in rounds if isinstance(line, list)]
     assert len(rounds) == 12
-    assert rounds[-1][1] > 0  # some saves were committed
     assert any(name.startswith("tmp-") for line in rounds for name in line[2])  # some cut short
 
 
