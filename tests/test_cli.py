@@ -1,0 +1,480 @@
+"""The strict command line: what is refused, what is read, and that nothing starts by mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import relax
+from relax.config import ConfigLoader, SFTConfig, options
+from relax.config import cli as command_line
+from relax.config.argv import read_command
+from relax.config.cli import run
+from relax.config.helptext import help_text
+from relax.config.names import ALIASES, RENAMED
+from relax.errors import ConfigError, DataError
+
+# Adding, renaming or removing a flag is a visible act: it changes this list.
+FLAGS = """
+adam_beta1 adam_beta2 adam_epsilon allow_config_change assistant_only_loss chat_template_path
+compilation_cache_dir completion_only_loss data_seed dataset_config dataset_name
+dataset_test_split dataset_text_field dataset_train_split debug_nans dtype eos_token
+eval_dataset_name eval_on_start eval_packing eval_steps eval_strategy grace_s
+gradient_accumulation_steps gradient_checkpointing learning_rate logging_steps loss_chunk_size
+lr_scheduler_type max_eval_batches max_grad_norm max_length max_steps model_name_or_path
+num_train_epochs output_dir overwrite_output_dir packing packing_strategy pad_to_multiple_of
+param_dtype per_device_eval_batch_size per_device_train_batch_size print_examples resume
+save_steps save_strategy save_total_limit seed shuffle_dataset system_prompt test_size
+truncation_mode warmup_steps weight_decay
+""".split()
+
+
+def started(*argv: str) -> SFTConfig | None:
+    """The configuration that `main` is called with; None when it is not called."""
+    configs = []
+    run(SFTConfig, configs.append, list(argv))
+    assert len(configs) <= 1
+    return configs[0] if configs else None
+
+
+def value(field: str, *argv: str):
+    """The value of one field after a command line."""
+    return started(*argv).flat()[field]
+
+
+def refused(capsys, *argv: str) -> list[str]:
+    """The `error:` lines of a command line that must start nothing and exit with 2."""
+    with pytest.raises(SystemExit) as caught:
+        run(SFTConfig, lambda config: pytest.fail("main was called"), list(argv))
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *errors, last = err.splitlines()
+    assert last.startswith("see --help: ")
+    assert all(line.startswith("error: ") for line in errors)
+    return [line.removeprefix("error: ") for line in errors]
+
+
+def test_the_list_of_flags_is_frozen():
+    assert sorted(options(SFTConfig)) == FLAGS
+
+
+def test_other_names_lead_to_fields_and_shadow_none():
+    assert set(ALIASES.values()) <= set(FLAGS)
+    assert {target.split()[0] for target in RENAMED.values()} <= set(FLAGS)
+    assert set(FLAGS).isdisjoint({*ALIASES, *RENAMED})
+
+
+def test_no_flag_reads_as_the_negation_of_another():
+    assert not [f for f in FLAGS for rest in (f[2:], f[3:]) if f[:2] == "no" and rest in FLAGS]
+
+
+def test_no_arguments_start_with_the_defaults():
+    assert started() == SFTConfig()
+
+
+READ = [
+    (["--learning_rate=3e-4"], "learning_rate", 3e-4),
+    (["--learning_rate", "1"], "learning_rate", 1.0),
+    (["--learning-rate", "3e-4"], "learning_rate", 3e-4),
+    (["--max_steps", "-1"], "max_steps", -1),
+    (["--max_steps=+5"], "max_steps", 5),
+    (["--packing"], "packing", True),
+    (["--packing", "true"], "packing", True),
+    (["--packing", "1"], "packing", True),
+    (["--packing=YES"], "packing", True),
+    (["--packing", "false"], "packing", False),
+    (["--packing=false"], "packing", False),
+    (["--packing", "no"], "packing", False),
+    (["--packing=0"], "packing", False),
+    (["--no_packing"], "packing", False),
+    (["--nopacking"], "packing", False),
+    (["--no-packing"], "packing", False),
+    (["--no-shuffle-dataset"], "shuffle_dataset", False),
+    (["--packing", "--seed", "3"], "packing", True),
+    (["--completion_only_loss"], "completion_only_loss", True),
+    (["--no_completion_only_loss"], "completion_only_loss", False),
+    (["--completion_only_loss=none"], "completion_only_loss", None),
+    (["--max_length", "none"], "max_length", None),
+    (["--max_length=Null"], "max_length", None),
+    (["--model_name_or_path=123"], "model_name_or_path", "123"),
+    (["--model_name_or_path", "1e10"], "model_name_or_path", "1e10"),
+    (["--model_name_or_path", "0x10"], "model_name_or_path", "0x10"),
+    (["--model_name_or_path", "1_000"], "model_name_or_path", "1_000"),
+    (["--model_name_or_path", "2024_01"], "model_name_or_path", "2024_01"),
+    (["--model_name_or_path", "main#1"], "model_name_or_path", "main#1"),
+    (["--model_name_or_path", "a,b"], "model_name_or_path", "a,b"),
+    (["--model_name_or_path", "a=b"], "model_name_or_path", "a=b"),
+    (["--model_name_or_path", "['a']"], "model_name_or_path", "['a']"),
+    (["--model_name_or_path", "none"], "model_name_or_path", None),
+    (["--output_dir", "None"], "output_dir", "None"),
+    (["--output_dir", "-1"], "output_dir", "-1"),
+    (["--output_dir=--help"], "output_dir", "--help"),
+    (["--system_prompt", "- be brief"], "system_prompt", "- be brief"),
+    (["--system_prompt", "--- be brief"], "system_prompt", "--- be brief"),
+    (["--system_prompt", " 'x' \"y\"\n"], "system_prompt", " 'x' \"y\"\n"),
+    (["--eval_strategy", "no"], "eval_strategy", "no"),
+    (["--lr_scheduler_type=cosine"], "lr_scheduler_type", "cosine"),
+    (["--warmup_ratio", "0.1"], "warmup_steps", 0.1),
+    (["--warmup-ratio=0.1"], "warmup_steps", 0.1),
+    (["--resume_from_checkpoint", "out/40"], "resume", "out/40"),
+    (["--allow_config_change=seed", "--resume=auto"], "allow_config_change", ["seed"]),
+    (["--allow_config_change", "seed,dtype", "--resume=auto"], "allow_config_change",
+     ["seed", "dtype"]),
+    (["--allow_config_change", '["seed", "dtype"]', "--resume=auto"], "allow_config_change",
+     ["seed", "dtype"]),
+    (["--allow_config_change=[]"], "allow_config_change", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "field", "expected"), READ, ids=[" ".join(a) for a, *_ in READ])
+def test_value_is_read_by_its_declared_type(argv, field, expected):
+    found = value(field, *argv)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+STRAY = "unexpected argument "
+REFUSED = [
+    # unknown and misspelt names
+    (["--learnng_rate=3e-4"], "unknown flag --learnng_rate. Did you mean --learning_rate?"),
+    (["--lerning_rate", "1e-3"], "unknown flag --lerning_rate. Did you mean --learning_rate?"),
+    (["--Learning_Rate=1"], "unknown flag --Learning_Rate. Did you mean --learning_rate?"),
+    (["--learning", "1"], "unknown flag --learning. Did you mean --learning_rate?"),
+    (["--no_packng"], "unknown flag --no_packng. Did you mean --no_packing?"),
+    (["--warmup_ration=0.1"], "unknown flag --warmup_ration. Did you mean --warmup_ratio?"),
+    (["--trace"], "unknown flag --trace."),
+    (["--FIRE_METADATA=1"], "unknown flag --FIRE_METADATA."),
+    (["--=5"], "unknown flag ''."),
+    (["--a b"], "unknown flag 'a b'."),
+    # names of other libraries
+    (["--max_seq_length", "9"], "--max_seq_length is not a name here. Use --max_length."),
+    (["--evaluation-strategy=no"],
+     "--evaluation_strategy is not a name here. Use --eval_strategy."),
+    (["--bf16"], "--bf16 is not a name here. Use --dtype bfloat16."),
+    (["--fp16", "true"], "--fp16 is not a name here. Use --dtype bfloat16"),
+    (["--no_cuda"], "--no_cuda is not a name here. Use --dtype"),
+    (["--model=gpt"], "--model is not a name here. Use --model_name_or_path."),
+    (["--dataset", "x"], "--dataset is not a name here. Use --dataset_name."),
+    (["--batch_size", "4"],
+     "--batch_size is not a name here. Use --per_device_train_batch_size."),
+    (["--epochs", "4"], "--epochs is not a name here. Use --num_train_epochs."),
+    (["--num_epochs", "4"], "--num_epochs is not a name here. Use --num_train_epochs."),
+    (["--lr", "4"], "--lr is not a name here. Use --learning_rate."),
+    (["--overwrite"], "--overwrite is not a name here. Use --overwrite_output_dir."),
+    # mistyped values
+    (["--packing", "stray"], "--packing must be true or false, got 'stray'"),
+    (["--packing="], "--packing must be true or false, got ''"),
+    (["--seed=1.5"], "--seed must be a whole number, got '1.5'"),
+    (["--seed=abc"], "--seed must be a whole number, got 'abc'"),
+    (["--seed=1_000"], "--seed must be a whole number, got '1_000'"),
+    (["--seed=1e3"], "--seed must be a whole number, got '1e3'"),
+    (["--seed", "\u0663"], "--seed must be a whole number, got '\u0663'"),
+    (["--seed", "-5x"], "--seed must be a whole number, got '-5x'"),
+    (["--seed=" + "9" * 5000], "--seed must be a whole number, got '9999"),
+    (["--seed=none"], "--seed must be a whole number, got 'none'"),
+    (["--learning_rate=1e--4"], "--learning_rate must be a finite number, got '1e--4'"),
+    (["--learning_rate=1e400"], "--learning_rate must be a finite number, got '1e400'"),
+    (["--learning_rate", "-inf"], "--learning_rate must be a finite number, got '-inf'"),
+    (["--learning_rate", "nan"], "--learning_rate must be a finite number, got 'nan'"),
+    (["--dtype", "fp32"], "--dtype must be one of float32, bfloat16, got 'fp32'"),
+    (["--output_dir="], "--output_dir must not be empty: leave it away to have the default"),
+    (["--output_dir", ""], "--output_dir must not be empty: leave it away to have the default"),
+    (["--allow_config_change=a,,b"], "--allow_config_change must be a list a,b without empty"),
+    (["--allow_config_change=[1]"], "--allow_config_change must be a list of texts, got [1]"),
+    (["--allow_config_change=[a"], "--allow_config_change must be a,b or a JSON list, got '[a'"),
+    (["--warmup_ratio=5"], "--warmup_ratio must be at least 0 and below 1, got 5.0."),
+    (["--print_config=maybe"], "--print_config must be true or false, got 'maybe'"),
+    # missing and superfluous values
+    (["--max_steps"], "--max_steps needs a value: --max_steps=INT"),
+    (["--max_steps", "--packing"], "--max_steps needs a value: --max_steps=INT"),
+    (["--dtype"], "--dtype needs a value: --dtype=float32|bfloat16"),
+    (["--config"], "--config needs a value"),
+    (["--no_packing", "false"], "--no_packing takes no value, got 'false': write --packing=false"),
+    (["--nopacking=true"], "--nopacking takes no value, got 'true': write --packing=true"),
+    (["--no_seed"], "--no_seed negates what is not true or false: write --seed=VALUE"),
+    # repeated flags, in any spelling
+    (["--seed=1", "--seed=2"], "--seed is given twice. Give it once."),
+    (["--test-size=0.1", "--test_size=0.1"],
+     "--test_size is given twice, as --test-size and as --test_size."),
+    (["--packing", "--no_packing"],
+     "--packing is given twice, as --packing and as --no_packing."),
+    (["--warmup_steps=0", "--warmup_ratio=0.1"],
+     "--warmup_steps is given twice, as --warmup_steps and as --warmup_ratio."),
+    (["--config=a.json", "--config=b.json"], "--config is given twice."),
+    # positional arguments
+    (["x"], STRAY + "'x': every argument is a --flag or the value of one."),
+    ([""], STRAY + "''"),
+    (["-"], STRAY + "'-'"),
+    (["--"], STRAY + "'--'"),
+    (["-1"], STRAY + "'-1'"),
+    (["--seed", "1", "evaluate"], STRAY + "'evaluate'"),
+    (["--packing", "false", "x"], STRAY + "'x'"),
+    (["learning_rate=1e-3"], STRAY + "'learning_rate=1e-3': every argument is a --flag or the "
+     "value of one. Did you mean --learning_rate=1e-3?"),
+    (["\u2014seed=1"], STRAY + "'\u2014seed=1': every argument is a --flag or the value of one. "
+     "Did you mean --seed=1?"),
+    (["--allow_config_change", "a", "b"], STRAY + "'b': every argument is a --flag or the value "
+     "of one. Lists have commas: --allow_config_change a,b"),
+    (["--system_prompt", "be", "brief"], STRAY + "'brief': every argument is a --flag or the "
+     "value of one. A value with spaces is put in quotes."),
+    # single dashes
+    (["-s", "3"], "one-letter flags do not exist, got -s. Write the name out."),
+    (["-l=3"], "one-letter flags do not exist, got -l."),
+    (["-seed", "3"], "a flag starts with two dashes, got -seed. Did you mean --seed?"),
+    (["-sed", "3"], "unknown flag --sed. Did you mean --seed?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[" ".join(a)[:40] for a, _ in REFUSED])
+def test_wrong_argument_is_refused_and_starts_nothing(capsys, argv, message):
+    errors = refused(capsys, *argv)
+    assert len(errors) == 1
+    assert errors[0].startswith(message)
+
+
+def test_two_extra_values_are_two_problems_of_which_none_is_bound(capsys):
+    errors = refused(capsys, "x", "5e-5", "--seed", "1", "extra1")
+    assert [e.split(":")[0] for e in errors] == [STRAY + repr(a) for a in ("x", "5e-5", "extra1")]
+
+
+def test_all_problems_are_listed_at_once(capsys):
+    errors = refused(capsys, "--lerning_rate=1", "--seed=x", "--max_steps", "--packing=maybe")
+    assert len(errors) == 4
+
+
+def test_contradictions_are_refused_like_wrong_arguments(capsys):
+    assert refused(capsys, "--eval_steps=5", "--packing", "--max_length=none") == [
+        "packing needs max_length: packed rows are that long; give max_length",
+        "eval_steps has no effect: eval_strategy is no; make it steps",
+    ]
+
+
+def test_config_file_is_read_and_flags_go_on_top(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_text('{"hyperparams": {"seed": 1, "max_steps": 5}}')
+    config = started("--config", str(path), "--max_steps", "9")
+    assert (config.hyperparams.seed, config.hyperparams.max_steps) == (1, 9)
+    path.write_text('{"sede": 1}')
+    assert refused(capsys, f"--config={path}") == [
+        f"{path}: unknown field sede. Did you mean seed?"
+    ]
+
+
+def test_print_config_prints_what_a_config_file_reads_and_starts_nothing(tmp_path, capsys):
+    assert started("--print-config", "--seed=7", "--system_prompt", "\u00fc\udc80") is None
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out)["hyperparams"]["seed"] == 7
+    path = tmp_path / "run.json"
+    path.write_text(out)
+    expected = SFTConfig().replace(seed=7, system_prompt="\u00fc\udc80")
+    assert ConfigLoader(path).load() == expected
+
+
+def test_print_config_refuses_what_a_run_would_refuse(capsys):
+    assert refused(capsys, "--print_config", "--eval_steps=5")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["-h"], ["--seed", "x", "--help"], ["--wrong", "-h"], ["--", "--help"]]
+)
+def test_help_starts_nothing_whatever_else_is_wrong(capsys, argv):
+    assert started(*argv) is None
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 40, 300])
+def test_help_shows_every_flag_with_type_default_and_help(width):
+    text = help_text(SFTConfig, "run_sft.py", width=width, colour=False)
+    words = text.split()
+    assert all(words.count(f"--{name}") == 1 for name in FLAGS)
+    assert all(len(line) <= min(max(width, 80), 120) for line in text.splitlines())
+    assert "\x1b" not in text
+    joined = " ".join(words)
+    assert "--learning_rate FLOAT Peak learning rate. [2e-05]" in joined
+    assert "--dtype float32|bfloat16 Precision of the computation. [float32]" in joined
+    assert "Also --warmup_ratio." in joined
+    assert "[outputs/sft]" in joined
+
+
+def test_help_is_grouped_by_section_and_bold_on_request():
+    text = help_text(SFTConfig, "run_sft.py", width=100, colour=True)
+    titles = [line[4:-4] for line in text.splitlines() if line.startswith("\x1b[1m")]
+    assert titles == [
+        "command line", "hyperparams", "model", "data", "profile", "inference", "output", "system",
+        "debug", "sft",
+    ]  # fmt: skip
+
+
+def test_error_of_relax_from_main_is_one_message_and_its_exit_code(capsys):
+    def main(config):
+        raise DataError("rows.jsonl:3: not an object")
+
+    with pytest.raises(SystemExit) as caught:
+        run(SFTConfig, main, [])
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "error: rows.jsonl:3: not an object\n")
+
+
+def test_interruption_of_main_ends_with_its_exit_code(capsys):
+    class Stopped(KeyboardInterrupt):
+        exit_code = 143
+
+    for stop, code in ((Stopped("stopped by SIGTERM"), 143), (KeyboardInterrupt(), 130)):
+
+        def main(config, stop=stop):
+            raise stop
+
+        with pytest.raises(SystemExit) as caught:
+            run(SFTConfig, main, [])
+        assert caught.value.code == code
+    assert capsys.readouterr().err == "stopped by SIGTERM\ninterrupted\n"
+
+
+def test_other_errors_of_main_keep_their_traceback():
+    def main(config):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(SFTConfig, main, [])
+
+
+def test_what_main_returns_is_neither_printed_nor_chained(capsys):
+    run(SFTConfig, lambda config: config, ["--seed=1"])
+    run(SFTConfig, lambda config: {"a": 1}, [])
+    run(SFTConfig, lambda config: "text", [])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_fire_dispatches_keyword_only_with_a_parser_for_each_flag(monkeypatch):
+    import fire
+
+    calls = []
+    original = fire.Fire
+
+    def spy(component, command, serialize):
+        calls.append((component, command))
+        return original(component, command=command, serialize=serialize)
+
+    monkeypatch.setattr(fire, "Fire", spy)
+    assert started("--seed", "3", "--no-packing").hyperparams.seed == 3
+    [(component, command)] = calls
+    assert command == ["--seed=3", "--packing=false"]
+    parameters = component.__signature__.parameters.values()
+    assert {p.kind for p in parameters} == {p.KEYWORD_ONLY for p in parameters}
+
+
+TYPED = [n for n, o in options(SFTConfig).items() if o.type is not str and o.type != str | None]
+TEXTS = st.text(st.characters(exclude_characters="\0"), max_size=30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(TYPED), TEXTS, st.booleans()), min_size=1, max_size=4))
+def test_random_values_raise_nothing_but_config_error(flags):
+    argv = []
+    for name, text, joined in flags:
+        argv += [f"--{name}={text}"] if joined else [f"--{name}", text]
+    try:
+        command = read_command(SFTConfig, argv)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert set(command.flags) <= set(TYPED)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.one_of(TEXTS, st.sampled_from(["-", "--", "--seed", "--no_packing", "=", "x"]))
+        | st.builds("--{}={}".format, st.sampled_from(FLAGS), TEXTS),
+        max_size=5,
+    )
+)
+def test_random_arguments_start_nothing_but_a_valid_configuration(argv):
+    def main(config):
+        config.validate()
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(command_line, "_refuse", raise_it)
+            patch.setattr("builtins.print", lambda *args, **kwargs: None)
+            run(SFTConfig, main, argv)
+    except ConfigError as error:
+        assert str(error)
+
+
+def raise_it(error):
+    raise error
+
+
+SCRIPT = """
+import sys
+from relax.config import SFTConfig
+from relax.config.cli import run
+
+def main(config):
+    print("started", config.hyperparams.seed)
+
+try:
+    run(SFTConfig, main)
+finally:
+    heavy = {"jax", "numpy", "flax", "transformers"} & set(sys.modules)
+    print("heavy:", sorted(heavy), "fire:", "fire" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs a real script with some arguments."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    root = str(Path(relax.__file__).parents[1])
+
+    def call(*argv):
+        return subprocess.run(
+            [sys.executable, str(path), *argv],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONPATH": root},
+        )
+
+    return call
+
+
+def test_script_refuses_before_anything_heavy_is_imported(script):
+    result = script("--lerning_rate", "1e-3")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: unknown flag --lerning_rate. Did you mean --learning_rate?",
+        "see --help: python script.py --help",
+        "heavy: [] fire: False",
+    ]
+
+
+def test_script_refuses_a_contradiction_before_anything_heavy_is_imported(script):
+    result = script("--eval_steps", "5")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[0].startswith("error: eval_steps has no effect: ")
+    assert "heavy: []" in result.stderr
+
+
+def test_script_helps_in_plain_text_where_there_is_no_terminal(script):
+    result = script("--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: python script.py ")
+    assert "\x1b" not in result.stdout
+    assert "heavy: []" in result.stderr
+
+
+def test_script_starts_with_good_arguments(script):
+    result = script("--seed", "3")
+    assert (result.returncode, result.stdout) == (0, "started 3\n")
+    assert result.stderr == "heavy: [] fire: True\n"
