@@ -12,7 +12,7 @@ class RelaxError(Exception):
 
 
 class ConfigError(RelaxError, ValueError):
-    """A flag or a field of a configuration is unknown, mistyped, contradictory or without effect."""
+    """A flag or a field is unknown, mistyped, contradictory or without effect."""
 
     exit_code = 2
 

@@ -5,6 +5,7 @@ from relax.losses.cross_entropy import (
     TokenSums,
     linear_cross_entropy,
     next_token_targets,
+    target_hits,
 )
 
-__all__ = ["IGNORED", "TokenSums", "linear_cross_entropy", "next_token_targets"]
+__all__ = ["IGNORED", "TokenSums", "linear_cross_entropy", "next_token_targets", "target_hits"]

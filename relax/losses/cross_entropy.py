@@ -1,6 +1,7 @@
 """Next-token cross-entropy from hidden states, without ever holding the logits of a whole batch.
 
-Axes: B batch, T tokens of a row, M = B * T tokens in all, C tokens of a chunk, D model, V vocabulary.
+Axes: B batch, T tokens of a row, M = B * T tokens in all, C tokens of a chunk, D model,
+V vocabulary.
 """
 
 import functools
@@ -60,6 +61,18 @@ def linear_cross_entropy(
     return TokenSums(*_sums(hidden, matrix, targets, min(chunk_size, hidden.shape[0])))
 
 
+def target_hits(
+    hidden: jax.Array, matrix: jax.Array, targets: jax.Array, *, chunk_size: int = 256
+) -> jax.Array:
+    """`[M]` bool: whether the most likely token is the target; shapes as `linear_cross_entropy`."""
+
+    def hits(row):
+        logits = jnp.einsum("D,VD->V", row[0], matrix, preferred_element_type=jnp.float32)
+        return logits.argmax() == row[1]
+
+    return jax.lax.map(hits, (hidden, targets), batch_size=chunk_size)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sums(hidden, matrix, targets, chunk_size):
     chunks = _chunks(hidden, targets, chunk_size)
@@ -77,9 +90,7 @@ def _sums_forward(hidden, matrix, targets, chunk_size):
 
         def trained(sums, d_matrix):
             sums, d_logits = _chunk_sums(matrix, sums, chunk)
-            d_hidden = jnp.einsum(
-                "CV,VD->CD", d_logits, matrix, preferred_element_type=jnp.float32
-            )
+            d_hidden = jnp.einsum("CV,VD->CD", d_logits, matrix, preferred_element_type=jnp.float32)
             d_matrix += jnp.einsum(
                 "CV,CD->VD", d_logits, chunk[0], preferred_element_type=jnp.float32
             )

@@ -1,7 +1,7 @@
 """Flax Linen decoder-only transformers, and Hugging Face directories."""
 
 from relax.models.config import RopeScaling, TransformerConfig
-from relax.models.pretrained import load_pretrained, save_pretrained
+from relax.models.pretrained import load_pretrained, read_pretrained_config, save_pretrained
 from relax.models.transformer import Transformer
 
 __all__ = [
@@ -9,5 +9,6 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "load_pretrained",
+    "read_pretrained_config",
     "save_pretrained",
 ]

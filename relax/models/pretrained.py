@@ -113,6 +113,11 @@ def save_pretrained(
     return path
 
 
+def read_pretrained_config(path: str | os.PathLike) -> TransformerConfig:
+    """The sizes of a Hugging Face directory's model, without its weights."""
+    return read_config(find_directory(path))[1]
+
+
 def find_directory(path: str | os.PathLike) -> Path:
     """A local model directory as it is; a hub name downloaded where there is a network."""
     directory = Path(path).expanduser()

@@ -108,9 +108,7 @@ class Transformer(nn.Module):
                 "lm_head", init, (c.vocab_size, c.hidden_size), self.param_dtype
             )
         block = nn.remat(Block) if self.gradient_checkpointing else Block
-        self.layers = [
-            block(c, self.dtype, self.param_dtype) for _ in range(c.num_hidden_layers)
-        ]
+        self.layers = [block(c, self.dtype, self.param_dtype) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
 
     def hidden_states(self, input_ids, positions=None, segment_ids=None):

@@ -21,6 +21,7 @@ class Event:
       epoch_length: loader items per epoch, None where the loader has no length.
       total_steps: updates of the whole run, None where unknown.
       batch: the batch, in `on_batch_begin` and `on_batch_end`.
+      evaluated: the step of the last validation, if there was one.
       stop: a callback asked for the end of the run.
       metrics: scalars (device arrays) of the update in `on_batch_end`, floats of the whole
         evaluation in `on_validation_end`.
@@ -34,6 +35,7 @@ class Event:
     epoch_length: int | None = None
     total_steps: int | None = None
     batch: Any = None
+    evaluated: int | None = None
     stop: bool = False
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -15,7 +15,7 @@ Axes: B batch, T tokens, D model.
 import jax
 import jax.numpy as jnp
 
-from relax.losses import linear_cross_entropy, next_token_targets
+from relax.losses import IGNORED, linear_cross_entropy, next_token_targets, target_hits
 from relax.trainers.trainer import Trainer, TrainState
 from relax.trainers.update import LossOutput, Sum
 
@@ -51,13 +51,7 @@ class SFTTrainer(Trainer):
 
     def compute_loss(self, params, batch) -> LossOutput:
         segment_ids = batch.get("segment_ids")
-        hidden = self.model.apply(
-            {"params": params},
-            batch["input_ids"],
-            batch.get("positions"),
-            segment_ids,
-            method="hidden_states",
-        )
+        hidden = self._hidden_states(params, batch)
         sums = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),  # [B, T, D] -> [M, D]
             self.model.output_matrix(params),
@@ -74,4 +68,43 @@ class SFTTrainer(Trainer):
                 "entropy": sums.entropy / trained,
                 "num_tokens": Sum(jnp.asarray(tokens, jnp.int32)),
             },
+        )
+
+    def exact_match(self, state: TrainState, loader) -> float:
+        """The share of rows whose trained tokens greedy decoding would write, every one of them.
+
+        Decoding writes what it is given to continue, so it meets the reference answer to the end
+        exactly where each of its tokens is the argmax after the ones before it.
+
+        Args:
+          state: its params are read.
+          loader: an iterable of batches of one document a row; rows without a target are left out.
+        """
+        hits = jax.jit(self._row_hits)
+        right = rows = 0
+        for batch in loader:
+            exact, counted = hits(state.params, batch)
+            right, rows = right + int(exact), rows + int(counted)
+        return right / max(rows, 1)
+
+    def _row_hits(self, params, batch):
+        targets = next_token_targets(batch["labels"])  # [B, T]
+        hidden = self._hidden_states(params, batch)
+        hits = target_hits(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.model.output_matrix(params),
+            targets.reshape(-1),
+            chunk_size=self.loss_chunk_size,
+        ).reshape(targets.shape)
+        counted = (targets != IGNORED).any(axis=1)  # [B]
+        exact = counted & (hits | (targets == IGNORED)).all(axis=1)
+        return exact.sum(), counted.sum()
+
+    def _hidden_states(self, params, batch):
+        return self.model.apply(
+            {"params": params},
+            batch["input_ids"],
+            batch.get("positions"),
+            batch.get("segment_ids"),
+            method="hidden_states",
         )

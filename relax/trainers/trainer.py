@@ -214,6 +214,7 @@ class Trainer(abc.ABC):
         max_steps: int | None = None,
         eval_loader=None,
         eval_steps: int | None = None,
+        eval_on_start: bool = False,
         max_eval_batches: int | None = None,
         checkpointer=None,
         save_steps: int | None = None,
@@ -231,8 +232,9 @@ class Trainer(abc.ABC):
           progress: what the checkpoint of `state` holds; without it the position follows from
             `state.step`, one update per item.
           max_steps: stop when so many updates are done in all.
-          eval_loader, eval_steps, max_eval_batches: validate every `eval_steps` updates, or at the
-            end of every epoch.
+          eval_loader, eval_steps, max_eval_batches: validate every `eval_steps` updates (None: at
+            the end of every epoch; 0: not), and at the end of the run.
+          eval_on_start: and before the first update.
           checkpointer: has `save(step, state, progress)`, see `relax.checkpoint`. Saves at the end
             and, with `save_steps`, every so many updates (0: at the end of every epoch).
 
@@ -244,8 +246,8 @@ class Trainer(abc.ABC):
                 raise ValueError("train needs a key, such as jax.random.key(0), or a state.")
             state = self.create_train_state(key)
         run = _Run(
-            self, train_loader, num_epochs, max_steps, eval_loader, eval_steps, max_eval_batches,
-            checkpointer, save_steps,
+            self, train_loader, num_epochs, max_steps, eval_loader, eval_steps, eval_on_start,
+            max_eval_batches, checkpointer, save_steps,
         )  # fmt: skip
         with Interrupt() as interrupt:
             interrupt.arm()
@@ -262,6 +264,7 @@ class _Run:
     max_steps: int | None
     eval_loader: Any
     eval_steps: int | None
+    eval_on_start: bool
     max_eval_batches: int | None
     checkpointer: Any
     save_steps: int | None
@@ -270,6 +273,8 @@ class _Run:
         event = self._start(state, progress)
         saved = None if progress is None else event.step
         event = self._call("on_train_begin", event)
+        if self.eval_on_start and event.step == 0:
+            event = self._validate(event)
         while event.epoch < self.num_epochs and not self._ended(event, interrupt):
             if event.position == 0:
                 event = self._call("on_epoch_begin", event)
@@ -287,6 +292,8 @@ class _Run:
                 event = self._end_epoch(event)
                 if self.save_steps == 0:
                     event, saved = self._save(event), event.step
+        if interrupt.requested is None:
+            event = self._validate(event)
         if self.checkpointer is not None and saved != event.step:
             event = self._save(event)
         self._call("on_train_end", event)
@@ -309,6 +316,7 @@ class _Run:
             position=progress["position"],
             epoch_length=length,
             total_steps=min(limits, default=None),
+            evaluated=progress.get("evaluated"),
         )
 
     def _ended(self, event: Event, interrupt) -> bool:
@@ -340,15 +348,15 @@ class _Run:
         return dataclasses.replace(event, epoch=event.epoch + 1, position=0)
 
     def _validate(self, event: Event) -> Event:
-        if self.eval_loader is None:
+        if self.eval_loader is None or event.evaluated == event.step:
             return event
         event = self._call("on_validation_begin", event)
         metrics = self.trainer._evaluate(event.state, self.eval_loader, self.max_eval_batches)
         event = self._call("on_validation_end", dataclasses.replace(event, metrics=metrics))
-        return dataclasses.replace(event, metrics={})
+        return dataclasses.replace(event, metrics={}, evaluated=event.step)
 
     def _save(self, event: Event) -> Event:
-        progress = {"epoch": event.epoch, "position": event.position}
+        progress = {name: getattr(event, name) for name in ("epoch", "position", "evaluated")}
         progress["callbacks"] = hooks.state_dicts(self.trainer.callbacks)
         self.checkpointer.save(event.step, event.state, progress)
         return self._call("on_save", event)

@@ -1,0 +1,227 @@
+"""The parts of a run, made from its configuration: tokenizer, model, data, optimizer, trainer."""
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from relax import data
+from relax.config import TrainerConfig, resolve_steps
+from relax.data.loader import epoch_order
+from relax.errors import ConfigError, DataError
+from relax.models import Transformer, TransformerConfig, load_pretrained, read_pretrained_config
+from relax.trainers.optimizer import adamw, learning_rate_schedule
+
+# The model that is trained from scratch where none is named: 0.8 M parameters.
+EMBEDDED_MODEL = TransformerConfig(
+    vocab_size=261,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """What a run trains and evaluates on.
+
+    Attributes:
+      train: the loader of updates.
+      eval: the loader to evaluate on, or None.
+      reports: by the name under which each is shown.
+      digest: of all tokens and labels: a resumed run must find the same.
+    """
+
+    train: data.DataLoader
+    eval: data.DataLoader | None
+    reports: dict[str, data.DataReport]
+    digest: str
+
+
+def make_tokenizer(config: TrainerConfig):
+    """The model's tokenizer, or the embedded one."""
+    path, template, eos = (
+        config.model.model_name_or_path,
+        config.profile.chat_template_path,
+        config.data.eos_token,
+    )
+    if path is None:
+        return data.arithmetic_tokenizer()
+    return data.load_tokenizer(path, template, eos)
+
+
+def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, dict | None]:
+    """The model, and its parameters where it has any to begin with and `weights` asks for them."""
+    path = config.model.model_name_or_path
+    options = {
+        "param_dtype": jnp.dtype(config.model.param_dtype),
+        "gradient_checkpointing": config.hyperparams.gradient_checkpointing,
+    }
+    dtype = jnp.dtype(config.model.dtype)
+    if path is not None and weights:
+        return load_pretrained(path, dtype, **options)
+    shape = EMBEDDED_MODEL if path is None else read_pretrained_config(path)
+    return Transformer(shape, dtype, **options), None
+
+
+def make_data(config: TrainerConfig, tokenizer, shape: TransformerConfig) -> Datasets:
+    """Reads, tokenises and batches everything before anything is compiled."""
+    train_rows, eval_rows = _rows(config)
+    options = _format_options(config)
+    loaders, reports, digest = {}, {}, 0
+    for name, rows in {"training data": train_rows, "evaluation data": eval_rows}.items():
+        if rows is None:
+            continue
+        examples, reports[name] = data.prepare(rows, tokenizer, options, shape.vocab_size)
+        loaders[name] = _loader(config, examples, training=name == "training data")
+        strategy = _packing(config, training=name == "training data")
+        if strategy:
+            reports[name] = reports[name].with_packing(strategy, loaders[name])
+        digest = zlib.crc32(
+            examples.labels.tobytes(), zlib.crc32(examples.input_ids.tobytes(), digest)
+        )
+        longest = max(loaders[name].bucket_lengths)
+        if longest > shape.max_position_embeddings:
+            raise DataError(
+                f"{name}: batches are up to {longest} tokens long, and the model has "
+                f"{shape.max_position_embeddings} positions. "
+                f"Pass --max_length {shape.max_position_embeddings}."
+            )
+    return Datasets(
+        loaders["training data"], loaders.get("evaluation data"), reports, f"{digest:08x}"
+    )
+
+
+def total_steps(config: TrainerConfig, loader) -> int:
+    """Updates of the whole run."""
+    if config.hyperparams.max_steps > 0:
+        return config.hyperparams.max_steps
+    return config.hyperparams.num_train_epochs * len(loader)
+
+
+def make_optimizer(config: TrainerConfig, steps: int):
+    """AdamW with the configured course of the learning rate over `steps` updates."""
+    h = config.hyperparams
+    schedule = learning_rate_schedule(
+        h.lr_scheduler_type, h.learning_rate, steps, resolve_steps(h.warmup_steps, steps)
+    )
+    return adamw(
+        schedule,
+        b1=h.adam_beta1,
+        b2=h.adam_beta2,
+        eps=h.adam_epsilon,
+        weight_decay=h.weight_decay,
+    )
+
+
+def eval_interval(config: TrainerConfig, steps: int) -> int | None:
+    """`eval_steps` of `Trainer.train`: None at every epoch's end, 0 only at the run's."""
+    inference = config.inference
+    if inference.eval_strategy == "steps":
+        return resolve_steps(inference.eval_steps or config.output.logging_steps, steps)
+    return None if inference.eval_strategy == "epoch" else 0
+
+
+def save_interval(config: TrainerConfig, steps: int) -> int | None:
+    """`save_steps` of `Trainer.train`: 0 at every epoch's end, None only at the run's."""
+    output = config.output
+    if output.save_strategy == "steps":
+        return resolve_steps(output.save_steps, steps)
+    return 0 if output.save_strategy == "epoch" else None
+
+
+def _rows(config: TrainerConfig):
+    """Rows to train on, and rows to evaluate on or None."""
+    d = config.data
+    if d.dataset_name is None:
+        return data.arithmetic_rows("train"), data.arithmetic_rows("test")
+    train = data.read_rows(d.dataset_name, d.dataset_train_split, d.dataset_config)
+    if d.eval_dataset_name is not None:
+        return train, data.read_rows(d.eval_dataset_name, d.dataset_test_split)
+    if d.test_size:
+        return _split(train, resolve_steps(d.test_size, len(train)), _data_seed(config))
+    if config.inference.eval_strategy == "no":
+        return train, None
+    if Path(d.dataset_name).is_file():
+        raise ConfigError(
+            f"eval_strategy {config.inference.eval_strategy} needs rows to evaluate on: pass "
+            "--eval_dataset_name FILE, or --test_size 0.1 to hold out a tenth of the rows."
+        )
+    return train, data.read_rows(d.dataset_name, d.dataset_test_split, d.dataset_config)
+
+
+def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]:
+    """Holds out `size` rows, drawn by the seed; both parts stay in the file's order."""
+    if size >= len(rows):
+        raise ConfigError(
+            f"test_size must leave rows to train on, got {size} of {len(rows)} rows. Lower it."
+        )
+    held_out = sorted(epoch_order(len(rows), seed, 0)[:size].tolist())
+    chosen = set(held_out)
+    kept = [i for i in range(len(rows)) if i not in chosen]
+
+    def part(indices):
+        origins = [rows.origin(i) for i in indices]
+        return data.Rows([rows.rows[i] for i in indices], origins.__getitem__)
+
+    return part(kept), part(held_out)
+
+
+def _format_options(config: TrainerConfig) -> data.FormatOptions:
+    d = config.data
+    # The two strategies that split long rows keep every token: nothing is cut before them.
+    splits = d.packing and d.packing_strategy != "bfd"
+    return data.FormatOptions(
+        text_field=d.dataset_text_field,
+        completion_only_loss=config.sft.completion_only_loss,
+        assistant_only_loss=config.sft.assistant_only_loss,
+        system_prompt=config.profile.system_prompt,
+        eos_token=d.eos_token,
+        max_length=None if splits else d.max_length,
+        truncation_mode=d.truncation_mode,
+    )
+
+
+def _packing(config: TrainerConfig, *, training: bool) -> str | None:
+    d = config.data
+    packs = d.packing if training or d.eval_packing is None else d.eval_packing
+    return d.packing_strategy if packs else None
+
+
+def _loader(config: TrainerConfig, examples, *, training: bool) -> data.DataLoader:
+    h = config.hyperparams
+    rows = config.inference.per_device_eval_batch_size
+    if training:
+        rows = h.per_device_train_batch_size * h.gradient_accumulation_steps
+    packing = _packing(config, training=training)
+    return data.DataLoader(
+        examples,
+        rows,
+        seed=_data_seed(config),
+        shuffle=training and config.data.shuffle_dataset,
+        packing=packing,
+        max_length=config.data.max_length if packing else None,
+        pad_to_multiple_of=config.data.pad_to_multiple_of or 8,
+    )
+
+
+def _data_seed(config: TrainerConfig) -> int:
+    h = config.hyperparams
+    return h.seed if h.data_seed is None else h.data_seed
+
+
+def make_state(trainer, params, seed: int):
+    """The state before the first update; `params` (or None: fresh ones) are taken over."""
+    from relax.trainers import TrainState
+
+    key = jax.random.key(seed)
+    if params is None:
+        return trainer.create_train_state(key)
+    return TrainState.create(params=params, optimizer=trainer.optimizer, rng=key)

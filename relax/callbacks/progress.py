@@ -1,0 +1,96 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+
+import time
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from relax.trainers.callback import Callback, Event
+
+
+class Progress(Callback):
+    """Step, epoch, loss, learning rate, tokens per second, time left; and a line when compiling.
+
+    Args:
+      console: where to; None: a console on standard output.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._bar: Bar | None = None
+        self._task = None
+        self._shapes: set = set()
+        self._compiling: tuple[str, float] | None = None
+        self._total: int | None = None
+
+    def on_train_begin(self, event: Event) -> None:
+        self._total = event.total_steps
+        if not self.console.is_terminal:
+            return
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(
+            self._where(event), total=event.total_steps, completed=event.step, values=""
+        )
+        self._bar.start()
+
+    def on_train_end(self, event: Event) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_batch_begin(self, event: Event) -> None:
+        shape = str(jax.tree.map(np.shape, event.batch))
+        if shape in self._shapes:
+            return
+        self._shapes.add(shape)
+        sizes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(event.batch)}
+        rows = " x ".join(map(str, max(sizes, key=len)))
+        self._compiling = (rows, time.monotonic())
+        self.console.print(f"compiling the train step for batches of {rows} ...")
+
+    def on_batch_end(self, event: Event) -> None:
+        if self._compiling:
+            rows, start_s = self._compiling
+            jax.block_until_ready(event.metrics)
+            seconds = time.monotonic() - start_s
+            self.console.print(f"compiled for {rows}, and one step taken, in {seconds:.1f} s")
+            self._compiling = None
+        if self._bar is not None:
+            self._bar.update(self._task, completed=event.step, description=self._where(event))
+
+    def show(self, record: dict) -> None:
+        """Takes a record of `MetricsLog`, as one of its listeners."""
+        names = {
+            "loss": "loss {:.4f}",
+            "learning_rate": "lr {:.2e}",
+            "grad_norm": "grad norm {:.3f}",
+            "mean_token_accuracy": "accuracy {:.3f}",
+            "tokens_per_second": "{:,.0f} tokens/s",
+            "skipped_steps": "{} skipped",
+            "eval_loss": "evaluation loss {:.4f}",
+            "eval_mean_token_accuracy": "accuracy {:.3f}",
+        }
+        shown = [
+            text.format(record[name])
+            for name, text in names.items()
+            if name in record and not (name == "skipped_steps" and record[name] == 0)
+        ]
+        if self._bar is not None and "eval_loss" not in record:
+            self._bar.update(self._task, values="  ".join(shown))
+            return
+        total = f"/{self._total}" if self._total else ""
+        where = f"step {record['step']}{total}  epoch {record['epoch']:.2f}"
+        self.console.print("  ".join([where, *shown]))
+
+    def _where(self, event: Event) -> str:
+        total = f"/{event.total_steps}" if event.total_steps else ""
+        return f"step {event.step}{total}  epoch {event.epochs_done:.2f}"

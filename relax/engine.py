@@ -1,0 +1,262 @@
+"""From a configuration to a finished run: data, model, optimizer, training, model directory."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from relax import assemble, data
+from relax.callbacks import MetricsLog, Progress
+from relax.checkpoint import Checkpointer, check_space, restore_checkpoint, tree_bytes
+from relax.config import ConfigLoader, TrainerConfig, resolve_steps
+from relax.cpu_memory import keep_freed_memory
+from relax.errors import CheckpointError, ConfigError
+from relax.models import save_pretrained
+from relax.run_dir import RunDir, check_same_config, write_json
+from relax.trainers import SFTTrainer
+from relax.trainers.interrupt import Interrupt, Interrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class JobResult:
+    """What a job leaves.
+
+    Attributes:
+      state: the final state.
+      metrics: of the last evaluation; for the embedded task `exact_match_before` and
+        `exact_match` as well.
+      output_dir: the run's directory.
+      model_dir: the Hugging Face directory of the trained model; None where the run was stopped.
+    """
+
+    state: Any
+    metrics: dict[str, float]
+    output_dir: Path
+    model_dir: Path | None
+
+
+class TrainerEngine:
+    """Runs jobs, one after the other.
+
+    Args:
+      console: where progress is shown; None: standard output.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False, soft_wrap=True)
+
+    def run_job(self, config: TrainerConfig) -> JobResult:
+        """Carries out one configuration.
+
+        Raises:
+          RelaxError: something about the configuration, the data, the model or the disk.
+          Interrupted: Ctrl-C or SIGTERM, after saving; the command that goes on was printed.
+        """
+        config.validate()
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
+        with contextlib.ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt(grace_s=config.system.grace_s))
+            run_dir = stack.enter_context(RunDir(config.output.output_dir))
+            if config.debug.debug_nans:
+                stack.enter_context(jax.debug_nans(True))
+            if config.system.compilation_cache_dir:
+                jax.config.update("jax_compilation_cache_dir", config.system.compilation_cache_dir)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.showwarning = self._show_warning
+            job = _Job(config, run_dir, self.console)
+            result = job.run()
+            if interrupt.requested is not None:
+                self.console.print(f"stopped after step {int(result.state.step)}. To go on:")
+                self.console.print(f"  {job.resume_command()}", markup=False)
+                raise Interrupted(interrupt.requested)
+        return result
+
+    def _show_warning(self, message, *_):
+        self.console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class _Job:
+    """One run, from its configuration to its model directory."""
+
+    def __init__(self, config: TrainerConfig, run_dir: RunDir, console: Console):
+        self.config, self.run_dir, self.console = config, run_dir, console
+        self.start_s = time.monotonic()
+        self.metrics: dict[str, float] = {}
+        output = config.output
+        self.start = run_dir.prepare(output.resume, output.overwrite_output_dir, console.print)
+        self.checkpointer = Checkpointer(
+            run_dir.checkpoints, save_total_limit=output.save_total_limit, warn=warnings.warn
+        )
+
+    def run(self) -> JobResult:
+        config = self.config
+        self._check_same_config()
+        tokenizer = assemble.make_tokenizer(config)
+        model, params = assemble.make_model(config, weights=self.start is None)
+        datasets = assemble.make_data(config, tokenizer, model.config)
+        self._show_data(datasets)
+        steps = assemble.total_steps(config, datasets.train)
+        trainer = self._trainer(model, steps)
+        state, progress = self._start_state(trainer, params)
+        params = None  # the state has taken them over, and the first update reuses their memory
+        self._check_space(state, steps)
+        self._show_plan(state, steps)
+        self._write_config(datasets)
+        embedded = config.data.dataset_name is None
+        if embedded and progress is None:
+            self._exact_match("exact_match_before", trainer, state, datasets.eval)
+        state = trainer.train(
+            datasets.train,
+            num_epochs=math.ceil(steps / len(datasets.train)),
+            state=state,
+            progress=progress,
+            max_steps=steps,
+            eval_loader=datasets.eval,
+            eval_steps=assemble.eval_interval(config, steps),
+            eval_on_start=config.inference.eval_on_start,
+            max_eval_batches=config.inference.max_eval_batches,
+            checkpointer=self.checkpointer if config.output.save_strategy != "no" else None,
+            save_steps=assemble.save_interval(config, steps),
+        )
+        if int(state.step) < steps:
+            return JobResult(state, self.metrics, self.run_dir.path, None)
+        if embedded:
+            self._exact_match("exact_match", trainer, state, datasets.eval)
+        model_dir = self._export(model, state, tokenizer)
+        self._show_summary(model_dir)
+        return JobResult(state, self.metrics, self.run_dir.path, model_dir)
+
+    def resume_command(self) -> str:
+        """What a person types to go on with this run."""
+        script = sys.argv[0] if sys.argv[0].endswith(".py") else f"run_{self.config.algorithm}.py"
+        config = str(self.run_dir.path / "config.json")
+        return shlex.join(["python", script, "--config", config, "--resume", "auto"])
+
+    def _trainer(self, model, steps: int) -> SFTTrainer:
+        config = self.config
+        progress = Progress(self.console)
+        log = MetricsLog(
+            self.run_dir.path / "metrics.jsonl",
+            resolve_steps(config.output.logging_steps, steps),
+            listeners=(progress.show, self._remember),
+        )
+        return SFTTrainer(
+            model,
+            assemble.make_optimizer(config, steps),
+            loss_chunk_size=config.sft.loss_chunk_size,
+            gradient_accumulation_steps=config.hyperparams.gradient_accumulation_steps,
+            max_grad_norm=config.hyperparams.max_grad_norm,
+            callbacks=(log, progress),
+        )
+
+    def _remember(self, record: dict) -> None:
+        self.metrics |= {n: v for n, v in record.items() if n.startswith("eval_")}
+
+    def _start_state(self, trainer, params):
+        """`(state, progress)`: fresh, or from the checkpoint to resume from."""
+        seed = self.config.hyperparams.seed
+        if self.start is None:
+            return assemble.make_state(trainer, params, seed), None
+        template = jax.eval_shape(trainer.create_train_state, jax.random.key(seed))
+        if self.start == "auto":
+            state, progress, step = self.checkpointer.restore(template)
+        else:
+            state, progress, step = restore_checkpoint(self.start, template, warn=warnings.warn)
+        self.console.print(f"resuming after step {step}")
+        return state, progress
+
+    def _old_run(self) -> Path:
+        return self.run_dir.path if self.start == "auto" else Path(self.start).parent.parent
+
+    def _check_same_config(self) -> None:
+        file = None if self.start is None else self._old_run() / "config.json"
+        if file is None or not file.exists():
+            return
+        old = ConfigLoader(file, type(self.config)).load().flat()
+        allow = self.config.output.allow_config_change
+        for line in check_same_config(old, self.config.flat(), allow):
+            self.console.print(f"changed since the run began: {line}", markup=False)
+
+    def _write_config(self, datasets) -> None:
+        file = self.run_dir.path / "data.json"
+        if self.start is not None:
+            old = self._old_run() / "data.json"
+            digest = json.loads(old.read_text())["digest"] if old.exists() else datasets.digest
+            allowed = "dataset_name" in self.config.output.allow_config_change
+            if digest != datasets.digest and not allowed:
+                raise ConfigError(
+                    "a resumed run must see the data that it began with, and the tokens of "
+                    f"{self.config.data.dataset_name} have changed since. Restore the files, or "
+                    "pass --allow_config_change dataset_name to go on all the same."
+                )
+        reports = {name: report.to_dict() for name, report in datasets.reports.items()}
+        write_json(file, {"digest": datasets.digest, "reports": reports})
+        saved = self.config.replace(
+            resume="never", overwrite_output_dir=False, allow_config_change=[]
+        )
+        write_json(self.run_dir.path / "config.json", saved.to_dict())
+
+    def _check_space(self, state, steps: int) -> None:
+        """Room for the checkpoints that will exist at once, and for the model directory."""
+        output = self.config.output
+        every = assemble.save_interval(self.config, steps)
+        copies = 0
+        if output.save_strategy != "no":
+            copies = 1 + (steps // every if every else 0)
+            if output.save_total_limit is not None:
+                copies = min(copies, output.save_total_limit + 1)
+        nbytes = max(tree_bytes(state), 1)
+        extra = math.ceil(tree_bytes(state.params) / nbytes)
+        check_space(self.run_dir.path, nbytes, copies + extra)
+
+    def _exact_match(self, name: str, trainer, state, loader) -> None:
+        self.metrics[name] = trainer.exact_match(state, loader)
+        when = "before training" if name.endswith("before") else "after training"
+        self.console.print(f"held-out exact match {when}: {self.metrics[name]:.1%}")
+
+    def _export(self, model, state, tokenizer) -> Path:
+        model_dir = self.run_dir.path / "final"
+        try:
+            return save_pretrained(model_dir, model, state.params, tokenizer)
+        except OSError as error:
+            raise CheckpointError(
+                f"the model could not be written to '{model_dir}': {error.strerror or error}. The "
+                f"checkpoints are intact; make room and run: {self.resume_command()}"
+            ) from error
+
+    def _show_data(self, datasets) -> None:
+        for name, report in datasets.reports.items():
+            examples = self.config.debug.print_examples if name == "training data" else 0
+            data.render(report, self.console, examples, title=name)
+
+    def _show_plan(self, state, steps: int) -> None:
+        h = self.config.hyperparams
+        rows = h.per_device_train_batch_size * h.gradient_accumulation_steps
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        self.console.print(
+            f"training {parameters:,} parameters for {steps:,} updates of {rows} rows "
+            f"({h.per_device_train_batch_size} x {h.gradient_accumulation_steps}) on "
+            f"{jax.devices()[0].device_kind}, {self.config.model.dtype}"
+        )
+
+    def _show_summary(self, model_dir: Path) -> None:
+        seconds = time.monotonic() - self.start_s
+        self.console.print(f"done in {seconds:.0f} s")
+        for name in ("eval_loss", "exact_match_before", "exact_match"):
+            if name in self.metrics:
+                self.console.print(f"  {name:20} {self.metrics[name]:.4f}")
+        paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
+        if self.config.output.save_strategy != "no":
+            paths["checkpoints"] = self.run_dir.checkpoints
+        for name, path in paths.items():
+            self.console.print(f"  {name:20} {path}", markup=False)

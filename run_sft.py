@@ -1,0 +1,14 @@
+"""Supervised fine-tuning from the command line: `python run_sft.py --help`."""
+
+from relax.config import SFTConfig
+from relax.config.cli import run
+
+
+def main(config: SFTConfig) -> None:
+    from relax.engine import TrainerEngine
+
+    TrainerEngine().run_job(config)
+
+
+if __name__ == "__main__":
+    run(SFTConfig, main)
