@@ -158,11 +158,10 @@ def test_a_directory_without_data_files_is_refused(tmp_path):
         read_rows(tmp_path)
 
 
-def test_one_file_is_not_also_its_own_test_split(tmp_path):
-    path = write(tmp_path / "data.jsonl", jsonl(ROWS))
-    with pytest.raises(DataError, match="which is the split 'train': it has no split 'test'"):
-        read_rows(path, "test")
-    assert read_rows(write(tmp_path / "test.jsonl", jsonl(ROWS)), "test").rows == ROWS
+def test_one_file_is_the_split_it_is_asked_for_as_unless_it_is_named_train(tmp_path):
+    assert read_rows(write(tmp_path / "held_out.jsonl", jsonl(ROWS)), "test").rows == ROWS
+    with pytest.raises(DataError, match="holds the split 'train' by its name, not 'test'"):
+        read_rows(write(tmp_path / "train.jsonl", jsonl(ROWS)), "test")
 
 
 def test_what_is_neither_a_file_nor_a_hub_name_is_one_clear_error(tmp_path):

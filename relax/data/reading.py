@@ -34,7 +34,8 @@ def read_rows(dataset, split: str = "train", config: str | None = None) -> Rows:
       dataset: a .jsonl, .json or .parquet file; a directory of them; a hub name; a list or other
         iterable of dicts (a `datasets.Dataset` is one); a mapping of split names to such iterables.
       split: which one. In a directory the files named after it (train.jsonl, or
-        train-00000-of-00002.parquet); where no file is named after a split, all are `train`.
+        train-00000-of-00002.parquet); where no file is named after a split, all are `train`. One
+        file is whatever it is asked for as, unless it is named after `train`.
       config: a subdirectory: hub data sets keep each of their configurations in one.
 
     Raises:
@@ -103,11 +104,9 @@ def _config_folder(path: Path, directory: Path, split: str) -> str:
 def _single_file(path: Path, split: str) -> Path:
     if path.suffix not in _SUFFIXES:
         raise DataError(f"cannot read {str(path)!r}: a data file ends in {', '.join(_SUFFIXES)}.")
-    name = _SHARD.sub("", path.stem)
-    if split != "train" and not re.fullmatch(re.escape(split) + r"([-_.\d].*)?", name):
-        raise DataError(
-            f"{str(path)!r} is one file, which is the split 'train': it has no split {split!r}."
-        )
+    # A file is what it is asked for as, but training rows are no rows to evaluate on.
+    if split != "train" and re.fullmatch(r"train([-_.\d].*)?", path.stem):
+        raise DataError(f"{str(path)!r} holds the split 'train' by its name, not {split!r}.")
     return path
 
 
