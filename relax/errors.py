@@ -1,4 +1,4 @@
-"""The errors that ReLax raises on purpose: each message says what is wrong, the value, and what to do.
+"""The errors that ReLax raises on purpose: each says what is wrong, the value, and what to do.
 
 A script prints the message of a `RelaxError` without a traceback and exits with its `exit_code`:
 1 for a run that failed, 2 for a usage, configuration, data or model problem found before the run.

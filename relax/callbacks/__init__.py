@@ -1,4 +1,4 @@
-"""What composes with a trainer: metrics, progress. A user's own callbacks derive from `Callback`."""
+"""What composes with a trainer. A user's own callbacks derive from `Callback`."""
 
 from relax.callbacks.metrics import MetricsLog
 from relax.callbacks.progress import Progress

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line every `logging_steps` updates and one per evaluation, each exactly once."""
+"""metrics.jsonl: a line every `logging_steps` updates, one per evaluation, each exactly once."""
 
 import json
 import math

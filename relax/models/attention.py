@@ -8,9 +8,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from relax.models.config import RopeScaling, TransformerConfig
 
+SAVED = "attention"  # the name under which a checkpoint policy finds what attention keeps
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # far from −inf, so that no row becomes NaN
 
 
@@ -78,8 +80,48 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     q = (q * H**-0.5).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H)
     k = k.transpose(0, 2, 1, 3).reshape(B * K, -1, H)
     v = v.transpose(0, 2, 1, 3).reshape(B * K, -1, H)
-    scores = jnp.einsum("XTH,XSH->XTS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, T, -1), LOWEST)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(B * K, G * T, -1).astype(v.dtype)
-    out = jnp.einsum("XTS,XSH->XTH", weights, v)
+    out = _attend(q, k, v, mask)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, mask):
+    return _forward(q, k, v, mask)[0]
+
+
+def _forward(q, k, v, mask):
+    """Keeps the output and one number per query for the backward pass, never a [T, S] array.
+
+    Dao et al., FlashAttention, 2022, section 3.1 and appendix B.2.
+    """
+    scores = _scores(q, k, mask)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("XTS,XSH->XTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = checkpoint_name((out / total).astype(v.dtype), SAVED)
+    log_total = checkpoint_name(top + jnp.log(total), SAVED)
+    return out, (q, k, v, mask, out, log_total)
+
+
+def _backward(residuals, d_out):
+    q, k, v, mask, out, log_total = residuals
+    weights = jnp.exp(_scores(q, k, mask) - log_total)
+    d_weights = jnp.einsum("XTH,XSH->XTS", d_out, v, preferred_element_type=jnp.float32)
+    mean = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    d_scores = (weights * (d_weights - mean)).astype(q.dtype)
+    d_q = jnp.einsum("XTS,XSH->XTH", d_scores, k)
+    d_k = jnp.einsum("XTS,XTH->XSH", d_scores, q)
+    d_v = jnp.einsum("XTS,XTH->XSH", weights.astype(v.dtype), d_out)
+    return d_q, d_k, d_v, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(q, k, mask):
+    """`[X, G * T, S]` float32, LOWEST where a query may not see a key."""
+    scores = jnp.einsum("XTH,XSH->XTS", q, k, preferred_element_type=jnp.float32)
+    B, T, S = mask.shape
+    split = scores.reshape(B, -1, T, S)  # [B, K * G, T, S]
+    return jnp.where(mask[:, None], split, LOWEST).reshape(scores.shape)

@@ -11,8 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from relax.models.attention import attend, attention_mask, rotary_angles, rotate
+from relax.models.attention import SAVED, attend, attention_mask, rotary_angles, rotate
 from relax.models.config import TransformerConfig
+from relax.models.remat import checkpointed
+
+# Under gradient checkpointing a layer keeps what its matrix products and its attention gave, and
+# computes norms, rotations and products of gates again: no matrix product is done twice.
+SAVED_OUTPUTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(SAVED),
+)
 
 
 class RMSNorm(nn.Module):
@@ -89,7 +97,7 @@ class Transformer(nn.Module):
       config: sizes and switches.
       dtype: of the computation; norms, softmax, rotary positions and logits stay in float32.
       param_dtype: of the parameters.
-      gradient_checkpointing: recompute each layer in the backward pass instead of storing it.
+      gradient_checkpointing: keep less of each layer for the backward pass (`SAVED_OUTPUTS`).
     """
 
     config: TransformerConfig
@@ -107,8 +115,7 @@ class Transformer(nn.Module):
             self.lm_head = self.param(
                 "lm_head", init, (c.vocab_size, c.hidden_size), self.param_dtype
             )
-        block = nn.remat(Block) if self.gradient_checkpointing else Block
-        self.layers = [block(c, self.dtype, self.param_dtype) for _ in range(c.num_hidden_layers)]
+        self.layers = [Block(c, self.dtype, self.param_dtype) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
 
     def hidden_states(self, input_ids, positions=None, segment_ids=None):
@@ -130,8 +137,18 @@ class Transformer(nn.Module):
         mask = attention_mask(segment_ids, B, T)
         x = self.embed_tokens[input_ids.reshape(-1)].astype(self.dtype)  # [M, D]
         for layer in self.layers:
-            x = layer(x, angles, mask)
+            x = self._run(layer, x, (angles, mask))
         return self.norm(x).reshape(B, T, -1)
+
+    def _run(self, layer, x, constants):
+        if not self.gradient_checkpointing or self.is_initializing():
+            return layer(x, *constants)
+        block = Block(self.config, self.dtype, self.param_dtype, parent=None)
+
+        def apply(params, x, constants):
+            return block.apply({"params": params}, x, *constants)
+
+        return checkpointed(apply, SAVED_OUTPUTS)(layer.variables["params"], x, constants)
 
     def __call__(self, input_ids, positions=None, segment_ids=None):
         hidden = self.hidden_states(input_ids, positions, segment_ids)
