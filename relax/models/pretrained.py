@@ -1,9 +1,11 @@
 """Hugging Face model directories to (model, params) and back: safetensors only, strictly.
 
-Reading checks names, shapes, dtypes and shard paths before a tensor is touched; a directory with a
+Reading checks names, shapes, dtypes and file paths before a tensor is touched; a directory with a
 missing, extra or misshapen tensor is refused with the list of them. No model code is ever run.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,14 +19,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from relax.errors import ModelLoadError
+from relax.errors import ModelLoadError, RelaxError
 from relax.models.config import TransformerConfig
 from relax.models.families import family_of
 from relax.models.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 5_000_000_000  # a shard is larger only where one tensor is
+JSON_BYTES = 50_000_000  # the longest indices of real models are a fifth of that
+MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {"F32", "F16", "BF16", "F64"}
 
 
@@ -54,11 +59,11 @@ def load_pretrained(
     family, config = read_config(directory)
     model = Transformer(config, jnp.dtype(dtype), jnp.dtype(param_dtype), gradient_checkpointing)
     expected = expected_tensors(family, config)
-    files = _tensor_files(directory)
+    files = _tensor_files(directory, family)
     _check_tensors(directory, expected, files)
     flat = {}
     for file, names in _by_file(expected, files).items():
-        with safe_open(directory / file, framework="numpy") as tensors:
+        with _open(directory, file) as tensors:
             for name in names:
                 ours, _ = expected[name]
                 array = tensors.get_tensor(name)
@@ -79,33 +84,33 @@ def save_pretrained(
       path: the directory.
       model, params: as `load_pretrained` gives them.
       tokenizer: written beside them, with its chat template.
-      dtype: of the tensors in the file; None: as they are.
+      dtype: of the tensors in the file; None: the narrowest that holds all of them exactly.
 
     Returns:
       The directory.
+
+    Raises:
+      RelaxError: `path` is a file, or a directory with more in it than a model.
+      ValueError: `params` are not those of the model.
     """
-    path = Path(path)
+    path = Path(path).expanduser().resolve()
+    _check_replaceable(path)
     family = family_of("llama")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    leaves = _named_leaves(family, model, params)
+    if dtype is None:  # one that holds every leaf exactly: transformers loads all in this one
+        dtype = jnp.result_type(*(leaf.dtype for leaf, _ in leaves.values()))
+    temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        flat = flax.traverse_util.flatten_dict(params)
-        names = {ours: name for name, (ours, _) in expected_tensors(family, model.config).items()}
-        tensors = {}
-        for ours, name in names.items():
-            array = np.asarray(jax.device_get(flat[ours]))
-            array = array.T if ours[-1] == "kernel" else array
-            tensors[name] = np.ascontiguousarray(array if dtype is None else array.astype(dtype))
-        _write_shards(temporary, tensors)
-        dtypes = {str(array.dtype) for array in tensors.values()}
-        config = family.to_hugging_face(model.config) | {"dtype": dtypes.pop()}
-        generation = {}
+        _write_shards(temporary, leaves, np.dtype(dtype))
+        ids = dict.fromkeys(TOKEN_IDS)  # null, since transformers takes 1 and 2 for absent ones
         if tokenizer is not None:
-            generation = _token_ids(tokenizer)
-            config |= generation
+            ids = _token_ids(tokenizer)
             tokenizer.save_pretrained(temporary)
+        config = family.to_hugging_face(model.config) | {"dtype": np.dtype(dtype).name} | ids
         _write_json(temporary / "config.json", config)
+        generation = {name: token_id for name, token_id in ids.items() if token_id is not None}
         _write_json(temporary / "generation_config.json", generation)
         _replace(temporary, path)
     finally:
@@ -120,11 +125,11 @@ def read_pretrained_config(path: str | os.PathLike) -> TransformerConfig:
 
 def find_directory(path: str | os.PathLike) -> Path:
     """A local model directory as it is; a hub name downloaded where there is a network."""
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
     name = str(path)
-    if directory.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    directory = Path(os.path.expanduser(name))
+    if os.path.isdir(directory):
+        return directory
+    if os.path.lexists(directory) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelLoadError(
             f"no model directory at '{name}'. Give a directory with config.json and "
             "model.safetensors, or a hub name such as owner/model."
@@ -132,8 +137,8 @@ def find_directory(path: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=files))
+        files = [f"*{suffix}" for suffix in sorted(MODEL_FILES)]
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
     except Exception as error:  # the hub client raises a dozen kinds, none of ours
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelLoadError(
@@ -143,67 +148,118 @@ def find_directory(path: str | os.PathLike) -> Path:
 
 def read_config(directory: Path):
     """`(family, TransformerConfig)` from config.json."""
-    file = directory / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelLoadError(f"'{directory}' has no config.json: it is no model.") from None
-    except (ValueError, OSError) as error:
-        raise ModelLoadError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ModelLoadError(f"{file}: must hold an object, got {type(fields).__name__}.")
-    family = family_of(fields.get("model_type"), where=str(file))
-    try:
-        return family, family.from_hugging_face(fields, where=str(file))
-    except (TypeError, KeyError) as error:
-        raise ModelLoadError(f"{file}: a field is missing or mistyped: {error}") from error
+    fields = _read_json(directory, "config.json")
+    where = str(directory / "config.json")
+    family = family_of(fields.get("model_type"), where)
+    return family, family.from_hugging_face(fields, where)
 
 
 def expected_tensors(family, config: TransformerConfig) -> dict[str, tuple[tuple, tuple]]:
     """Name in the file -> (path in our params, shape in the file), for every tensor of a model."""
-    model = Transformer(config)
+    # Layers are alike: tracing one of them is enough, and takes the same time for a deep model.
+    model = Transformer(dataclasses.replace(config, num_hidden_layers=1))
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     expected = {}
     for path, leaf in flax.traverse_util.flatten_dict(shapes).items():
         shape = leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape
-        expected[family.tensor_name(path)] = (path, shape)
+        paths = [path]
+        if path[0] == "layers_0":
+            paths = [(f"layers_{i}", *path[1:]) for i in range(config.num_hidden_layers)]
+        expected |= {family.tensor_name(ours): (ours, shape) for ours in paths}
     return expected
 
 
-def _tensor_files(directory: Path) -> dict[str, str]:
-    """Tensor name -> shard file, from the index or from the single file."""
-    index = directory / INDEX
-    if not index.exists():
-        if not (directory / SINGLE).exists():
-            raise ModelLoadError(f"'{directory}' has neither {SINGLE} nor {INDEX}.")
-        return dict.fromkeys(_header(directory, SINGLE), SINGLE)
+def _file(directory: Path, name: str) -> Path:
+    """The path of a file of a model directory: a regular file, and no link that leads out of it.
+
+    The hub's cache keeps the files of a snapshot in `blobs` folders, of the repository or of the
+    whole cache, and links to them; that is not leaving it.
+    """
+    root = Path(os.path.realpath(directory))
+    stores = [root]
+    if root.parent.name == "snapshots":
+        repository = root.parent.parent
+        stores += [repository / "blobs", repository.parent / "blobs"]
+    if name != os.path.basename(name):
+        raise ModelLoadError(f"'{directory}': {name!r} is not the plain name of a file in it.")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = dict(weight_map)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelLoadError(f"{index}: no weight_map of tensor names to files: {error}") from error
-    found = {}
-    for file in sorted(set(files.values()), key=str):
-        found |= dict.fromkeys(_header(directory, file), file)
+        target = Path(os.path.realpath(root / name))
+        regular, there = target.is_file(), os.path.lexists(root / name)
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise ModelLoadError(f"'{directory}': no file can be named {name!r}: {error}") from None
+    if not there:
+        raise ModelLoadError(f"'{directory}' has no {name}.")
+    if not any(target.is_relative_to(store) for store in stores):
+        raise ModelLoadError(
+            f"'{directory}': {name} is a link that leads out of the directory, to '{target}'. "
+            "Copy the file instead."
+        )
+    if not regular:
+        raise ModelLoadError(f"'{directory}': {name} is no regular file.")
+    return target
+
+
+def _read_json(directory: Path, name: str) -> dict:
+    file = _file(directory, name)
+    where = directory / name
+    try:
+        size = file.stat().st_size
+        if size > JSON_BYTES:
+            raise ModelLoadError(f"{where}: {size:,} bytes are too many; at most {JSON_BYTES:,}.")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ModelLoadError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelLoadError(f"{where}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{where}: must hold an object, got {type(value).__name__}.")
+    return value
+
+
+@contextlib.contextmanager
+def _open(directory: Path, name: str):
+    """A safetensors file; what goes wrong while it is open is told with its name."""
+    path = _file(directory, name)
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        where = directory / name
+        raise ModelLoadError(f"{where}: not a readable safetensors file: {error}") from error
+
+
+def _tensor_files(directory: Path, family) -> dict[str, str]:
+    """Tensor name -> shard file, from the index or from the single file."""
+    single, index = (os.path.lexists(directory / name) for name in (SINGLE, INDEX))
+    if not single and not index:
+        raise ModelLoadError(
+            f"'{directory}' has neither {SINGLE} nor {INDEX}. Other formats are not read: save the "
+            "model with transformers' save_pretrained."
+        )
+    if not index:
+        return _tensor_names(directory, SINGLE, family)
+    files = _read_json(directory, INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ModelLoadError(f"{directory / INDEX}: no weight_map of tensor names to files.")
+    shards = sorted(set(files.values()))
+    if single and SINGLE not in shards:
+        raise ModelLoadError(
+            f"'{directory}' has both {SINGLE} and an index of other files. Remove one of them."
+        )
+    files = {name: file for name, file in files.items() if not name.endswith(family.DERIVED)}
+    found: dict[str, str] = {}
+    for file in shards:
+        found |= _tensor_names(directory, file, family)
     wrong = sorted(name for name in files | found if files.get(name) != found.get(name))
     if wrong:
-        raise ModelLoadError(f"{index} disagrees with the shards about {_some(wrong)}.")
+        raise ModelLoadError(f"{directory / INDEX} disagrees with the files about {_some(wrong)}.")
     return files
 
 
-def _header(directory: Path, file) -> list[str]:
-    """The tensor names of a shard; its name must be a plain file's, inside the directory."""
-    plain = isinstance(file, str) and file == os.path.basename(file) and file not in ("", "..")
-    path = directory / file if plain else None
-    # The hub's cache links its files into a store beside the snapshot, which is not leaving it.
-    if not plain or not path.is_file():
-        raise ModelLoadError(f"'{directory}': the shard {file!r} is no plain file in it.")
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            return list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{path}: not a readable safetensors file: {error}") from error
+def _tensor_names(directory: Path, file: str, family) -> dict[str, str]:
+    with _open(directory, file) as tensors:
+        return {name: file for name in tensors.keys() if not name.endswith(family.DERIVED)}
 
 
 def _check_tensors(directory: Path, expected: Mapping, files: Mapping[str, str]) -> None:
@@ -215,7 +271,7 @@ def _check_tensors(directory: Path, expected: Mapping, files: Mapping[str, str])
     if extra:
         problems.append(f"{len(extra)} not in the architecture: {_some(extra)}")
     for file, names in _by_file(expected, files).items():
-        with safe_open(directory / file, framework="numpy") as tensors:
+        with _open(directory, file) as tensors:
             for name in names:
                 piece = tensors.get_slice(name)
                 shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
@@ -227,7 +283,7 @@ def _check_tensors(directory: Path, expected: Mapping, files: Mapping[str, str])
         hint = ""
         if "lm_head.weight" in missing + extra:
             hint = " Is tie_word_embeddings in config.json right?"
-        raise ModelLoadError(f"tensors of '{directory}': {'; '.join(problems[:8])}.{hint}")
+        raise ModelLoadError(f"tensors of '{directory}': {_some(problems, '; ')}.{hint}")
 
 
 def _by_file(expected: Mapping, files: Mapping[str, str]) -> dict[str, list[str]]:
@@ -238,51 +294,100 @@ def _by_file(expected: Mapping, files: Mapping[str, str]) -> dict[str, list[str]
     return shards
 
 
-def _write_shards(directory: Path, tensors: dict[str, np.ndarray]) -> None:
+def _named_leaves(family, model: Transformer, params) -> dict[str, tuple[jax.Array, bool]]:
+    """Name in the file -> (leaf, whether the file holds it transposed)."""
+    flat = flax.traverse_util.flatten_dict(params)
+    expected = expected_tensors(family, model.config)
+    wrong = [f"no {'/'.join(ours)}" for ours, _ in expected.values() if ours not in flat]
+    wrong += [
+        f"unknown {'/'.join(ours)}" for ours in flat.keys() - {o for o, _ in expected.values()}
+    ]
+    leaves = {}
+    for name, (ours, shape) in expected.items():
+        if ours in flat:
+            leaf, transposed = flat[ours], ours[-1] == "kernel"
+            leaves[name] = (leaf, transposed)
+            if (leaf.shape[::-1] if transposed else leaf.shape) != shape:
+                wrong.append(f"{'/'.join(ours)} of shape {leaf.shape}")
+    if wrong:
+        raise ValueError(f"params are not those of the model: {_some(sorted(wrong))}.")
+    return leaves
+
+
+def _write_shards(directory: Path, leaves: Mapping, dtype: np.dtype) -> None:
     shards: list[list[str]] = [[]]
-    size = 0
-    for name, array in tensors.items():
-        if shards[-1] and size + array.nbytes > SHARD_BYTES:
+    size = total = 0
+    for name, (leaf, _) in leaves.items():
+        nbytes = leaf.size * dtype.itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += array.nbytes
+        size += nbytes
+        total += nbytes
     if len(shards) == 1:
-        save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
+        _write_shard(directory / SINGLE, leaves, dtype)
         return
     weight_map = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({n: tensors[n] for n in names}, directory / file, metadata={"format": "pt"})
+        _write_shard(directory / file, {name: leaves[name] for name in names}, dtype)
         weight_map |= dict.fromkeys(names, file)
-    total = sum(array.nbytes for array in tensors.values())
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _token_ids(tokenizer) -> dict:
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+def _write_shard(path: Path, leaves: Mapping, dtype: np.dtype) -> None:
+    tensors = {}
+    for name, (leaf, transposed) in leaves.items():
+        array = np.asarray(jax.device_get(leaf))
+        tensors[name] = np.ascontiguousarray(array.T if transposed else array, dtype)
+    path.touch()
+    mode = path.stat().st_mode  # what the umask says; safetensors lets nobody else read its files
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _token_ids(tokenizer) -> dict[str, int | None]:
+    ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
     if ids["pad_token_id"] == ids["eos_token_id"]:
         # Whoever masks padding by its id would mask the end of every answer with it.
-        del ids["pad_token_id"]
-    return {name: token_id for name, token_id in ids.items() if token_id is not None}
+        ids["pad_token_id"] = None
+    return ids
 
 
 def _write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_replaceable(path: Path) -> None:
+    """What is at `path` will be deleted, so it must be a model and nothing else."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RelaxError(f"'{path}' is a file; a model is saved as a directory. Choose another.")
+    other = [f.name for f in path.iterdir() if f.suffix not in MODEL_FILES or f.is_dir()]
+    if other:
+        raise RelaxError(
+            f"'{path}' holds more than a model, which saving would delete: {_some(sorted(other))}. "
+            "Choose another directory, or move them away."
+        )
+
+
 def _replace(temporary: Path, path: Path) -> None:
     """Puts a finished directory in its place; what was there is out of the way until then."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old")
     if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
-    os.rename(temporary, path)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: list[str], separator: str = ", ", most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
