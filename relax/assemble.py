@@ -28,6 +28,9 @@ EMBEDDED_MODEL = TransformerConfig(
 )
 
 
+TRAINING, EVALUATION = "training data", "evaluation data"
+
+
 @dataclasses.dataclass(frozen=True)
 class Datasets:
     """What a run trains and evaluates on.
@@ -47,14 +50,11 @@ class Datasets:
 
 def make_tokenizer(config: TrainerConfig):
     """The model's tokenizer, or the embedded one."""
-    path, template, eos = (
-        config.model.model_name_or_path,
-        config.profile.chat_template_path,
-        config.data.eos_token,
-    )
+    path = config.model.model_name_or_path
+    changes = (config.profile.chat_template_path, config.data.eos_token)
     if path is None:
-        return data.arithmetic_tokenizer()
-    return data.load_tokenizer(path, template, eos)
+        return data.adapt_tokenizer(data.arithmetic_tokenizer(), *changes)
+    return data.load_tokenizer(path, *changes)
 
 
 def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, dict | None]:
@@ -74,14 +74,14 @@ def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, di
 def make_data(config: TrainerConfig, tokenizer, shape: TransformerConfig) -> Datasets:
     """Reads, tokenises and batches everything before anything is compiled."""
     train_rows, eval_rows = _rows(config)
-    options = _format_options(config)
     loaders, reports, digest = {}, {}, 0
-    for name, rows in {"training data": train_rows, "evaluation data": eval_rows}.items():
+    for name, rows in {TRAINING: train_rows, EVALUATION: eval_rows}.items():
         if rows is None:
             continue
+        strategy = _packing(config, training=name == TRAINING)
+        options = _format_options(config, strategy)
         examples, reports[name] = data.prepare(rows, tokenizer, options, shape.vocab_size)
-        loaders[name] = _loader(config, examples, training=name == "training data")
-        strategy = _packing(config, training=name == "training data")
+        loaders[name] = _loader(config, examples, strategy, training=name == TRAINING)
         if strategy:
             reports[name] = reports[name].with_packing(strategy, loaders[name])
         digest = zlib.crc32(
@@ -94,9 +94,7 @@ def make_data(config: TrainerConfig, tokenizer, shape: TransformerConfig) -> Dat
                 f"{shape.max_position_embeddings} positions. "
                 f"Pass --max_length {shape.max_position_embeddings}."
             )
-    return Datasets(
-        loaders["training data"], loaders.get("evaluation data"), reports, f"{digest:08x}"
-    )
+    return Datasets(loaders[TRAINING], loaders.get(EVALUATION), reports, f"{digest:08x}")
 
 
 def total_steps(config: TrainerConfig, loader) -> int:
@@ -147,12 +145,12 @@ def _rows(config: TrainerConfig):
         return train, data.read_rows(d.eval_dataset_name, d.dataset_test_split)
     if d.test_size:
         return _split(train, resolve_steps(d.test_size, len(train)), _data_seed(config))
-    if config.inference.eval_strategy == "no":
+    if config.inference.eval_strategy == "no" and not config.inference.eval_on_start:
         return train, None
     if Path(d.dataset_name).is_file():
         raise ConfigError(
-            f"eval_strategy {config.inference.eval_strategy} needs rows to evaluate on: pass "
-            "--eval_dataset_name FILE, or --test_size 0.1 to hold out a tenth of the rows."
+            "eval_strategy and eval_on_start need rows to evaluate on: pass --eval_dataset_name "
+            "FILE, or --test_size 0.1 to hold out a tenth of the rows."
         )
     return train, data.read_rows(d.dataset_name, d.dataset_test_split, d.dataset_config)
 
@@ -174,10 +172,10 @@ def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]
     return part(kept), part(held_out)
 
 
-def _format_options(config: TrainerConfig) -> data.FormatOptions:
+def _format_options(config: TrainerConfig, strategy: str | None) -> data.FormatOptions:
     d = config.data
     # The two strategies that split long rows keep every token: nothing is cut before them.
-    splits = d.packing and d.packing_strategy != "bfd"
+    splits = strategy not in (None, "bfd")
     return data.FormatOptions(
         text_field=d.dataset_text_field,
         completion_only_loss=config.sft.completion_only_loss,
@@ -195,12 +193,18 @@ def _packing(config: TrainerConfig, *, training: bool) -> str | None:
     return d.packing_strategy if packs else None
 
 
-def _loader(config: TrainerConfig, examples, *, training: bool) -> data.DataLoader:
+def plain_loader(config: TrainerConfig, examples) -> data.DataLoader:
+    """Rows to evaluate on, one example each, in the given order."""
+    return _loader(config, examples, None, training=False)
+
+
+def _loader(
+    config: TrainerConfig, examples, packing: str | None, *, training: bool
+) -> data.DataLoader:
     h = config.hyperparams
     rows = config.inference.per_device_eval_batch_size
     if training:
         rows = h.per_device_train_batch_size * h.gradient_accumulation_steps
-    packing = _packing(config, training=training)
     return data.DataLoader(
         examples,
         rows,

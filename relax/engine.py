@@ -18,7 +18,6 @@ from relax import assemble, data
 from relax.callbacks import MetricsLog, Progress
 from relax.checkpoint import Checkpointer, check_space, restore_checkpoint, tree_bytes
 from relax.config import ConfigLoader, TrainerConfig, resolve_steps
-from relax.cpu_memory import keep_freed_memory
 from relax.errors import CheckpointError, ConfigError
 from relax.models import save_pretrained
 from relax.run_dir import RunDir, check_same_config, write_json
@@ -62,8 +61,6 @@ class TrainerEngine:
           Interrupted: Ctrl-C or SIGTERM, after saving; the command that goes on was printed.
         """
         config.validate()
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
         with contextlib.ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt(grace_s=config.system.grace_s))
             run_dir = stack.enter_context(RunDir(config.output.output_dir))
@@ -97,6 +94,7 @@ class _Job:
         self.checkpointer = Checkpointer(
             run_dir.checkpoints, save_total_limit=output.save_total_limit, warn=warnings.warn
         )
+        self.checkpointer.sweep()
 
     def run(self) -> JobResult:
         config = self.config
@@ -220,6 +218,7 @@ class _Job:
         check_space(self.run_dir.path, nbytes, copies + extra)
 
     def _exact_match(self, name: str, trainer, state, loader) -> None:
+        loader = assemble.plain_loader(self.config, loader.examples)
         self.metrics[name] = trainer.exact_match(state, loader)
         when = "before training" if name.endswith("before") else "after training"
         self.console.print(f"held-out exact match {when}: {self.metrics[name]:.1%}")

@@ -16,7 +16,14 @@ from typing import Literal
 from relax.errors import ConfigError
 
 # All that a run writes, hence all that overwriting may delete.
-RUN_FILES = ("config.json", "metrics.jsonl", "status.json", "report.html", "bad_batch.jsonl")
+RUN_FILES = (
+    "config.json",
+    "data.json",
+    "metrics.jsonl",
+    "status.json",
+    "report.html",
+    "bad_batch.jsonl",
+)
 RUN_FOLDERS = ("checkpoints", "final", "samples", "events")
 STATE_FILE = "relax_state.json"
 

@@ -75,7 +75,7 @@ def test_no_flag_reads_as_the_negation_of_another():
 
 
 def test_no_arguments_start_with_the_defaults():
-    assert started() == SFTConfig()
+    assert started() == SFTConfig().replace(**SFTConfig.embedded)
 
 
 READ = [
@@ -273,7 +273,7 @@ def test_print_config_prints_what_a_config_file_reads_and_starts_nothing(tmp_pat
     assert json.loads(out)["hyperparams"]["seed"] == 7
     path = tmp_path / "run.json"
     path.write_text(out)
-    expected = SFTConfig().replace(seed=7, system_prompt="\u00fc\udc80")
+    expected = SFTConfig().replace(**SFTConfig.embedded, seed=7, system_prompt="\u00fc\udc80")
     assert ConfigLoader(path).load() == expected
 
 

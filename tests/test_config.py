@@ -167,8 +167,6 @@ UNUSED = [
     ({"packing": True, "pad_to_multiple_of": 8}, "pad_to_multiple_of"),
     ({"eval_steps": 5}, "eval_steps"),
     ({"eval_steps": 5, "eval_strategy": "epoch"}, "eval_steps"),
-    (DATA | {"eval_dataset_name": "x"}, "eval_dataset_name"),
-    (DATA | {"test_size": 5}, "test_size"),
     (DATA | {"dataset_test_split": "dev"}, "dataset_test_split"),
     (DATA | {"per_device_eval_batch_size": 2}, "per_device_eval_batch_size"),
     (DATA | {"max_eval_batches": 2}, "max_eval_batches"),
@@ -338,14 +336,24 @@ system_prompt: |
 
 def test_yaml_is_read_with_the_scalars_of_json(tmp_path):
     config = ConfigLoader(write(tmp_path, YAML, "run.yaml")).load()
-    assert diff(SFTConfig(), config) == [
-        ("learning_rate", 2e-5, 1e-4),
+    assert diff(SFTConfig().replace(**SFTConfig.embedded), config) == [
+        ("learning_rate", 3e-3, 1e-4),
         ("seed", 42, 3),
         ("packing", False, True),
         ("system_prompt", None, "two\nlines\n"),
         ("resume", "never", "auto"),
         ("allow_config_change", [], ["seed", "max_steps"]),
     ]
+
+
+def test_embedded_defaults_hold_where_nothing_is_named_and_yield_to_what_is_given():
+    config = create_default_config(learning_rate=1e-3)
+    assert config.hyperparams.learning_rate == 1e-3
+    assert config.hyperparams.max_steps == SFTConfig.embedded["max_steps"]
+    assert create_default_config(num_train_epochs=2).hyperparams.max_steps == -1
+    assert create_default_config(model_path="x").hyperparams == SFTConfig().hyperparams
+    assert create_default_config(dataset_path="x").hyperparams == SFTConfig().hyperparams
+    assert create_default_config(packing=True, lr_scheduler_type="constant").data.packing
 
 
 BAD_FILES = [

@@ -1,6 +1,6 @@
 """The rules a configuration is held to: types, ranges, contradictions, options without effect.
 
-"Given" means different from the default: a saved configuration spells out every field, and must
+"Given" means different from the default, and from the embedded run's: a saved configuration spells out every field, and must
 load again.
 """
 
@@ -21,7 +21,9 @@ _LIMITS = {
 }
 
 
-def problems(known: dict[str, Option], values: dict[str, Any]) -> list[str]:
+def problems(
+    known: dict[str, Option], values: dict[str, Any], embedded: dict[str, Any]
+) -> list[str]:
     """Everything that is wrong with the values of a configuration, one sentence each.
 
     Where a value is of a wrong type, only the types are reported: nothing else can be told then.
@@ -32,7 +34,7 @@ def problems(known: dict[str, Option], values: dict[str, Any]) -> list[str]:
     found = [p for name, option in known.items() for p in _range(option, values[name])]
 
     def given(name: str) -> bool:
-        return values[name] != known[name].default
+        return values[name] not in (known[name].default, embedded.get(name, known[name].default))
 
     for rules in (_run, _data, _packing, _evaluation, _output):
         found += rules(values, given)
@@ -119,20 +121,18 @@ def _packing(values: dict[str, Any], given: Given) -> Iterator[str]:
 def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
     if given("eval_steps") and values["eval_strategy"] != "steps":
         yield _unused("eval_steps", f"eval_strategy is {values['eval_strategy']}; make it steps")
-    if values["eval_strategy"] != "no" or values["eval_on_start"]:
-        return
-    if values["dataset_name"] is None:
-        return  # the embedded run measures its held-out part at the end in any case
+    asked = values["eval_strategy"] != "no" or values["eval_on_start"]
+    held_out = given("eval_dataset_name") or given("test_size") or values["dataset_name"] is None
+    if asked or held_out:
+        return  # rows that are held out are evaluated at the end in any case
     for name in (
-        "eval_dataset_name",
-        "test_size",
         "dataset_test_split",
         "eval_packing",
         "per_device_eval_batch_size",
         "max_eval_batches",
     ):
         if given(name):
-            yield _unused(name, "nothing is evaluated; give eval_strategy or eval_on_start")
+            yield _unused(name, "no row is held out; give eval_dataset_name or test_size")
 
 
 def _output(values: dict[str, Any], given: Given) -> Iterator[str]:

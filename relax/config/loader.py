@@ -40,10 +40,7 @@ class ConfigLoader:
         fields = {}
         if self.path is not None:
             fields = _fields(read_file(self.path), self.config_class, f"{self.path}: ")
-        fields |= _fields(args, self.config_class, "")
-        config = self.config_class().replace(**fields)
-        config.validate()
-        return config
+        return _make(self.config_class, fields | _fields(args, self.config_class, ""))
 
 
 def from_dict(data: dict[str, Any], config_class: type[TrainerConfig] = SFTConfig) -> TrainerConfig:
@@ -52,9 +49,7 @@ def from_dict(data: dict[str, Any], config_class: type[TrainerConfig] = SFTConfi
     >>> from_dict({"hyperparams": {"seed": 1}, "packing": True}).data.packing
     True
     """
-    config = config_class().replace(**_fields(data, config_class, ""))
-    config.validate()
-    return config
+    return _make(config_class, _fields(data, config_class, ""))
 
 
 def create_default_config(
@@ -75,6 +70,12 @@ def create_default_config(
     if both:
         raise ConfigError(f"{both[0]} is given twice: as a field and as a path. Give one of them.")
     return from_dict(named | fields, config_class)
+
+
+def _make(config_class: type[TrainerConfig], fields: dict[str, Any]) -> TrainerConfig:
+    config = config_class().replace(**config_class.defaults_for(fields) | fields)
+    config.validate()
+    return config
 
 
 def _fields(data: dict[str, Any], config_class: type[TrainerConfig], where: str) -> dict[str, Any]:

@@ -188,6 +188,7 @@ class TrainerConfig:
     """What all algorithms share; an algorithm adds one section of its own."""
 
     algorithm: ClassVar[str] = ""
+    embedded: ClassVar[dict[str, Any]] = {}
 
     hyperparams: Hyperparams = section(Hyperparams)
     model: ModelConfig = section(ModelConfig)
@@ -226,9 +227,22 @@ class TrainerConfig:
             setattr(getattr(new, known[name].section), name, value)
         return new
 
+    @classmethod
+    def defaults_for(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The defaults that change because of what is given: those of the embedded run.
+
+        They hold where neither a model nor a data set is named, for fields that are not given.
+        """
+        if fields.get("model_name_or_path") or fields.get("dataset_name"):
+            return {}
+        changed = {name: value for name, value in cls.embedded.items() if name not in fields}
+        if "num_train_epochs" in fields:
+            changed.pop("max_steps", None)
+        return changed
+
     def problems(self) -> list[str]:
         """What is wrong with the values, one sentence each. A subclass adds its own rules."""
-        return checks.problems(options(type(self)), self.flat())
+        return checks.problems(options(type(self)), self.flat(), self.embedded)
 
     def validate(self) -> None:
         """Checks types, ranges, contradictions and options without effect.
@@ -246,6 +260,17 @@ class SFTConfig(TrainerConfig):
     """Supervised fine-tuning: next-token cross-entropy over the trained tokens."""
 
     algorithm: ClassVar[str] = "sft"
+    # What the run with no flags needs to learn addition from scratch in about a minute.
+    embedded: ClassVar[dict[str, Any]] = {
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 50.0,
+        "weight_decay": 0.1,
+        "per_device_train_batch_size": 128,
+        "pad_to_multiple_of": 4,
+        "max_steps": 1200,
+        "logging_steps": 100.0,
+    }
 
     output: OutputConfig = section(OutputConfig, output_dir="outputs/sft")
     sft: SFTSection = section(SFTSection)

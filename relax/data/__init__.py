@@ -9,7 +9,7 @@ from relax.data.packing import pack
 from relax.data.prepare import prepare
 from relax.data.reading import Rows, read_rows
 from relax.data.report import DataReport, render
-from relax.data.tokenizer import arithmetic_tokenizer, load_tokenizer
+from relax.data.tokenizer import adapt_tokenizer, arithmetic_tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORE",
@@ -19,6 +19,7 @@ __all__ = [
     "Examples",
     "FormatOptions",
     "Rows",
+    "adapt_tokenizer",
     "arithmetic_rows",
     "arithmetic_tokenizer",
     "bucket_lengths",

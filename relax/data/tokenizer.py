@@ -37,11 +37,16 @@ def load_tokenizer(path, chat_template_path=None, eos_token: str | None = None):
             f"no tokenizer in {str(path)!r}: {_first_line(error)} A model directory needs "
             "tokenizer.json and tokenizer_config.json, a hub name needs a network."
         ) from error
+    return adapt_tokenizer(tokenizer, chat_template_path, eos_token)
+
+
+def adapt_tokenizer(tokenizer, chat_template_path=None, eos_token: str | None = None):
+    """Replaces a tokenizer's chat template and end token where they are given; see above."""
     if chat_template_path is not None:
         tokenizer.chat_template = _read_template(Path(chat_template_path))
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise DataError(f"eos_token {eos_token!r} is not a token of {str(path)!r}.")
+            raise DataError(f"eos_token {eos_token!r} is not a token of the tokenizer.")
         tokenizer.eos_token = eos_token
     return tokenizer
 
