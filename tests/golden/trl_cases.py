@@ -31,12 +31,15 @@ COMMON = {
 # Two rows, twice: micro-batches of unequal numbers of trained tokens.
 TWO_BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
+# All batches padded to one length: nothing changes but that the step is compiled once.
+ONE_LENGTH = {"max_length": 1024, "pad_to_multiple_of": 1024}
+
 # A byte is a token in the tiny model, so rows have some 500 tokens, and several are cut.
 TINY = {
     "text": ("text", {}),
-    "messages": ("messages", {"assistant_only_loss": True, "max_length": 1024}),
+    "messages": ("messages", ONE_LENGTH | {"assistant_only_loss": True}),
     "prompt_completion": ("prompt_completion", {}),
-    "prompt_completion_messages": ("prompt_completion_messages", {"max_length": 1024}),
+    "prompt_completion_messages": ("prompt_completion_messages", ONE_LENGTH),
     "two_micro_batches": ("prompt_completion", TWO_BY_TWO),
     "prompts_trained_ends_kept": (
         "prompt_completion",
