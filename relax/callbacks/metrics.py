@@ -20,10 +20,11 @@ class MetricsLog(Callback):
     """Averages metrics over the logging window and writes them to a file.
 
     Floating-point metrics are means over the window's updates; integer ones are counts, summed
-    over the whole run. A resumed run cuts the file back to where its checkpoint was taken.
+    over the whole run. `elapsed_s` counts from the beginning of `train`. A resumed run cuts the
+    file back to where its checkpoint was taken.
 
     Args:
-      path: the file; None: nothing is written.
+      path: the file, written over if it is there; None: nothing is written.
       logging_steps: updates per line (>= 1).
       listeners: each is called with every record, a dict of numbers.
     """
@@ -39,24 +40,32 @@ class MetricsLog(Callback):
         self.listeners = listeners
         self.counts: dict[str, int] = {}
         self._window: list[dict] = []  # metrics of updates since the last line
-        self._offset: int | None = None  # bytes of the file that belong to this run
+        self._timed: list[bool] = []  # which of them the tokens per second are made of
+        self._offset = 0  # bytes of the file that belong to this run
         self._shapes: set = set()
-        self._spent_s, self._timed_tokens = 0.0, 0
+        self._start_clock()
 
     def on_train_begin(self, event: Event) -> None:
-        self._start_s = self._clock_s = time.monotonic()
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            file.truncate(min(self._offset or 0, os.path.getsize(self.path)))
+        if event.step == 0:
+            self.counts, self._window = {}, []
+        self._timed = [False] * len(self._window)
+        self._start_clock()
+        self._write(b"")
 
     def on_batch_begin(self, event: Event) -> None:
-        self._begin_s = time.monotonic()
+        # Compiling, like evaluating and saving, is kept out of the tokens per second.
+        shape = str(jax.tree.map(np.shape, event.batch))
+        self._compiles = shape not in self._shapes
+        if self._compiles:
+            self._shapes.add(shape)
+            self._settle()
 
     def on_batch_end(self, event: Event) -> None:
         self._window.append(event.metrics)
-        self._time(event)
+        self._timed.append(not self._compiles)
+        if self._compiles:
+            jax.block_until_ready(event.metrics)
+            self._clock_s = time.monotonic()
         if event.step % self.logging_steps == 0:
             self._log_window(event)
 
@@ -65,33 +74,23 @@ class MetricsLog(Callback):
             self._log_window(event)
 
     def on_validation_begin(self, event: Event) -> None:
-        self._begin_s = time.monotonic()
         self._settle()
 
     def on_validation_end(self, event: Event) -> None:
-        seconds = time.monotonic() - self._begin_s
-        metrics = {f"eval_{name}": value for name, value in event.metrics.items()}
-        self._emit(event, metrics | {"elapsed_s": seconds})
+        self._emit(event, {f"eval_{name}": value for name, value in event.metrics.items()})
         self._clock_s = time.monotonic()
 
     def state_dict(self) -> dict:
         self._settle()
-        return {"counts": self.counts, "window": self._window, "offset": self._offset or 0}
+        return {"counts": self.counts, "window": self._window, "offset": self._offset}
 
     def load_state_dict(self, state: dict) -> None:
         self.counts, self._offset = dict(state["counts"]), state["offset"]
         self._window = list(state["window"])
 
-    def _time(self, event: Event) -> None:
-        """Keeps compiling, evaluating and saving out of the tokens per second."""
-        shape = str(jax.tree.map(np.shape, event.batch))
-        if shape not in self._shapes:
-            self._shapes.add(shape)
-            jax.block_until_ready(event.metrics)
-            self._spent_s += self._begin_s - self._clock_s
-            self._clock_s = time.monotonic()
-        else:
-            self._timed_tokens += int(event.metrics.get("num_tokens", 0))
+    def _start_clock(self) -> None:
+        self._start_s = self._clock_s = time.monotonic()
+        self._spent_s = 0.0
 
     def _settle(self) -> None:
         """Fetches what is still on the device and stops the clock until the next update."""
@@ -107,26 +106,37 @@ class MetricsLog(Callback):
     def _log_window(self, event: Event) -> None:
         self._settle()
         record = {}
-        for name in self._window[0]:
-            values = [metrics[name] for metrics in self._window]
+        for name in dict.fromkeys(name for metrics in self._window for name in metrics):
+            values = [metrics[name] for metrics in self._window if name in metrics]
             if isinstance(values[0], int):
                 self.counts[name] = self.counts.get(name, 0) + sum(values)
                 record[name] = self.counts[name]
             else:
-                record[name] = math.fsum(values) / len(values)
-        if self._timed_tokens:
-            record["tokens_per_second"] = self._timed_tokens / max(self._spent_s, 1e-9)
-        record["elapsed_s"] = time.monotonic() - self._start_s
-        self._window, self._spent_s, self._timed_tokens = [], 0.0, 0
+                record[name] = sum(values) / len(values)
+        timed = zip(self._window, self._timed, strict=True)
+        tokens = sum(metrics.get("num_tokens", 0) for metrics, counts in timed if counts)
+        if tokens:
+            record["tokens_per_second"] = tokens / max(self._spent_s, 1e-9)
+        self._window, self._timed, self._spent_s = [], [], 0.0
         self._emit(event, record)
 
     def _emit(self, event: Event, metrics: dict) -> None:
-        record = {"step": event.step, "epoch": round(event.epochs_done, 6), **metrics}
-        if self.path is not None:
-            # JSON has no NaN; a value that is not finite is written as null.
-            plain = {n: v if math.isfinite(v) else None for n, v in record.items()}
-            with open(self.path, "ab") as file:
-                file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
-                self._offset = file.tell()
+        record = {"step": event.step}
+        if event.epochs_done is not None:
+            record["epoch"] = round(event.epochs_done, 6)
+        record |= metrics | {"elapsed_s": time.monotonic() - self._start_s}
+        # JSON has no NaN; a value that is not finite is written as null.
+        plain = {n: v if math.isfinite(v) else None for n, v in record.items()}
+        self._write(json.dumps(plain, allow_nan=False).encode() + b"\n")
         for listener in self.listeners:
             listener(record)
+
+    def _write(self, line: bytes) -> None:
+        """Appends to what this run has written; what lies behind that is cut off."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.seek(file.truncate(min(self._offset, os.path.getsize(self.path))))
+            file.write(line)
+            self._offset = file.tell()

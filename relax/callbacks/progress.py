@@ -42,7 +42,7 @@ class Progress(Callback):
         )
         self._bar.start()
 
-    def on_train_end(self, event: Event) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -88,8 +88,9 @@ class Progress(Callback):
             self._bar.update(self._task, values="  ".join(shown))
             return
         total = f"/{self._total}" if self._total else ""
-        where = f"step {record['step']}{total}  epoch {record['epoch']:.2f}"
-        self.console.print("  ".join([where, *shown]))
+        where = [f"step {record['step']}{total}"]
+        where += [f"epoch {record['epoch']:.2f}"] if "epoch" in record else []
+        self.console.print("  ".join(where + shown))
 
     def _where(self, event: Event) -> str:
         total = f"/{event.total_steps}" if event.total_steps else ""

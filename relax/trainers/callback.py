@@ -16,7 +16,7 @@ class Event:
       trainer: the trainer that runs.
       state: the `TrainState`. The next step donates its buffers: copy what is to be kept.
       step: updates done.
-      epoch: the current epoch, counted from 0.
+      epoch: the current epoch, counted from 0; None in a validation outside of training.
       position: loader items of this epoch that are done, or under way within the batch hooks.
       epoch_length: loader items per epoch, None where the loader has no length.
       total_steps: updates of the whole run, None where unknown.
@@ -30,7 +30,7 @@ class Event:
     trainer: Any
     state: Any
     step: int
-    epoch: int = 0
+    epoch: int | None = None
     position: int = 0
     epoch_length: int | None = None
     total_steps: int | None = None
@@ -40,8 +40,10 @@ class Event:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def epochs_done(self) -> float:
+    def epochs_done(self) -> float | None:
         """Epochs done, with the fraction of the current one where the loader's length is known."""
+        if self.epoch is None:
+            return None
         return self.epoch + (self.position / self.epoch_length if self.epoch_length else 0.0)
 
 
@@ -49,7 +51,8 @@ class Callback:
     """Base of callbacks: every hook does nothing. Override those you need.
 
     A callback whose own values decide what it does later returns them from `state_dict` (JSON);
-    they go into every checkpoint and come back through `load_state_dict`.
+    they go into every checkpoint and come back through `load_state_dict`. `close` is called when
+    `train` is left, in whatever way: give back there what `on_train_begin` took.
     """
 
     def on_train_begin(self, event: Event) -> None: ...
@@ -74,6 +77,8 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def call(callbacks, hook: str, event: Event) -> bool:

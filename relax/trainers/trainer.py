@@ -10,6 +10,7 @@ update n is `fold_in(state.rng, n)`, and no attribute of a trainer changes while
 """
 
 import abc
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -103,6 +104,11 @@ class Trainer(abc.ABC):
         max_grad_norm: float | None = None,
         callbacks: Iterable = (),
     ):
+        if gradient_accumulation_steps < 1:
+            raise ValueError(
+                "gradient_accumulation_steps must be at least 1, got "
+                f"{gradient_accumulation_steps}. 1 takes a batch as a whole."
+            )
         self.model = model
         self.optimizer = optimizer
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -136,7 +142,7 @@ class Trainer(abc.ABC):
         Returns:
           The new state and scalars: the loss's metrics, `grad_norm` before clipping,
           `skipped_steps` (1 where the gradient was not finite and nothing changed), and
-          `learning_rate` where the optimizer tells.
+          `learning_rate` where the optimizer tells one.
         """
         rng = jax.random.fold_in(state.rng, state.step)
 
@@ -147,18 +153,18 @@ class Trainer(abc.ABC):
         gradients, metrics = accumulate_gradients(
             loss_fn, state.params, batch, self.gradient_accumulation_steps
         )
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         scale = clip_scale(grad_norm, self.max_grad_norm)
         params, opt_state = apply_gradients(
             self.optimizer, gradients, state.params, state.opt_state, finite, scale
         )
         metrics |= {"grad_norm": grad_norm, "skipped_steps": 1 - finite.astype(jnp.int32)}
-        learning_rate = optax.tree_utils.tree_get(
+        rates = optax.tree.get_all_with_path(
             opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
         )
-        if learning_rate is not None:
-            metrics["learning_rate"] = learning_rate
+        if len(rates) == 1:
+            metrics["learning_rate"] = rates[0][1]
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def eval_step(self, params, frozen, batch) -> LossOutput:
@@ -195,7 +201,10 @@ class Trainer(abc.ABC):
             for batch in itertools.islice(_items(loader, 0, 0), max_batches)
         ]
         if not outputs:
-            raise ValueError("the evaluation loader gave no batch. Check its length.")
+            raise ValueError(
+                "the evaluation loader gave no batch. Pass something that can be iterated anew for "
+                "every evaluation, such as a list; a generator runs out."
+            )
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
         return {name: float(value) for name, value in reduce_metrics(stacked).items()}
 
@@ -239,17 +248,22 @@ class Trainer(abc.ABC):
             and, with `save_steps`, every so many updates (0: at the end of every epoch).
 
         Raises:
-          ValueError: neither `key` nor `state`; or the loader gave nothing to train on.
+          ValueError: neither `key` nor `state`, or both; or the loader gave nothing to train on.
         """
+        if (state is None) == (key is None):
+            raise ValueError(
+                "train needs either a key, such as jax.random.key(0), to begin with, or a state to "
+                f"go on from, got {'neither' if key is None else 'both'}. A state holds its key."
+            )
         if state is None:
-            if key is None:
-                raise ValueError("train needs a key, such as jax.random.key(0), or a state.")
             state = self.create_train_state(key)
         run = _Run(
             self, train_loader, num_epochs, max_steps, eval_loader, eval_steps, eval_on_start,
             max_eval_batches, checkpointer, save_steps,
         )  # fmt: skip
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, contextlib.ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.callback(callback.close)
             interrupt.arm()
             return run(state, progress, interrupt)
 
@@ -307,7 +321,7 @@ class _Run:
             progress = {"epoch": epoch, "position": position}
         hooks.load_state_dicts(self.trainer.callbacks, progress.get("callbacks", {}))
         limits = [length * self.num_epochs] if length else []
-        limits += [self.max_steps] if self.max_steps else []
+        limits += [] if self.max_steps is None else [self.max_steps]
         return Event(
             self.trainer,
             state,
@@ -371,4 +385,12 @@ def _items(loader, epoch: int, start: int) -> Iterator:
     """What a loader gives in an epoch from a position; a plain iterable is read up to there."""
     if isinstance(loader, OrderedLoader):
         return loader.batches(epoch, start)
-    return itertools.islice(iter(loader), start, None)
+    items = iter(loader)
+    skipped = sum(1 for _ in itertools.islice(items, start))
+    if skipped < start:
+        raise ValueError(
+            f"the train loader ended after {skipped} items, and the run is to go on from item "
+            f"{start} of the epoch. Pass the loader that it began with, and `progress` where that "
+            "has no length."
+        )
+    return items

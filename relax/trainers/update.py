@@ -87,14 +87,20 @@ def accumulate_gradients(loss_fn: Callable, params, batch, count: int):
         output = as_loss_output(loss_fn(params, micro_batch, index))
         return output.loss * output.weight, output
 
-    differentiate = jax.value_and_grad(weighted_loss, has_aux=True)
+    def differentiate(micro_batch, index):
+        weighted = jax.value_and_grad(weighted_loss, has_aux=True)
+        (_, output), gradients = weighted(params, micro_batch, index)
+        # A mean of no items is 0 / 0 in many a loss: 0 * NaN must not reach the sum.
+        gradients = jax.tree.map(lambda g: jnp.where(output.weight > 0, g, 0), gradients)
+        return gradients, output
+
     if count == 1:
-        (_, output), gradients = differentiate(params, batch, 0)
+        gradients, output = differentiate(batch, 0)
         outputs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], output)
     else:
 
         def body(total, slice_and_index):
-            (_, output), gradients = differentiate(params, *slice_and_index)
+            gradients, output = differentiate(*slice_and_index)
             total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients)
             return total, output
 

@@ -1,0 +1,119 @@
+"""What all tests share: JAX on the CPU, one compile cache per run, tiny models and batches.
+
+The environment is set before jax is imported anywhere, and child processes inherit it: a program
+that one test has compiled is read back by every other. A program from the cache gives the same bits
+as one just compiled. Shapes must agree without silent broadcasting (`numpy_rank_promotion`).
+"""
+
+import os
+import shutil
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_cache = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="relax-tests-jax-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+import pytest  # noqa: E402
+
+from relax.data import arithmetic_tokenizer as make_arithmetic_tokenizer  # noqa: E402
+from relax.models import Transformer, TransformerConfig  # noqa: E402
+from relax.trainers import LossOutput, Sum, Trainer, TrainState  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    # A child that a test killed may leave half an entry, which jax then compiles again.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
+
+
+def pytest_unconfigure(config):
+    if _cache is not None:
+        shutil.rmtree(_cache, ignore_errors=True)
+
+
+class Regression(Trainer):
+    """Least squares with three parameters: a trainer whose step compiles in a moment."""
+
+    def __init__(self, optimizer=None, **options):
+        super().__init__(None, optimizer or optax.adam(0.1), **options)
+
+    def create_train_state(self, key):
+        params = {"w": jax.random.normal(key, (3,))}
+        return TrainState.create(params=params, optimizer=self.optimizer, rng=key)
+
+    def compute_loss(self, params, batch):
+        error = batch["x"] @ params["w"] - batch["y"]
+        rows = jnp.int32(error.size)
+        metrics = {"absolute_error": jnp.abs(error).mean(), "num_tokens": Sum(rows)}
+        return LossOutput(jnp.square(error).mean(), rows, metrics)
+
+
+def regression_batches(count, rows=4, seed=0):
+    """Batches `x` [rows, 3], `y` [rows] float32."""
+    rng = np.random.default_rng(seed)
+    xs = rng.normal(size=(count, rows, 3)).astype(np.float32)
+    return [{"x": x, "y": x @ np.float32([1, -2, 3])} for x in xs]
+
+
+def bits(tree):
+    """The bytes of every leaf, copied: equal exactly where two trees are, bit for bit."""
+    data = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree)]
+    return [(np.asarray(x).dtype, np.shape(x), np.asarray(x).tobytes()) for x in data]
+
+
+def is_key(x):
+    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def packed_batch(documents, length, rows=None):
+    """Rows of documents, each `(prompt ids, completion ids)`, as the loader would lay them out."""
+    rows = len(documents) if rows is None else rows
+    shape = (rows, length)
+    batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "positions", "segment_ids")}
+    batch["labels"] = np.full(shape, -100, np.int32)
+    for row, packed in enumerate(documents):
+        start = 0
+        for segment, (prompt, completion) in enumerate(packed, 1):
+            stop = start + len(prompt) + len(completion)
+            batch["input_ids"][row, start:stop] = [*prompt, *completion]
+            batch["labels"][row, start + len(prompt) : stop] = completion
+            batch["positions"][row, start:stop] = range(stop - start)
+            batch["segment_ids"][row, start:stop] = segment
+            start = stop
+    return batch
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A Transformer of one layer with grouped heads, tied embeddings and 23 tokens."""
+    return Transformer(
+        TransformerConfig(
+            vocab_size=23,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_model):
+    return jax.jit(tiny_model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+
+
+@pytest.fixture(scope="session")
+def arithmetic_tokenizer():
+    return make_arithmetic_tokenizer()
