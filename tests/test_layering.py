@@ -1,0 +1,128 @@
+"""The layout is held: who may import whom, how long things are, what is never used."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import relax
+
+ROOT = Path(relax.__file__).parent.parent
+FILES = sorted((ROOT / "relax").rglob("*.py"))
+SCRIPTS = sorted(ROOT.glob("run_*.py"))
+
+# From the bottom up. A module imports lower layers and its own package; hosts may import all.
+LAYERS = {
+    "relax.errors": 0,
+    "relax.fault": 1,
+    "relax.losses": 2,
+    "relax.parallel": 2,
+    "relax.models": 3,
+    "relax.sampling": 3,
+    "relax.trainers": 4,
+}
+HOST = 5
+WITHOUT_JAX = ("relax.errors", "relax.run_dir", "relax.config", "relax.data", "relax.rewards")
+# Host modules that nothing below the engine may lean on.
+TOP = ("relax.engine", "relax.assemble")
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Full names of what a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide the layer"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    return {name for name in names if name in MODULES}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def layer(name: str) -> int:
+    return next((n for package, n in LAYERS.items() if within(name, package)), HOST)
+
+
+def package(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def test_a_module_imports_lower_layers_and_its_own_package_only():
+    for name, tree in MODULES.items():
+        for other in own(imports(tree)) - {"relax"}:
+            allowed = layer(other) < layer(name) or package(other) == package(name)
+            assert allowed or layer(name) == HOST, f"{name} imports {other}"
+            assert name in TOP or other not in TOP, f"{name} imports {other}"
+
+
+def test_algorithms_never_import_each_other():
+    """But for PPO and GRPO, which stand on the RL trainer."""
+    algorithms = [n for n in MODULES if n.endswith("_trainer") and n != "relax.trainers.rl_trainer"]
+    assert "relax.trainers.sft_trainer" in algorithms
+    for name in algorithms:
+        assert not own(imports(MODULES[name])) & set(algorithms), name
+
+
+def test_there_are_no_import_cycles():
+    """A package's `__init__` counts as what it imports from, as it holds nothing itself."""
+    packages = {name_of(file) for file in FILES if file.name == "__init__.py"}
+    graph = {n: own(imports(tree)) - packages for n, tree in MODULES.items() if n not in packages}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_what_runs_before_jax_never_imports_it_not_even_within_a_function():
+    heavy = {"jax", "jaxlib", "flax", "optax", "orbax"}
+    light = [name for name in MODULES if any(within(name, package) for package in WITHOUT_JAX)]
+    for name in light:
+        used = imports(MODULES[name])
+        assert not {module.split(".")[0] for module in used} & heavy, name
+        assert own(used) - {"relax"} <= set(light), f"{name} imports {own(used) - set(light)}"
+
+
+def test_configuration_and_data_are_imported_without_jax_and_the_configuration_without_fire():
+    for modules, absent in (
+        ("relax.config, relax.config.cli, relax.run_dir", ("jax", "numpy", "fire", "transformers")),
+        ("relax.data", ("jax", "transformers", "torch", "pyarrow")),
+    ):
+        code = f"import sys, {modules}; print(*[m for m in {absent} if m in sys.modules])"
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.split() == [], modules
+
+
+def test_nothing_is_unpickled_evaluated_or_computed_with_torch():
+    for name, tree in MODULES.items():
+        used = {module.split(".")[0] for module in imports(tree)}
+        assert not used & {"pickle", "cloudpickle", "dill", "marshal", "shelve", "torch"}, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert getattr(node.func, "id", None) not in ("eval", "exec", "__import__"), name
+            if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, name
+
+
+def test_files_have_at_most_400_lines_and_functions_60():
+    for file in FILES + SCRIPTS:
+        text = file.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{file}: {node.name}"
