@@ -240,7 +240,7 @@ class Trainer(abc.ABC):
           state: where to go on from. It is donated.
           progress: what the checkpoint of `state` holds; without it the position follows from
             `state.step`, one update per item.
-          max_steps: stop when so many updates are done in all.
+          max_steps: stop when so many updates are done in all, and the item under way is.
           eval_loader, eval_steps, max_eval_batches: validate every `eval_steps` updates (None: at
             the end of every epoch; 0: not), and at the end of the run.
           eval_on_start: and before the first update.
