@@ -28,6 +28,8 @@ from relax.models import load_pretrained
 # The issue asks for 0.2 % of the loss and 1 % of the gradient norm on a real model; the tiny one
 # agrees to 1e-5, and 1e-4 also sees a normaliser that is off by one token.
 TINY_TOLERANCE = {"loss": 1e-4, "grad_norm": 1e-4, "entropy": 1e-4}
+# SmolLM2 pads with <|im_end|>, and torch's embedding gives the padding token no gradient even where
+# it stands in the text, so TRL's norm is off by 1e-4 there. ReLax has the gradient of the loss.
 REAL_TOLERANCE = {"loss": 2e-3, "grad_norm": 1e-2, "entropy": 1e-2}
 RATE_TOLERANCE = 1e-6  # relative
 ACCURACY_TOLERANCE = 3e-3  # absolute: a tie of two tokens may fall either way
@@ -36,6 +38,7 @@ ACCURACY_TOLERANCE = 3e-3  # absolute: a tie of two tokens may fall either way
 UNWEIGHTED = ("entropy", "mean_token_accuracy")
 
 slow = pytest.mark.slow
+minutes = pytest.mark.timeout(1800)
 needs_smollm2 = pytest.mark.skipif(
     "RELAX_SMOLLM2" not in os.environ, reason="RELAX_SMOLLM2 names no model directory"
 )
@@ -73,7 +76,7 @@ def tiny_llama(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_update_of_a_tiny_llama_log_what_trl_logs(name, tiny_llama, tmp_path):
+def test_every_update_of_a_tiny_llama_logs_what_trl_logs(name, tiny_llama, tmp_path):
     case = recorded("trl_sft.json", name)
     rows = write_rows(tmp_path / "rows.jsonl", case["rows"])
     _, ours = run(tiny_llama, rows, tmp_path / "run", **case["settings"])
@@ -81,9 +84,10 @@ def test_every_update_of_a_tiny_llama_log_what_trl_logs(name, tiny_llama, tmp_pa
 
 
 @slow
+@minutes
 @needs_smollm2
 @pytest.mark.parametrize("name", SMOLLM2)
-def test_eight_updates_of_smollm2_on_real_rows_log_what_trl_logs(name, tmp_path):
+def test_every_update_of_smollm2_on_real_rows_logs_what_trl_logs(name, tmp_path):
     case = recorded("trl_smollm2.json", name)
     model_dir = os.environ["RELAX_SMOLLM2"]
     _, ours = run(model_dir, GSM_ROWS, tmp_path / "run", **case["settings"])
@@ -91,6 +95,7 @@ def test_eight_updates_of_smollm2_on_real_rows_log_what_trl_logs(name, tmp_path)
 
 
 @slow
+@minutes
 @needs_smollm2
 def test_twenty_updates_on_real_rows_lower_the_held_out_loss_and_transformers_loads_the_model(
     tmp_path,
