@@ -80,6 +80,9 @@ class MetricsLog(Callback):
         self._emit(event, {f"eval_{name}": value for name, value in event.metrics.items()})
         self._clock_s = time.monotonic()
 
+    def on_save(self, event: Event) -> None:
+        self._clock_s = time.monotonic()
+
     def state_dict(self) -> dict:
         self._settle()
         return {"counts": self.counts, "window": self._window, "offset": self._offset}
@@ -93,7 +96,7 @@ class MetricsLog(Callback):
         self._spent_s = 0.0
 
     def _settle(self) -> None:
-        """Fetches what is still on the device and stops the clock until the next update."""
+        """Fetches what is still on the device; the time up to here was spent on updates."""
         fetched = jax.device_get(self._window)
         self._window = [
             {name: np.asarray(value).item() for name, value in metrics.items()}
