@@ -84,9 +84,8 @@ def make_data(config: TrainerConfig, tokenizer, shape: TransformerConfig) -> Dat
         loaders[name] = _loader(config, examples, strategy, training=name == TRAINING)
         if strategy:
             reports[name] = reports[name].with_packing(strategy, loaders[name])
-        digest = zlib.crc32(
-            examples.labels.tobytes(), zlib.crc32(examples.input_ids.tobytes(), digest)
-        )
+        for array in (examples.input_ids, examples.labels, examples.offsets):
+            digest = zlib.crc32(array.tobytes(), digest)
         longest = max(loaders[name].bucket_lengths)
         if longest > shape.max_position_embeddings:
             raise DataError(

@@ -45,6 +45,7 @@ __all__ = [
     "check_space",
     "fingerprint",
     "fingerprint_diff",
+    "full_disk",
     "named_leaves",
     "read_info",
     "restore_checkpoint",
@@ -204,14 +205,14 @@ class Checkpointer:
     def _why_not_written(self, step: int, state, error: Exception) -> str:
         previous = self.steps()
         kept = f"checkpoint {previous[-1]} is intact" if previous else "there is no earlier one"
-        said = [words for words in _FULL_WORDS if words in str(error)]
-        if not said and getattr(error, "errno", None) not in _FULL:
+        said = full_disk(error)
+        if said is None:
             reason = str(error).strip().split("\n")[0][:300]
             return f"checkpoint {step} could not be written to '{self.directory}': {reason}; {kept}"
         free = shutil.disk_usage(_existing(self.directory)).free
         return (
             f"checkpoint {step} does not fit on the disk: it needs about {_size(tree_bytes(state))}"
-            f", '{self.directory}' has {_size(free)} free ({said[0] if said else error}); {kept}. "
+            f", '{self.directory}' has {_size(free)} free ({said}); {kept}. "
             "Free some space, or lower save_total_limit."
         )
 
@@ -249,20 +250,35 @@ def read_info(path: str | Path) -> dict:
     return read_manifests(Path(path))[1]
 
 
-def check_space(directory: str | Path, nbytes: int, copies: int) -> None:
+def full_disk(error: Exception) -> str | None:
+    """What an error says that comes from a full disk, in whichever library; None for others.
+
+    >>> full_disk(OSError(errno.ENOSPC, "No space left on device")), full_disk(OSError("moved"))
+    ('No space left', None)
+    """
+    said = [words for words in _FULL_WORDS if words in str(error)]
+    if said:
+        return said[0]
+    return str(error) if getattr(error, "errno", None) in _FULL else None
+
+
+def check_space(directory: str | Path, nbytes: int, copies: int, others: int = 0) -> None:
     """Refuses, before anything is compiled, a run whose checkpoints will not fit.
 
     Args:
       directory: where they will lie; it need not exist yet.
       nbytes: size of one, as `tree_bytes` gives it.
-      copies: how many will exist at once: save_total_limit + 1.
+      copies: how many will exist at once, besides those that are there.
+      others: bytes of the model directory that will be written beside them.
     """
     free = shutil.disk_usage(_existing(Path(directory).absolute())).free
-    if free < nbytes * copies:
+    need = nbytes * copies + others
+    if free < need:
+        what = [f"{copies} checkpoints of {_size(nbytes)}"] if copies else []
+        what += [f"a model of {_size(others)}"] if others else []
         raise CheckpointError(
-            f"{copies} checkpoints of {_size(nbytes)} need {_size(nbytes * copies)}, and "
-            f"'{directory}' has {_size(free)} free. Free some space, lower save_total_limit, or "
-            "choose another output_dir."
+            f"{' and '.join(what)} need {_size(need)}, and '{directory}' has {_size(free)} free. "
+            "Free some space, lower save_total_limit, or choose another output_dir."
         )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -13,10 +14,17 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from safetensors import SafetensorError
 
-from relax import assemble, data
+from relax import assemble, data, fault
 from relax.callbacks import MetricsLog, Progress
-from relax.checkpoint import Checkpointer, check_space, restore_checkpoint, tree_bytes
+from relax.checkpoint import (
+    Checkpointer,
+    check_space,
+    full_disk,
+    restore_checkpoint,
+    tree_bytes,
+)
 from relax.config import ConfigLoader, TrainerConfig, resolve_steps
 from relax.errors import CheckpointError, ConfigError
 from relax.models import save_pretrained
@@ -34,13 +42,13 @@ class JobResult:
       metrics: of the last evaluation; for the embedded task `exact_match_before` and
         `exact_match` as well.
       output_dir: the run's directory.
-      model_dir: the Hugging Face directory of the trained model; None where the run was stopped.
+      model_dir: the Hugging Face directory of the trained model.
     """
 
     state: Any
     metrics: dict[str, float]
     output_dir: Path
-    model_dir: Path | None
+    model_dir: Path
 
 
 class TrainerEngine:
@@ -71,12 +79,17 @@ class TrainerEngine:
             stack.enter_context(warnings.catch_warnings())
             warnings.showwarning = self._show_warning
             job = _Job(config, run_dir, self.console)
-            result = job.run()
-            if interrupt.requested is not None:
-                self.console.print(f"stopped after step {int(result.state.step)}. To go on:")
-                self.console.print(f"  {job.resume_command()}", markup=False)
-                raise Interrupted(interrupt.requested)
-        return result
+            try:
+                return job.run(interrupt)
+            except Interrupted:
+                job.show_how_to_go_on()
+                raise
+            except OSError as error:
+                if full_disk(error) is None:
+                    raise
+                raise CheckpointError(
+                    f"the disk is full: {error}. {job.how_to_recover()}"
+                ) from error
 
     def _show_warning(self, message, *_):
         self.console.print(f"warning: {message}", style="yellow", markup=False)
@@ -96,9 +109,10 @@ class _Job:
         )
         self.checkpointer.sweep()
 
-    def run(self) -> JobResult:
+    def run(self, interrupt: Interrupt) -> JobResult:
         config = self.config
         self._check_same_config()
+        fault.point("data")
         tokenizer = assemble.make_tokenizer(config)
         model, params = assemble.make_model(config, weights=self.start is None)
         datasets = assemble.make_data(config, tokenizer, model.config)
@@ -126,8 +140,10 @@ class _Job:
             checkpointer=self.checkpointer if config.output.save_strategy != "no" else None,
             save_steps=assemble.save_interval(config, steps),
         )
-        if int(state.step) < steps:
-            return JobResult(state, self.metrics, self.run_dir.path, None)
+        if interrupt.requested is not None:
+            raise Interrupted(interrupt.requested)
+        fault.point("trained")
+        self.metrics |= self._last_evaluation()
         if embedded:
             self._exact_match("exact_match", trainer, state, datasets.eval)
         model_dir = self._export(model, state, tokenizer)
@@ -136,9 +152,27 @@ class _Job:
 
     def resume_command(self) -> str:
         """What a person types to go on with this run."""
-        script = sys.argv[0] if sys.argv[0].endswith(".py") else f"run_{self.config.algorithm}.py"
+        script = f"run_{self.config.algorithm}.py"
+        if Path(sys.argv[0]).name == script:
+            script = sys.argv[0]
+        python = "python" if shutil.which("python") == sys.executable else sys.executable
         config = str(self.run_dir.path / "config.json")
-        return shlex.join(["python", script, "--config", config, "--resume", "auto"])
+        return shlex.join([python, script, "--config", config, "--resume", "auto"])
+
+    def show_how_to_go_on(self) -> None:
+        """Tells a person who has stopped the run what was saved, and the command that goes on."""
+        if not (self.run_dir.path / "config.json").exists():
+            self.console.print("stopped before the first update: the same command begins again")
+            return
+        steps = self.checkpointer.steps()
+        saved = f"step {steps[-1]} is saved" if steps else "nothing was saved"
+        self.console.print(f"stopped; {saved}. To {'go on' if steps else 'begin again'}:")
+        self.console.print(f"  {self.resume_command()}", markup=False)
+
+    def how_to_recover(self) -> str:
+        steps = self.checkpointer.steps()
+        kept = f"Checkpoint {steps[-1]} is intact" if steps else "No checkpoint was saved"
+        return f"{kept}; make room and run: {self.resume_command()}"
 
     def _trainer(self, model, steps: int) -> SFTTrainer:
         config = self.config
@@ -146,7 +180,7 @@ class _Job:
         log = MetricsLog(
             self.run_dir.path / "metrics.jsonl",
             resolve_steps(config.output.logging_steps, steps),
-            listeners=(progress.show, self._remember),
+            listeners=(progress.show,),
         )
         return SFTTrainer(
             model,
@@ -157,8 +191,11 @@ class _Job:
             callbacks=(log, progress),
         )
 
-    def _remember(self, record: dict) -> None:
-        self.metrics |= {n: v for n, v in record.items() if n.startswith("eval_")}
+    def _last_evaluation(self) -> dict[str, float]:
+        """From the file, since a resumed run may find its last evaluation done."""
+        lines = (self.run_dir.path / "metrics.jsonl").read_text().splitlines()
+        records = [record for line in lines if "eval_loss" in (record := json.loads(line))]
+        return {n: v for n, v in (records or [{}])[-1].items() if n.startswith("eval_")}
 
     def _start_state(self, trainer, params):
         """`(state, progress)`: fresh, or from the checkpoint to resume from."""
@@ -194,8 +231,9 @@ class _Job:
             if digest != datasets.digest and not allowed:
                 raise ConfigError(
                     "a resumed run must see the data that it began with, and the tokens of "
-                    f"{self.config.data.dataset_name} have changed since. Restore the files, or "
-                    "pass --allow_config_change dataset_name to go on all the same."
+                    f"'{self.config.data.dataset_name or 'the embedded set'}' are others now "
+                    f"(digest {digest} -> {datasets.digest}). Restore the files, or pass "
+                    "--allow_config_change dataset_name to go on all the same."
                 )
         reports = {name: report.to_dict() for name, report in datasets.reports.items()}
         write_json(file, {"digest": datasets.digest, "reports": reports})
@@ -213,9 +251,10 @@ class _Job:
             copies = 1 + (steps // every if every else 0)
             if output.save_total_limit is not None:
                 copies = min(copies, output.save_total_limit + 1)
-        nbytes = max(tree_bytes(state), 1)
-        extra = math.ceil(tree_bytes(state.params) / nbytes)
-        check_space(self.run_dir.path, nbytes, copies + extra)
+            # A resumed run has some of them on the disk already.
+            copies = max(copies - len(self.checkpointer.steps()), 1)
+        model = tree_bytes(state.params)
+        check_space(self.run_dir.path, tree_bytes(state), copies, others=model)
 
     def _exact_match(self, name: str, trainer, state, loader) -> None:
         loader = assemble.plain_loader(self.config, loader.examples)
@@ -226,11 +265,12 @@ class _Job:
     def _export(self, model, state, tokenizer) -> Path:
         model_dir = self.run_dir.path / "final"
         try:
+            fault.point("export")
             return save_pretrained(model_dir, model, state.params, tokenizer)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = full_disk(error) or str(error)
             raise CheckpointError(
-                f"the model could not be written to '{model_dir}': {error.strerror or error}. The "
-                f"checkpoints are intact; make room and run: {self.resume_command()}"
+                f"the model cannot be written to '{model_dir}': {reason}. {self.how_to_recover()}"
             ) from error
 
     def _show_data(self, datasets) -> None:
