@@ -126,9 +126,9 @@ def read_pretrained_config(path: str | os.PathLike) -> TransformerConfig:
 def find_directory(path: str | os.PathLike) -> Path:
     """A local model directory as it is; a hub name downloaded where there is a network."""
     name = str(path)
-    directory = Path(os.path.expanduser(name))
+    directory = os.path.expanduser(name)
     if os.path.isdir(directory):
-        return directory
+        return Path(directory)
     if os.path.lexists(directory) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelLoadError(
             f"no model directory at '{name}'. Give a directory with config.json and "
@@ -182,12 +182,14 @@ def _file(directory: Path, name: str) -> Path:
         repository = root.parent.parent
         stores += [repository / "blobs", repository.parent / "blobs"]
     if name != os.path.basename(name):
-        raise ModelLoadError(f"'{directory}': {name!r} is not the plain name of a file in it.")
+        raise ModelLoadError(
+            f"'{directory}': {_some([name])} is not the plain name of a file in it."
+        )
     try:
         target = Path(os.path.realpath(root / name))
         regular, there = target.is_file(), os.path.lexists(root / name)
-    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
-        raise ModelLoadError(f"'{directory}': no file can be named {name!r}: {error}") from None
+    except (OSError, ValueError):  # a name too long, or with a zero byte
+        raise ModelLoadError(f"'{directory}': no file can be named {_some([name])}.") from None
     if not there:
         raise ModelLoadError(f"'{directory}' has no {name}.")
     if not any(target.is_relative_to(store) for store in stores):
@@ -389,5 +391,8 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def _some(names: list[str], separator: str = ", ", most: int = 4) -> str:
+    """The first few, fit for one line: a damaged file may name its tensors anything."""
+    shown = [name if name.isprintable() and name else repr(name) for name in names[:most]]
+    shown = [name if len(name) <= 200 else f"{name[:200]}..." for name in shown]
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(names[:most]) + more
+    return separator.join(shown) + more

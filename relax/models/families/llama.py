@@ -154,7 +154,7 @@ def _check_only(fields: dict, where: str) -> None:
         if fields[name] not in ONLY[name]:
             values = " or ".join(map(repr, ONLY[name]))
             raise ModelLoadError(
-                f"{where}: {name} is {fields[name]!r}, which is not implemented; only "
+                f"{where}: {name} is {repr(fields[name])[:80]}, which is not implemented; only "
                 f"{values or 'its absence'} is."
             )
 
@@ -182,14 +182,14 @@ def _rope(fields: dict, where: str) -> dict:
     for name in ("rope_scaling", "rope_parameters"):
         inner = fields.get(name, {})
         if not isinstance(inner, dict):
-            raise ModelLoadError(f"{where}: {name} must be an object, got {inner!r}.")
+            raise ModelLoadError(f"{where}: {name} must be an object, got {repr(inner)[:80]}.")
         rope |= {key: value for key, value in inner.items() if value is not None}
     rope.setdefault("rope_type", rope.pop("type", "default"))  # `type` before transformers 4.43
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in ROPE:
         raise ModelLoadError(
-            f"{where}: rope_type is {kind!r}, which is not implemented; only default, linear and "
-            "llama3 are."
+            f"{where}: rope_type is {repr(kind)[:80]}, which is not implemented; only "
+            f"{', '.join(ROPE)} are."
         )
     unknown = sorted(rope.keys() - {"rope_type", "type", "rope_theta", *ONLY, *ROPE[kind]})
     if unknown:
