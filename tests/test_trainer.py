@@ -407,6 +407,15 @@ def test_a_run_resumed_from_its_checkpoint_after_any_item_ends_with_the_same_bit
     assert records(path) == unbroken[1]
 
 
+def test_a_run_resumed_from_the_end_of_an_epoch_ends_with_the_same_bits(unbroken, tmp_path):
+    path, memory = tmp_path / "metrics.jsonl", Memory()
+    run(path, key=KEY, checkpointer=memory, save_steps=0, max_steps=6)
+    state, progress = memory.saved[4]
+    assert (progress["epoch"], progress["position"], progress["evaluated"]) == (1, 0, 4)
+    assert bits(run(path, state=state, progress=progress)) == unbroken[0]
+    assert records(path) == unbroken[1]
+
+
 @pytest.mark.parametrize("k", range(1, 9))
 def test_the_position_follows_from_the_state_alone_where_an_item_is_an_update(
     k, unbroken, tmp_path
