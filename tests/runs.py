@@ -1,0 +1,158 @@
+"""Runs of `run_sft.py` for the tests: started as a user starts them, and compared byte for byte."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from relax.callbacks.metrics import CLOCK_FIELDS
+from relax.checkpoint_io import read_arrays
+from relax.config import SFTConfig, cli
+from relax.run_dir import list_steps
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "run_sft.py"
+TIMEOUT_S = 240
+
+
+def write_rows(path: Path, rows) -> Path:
+    """Writes rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def additions(count: int) -> list[dict]:
+    """Rows of prompt and completion, a dozen tokens each."""
+    pairs = [(i * 7 % 50, i * 13 % 50) for i in range(count)]
+    return [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs]
+
+
+def flags(**fields) -> list[str]:
+    return [f"--{name}={value}" for name, value in fields.items()]
+
+
+def environment(fault: str | None = None) -> dict[str, str]:
+    """This process's environment, with the fault that the child is to meet."""
+    env = {name: value for name, value in os.environ.items() if name != "RELAX_FAULT"}
+    # The command that a run prints begins with `python`.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    return env | {"PYTHONPATH": str(ROOT)} | ({"RELAX_FAULT": fault} if fault else {})
+
+
+class Child:
+    """A process whose output is read as it comes, so that a test can wait for a line."""
+
+    def __init__(self, command, fault: str | None = None, shell: bool = False, cwd=ROOT):
+        self.process = subprocess.Popen(
+            command, shell=shell, cwd=cwd, env=environment(fault), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._parts = {"stdout": [], "stderr": []}
+        self._changed = threading.Condition()
+        self._open = 2
+        self._readers = [threading.Thread(target=self._read, args=[n]) for n in self._parts]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, name: str) -> None:
+        for line in getattr(self.process, name):
+            with self._changed:
+                self._parts[name].append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._open -= 1
+            self._changed.notify_all()
+
+    @property
+    def stdout(self) -> str:
+        return "".join(self._parts["stdout"])
+
+    @property
+    def stderr(self) -> str:
+        return "".join(self._parts["stderr"])
+
+    def wait_for(self, text: str) -> "Child":
+        """Waits until the output has some text."""
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: text in self.stdout + self.stderr or not self._open, TIMEOUT_S
+            )
+        assert came and text in self.stdout + self.stderr, (text, self.stdout, self.stderr)
+        return self
+
+    def end(self, signum: int | None = None) -> int:
+        """Sends a signal, if one is named, and returns the exit code."""
+        if signum is not None:
+            self.process.send_signal(signum)
+        try:
+            code = self.process.wait(TIMEOUT_S)
+        finally:
+            self.process.kill()
+            for reader in self._readers:
+                reader.join(TIMEOUT_S)
+            self.process.stdout.close()
+            self.process.stderr.close()
+        return code
+
+
+def start(*args: str, fault: str | None = None) -> Child:
+    """Starts `python run_sft.py ...`."""
+    return Child([sys.executable, str(SCRIPT), *args], fault)
+
+
+def finish(*args: str) -> str:
+    """Runs `python run_sft.py ...` to its end and returns what it printed."""
+    child = start(*args)
+    assert child.end() == 0, child.stdout + child.stderr
+    return child.stdout
+
+
+def killed(child: Child) -> bool:
+    """Whether a process ended by SIGKILL."""
+    return child.end() == -signal.SIGKILL
+
+
+def call(*args: str) -> int:
+    """The same in this process, for what ends before or soon after jax is used: the exit code."""
+    from run_sft import main
+
+    try:
+        cli.run(SFTConfig, main, args)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{n: v for n, v in json.loads(li).items() if n not in CLOCK_FIELDS} for li in lines]
+
+
+def model_bytes(output_dir: Path) -> str:
+    return hashlib.sha256((output_dir / "final" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def outcome(output_dir: Path) -> dict:
+    """All that must be the same after a run, whatever happened to it on the way."""
+    steps = list_steps(output_dir / "checkpoints")
+    newest = output_dir / "checkpoints" / str(steps[-1])
+    specs = json.loads((newest / "checksums.json").read_text())["leaves"]
+    arrays, damaged = read_arrays(newest, specs)
+    assert not damaged
+    info = json.loads((newest / "relax_state.json").read_text())
+    log = info["progress"]["callbacks"]["MetricsLog.0"]
+    log.pop("offset")  # in bytes, so it depends on how the times are spelt
+    return {
+        "steps": steps,
+        "leaves": {n: hashlib.sha256(a.tobytes()).hexdigest() for n, a in sorted(arrays.items())},
+        "progress": info["progress"],
+        "metrics": metrics(output_dir),
+        "model": model_bytes(output_dir),
+        "files": sorted(p.name for p in (output_dir / "final").iterdir()),
+        "left behind": [p.name for p in output_dir.rglob("*tmp*")],
+    }
