@@ -5,9 +5,9 @@ from relax.config.cli import run
 
 
 def main(config: SFTConfig) -> None:
-    from relax.cpu_memory import keep_freed_memory
+    from relax.cpu import prepare_cpu
 
-    keep_freed_memory()  # before jax starts its threads
+    prepare_cpu()  # before jax starts its threads
     from relax.engine import TrainerEngine
 
     TrainerEngine().run_job(config)

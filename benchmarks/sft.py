@@ -51,9 +51,9 @@ def main(
 
 
 def _measure(model_dir, rows, tokens, steps, dtype, gradient_checkpointing, loss_chunk_size):
-    from relax.cpu_memory import keep_freed_memory
+    from relax.cpu import prepare_cpu
 
-    keep_freed_memory()
+    prepare_cpu()  # as run_sft.py does
     import jax
     import jax.numpy as jnp
     import numpy as np
