@@ -32,9 +32,10 @@ class Progress(Callback):
             return
         self._bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[values]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=self.console,
         )
         self._task = self._bar.add_task(
@@ -85,7 +86,9 @@ class Progress(Callback):
             if name in record and not (name == "skipped_steps" and record[name] == 0)
         ]
         if self._bar is not None and "eval_loss" not in record:
-            self._bar.update(self._task, values="  ".join(shown))
+            # A line of 80 characters has no room for more; the file has the rest.
+            kept = [text for text in shown if not text.startswith(("grad norm", "accuracy"))]
+            self._bar.update(self._task, values="  ".join(kept))
             return
         total = f"/{self._total}" if self._total else ""
         where = [f"step {record['step']}{total}"]
