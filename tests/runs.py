@@ -43,6 +43,15 @@ def environment(fault: str | None = None) -> dict[str, str]:
     return env | {"PYTHONPATH": str(ROOT)} | ({"RELAX_FAULT": fault} if fault else {})
 
 
+_running: list["Child"] = []
+
+
+def end_all() -> None:
+    """Kills what a failed test has left running."""
+    for child in list(_running):
+        child.end(signal.SIGKILL)
+
+
 class Child:
     """A process whose output is read as it comes, so that a test can wait for a line."""
 
@@ -51,6 +60,7 @@ class Child:
             command, shell=shell, cwd=cwd, env=environment(fault), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
         )  # fmt: skip
+        _running.append(self)
         self._parts = {"stdout": [], "stderr": []}
         self._changed = threading.Condition()
         self._open = 2
@@ -92,6 +102,7 @@ class Child:
             code = self.process.wait(TIMEOUT_S)
         finally:
             self.process.kill()
+            _running.remove(self)
             for reader in self._readers:
                 reader.join(TIMEOUT_S)
             self.process.stdout.close()

@@ -1,21 +1,31 @@
 """A run that is killed or stopped anywhere and started again ends as one that never was."""
 
+import json
 import random
+import shutil
+import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from runs import (
+    Child,
     additions,
+    call,
+    end_all,
     finish,
     flags,
     killed,
     metrics,
+    model_bytes,
     outcome,
     start,
     write_rows,
 )
+
+from relax.run_dir import list_steps
 
 STEPS = 36
 # Log lines average over steps 4 to 6, 10 to 12, ...: windows that lie across the checkpoints.
@@ -33,6 +43,12 @@ JOB = {
     "save_steps": 5,
     "save_total_limit": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_child_left():
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +130,192 @@ def test_fifteen_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, tmp_pa
     expected = outcome(unbroken)
     for run in runs:
         assert outcome(run) == expected, run
+
+
+def go_on(child: Child) -> Child:
+    """Runs exactly the command that a stopped run printed, through a shell."""
+    lines = child.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("stopped"))
+    assert lines[at].endswith("To go on:"), lines[at]
+    return Child(f"exec {lines[at + 1].strip()}", shell=True)
+
+
+def test_stopped_runs_print_the_command_that_goes_on_to_the_same_bytes(job, unbroken, tmp_path):
+    """By Ctrl-C (exit code 130), then by SIGTERM (143); both finish the step and save it."""
+    child = start(*flags(**job, output_dir=tmp_path / "run")).wait_for("step 6/36")
+    assert child.end(signal.SIGINT) == 130
+    assert "finishing this step, then saving" in child.stderr
+    assert "stopped by SIGINT" in child.stderr and "Traceback" not in child.stderr
+    step = list_steps(tmp_path / "run" / "checkpoints")[-1]
+    assert f"stopped; step {step} is saved." in child.stdout
+
+    child = go_on(child).wait_for(f"resuming after step {step}").wait_for("step 24/36")
+    assert child.end(signal.SIGTERM) == 143
+    assert "stopped by SIGTERM" in child.stderr
+
+    child = go_on(child)
+    assert child.end() == 0, child.stderr
+    found, expected = outcome(tmp_path / "run"), outcome(unbroken)
+    found.pop("steps"), expected.pop("steps")  # the stops left their own
+    assert found == expected
+
+
+# What a test does to the program where no fault point is: a minute spent in native code, as in
+# XLA's compiler, where no signal handler runs; or in an evaluation.
+PATCHED = """
+import hashlib, sys, time
+from relax.trainers.trainer import Trainer
+from relax.config import SFTConfig
+from relax.config.cli import run
+from run_sft import main
+
+def compiling(self, state, batch):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
+
+def evaluating(self, *_):
+    print("evaluating", flush=True)
+    time.sleep(60)
+
+if sys.argv[1] == "compile":
+    Trainer.train_step = compiling
+else:
+    Trainer._evaluate = evaluating
+run(SFTConfig, main, sys.argv[2:])
+"""
+
+# Where the process hangs -> (fault, or the patch; what tells that it is there).
+PHASES = {
+    "data": ("data:1:sleep", None),
+    "compile": (None, "compiling the train step"),
+    "step": ("step:1:sleep", "one step taken"),
+    "evaluate": (None, "evaluating"),
+    "export": ("export:1:sleep", "evaluation loss"),
+}
+
+
+@pytest.fixture(scope="module")
+def short_job(job) -> dict:
+    steps = {"max_steps": 2, "eval_steps": 2, "save_steps": 1, "warmup_steps": 0}
+    return {name: v for name, v in job.items() if name != "num_train_epochs"} | steps
+
+
+def hang(phase: str, arguments: list[str], output_dir: Path) -> Child:
+    """Starts a run that stays in one phase, and waits until it is there."""
+    fault, sign = PHASES[phase]
+    arguments = [*arguments, f"--output_dir={output_dir}"]
+    if fault:
+        child = start(*arguments, fault=fault)
+    else:
+        child = Child([sys.executable, "-c", PATCHED, phase, *arguments])
+    if sign is None:
+        while not (output_dir / ".lock").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+    else:
+        child.wait_for(sign)
+        time.sleep(0.5)
+    return child
+
+
+def test_sigterm_in_any_phase_ends_with_143_within_the_grace_time(short_job, tmp_path):
+    arguments = flags(**short_job, grace_s=2)
+
+    def stop(phase: str) -> tuple[int, float, Child]:
+        child = hang(phase, arguments, tmp_path / phase)
+        start_s = time.monotonic()
+        return child.end(signal.SIGTERM), time.monotonic() - start_s, child
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = dict(zip(PHASES, pool.map(stop, PHASES), strict=True))
+    for phase, (code, seconds, child) in ends.items():
+        assert code == 143, (phase, child.stderr)
+        assert seconds < 30, phase  # each would last a minute
+        assert "Traceback" not in child.stderr
+    assert "the same command begins again" in ends["data"][2].stdout
+    assert "step 2 is saved. To go on:" in ends["export"][2].stdout
+    for phase in ("compile", "step", "evaluate"):
+        assert "2 s after SIGTERM the run had not ended" in ends[phase][2].stderr
+    assert list_steps(tmp_path / "evaluate" / "checkpoints") == [1]
+
+
+def test_two_ctrl_c_end_at_once_and_a_second_run_is_refused_meanwhile(short_job, tmp_path, capsys):
+    arguments = flags(**short_job)
+    child = hang("step", arguments, tmp_path / "run")
+    assert call(*arguments, f"--output_dir={tmp_path / 'run'}", "--resume=auto") == 2
+    assert f"is held by process {child.process.pid}" in capsys.readouterr().err
+    child.process.send_signal(signal.SIGINT)
+    child.wait_for("press Ctrl-C again to stop at once")
+    time.sleep(0.3)
+    assert child.end(signal.SIGINT) == 130
+    assert "stopped at once; what was saved before is intact" in child.stderr
+    assert list_steps(tmp_path / "run" / "checkpoints") == [1]
+
+
+@pytest.fixture(scope="module")
+def short_run(short_job, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("short") / "run"
+    assert call(*flags(**short_job, output_dir=output_dir)) == 0
+    return output_dir
+
+
+def copy(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to / "run"))
+
+
+def test_resume_takes_the_path_of_a_checkpoint_into_another_directory(
+    short_job, short_run, tmp_path, capsys
+):
+    checkpoint = short_run / "checkpoints" / "1"
+    arguments = flags(**short_job, output_dir=tmp_path / "other", resume=checkpoint)
+    assert call(*arguments) == 0
+    assert "resuming after step 1" in capsys.readouterr().out
+    assert model_bytes(tmp_path / "other") == model_bytes(short_run)
+    assert outcome(tmp_path / "other")["leaves"] == outcome(short_run)["leaves"]
+
+
+def test_a_path_that_is_no_checkpoint_is_refused_with_the_one_that_was_meant(
+    short_job, short_run, tmp_path, capsys
+):
+    assert call(*flags(**short_job, output_dir=tmp_path / "other", resume=short_run)) == 2
+    said = capsys.readouterr().err
+    assert f"holds no relax_state.json. Did you mean '{short_run}/checkpoints/2'?" in said
+
+
+def test_a_changed_field_is_refused_with_the_difference_until_it_is_allowed(
+    short_job, short_run, tmp_path, capsys
+):
+    run = copy(short_run, tmp_path)
+    arguments = flags(**short_job | {"learning_rate": 5e-4}, output_dir=run, resume="auto")
+    assert call(*arguments) == 2
+    said = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.0005" in said
+    assert "--allow_config_change learning_rate" in said
+    assert outcome(run) == outcome(short_run)
+    assert call(*arguments, "--allow_config_change=learning_rate") == 0
+    assert "changed since the run began: learning_rate: 0.001 -> 0.0005" in capsys.readouterr().out
+
+
+def test_changed_data_is_refused(short_job, short_run, tmp_path, capsys):
+    run, rows = copy(short_run, tmp_path), Path(short_job["dataset_name"])
+    before = rows.read_bytes()
+    try:
+        write_rows(rows, [*additions(83), {"prompt": "1+1=", "completion": "3"}])
+        assert call(*flags(**short_job, output_dir=run, resume="auto")) == 2
+    finally:
+        rows.write_bytes(before)
+    said = capsys.readouterr()
+    assert "a resumed run must see the data that it began with" in said.err
+    assert "compiling" not in said.out
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(short_job, short_run, tmp_path, capsys):
+    run = copy(short_run, tmp_path)
+    assert call(*flags(**short_job, output_dir=run, resume="auto")) == 0
+    assert "compiling" not in capsys.readouterr().out
+    assert outcome(run) == outcome(short_run)
+
+
+def test_resume_auto_in_an_empty_directory_begins(short_job, short_run, tmp_path, capsys):
+    assert call(*flags(**short_job, output_dir=tmp_path / "new", resume="auto")) == 0
+    assert "no checkpoint in" in capsys.readouterr().out
+    assert outcome(tmp_path / "new") == outcome(short_run)
