@@ -272,15 +272,21 @@ def test_parameters_are_of_param_dtype():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_hidden_states_times_the_output_matrix(tied):
-    model = Transformer(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
-    ids = random_ids(B, T)
-    variables = {"params": fresh(model)}
-    assert ("lm_head" in variables["params"]) is not tied
-    hidden = jax.jit(lambda v: model.apply(v, ids, method="hidden_states"))(variables)
-    matrix = model.output_matrix(variables["params"])
+    shape = dataclasses.replace(CONFIG, num_hidden_layers=1, tie_word_embeddings=tied)
+    model = Transformer(shape)
+    params, ids = fresh(model), random_ids(B, T)
+    assert ("lm_head" in params) is not tied
+
+    @jax.jit
+    def both(variables):
+        hidden = model.apply(variables, ids, method="hidden_states")
+        return hidden, model.apply(variables, ids)
+
+    hidden, logits = both({"params": params})
+    matrix = model.output_matrix(params)
     assert matrix.shape == (V, 48)
     expected = np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64).T
-    np.testing.assert_allclose(jax.jit(model.apply)(variables, ids), expected, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def test_fresh_matrices_have_the_standard_deviation_of_the_config(tiny):
