@@ -322,10 +322,13 @@ class Ordered:
 
 def test_an_ordered_loader_is_asked_for_an_epoch_from_a_position():
     loader = Ordered(regression_batches(3))
-    trainer = Regression()
-    state = trainer.train(loader, 2, key=KEY, max_steps=4)
-    trainer.train(loader, 3, state=state)
+    state = Regression().train(loader, 2, key=KEY, max_steps=4)
+    recorder = Recorder()
+    Regression(callbacks=[recorder]).train(loader, 3, state=state)
     assert loader.asked == [(0, 0), (1, 0), (1, 1), (2, 0)]
+    # The epoch that was under way had its beginning already.
+    begun = [line for line in recorder.seen if line.startswith("epoch_begin")]
+    assert begun == ["epoch_begin 6 2.0"]
 
 
 # Validation.
