@@ -20,7 +20,7 @@ class MetricsLog(Callback):
     """Averages metrics over the logging window and writes them to a file.
 
     Floating-point metrics are means over the window's updates; integer ones are counts, summed
-    over the whole run. `elapsed_s` counts from the beginning of `train`. A resumed run cuts the
+    over the whole run; the learning rate is the last update's. `elapsed_s` counts from the beginning of `train`. A resumed run cuts the
     file back to where its checkpoint was taken.
 
     Args:
@@ -114,6 +114,8 @@ class MetricsLog(Callback):
             if isinstance(values[0], int):
                 self.counts[name] = self.counts.get(name, 0) + sum(values)
                 record[name] = self.counts[name]
+            elif name == "learning_rate":
+                record[name] = values[-1]
             else:
                 record[name] = sum(values) / len(values)
         timed = zip(self._window, self._timed, strict=True)

@@ -183,7 +183,7 @@ class Trainer(abc.ABC):
           max_batches: stop after so many; None takes all.
 
         Returns:
-          Floats by name, `loss` among them.
+          Numbers by name, `loss` among them.
 
         Raises:
           ValueError: if the loader gave no batch.
@@ -206,7 +206,7 @@ class Trainer(abc.ABC):
                 "every evaluation, such as a list; a generator runs out."
             )
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-        return {name: float(value) for name, value in reduce_metrics(stacked).items()}
+        return {name: value.item() for name, value in reduce_metrics(stacked).items()}
 
     def test(self, state: TrainState, loader, max_batches: int | None = None) -> dict:
         """As `validate`, under the name that reports use for the last, untouched set."""
