@@ -12,6 +12,7 @@ from relax.config import TrainerConfig, resolve_steps
 from relax.data.loader import epoch_order
 from relax.errors import ConfigError, DataError
 from relax.models import Transformer, TransformerConfig, load_pretrained, read_pretrained_config
+from relax.models.pretrained import find_directory
 from relax.trainers.optimizer import adamw, learning_rate_schedule
 
 # The model that is trained from scratch where none is named: 0.8 M parameters.
@@ -54,7 +55,10 @@ def make_tokenizer(config: TrainerConfig):
     changes = (config.profile.chat_template_path, config.data.eos_token)
     if path is None:
         return data.adapt_tokenizer(data.arithmetic_tokenizer(), *changes)
-    return data.load_tokenizer(path, *changes)
+    # The model first: a wrong path would be reported as a directory without a tokenizer.
+    directory = find_directory(path)
+    read_pretrained_config(directory)
+    return data.load_tokenizer(directory, *changes)
 
 
 def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, dict | None]:
