@@ -3,12 +3,14 @@
 import dataclasses
 import os
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from relax.models import Transformer, TransformerConfig, load_pretrained
+from relax.models.families import llama
 
 V, B, T = 61, 2, 14
 SIZES = {
@@ -44,18 +46,22 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, tmp_path_factory):
     """`(reference, ours)`: float32 logits of transformers and of ReLax for the same weights."""
+    theirs, path = made_by_transformers(VARIANTS[request.param], tmp_path_factory.mktemp("model"))
+    return reference_of(theirs), ours_of(path)
+
+
+def made_by_transformers(fields, path):
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**SIZES | VARIANTS[request.param])).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**SIZES | fields)).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():  # fresh biases are 0, norms are 1
             if name.endswith(("bias", "norm.weight")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(path)
-    return reference_of(theirs), ours_of(path)
+    return theirs, path
 
 
 def reference_of(theirs):
@@ -126,6 +132,37 @@ def test_packed_documents_have_the_logits_that_transformers_gives_each_alone(pai
         documents = np.split(ids[i], np.cumsum(row_lengths)[:-1])
         alone = [reference(document[None])[0] for document in documents]
         assert_near(logits[i], np.concatenate(alone))
+
+
+def test_gradients_of_packed_rows_are_those_of_transformers_of_each_document_alone(tmp_path):
+    """Of every parameter, through padding and with the keys of several queries shared."""
+    theirs, path = made_by_transformers(VARIANTS["biases"], tmp_path)
+    import torch
+
+    lengths, padding = ([6, 5], [1, 9]), (3, 4)
+    ids = random_ids(B, T, seed=3)
+    positions, segments = (np.concatenate(x) for x in zip(*map(row, lengths, padding), strict=True))
+    for i, row_lengths in enumerate(lengths):
+        for document in np.split(ids[i], np.cumsum(row_lengths))[:-1]:
+            document = torch.tensor(document)[None]
+            logprobs = torch.log_softmax(theirs(document).logits, dim=-1)
+            (-logprobs.gather(-1, document[..., None]).sum()).backward()
+    model, params = load_pretrained(path)
+
+    @jax.jit
+    @jax.grad
+    def gradients(params):
+        logits = model.apply({"params": params}, ids, positions, segments)
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)
+        return -jnp.where(segments[..., None] != 0, logprobs, 0).sum()
+
+    ours = flax.traverse_util.flatten_dict(gradients(params))
+    expected = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
+    assert len(ours) == len(expected)
+    for path, gradient in ours.items():
+        reference = expected[llama.tensor_name(path)]
+        reference = reference.T if path[-1] == "kernel" else reference
+        np.testing.assert_allclose(gradient, reference, atol=1e-4 * np.abs(reference).max())
 
 
 # --- on a model of our own -----------------------------------------------------------------------

@@ -403,6 +403,7 @@ BAD_FIELDS = [
     ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
     ({"rope_parameters": [1]}, "rope_parameters must be an object, got [1]"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn', which is not implemented"),
+    ({"rope_parameters": {"rope_type": "x" * 999}}, "rope_type is 'xxx"),
     ({"rope_parameters": {"rope_type": []}}, "rope_type is [], which is not implemented"),
     ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
     ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a finite number above 0"),
