@@ -337,7 +337,7 @@ system_prompt: |
 def test_yaml_is_read_with_the_scalars_of_json(tmp_path):
     config = ConfigLoader(write(tmp_path, YAML, "run.yaml")).load()
     assert diff(SFTConfig().replace(**SFTConfig.embedded), config) == [
-        ("learning_rate", 3e-3, 1e-4),
+        ("learning_rate", 2e-3, 1e-4),
         ("seed", 42, 3),
         ("packing", False, True),
         ("system_prompt", None, "two\nlines\n"),

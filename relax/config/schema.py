@@ -262,13 +262,14 @@ class SFTConfig(TrainerConfig):
     algorithm: ClassVar[str] = "sft"
     # What the run with no flags needs to learn addition from scratch in about a minute.
     embedded: ClassVar[dict[str, Any]] = {
-        "learning_rate": 3e-3,
+        "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 50.0,
         "weight_decay": 0.1,
+        "adam_beta2": 0.95,
         "per_device_train_batch_size": 128,
         "pad_to_multiple_of": 4,
-        "max_steps": 1200,
+        "max_steps": 900,
         "logging_steps": 100.0,
     }
 
