@@ -103,7 +103,10 @@ class _Job:
         self.start_s = time.monotonic()
         self.metrics: dict[str, float] = {}
         output = config.output
-        self.start = run_dir.prepare(output.resume, output.overwrite_output_dir, console.print)
+        self.start = run_dir.prepare(
+            output.resume, output.overwrite_output_dir, console.print, clear=False
+        )
+        self.begun = self.start is not None  # there is a run here that can be resumed
         self.checkpointer = Checkpointer(
             run_dir.checkpoints, save_total_limit=output.save_total_limit, warn=warnings.warn
         )
@@ -121,6 +124,8 @@ class _Job:
         trainer = self._trainer(model, steps)
         state, progress = self._start_state(trainer, params)
         params = None  # the state has taken them over, and the first update reuses their memory
+        if config.output.overwrite_output_dir:  # not before: all that was read is as it should be
+            self.run_dir.clear(self.console.print)
         self._check_space(state, steps)
         self._show_plan(state, steps)
         self._write_config(datasets)
@@ -161,7 +166,7 @@ class _Job:
 
     def show_how_to_go_on(self) -> None:
         """Tells a person who has stopped the run what was saved, and the command that goes on."""
-        if not (self.run_dir.path / "config.json").exists():
+        if not self.begun:
             self.console.print("stopped before the first update: the same command begins again")
             return
         steps = self.checkpointer.steps()
@@ -241,6 +246,7 @@ class _Job:
             resume="never", overwrite_output_dir=False, allow_config_change=[]
         )
         write_json(self.run_dir.path / "config.json", saved.to_dict())
+        self.begun = True
 
     def _check_space(self, state, steps: int) -> None:
         """Room for the checkpoints that will exist at once, and for the model directory."""

@@ -143,6 +143,8 @@ class RunDir:
         resume: str | Path | None = "never",
         overwrite: bool = False,
         say: Callable[[str], None] = print,
+        *,
+        clear: bool = True,
     ) -> Path | Literal["auto"] | None:
         """Decides where the run starts, and clears the directory if it was asked to.
 
@@ -150,6 +152,7 @@ class RunDir:
           resume: 'never' (or None), 'auto', or the path of a checkpoint.
           overwrite: delete what an earlier run wrote here. Other files stay.
           say: prints one line about what was decided or deleted.
+          clear: False: leave it to the caller to call `clear`, once nothing can be wrong any more.
 
         Returns:
           None for a fresh start, 'auto' for the newest intact checkpoint here, or the checkpoint.
@@ -168,9 +171,9 @@ class RunDir:
             )
         start = resume if resume in ("auto", "never") else self._checkpoint(Path(resume), overwrite)
         inside = isinstance(start, Path) and self._holds(start)
-        if overwrite:
-            self._clear(say)
-        elif not inside and start != "auto":
+        if overwrite and clear:
+            self.clear(say)
+        elif not overwrite and not inside and start != "auto":
             self._refuse_used()
         self._sign(_LOCK_MARK)
         if start == "auto" and not list_steps(self.checkpoints):
@@ -247,7 +250,7 @@ class RunDir:
             "--output_dir."
         )
 
-    def _clear(self, say: Callable[[str], None]) -> None:
+    def clear(self, say: Callable[[str], None] = print) -> None:
         """Deletes what ReLax writes, by name; checkpoints last, as they cost the most."""
         ours = [n for n in os.listdir(self.path) if n in RUN_FILES or _is_half_written(n)]
         folders = [n for n in reversed(RUN_FOLDERS) if os.path.lexists(self.path / n)]

@@ -301,6 +301,18 @@ def test_an_output_directory_in_use_is_refused_and_not_touched(run, refused, mod
     assert said.startswith(f"output_dir must be a directory that can be written, got '{file}'")
 
 
+def test_overwriting_deletes_the_earlier_run_only_when_all_is_well(run, refused, tmp_path):
+    """A misspelt file name must not cost the run that was there."""
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    assert run(dataset_name=file)[0] == 0
+    before = model_bytes(tmp_path / "run")
+    refused(dataset_name=tmp_path / "row.jsonl", overwrite_output_dir=True)
+    assert model_bytes(tmp_path / "run") == before
+    code, out, _ = run(dataset_name=file, seed=1, overwrite_output_dir=True)
+    assert code == 0 and "overwrite: deleted" in out
+    assert model_bytes(tmp_path / "run") != before
+
+
 # A job of three updates, each of them saved.
 SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
