@@ -149,7 +149,7 @@ def test_stopped_runs_print_the_command_that_goes_on_to_the_same_bytes(job, unbr
     step = list_steps(tmp_path / "run" / "checkpoints")[-1]
     assert f"stopped; step {step} is saved." in child.stdout
 
-    child = go_on(child).wait_for(f"resuming after step {step}").wait_for("step 24/36")
+    child = go_on(child).wait_for(f"resuming after step {step}").wait_for("compiled for")
     assert child.end(signal.SIGTERM) == 143
     assert "stopped by SIGTERM" in child.stderr
 

@@ -132,8 +132,9 @@ def on_terminal(*args: str) -> str:
 
 def test_a_terminal_shows_a_bar_with_step_loss_rate_speed_and_time_left(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", additions(24))
-    job = {"num_train_epochs": 4, "per_device_train_batch_size": 2, "logging_steps": 2}
-    shown = on_terminal(*flags(dataset_name=rows, output_dir=tmp_path / "run", **job))
+    job = {"dataset_name": rows, "num_train_epochs": 4, "per_device_train_batch_size": 2}
+    job |= {"logging_steps": 2, "pad_to_multiple_of": 16, "output_dir": tmp_path / "run"}
+    shown = on_terminal(*flags(**job))
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     bars = re.findall(
         r"step \d+/48  epoch \d\.\d\d [━╸╺]+ "
