@@ -2,8 +2,8 @@
 
 Per shape of full batches (no padding, every token trained), in a process of its own: tokens per
 second, the matrix-multiply rate that this reaches (6 x parameters x tokens / s), the machine's own
-peak (a 2048 x 2048 float32 product, measured before and after the steps), their ratio, the peak memory of
-the whole process, the memory of the compiled step by XLA's account, and the compile time.
+peak (a 2048 x 2048 float32 product, measured before and after the steps), their ratio, the peak
+memory of the whole process, the memory of the compiled step by XLA's account, and the compile time.
 
 Times on shared machines vary; the ratio is what to compare.
 """

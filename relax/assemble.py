@@ -75,9 +75,12 @@ def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, di
     return Transformer(shape, dtype, **options), None
 
 
-def make_data(config: TrainerConfig, tokenizer, shape: TransformerConfig) -> Datasets:
-    """Reads, tokenises and batches everything before anything is compiled."""
-    train_rows, eval_rows = _rows(config)
+def make_data(config: TrainerConfig, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
+    """Reads, tokenises and batches everything before anything is compiled.
+
+    `rows` are rows to train on and rows to evaluate on (or None), in place of the named ones.
+    """
+    train_rows, eval_rows = _rows(config, rows)
     loaders, reports, digest = {}, {}, 0
     for name, rows in {TRAINING: train_rows, EVALUATION: eval_rows}.items():
         if rows is None:
@@ -138,19 +141,20 @@ def save_interval(config: TrainerConfig, steps: int) -> int | None:
     return 0 if output.save_strategy == "epoch" else None
 
 
-def _rows(config: TrainerConfig):
+def _rows(config: TrainerConfig, given):
     """Rows to train on, and rows to evaluate on or None."""
     d = config.data
-    if d.dataset_name is None:
+    if given is None and d.dataset_name is None:
         return data.arithmetic_rows("train"), data.arithmetic_rows("test")
-    train = data.read_rows(d.dataset_name, d.dataset_train_split, d.dataset_config)
-    if d.eval_dataset_name is not None:
-        return train, data.read_rows(d.eval_dataset_name, d.dataset_test_split)
+    train_source, eval_source = given or (d.dataset_name, d.eval_dataset_name)
+    train = data.read_rows(train_source, d.dataset_train_split, d.dataset_config)
+    if eval_source is not None:
+        return train, data.read_rows(eval_source, d.dataset_test_split)
     if d.test_size:
         return _split(train, resolve_steps(d.test_size, len(train)), _data_seed(config))
     if config.inference.eval_strategy == "no" and not config.inference.eval_on_start:
         return train, None
-    if Path(d.dataset_name).is_file():
+    if given is not None or Path(d.dataset_name).is_file():
         raise ConfigError(
             "eval_strategy and eval_on_start need rows to evaluate on: pass --eval_dataset_name "
             "FILE, or --test_size 0.1 to hold out a tenth of the rows."

@@ -32,6 +32,8 @@ from relax.run_dir import RunDir, check_same_config, write_json
 from relax.trainers import SFTTrainer
 from relax.trainers.interrupt import Interrupt, Interrupted
 
+FROM_PYTHON = "rows from Python"
+
 
 @dataclasses.dataclass(frozen=True)
 class JobResult:
@@ -61,14 +63,27 @@ class TrainerEngine:
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False, soft_wrap=True)
 
-    def run_job(self, config: TrainerConfig) -> JobResult:
+    def run_job(self, config: TrainerConfig, train_rows=None, eval_rows=None) -> JobResult:
         """Carries out one configuration.
+
+        Args:
+          config: of the algorithm to run.
+          train_rows, eval_rows: in place of named data: lists of dicts, `datasets` objects or
+            other iterables of dicts.
 
         Raises:
           RelaxError: something about the configuration, the data, the model or the disk.
           Interrupted: Ctrl-C or SIGTERM, after saving; the command that goes on was printed.
         """
         config.validate()
+        rows = None
+        if train_rows is not None:
+            if config.data.dataset_name or config.data.eval_dataset_name:
+                raise ConfigError("give rows or dataset_name, not both.")
+            # So that config.json does not claim to repeat the run.
+            config, rows = config.replace(dataset_name=FROM_PYTHON), (train_rows, eval_rows)
+        elif eval_rows is not None:
+            raise ConfigError("eval_rows need train_rows: give both, or eval_dataset_name.")
         with contextlib.ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt(grace_s=config.system.grace_s))
             run_dir = stack.enter_context(RunDir(config.output.output_dir))
@@ -78,7 +93,7 @@ class TrainerEngine:
                 jax.config.update("jax_compilation_cache_dir", config.system.compilation_cache_dir)
             stack.enter_context(warnings.catch_warnings())
             warnings.showwarning = self._show_warning
-            job = _Job(config, run_dir, self.console)
+            job = _Job(config, run_dir, self.console, rows)
             try:
                 return job.run(interrupt)
             except Interrupted:
@@ -98,8 +113,8 @@ class TrainerEngine:
 class _Job:
     """One run, from its configuration to its model directory."""
 
-    def __init__(self, config: TrainerConfig, run_dir: RunDir, console: Console):
-        self.config, self.run_dir, self.console = config, run_dir, console
+    def __init__(self, config: TrainerConfig, run_dir: RunDir, console: Console, rows=None):
+        self.config, self.run_dir, self.console, self.rows = config, run_dir, console, rows
         self.start_s = time.monotonic()
         self.metrics: dict[str, float] = {}
         output = config.output
@@ -118,7 +133,7 @@ class _Job:
         fault.point("data")
         tokenizer = assemble.make_tokenizer(config)
         model, params = assemble.make_model(config, weights=self.start is None)
-        datasets = assemble.make_data(config, tokenizer, model.config)
+        datasets = assemble.make_data(config, tokenizer, model.config, self.rows)
         self._show_data(datasets)
         steps = assemble.total_steps(config, datasets.train)
         trainer = self._trainer(model, steps)

@@ -14,6 +14,7 @@ from runs import additions, write_rows
 from relax.callbacks import Callback, StopTraining
 from relax.config import create_default_config
 from relax.engine import JobResult, TrainerEngine, _Job
+from relax.errors import ConfigError
 from relax.models import load_pretrained
 
 ROWS = additions(12)
@@ -157,3 +158,33 @@ def test_a_callback_that_stops_the_run_ends_it_in_order(job, monkeypatch):
     assert int(result.state.step) == 1
     assert len(losses) == 1 and "done in" in said
     assert (result.model_dir / "model.safetensors").is_file()
+
+
+def test_rows_from_python_train_as_the_same_rows_of_a_file_do(job, model_dir, tmp_path):
+    _, expected, _ = job(ROWS)
+    config = create_default_config(
+        str(model_dir),
+        output_dir=str(tmp_path / "python"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        learning_rate=1e-3,
+        pad_to_multiple_of=64,
+        save_strategy="no",
+    )
+    with open(tmp_path / "said.txt", "w") as file:
+        engine = TrainerEngine(Console(file=file))
+        result = engine.run_job(config, ROWS, ROWS[:4])
+    lines = map(json.loads, (tmp_path / "python" / "metrics.jsonl").read_text().splitlines())
+    assert [record["loss"] for record in lines if "loss" in record] == expected
+    assert result.metrics["eval_loss"] > 0
+    saved = json.loads((tmp_path / "python" / "config.json").read_text())
+    assert saved["data"]["dataset_name"] == "rows from Python"
+
+
+def test_rows_and_a_named_data_set_exclude_each_other(model_dir, tmp_path):
+    config = create_default_config(str(model_dir), "rows.jsonl", str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="give rows or dataset_name, not both"):
+        TrainerEngine().run_job(config, ROWS)
+    with pytest.raises(ConfigError, match="eval_rows need train_rows"):
+        TrainerEngine().run_job(create_default_config(), eval_rows=ROWS)

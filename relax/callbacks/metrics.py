@@ -19,9 +19,9 @@ CLOCK_FIELDS = ("tokens_per_second", "elapsed_s")
 class MetricsLog(Callback):
     """Averages metrics over the logging window and writes them to a file.
 
-    Floating-point metrics are means over the window's updates; integer ones are counts, summed
-    over the whole run; the learning rate is the last update's. `elapsed_s` counts from the beginning of `train`. A resumed run cuts the
-    file back to where its checkpoint was taken.
+    Floating-point metrics are means over the window's updates, but for the learning rate, which is
+    the last update's; integer ones are counts, summed over the whole run. `elapsed_s` counts from
+    the beginning of `train`. A resumed run cuts the file back to where its checkpoint was taken.
 
     Args:
       path: the file, written over if it is there; None: nothing is written.

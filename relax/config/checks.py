@@ -1,7 +1,7 @@
 """The rules a configuration is held to: types, ranges, contradictions, options without effect.
 
-"Given" means different from the default, and from the embedded run's: a saved configuration spells out every field, and must
-load again.
+"Given" means different from the default, and from the embedded run's: a saved configuration spells
+out every field, and must load again.
 """
 
 from collections.abc import Callable, Iterator
