@@ -1,10 +1,14 @@
 """Supervised fine-tuning from the command line: `python run_sft.py --help`."""
 
+import os
+
 from relax.config import SFTConfig
 from relax.config.cli import run
 
 
 def main(config: SFTConfig) -> None:
+    # It would say that PyTorch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from relax.cpu import prepare_cpu
 
     prepare_cpu()  # before jax starts its threads

@@ -24,6 +24,14 @@ def prepare_cpu() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def release_freed_memory() -> None:
+    """Gives back what is free now: where small arrays came to lie in the place of a step's block,
+    the next block lands elsewhere, once, and the old place would stay for nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Tells glibc to keep what is freed, and says whether it did; elsewhere nothing changes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from relax.cpu import release_freed_memory
 from relax.trainers.callback import Callback, Event
 
 
@@ -65,6 +66,7 @@ class Progress(Callback):
             seconds = time.monotonic() - start_s
             self.console.print(f"compiled for {rows}, and one step taken, in {seconds:.1f} s")
             self._compiling = None
+            release_freed_memory()  # compiling took much of it
         if self._bar is not None:
             self._bar.update(self._task, completed=event.step, description=self._where(event))
 
