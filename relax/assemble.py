@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from relax import data
 from relax.config import TrainerConfig, resolve_steps
+from relax.config.checks import OPTIMIZER_FIELDS
 from relax.data.loader import epoch_order
 from relax.errors import ConfigError, DataError
 from relax.models import Transformer, TransformerConfig, load_pretrained, read_pretrained_config
 from relax.models.pretrained import find_directory
-from relax.trainers.optimizer import adamw, learning_rate_schedule
+from relax.trainers.optimizer import OPTIMIZERS, learning_rate_schedule
 
 # The model that is trained from scratch where none is named: 0.8 M parameters.
 EMBEDDED_MODEL = TransformerConfig(
@@ -111,18 +112,19 @@ def total_steps(config: TrainerConfig, loader) -> int:
 
 
 def make_optimizer(config: TrainerConfig, steps: int):
-    """AdamW with the configured course of the learning rate over `steps` updates."""
+    """The configured optimizer, with the course of its learning rate over `steps` updates."""
     h = config.hyperparams
     schedule = learning_rate_schedule(
-        h.lr_scheduler_type, h.learning_rate, steps, resolve_steps(h.warmup_steps, steps)
+        h.lr_scheduler_type,
+        h.learning_rate,
+        steps,
+        resolve_steps(h.warmup_steps, steps),
+        min_lr_rate=h.min_lr_rate,
+        num_decay_steps=resolve_steps(h.num_decay_steps, steps),
     )
-    return adamw(
-        schedule,
-        b1=h.adam_beta1,
-        b2=h.adam_beta2,
-        eps=h.adam_epsilon,
-        weight_decay=h.weight_decay,
-    )
+    arguments = {"adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps"}
+    settings = {arguments[field]: getattr(h, field) for field in OPTIMIZER_FIELDS[h.optim]}
+    return OPTIMIZERS[h.optim](schedule, weight_decay=h.weight_decay, **settings)
 
 
 def eval_interval(config: TrainerConfig, steps: int) -> int | None:

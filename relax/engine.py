@@ -287,7 +287,7 @@ class _Job:
         model_dir = self.run_dir.path / "final"
         try:
             fault.point("export")
-            return save_pretrained(model_dir, model, state.params, tokenizer)
+            return save_pretrained(model_dir, model, state.eval_params, tokenizer)
         except (OSError, SafetensorError) as error:
             reason = full_disk(error) or str(error)
             raise CheckpointError(

@@ -13,6 +13,17 @@ from relax.config.values import check_value, shown
 
 Given = Callable[[str], bool]
 
+# Which fields an optimizer reads, besides learning_rate and weight_decay, which all do.
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+OPTIMIZER_FIELDS = {
+    "adamw": _ADAM,
+    "adafactor": (),
+    "lion": _ADAM[:2],
+    "muon": _ADAM,  # for what is no matrix
+    "sgd": (),
+    "schedule_free_adamw": _ADAM,
+}
+
 _LIMITS = {
     "above": (lambda value, limit: value > limit, "above"),
     "at_least": (lambda value, limit: value >= limit, "at least"),
@@ -36,7 +47,7 @@ def problems(
     def given(name: str) -> bool:
         return values[name] not in (known[name].default, embedded.get(name, known[name].default))
 
-    for rules in (_run, _data, _packing, _evaluation, _output):
+    for rules in (_run, _optimizer, _data, _packing, _evaluation, _output):
         found += rules(values, given)
     found += _names(known, values)
     return found
@@ -72,10 +83,33 @@ def _run(values: dict[str, Any], given: Given) -> Iterator[str]:
         yield "max_steps must be -1 (no limit) or at least 1, got 0"
     if given("max_steps") and given("num_train_epochs"):
         yield _unused("num_train_epochs", "max_steps sets the length of the run; give one of them")
-    if given("warmup_steps") and values["lr_scheduler_type"] == "constant":
-        yield _unused("warmup_steps", "use lr_scheduler_type constant_with_warmup")
     if given("data_seed") and not values["shuffle_dataset"] and not given("test_size"):
         yield _unused("data_seed", "shuffle_dataset is false and test_size holds no rows out")
+
+
+def _optimizer(values: dict[str, Any], given: Given) -> Iterator[str]:
+    optim, schedule = values["optim"], values["lr_scheduler_type"]
+    for name in _ADAM:
+        if given(name) and name not in OPTIMIZER_FIELDS[optim]:
+            yield _unused(name, f"optim {optim} does not read it")
+    if optim == "schedule_free_adamw":
+        if not schedule.startswith("constant"):
+            yield (
+                "optim schedule_free_adamw averages in place of a falling learning rate, got "
+                f"lr_scheduler_type {schedule}: make it constant_with_warmup or constant"
+            )
+        if values["adam_beta1"] == 0:
+            yield "adam_beta1 must be above 0 with optim schedule_free_adamw, got 0.0"
+    if given("warmup_steps") and schedule == "constant":
+        yield _unused("warmup_steps", "use lr_scheduler_type constant_with_warmup")
+    if given("num_decay_steps") and schedule != "wsd":
+        yield _unused("num_decay_steps", f"lr_scheduler_type is {schedule}; make it wsd")
+    if given("min_lr_rate") and schedule not in ("cosine_with_min_lr", "wsd"):
+        yield _unused(
+            "min_lr_rate", f"lr_scheduler_type is {schedule}; make it cosine_with_min_lr or wsd"
+        )
+    if schedule == "cosine_with_min_lr" and values["min_lr_rate"] == 0:
+        yield "lr_scheduler_type cosine_with_min_lr needs min_lr_rate above 0; give min_lr_rate"
 
 
 def _data(values: dict[str, Any], given: Given) -> Iterator[str]:

@@ -63,9 +63,15 @@ def _entry(left: str, text: str, width: int) -> list[str]:
     left = "  " + left
     indent = 42 if width >= 100 else 34
     right = textwrap.wrap(text, width - indent)
-    first = [] if len(left) + 2 <= indent else [left]
+    first = [] if len(left) + 2 <= indent else _between_choices(left, width)
     head = "" if first else left
     return first + [f"{head:{indent}}{right[0]}"] + [" " * indent + line for line in right[1:]]
+
+
+def _between_choices(text: str, width: int) -> list[str]:
+    """Breaks a|b|c where it is too long for a line."""
+    lines = textwrap.wrap(text.replace("|", "| "), width, subsequent_indent=" " * 6)
+    return [line.replace("| ", "|") for line in lines]
 
 
 def _default(value: Any) -> str:

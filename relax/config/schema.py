@@ -23,7 +23,10 @@ from relax.config.options import option, options, section
 from relax.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
-Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Optimizer = Literal["adamw", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw"]
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "wsd"
+]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,11 +42,23 @@ class Hyperparams:
     max_steps: int = option(
         -1, "Updates in all, in place of num_train_epochs; -1 = no limit.", at_least=-1
     )
+    optim: Optimizer = option("adamw", "What makes updates of gradients.")
     lr_scheduler_type: Schedule = option("linear", "Course of the learning rate after warm-up.")
     warmup_steps: float = option(
         0.0, "Updates of warm-up, or a ratio of all when below 1.", steps=True, at_least=0
     )
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.", at_least=0)
+    min_lr_rate: float = option(
+        0.0,
+        "Last learning rate of cosine_with_min_lr and wsd, over the peak.",
+        at_least=0,
+        below=1,
+    )
+    num_decay_steps: float = option(
+        0.1, "Updates of wsd's decay, or a ratio of all when below 1.", steps=True, above=0
+    )
+    weight_decay: float = option(
+        0.0, "Decoupled weight decay, not of norms and biases.", at_least=0
+    )
     adam_beta1: float = option(0.9, "Decay of the gradient's mean.", at_least=0, below=1)
     adam_beta2: float = option(0.999, "Decay of the gradient's square.", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "Added to the root of the square.", above=0)

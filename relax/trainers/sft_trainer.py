@@ -77,13 +77,13 @@ class SFTTrainer(Trainer):
         exactly where each of its tokens is the argmax after the ones before it.
 
         Args:
-          state: its params are read.
+          state: its `eval_params` are read.
           loader: an iterable of batches of one document a row; rows without a target are left out.
         """
-        hits = jax.jit(self._row_hits)
+        hits, params = jax.jit(self._row_hits), state.eval_params
         right = rows = 0
         for batch in loader:
-            exact, counted = hits(state.params, batch)
+            exact, counted = hits(params, batch)
             right, rows = right + int(exact), rows + int(counted)
         return right / max(rows, 1)
 

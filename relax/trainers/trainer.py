@@ -17,7 +17,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,6 +25,7 @@ from relax import fault
 from relax.trainers import callback as hooks
 from relax.trainers.callback import Event
 from relax.trainers.interrupt import Interrupt
+from relax.trainers.state import TrainState
 from relax.trainers.update import (
     LossOutput,
     accumulate_gradients,
@@ -34,44 +34,6 @@ from relax.trainers.update import (
     clip_scale,
     reduce_metrics,
 )
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that an update reads and changes.
-
-    Attributes:
-      step: int32 scalar, updates done; one that was skipped because its gradient was not finite
-        counts, so that keys and data move on.
-      params: what is trained.
-      opt_state: the optimizer's state.
-      rng: the root key; it never changes.
-      frozen: weights that the loss reads and nothing updates; empty by default.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    rng: jax.Array
-    frozen: Any = flax.struct.field(default_factory=dict)
-
-    @classmethod
-    def create(cls, *, params, optimizer, rng, frozen=None) -> "TrainState":
-        """The state before the first update.
-
-        The state takes `params` and `frozen` over: the first update reuses their memory, and the
-        caller's arrays are gone after it. The key is copied.
-        """
-        rng = jax.random.wrap_key_data(
-            jnp.array(jax.random.key_data(rng), copy=True), impl=jax.random.key_impl(rng)
-        )
-        return cls(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=optimizer.init(params),
-            rng=rng,
-            frozen=frozen if frozen is not None else {},
-        )
 
 
 @runtime_checkable
@@ -178,7 +140,7 @@ class Trainer(abc.ABC):
         """Loss and metrics over a loader, weighted by items; no gradient, no dropout.
 
         Args:
-          state: its params are read, nothing is changed or donated.
+          state: its `eval_params` are read, nothing is changed or donated.
           loader: an iterable of batches.
           max_batches: stop after so many; None takes all.
 
@@ -196,8 +158,9 @@ class Trainer(abc.ABC):
         return metrics
 
     def _evaluate(self, state: TrainState, loader, max_batches: int | None) -> dict:
+        params = state.eval_params
         outputs = [
-            jax.device_get(self.eval_step(state.params, state.frozen, batch))
+            jax.device_get(self.eval_step(params, state.frozen, batch))
             for batch in itertools.islice(_items(loader, 0, 0), max_batches)
         ]
         if not outputs:

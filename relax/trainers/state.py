@@ -1,0 +1,52 @@
+"""What training changes, all of it, in one immutable value."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from relax.trainers import optimizer as optimizers
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that an update reads and changes.
+
+    Attributes:
+      step: int32 scalar, updates done; one that was skipped because its gradient was not finite
+        counts, so that keys and data move on.
+      params: what is trained.
+      opt_state: the optimizer's state.
+      rng: the root key; it never changes.
+      frozen: weights that the loss reads and nothing updates; empty by default.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+    frozen: Any = flax.struct.field(default_factory=dict)
+
+    @classmethod
+    def create(cls, *, params, optimizer, rng, frozen=None) -> "TrainState":
+        """The state before the first update.
+
+        The state takes `params` and `frozen` over: the first update reuses their memory, and the
+        caller's arrays are gone after it. The key is copied.
+        """
+        rng = jax.random.wrap_key_data(
+            jnp.array(jax.random.key_data(rng), copy=True), impl=jax.random.key_impl(rng)
+        )
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            rng=rng,
+            frozen=frozen if frozen is not None else {},
+        )
+
+    @property
+    def eval_params(self):
+        """What to evaluate and save: `params`, or the average a schedule-free optimizer keeps."""
+        return optimizers.eval_params(self.opt_state, self.params)
