@@ -167,7 +167,9 @@ def test_gradients_of_packed_rows_are_those_of_transformers_of_each_document_alo
 
 # --- on a model of our own -----------------------------------------------------------------------
 
-CONFIG = TransformerConfig(**SIZES | {"num_hidden_layers": 2}, attention_bias=True)
+CONFIG = TransformerConfig(
+    **SIZES | {"num_hidden_layers": 2}, attention_bias=True, output_bias=True
+)
 
 
 def fresh(model):

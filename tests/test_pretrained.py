@@ -36,6 +36,7 @@ CONFIG = TransformerConfig(
     rope_theta=321.0,
     rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 16),
     attention_bias=True,
+    output_bias=True,
 )
 NORM = "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"

@@ -10,31 +10,111 @@ class RopeScaling:
     Attributes:
       kind: `linear` divides every frequency by `factor`; `llama3` divides the low ones only and
         blends between `low_freq_factor` and `high_freq_factor` (wavelengths in units of
-        `original_max_position_embeddings`).
+        `original_max_position_embeddings`); `yarn` blends between the planes that turn `beta_fast`
+        and `beta_slow` times; `dynamic` raises the base, and `longrope` takes `long_factor` in
+        place of `short_factor`, in documents longer than `original_max_position_embeddings`.
+      attention_factor: multiplies cosines and sines (yarn, longrope).
+      short_factor, long_factor: one divisor per plane (longrope).
+      truncate: the blend of yarn begins and ends at whole planes.
     """
 
     kind: str
-    factor: float
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's rotation depends on how long its document becomes."""
+        return self.kind in ("dynamic", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: frequencies theta^(-2i/R), stretched by `scaling`."""
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Adapters on linear layers: y = x W + dropout(x) A B · alpha / r.
+
+    Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1.
+
+    Attributes:
+      r: rank of A [in, r] and B [r, out].
+      alpha: the adapters' output is scaled by alpha / r.
+      dropout: share of the adapters' inputs that are dropped while training.
+      target_modules: names of the linear layers that have adapters, such as `q_proj`.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What one layer does differently from its neighbours.
+
+    Attributes:
+      window: a token sees itself and `window - 1` tokens before it; None: all before it.
+      rope: None where the layer has no positions.
+      experts: a mixture of experts takes the place of the feed-forward block.
+    """
+
+    window: int | None
+    rope: Rope | None
+    experts: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and switches of `relax.models.Transformer`, with the names of Hugging Face configs.
+    """Sizes and switches of `relax.models.Transformer`, with Hugging Face's names where it has one.
 
     Attributes:
       vocab_size: rows of the embedding.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the SwiGLU block.
+      intermediate_size: width of the gated feed-forward block.
       num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim: the attention stack;
         `num_key_value_heads` divides `num_attention_heads`.
       max_position_embeddings: the longest sequence the model was made for.
       rope_theta, rope_scaling: base and stretching of the rotary positions.
+      rotary_dim: how many entries of a head turn, the first ones; None: all.
       tie_word_embeddings: the output matrix is the embedding.
-      attention_bias, mlp_bias: biases on the projections of the two blocks.
+      attention_bias, output_bias, mlp_bias: biases of the projections to queries, keys and values,
+        of the one back, and of the feed-forward block.
       initializer_range: standard deviation of fresh matrices.
+      model_type: the family, of `relax.models.families`, whose files hold such a model.
+      hidden_act: of the gate, `silu`, `gelu` or `gelu_pytorch_tanh`.
+      norm_plus_one: norms multiply by 1 + scale.
+      pre_norm, post_norm: norms before and after the two blocks of a layer.
+      qk_norm: of queries and keys before they turn: `head` normalises each head, `all` all heads
+        together; None: none.
+      embedding_multiplier: of the embeddings as the layers see them.
+      attention_multiplier: of q · k; None: head_dim^-0.5.
+      attn_logit_softcapping, final_logit_softcapping: c in x -> c tanh(x / c), of q · k and of the
+        logits; None: none.
+      sliding_window, layer_types: layers of type `sliding_attention` see a window of the past, and
+        those of type `full_attention` all of it. Empty: all are full.
+      local_rope_theta: base of the rotary positions, unstretched, in sliding layers; None: the same
+        as in the others.
+      no_rope_layers: indices of the layers without positions.
+      num_experts, num_experts_per_tok, moe_intermediate_size: each token goes to the experts that
+        its router likes best; 0: no mixture of experts.
+      norm_topk_prob: the chosen experts' weights are normalised to a sum of 1.
+      dense_layers: indices of layers with a feed-forward block among those with experts.
+      router_aux_loss_coef: of the load-balancing loss in the loss of a trainer.
     """
 
     vocab_size: int
@@ -50,14 +130,80 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
+    model_type: str = "llama"
+    hidden_act: str = "silu"
+    rotary_dim: int | None = None
+    norm_plus_one: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: str | None = None
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+    local_rope_theta: float | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                "num_key_value_heads must divide num_attention_heads, got "
-                f"{self.num_attention_heads} heads and {self.num_key_value_heads} key-value heads."
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}.")
+        for broken, message in self._problems():
+            if broken:
+                raise ValueError(message)
+
+    def _problems(self):
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        yield (
+            heads % kv_heads,
+            f"num_key_value_heads must divide num_attention_heads, got {heads} heads and "
+            f"{kv_heads} key-value heads.",
+        )
+        turning = self.rotary_dim
+        yield self.head_dim % 2, f"rotary positions need an even head_dim, got {self.head_dim}."
+        yield (
+            turning is not None and (turning % 2 or not 0 < turning <= self.head_dim),
+            f"rotary_dim must be even and at most head_dim {self.head_dim}, got {turning}.",
+        )
+        types, count = self.layer_types, self.num_hidden_layers
+        yield (
+            types and len(types) != count,
+            f"layer_types must name every layer, got {len(types)} types for {count} layers.",
+        )
+        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+        yield unknown, f"layer_types must be full_attention or sliding_attention, got {unknown}."
+        yield (
+            "sliding_attention" in types and not self.sliding_window,
+            f"sliding layers need sliding_window, got {self.sliding_window}.",
+        )
+        experts, chosen = self.num_experts, self.num_experts_per_tok
+        yield (
+            experts and not (0 < chosen <= experts and self.moe_intermediate_size > 0),
+            f"num_experts_per_tok must be from 1 to num_experts {experts}, got {chosen}, and "
+            f"moe_intermediate_size above 0, got {self.moe_intermediate_size}.",
+        )
+
+    def layer(self, index: int) -> Layer:
+        """What layer `index`, from 0, does."""
+        sliding = bool(self.layer_types) and self.layer_types[index] == "sliding_attention"
+        rope = Rope(self.rope_theta, self.rope_scaling)
+        if sliding and self.local_rope_theta is not None:
+            rope = Rope(self.local_rope_theta)
+        return Layer(
+            window=self.sliding_window if sliding else None,
+            rope=None if index in self.no_rope_layers else rope,
+            experts=self.num_experts > 0 and index not in self.dense_layers,
+        )
+
+    @property
+    def layer_kinds(self) -> tuple[Layer, ...]:
+        """The layers, one after the other."""
+        return tuple(map(self.layer, range(self.num_hidden_layers)))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 
 def checkpointed(f, policy=None):
@@ -13,7 +14,8 @@ def checkpointed(f, policy=None):
     is the branch of a condition that always holds, which the compiler cannot know.
 
     Args:
-      f: `f(params, x, constants) -> array`; constants get no gradient.
+      f: `f(params, x, constants) -> (y, others)`, arrays; the constants get no gradient, and
+        neither do those leaves of `params` that nothing is differentiated with respect to.
       policy: see `jax.checkpoint_policies`; None recomputes everything.
     """
     f = jax.checkpoint(f, policy=policy)
@@ -21,17 +23,41 @@ def checkpointed(f, policy=None):
         return f
 
     def forward(params, x, constants):
-        return jax.vjp(lambda params, x: f(params, x, constants), params, x)
+        # Frozen leaves would otherwise have a gradient, which a conditional always computes.
+        trained = jax.tree.map(lambda leaf: leaf.perturbed, params)
+        values, x, constants = jax.tree.map(lambda leaf: leaf.value, (params, x, constants))
+        ours = jax.tree.map(lambda leaf, keep: leaf if keep else None, values, trained)
 
-    def backward(vjp, d_out):
-        always = jnp.logical_not(d_out.ravel()[0] > jnp.inf)  # of NaN as well
-        shapes = jax.eval_shape(vjp, d_out)
+        def run(ours, x):
+            merged = jax.tree.map(
+                lambda leaf, own: leaf if own is None else own,
+                values,
+                ours,
+                is_leaf=lambda leaf: leaf is None,
+            )
+            return f(merged, x, constants)
+
+        out, vjp = jax.vjp(run, ours, x)
+        return out, vjp
+
+    def backward(vjp, cotangents):
+        cotangents = jax.tree.map(
+            _materialised, cotangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero)
+        )
+        always = jnp.logical_not(cotangents[0].ravel()[0] > jnp.inf)  # of NaN as well
+        shapes = jax.eval_shape(vjp, cotangents)
 
         def never(_):
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        return *jax.lax.cond(always, vjp, never, d_out), None
+        return *jax.lax.cond(always, vjp, never, cotangents), None
 
     run = jax.custom_vjp(f)
-    run.defvjp(forward, backward)
+    run.defvjp(forward, backward, symbolic_zeros=True)
     return run
+
+
+def _materialised(leaf):
+    if not isinstance(leaf, SymbolicZero):
+        return leaf
+    return jnp.zeros(leaf.aval.shape, leaf.aval.dtype)

@@ -67,6 +67,7 @@ ROPE = {"default": (), "linear": ("factor",), "llama3": ("factor", *_LLAMA3)}
 DERIVED = ".self_attn.rotary_emb.inv_freq"
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 TOP = {
     ("embed_tokens",): "model.embed_tokens.weight",
@@ -106,6 +107,7 @@ def from_hugging_face(fields: dict, where: str = "config.json") -> TransformerCo
     try:
         return TransformerConfig(
             **same,
+            output_bias=same["attention_bias"],
             num_key_value_heads=_value(fields, "num_key_value_heads", SIZE, where, heads),
             head_dim=_value(fields, "head_dim", SIZE, where, same["hidden_size"] // heads),
             rope_theta=_value(rope, "rope_theta", float, where, 10000.0),
@@ -145,6 +147,7 @@ def tensor_name(path: tuple[str, ...]) -> str:
     if path in TOP:
         return TOP[path]
     layer, module, leaf = path
+    module = NORMS.get(module, module)
     block = "self_attn." if module in ATTENTION else "mlp." if module.endswith("_proj") else ""
     return f"model.layers.{layer.removeprefix('layers_')}.{block}{module}.{LEAVES[leaf]}"
 

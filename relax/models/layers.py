@@ -1,0 +1,72 @@
+"""The parts of a block that have parameters of their own.
+
+Axes: M tokens, D inputs, F outputs, r rank of an adapter.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from relax.models.config import LoRA
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x²) + eps) * scale over the last axis, in float32; or * (1 + scale).
+
+    Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, eq. 4.
+    """
+
+    eps: float
+    plus_one: bool
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = scale.astype(jnp.float32) + (1.0 if self.plus_one else 0.0)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W + b, and + dropout(x) A B · alpha / r where the parameters hold an adapter.
+
+    `init` never makes an adapter: `lora_a` [D, r] and `lora_b` [r, F] are put beside the kernel by
+    `relax.models.lora`.
+    """
+
+    features: int
+    use_bias: bool
+    stddev: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    lora: LoRA | None = None
+
+    @nn.compact
+    def __call__(self, x):  # [M, D]
+        init = nn.initializers.normal(self.stddev)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            y = y + bias.astype(self.dtype)[None, :]
+        if self.has_variable("params", "lora_a"):
+            y = y + self._adapter(x)
+        return y
+
+    def _adapter(self, x):
+        if self.lora is None:
+            raise ValueError(
+                "the parameters hold adapters, whose scale the model must know: pass "
+                "Transformer(..., lora=LoRA(...)), as relax.models.lora gives it."
+            )
+        if self.lora.dropout and self.has_rng("dropout"):
+            kept = 1.0 - self.lora.dropout
+            mask = jax.random.bernoulli(self.make_rng("dropout"), kept, x.shape)
+            x = jnp.where(mask, x / kept, 0).astype(x.dtype)
+        a = self.get_variable("params", "lora_a").astype(self.dtype)
+        b = self.get_variable("params", "lora_b").astype(self.dtype)
+        return (x @ a) @ b * (self.lora.alpha / self.lora.r)
