@@ -49,7 +49,7 @@ def batch_advantages(rewards: jax.Array) -> jax.Array:
 
 @register_advantage("none")
 def centred_advantages(rewards: jax.Array) -> jax.Array:
-    """r - μ_group. Liu et al., Understanding R1-Zero-Like Training, 2025, section 3.1 (Dr. GRPO)."""
+    """r - μ_group. Liu et al., Understanding R1-Zero-Like Training (Dr. GRPO), 2025, eq. 2."""
     return _or_zero(_centred(rewards))
 
 
