@@ -150,6 +150,16 @@ def test_wrong_value_is_refused_in_one_sentence(fields, message):
 UNUSED = [
     ({"max_steps": 5, "num_train_epochs": 1}, "num_train_epochs"),
     ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, "warmup_steps"),
+    ({"min_lr_rate": 0.1}, "min_lr_rate"),
+    ({"min_lr_rate": 0.1, "lr_scheduler_type": "constant"}, "min_lr_rate"),
+    ({"num_decay_steps": 5}, "num_decay_steps"),
+    (
+        {"num_decay_steps": 5, "min_lr_rate": 0.1, "lr_scheduler_type": "cosine_with_min_lr"},
+        "num_decay_steps",
+    ),
+    ({"adam_beta1": 0.8, "optim": "sgd"}, "adam_beta1"),
+    ({"adam_beta2": 0.8, "optim": "adafactor"}, "adam_beta2"),
+    ({"adam_epsilon": 1e-6, "optim": "lion"}, "adam_epsilon"),
     ({"data_seed": 1, "shuffle_dataset": False}, "data_seed"),
     ({"dataset_config": "main"}, "dataset_config"),
     ({"dataset_train_split": "all"}, "dataset_train_split"),
@@ -184,7 +194,14 @@ def test_option_without_effect_is_refused(fields, name):
     assert found[0].startswith(f"{name} has no effect: ")
 
 
+FREE = {"optim": "schedule_free_adamw"}
 CONTRADICTORY = [
+    (FREE, "optim schedule_free_adamw averages in place of a falling learning rate, got"),
+    (
+        FREE | {"lr_scheduler_type": "constant", "adam_beta1": 0},
+        "adam_beta1 must be above 0 with optim schedule_free_adamw, got 0.0",
+    ),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr needs"),
     ({"packing": True, "max_length": None}, "packing needs max_length"),
     (EVAL | {"test_size": 0.1, "eval_dataset_name": "x"}, "test_size and eval_dataset_name"),
     (EVAL | {"test_size": 0.1, "dataset_test_split": "x"}, "test_size and dataset_test_split"),
@@ -208,6 +225,11 @@ def test_contradiction_is_refused(fields, message):
     "fields",
     [
         {"max_steps": 5, "warmup_steps": 0.1, "lr_scheduler_type": "constant_with_warmup"},
+        {"lr_scheduler_type": "wsd", "num_decay_steps": 0.2, "min_lr_rate": 0.1},
+        {"optim": "lion", "adam_beta1": 0.95, "adam_beta2": 0.98, "weight_decay": 1.0},
+        {"optim": "muon", "adam_beta1": 0.95, "adam_beta2": 0.98, "adam_epsilon": 1e-6},
+        {"optim": "sgd", "adam_beta1": 0.9, "adam_epsilon": 1e-8, "weight_decay": 0.1},
+        {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "adam_beta1": 0.95},
         {"packing": True, "packing_strategy": "bfd_split", "eval_packing": None},
         {"packing": True, "eval_packing": False, "pad_to_multiple_of": 8, "eval_on_start": True},
         EVAL | {"test_size": 0.1, "eval_packing": True, "packing": True},
