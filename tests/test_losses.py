@@ -24,13 +24,15 @@ def problem(ignored=(0, 1, 5, 6, 7, 8, 20), seed=0, dtype=jnp.float32):
     return hidden, matrix, jnp.asarray(targets)
 
 
-def by_hand(hidden, matrix, targets):
+def by_hand(hidden, matrix, targets, softcap=None):
     """The sums, token by token in float64."""
     nll, correct, entropy, weight = 0.0, 0, 0.0, 0
     for h, target in zip(np.asarray(hidden, np.float64), np.asarray(targets), strict=True):
         if target == IGNORED:
             continue
         logits = [float(h @ row) for row in np.asarray(matrix, np.float64)]
+        if softcap is not None:
+            logits = [softcap * math.tanh(z / softcap) for z in logits]
         log_total = math.log(sum(math.exp(z) for z in logits))
         logprobs = [z - log_total for z in logits]
         nll -= logprobs[target]
@@ -40,15 +42,19 @@ def by_hand(hidden, matrix, targets):
     return nll, correct, entropy, weight
 
 
-def dense_nll(hidden, matrix, targets):
-    logprobs = jax.nn.log_softmax(hidden @ matrix.T)
+def dense_nll(hidden, matrix, targets, softcap=None):
+    logits = hidden @ matrix.T
+    logprobs = jax.nn.log_softmax(
+        logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    )
     picked = jnp.take_along_axis(logprobs, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
     return -jnp.where(targets == IGNORED, 0, picked).sum()
 
 
-def nll(chunk_size=5, scale=1.0):
+def nll(chunk_size=5, scale=1.0, softcap=None):
     def loss(hidden, matrix, targets):
-        return scale * linear_cross_entropy(hidden, matrix, targets, chunk_size=chunk_size).nll
+        sums = linear_cross_entropy(hidden, matrix, targets, chunk_size=chunk_size, softcap=softcap)
+        return scale * sums.nll
 
     return loss
 
@@ -188,6 +194,89 @@ def test_no_array_has_the_size_of_all_logits():
     assert largest_array(loss, *args) <= most
     assert largest_array(jax.value_and_grad(loss, argnums=(0, 1)), *args) <= most
     assert largest_array(lambda *a: target_hits(*a, chunk_size=chunk_size), *args) <= most
+
+
+# --- soft-capping, precision, what is frozen, what is refused ------------------------------------
+
+CAP = 1.5  # logits reach about 6 here
+
+
+@pytest.mark.parametrize("chunk_size", [5, 64])
+def test_soft_capped_sums_and_gradients_are_the_dense_ones(chunk_size):
+    inputs = problem()
+    sums = linear_cross_entropy(*inputs, chunk_size=chunk_size, softcap=CAP)
+    expected = by_hand(*inputs, CAP)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    assert abs(expected[0] - by_hand(*inputs)[0]) > 1
+    dense = gradients(lambda *args: dense_nll(*args, CAP), *inputs)
+    for ours, exact in zip(gradients(nll(chunk_size, softcap=CAP), *inputs), dense, strict=True):
+        np.testing.assert_allclose(ours, exact, atol=1e-5)
+
+
+def test_a_soft_cap_reaches_target_hits():
+    """One so low that all logits of a row become equal: the first token is then the likeliest."""
+    hidden, matrix, targets = problem(ignored=())
+    hits = target_hits(hidden, matrix, targets, softcap=1e-3)
+    signs = np.sign(np.asarray(hidden, np.float64) @ np.asarray(matrix, np.float64).T)
+    np.testing.assert_array_equal(hits, signs.argmax(axis=1) == np.asarray(targets))
+
+
+def products(jaxpr):
+    """Of every matrix product in a program: the dtypes of its operands, and what it gives."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            operands = {operand.aval.dtype.name for operand in equation.invars}
+            found.append((operands, equation.outvars[0].aval.str_short()))
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            found += products(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def products_of(f, *args):
+    return products(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def test_bfloat16_states_make_bfloat16_products_whatever_the_matrix_is_and_float32_sums():
+    hidden, matrix, targets = problem()
+    narrow = hidden.astype(jnp.bfloat16)
+    sums = linear_cross_entropy(narrow, matrix, targets, chunk_size=5)
+    rounded = (narrow, matrix.astype(jnp.bfloat16), targets)
+    np.testing.assert_allclose(sums, by_hand(*rounded), rtol=1e-4)
+    d_hidden, d_matrix = gradients(nll(), narrow, matrix, targets)
+    assert (d_hidden.dtype, d_matrix.dtype) == (jnp.bfloat16, jnp.float32)
+    found = products_of(jax.grad(nll(), argnums=(0, 1)), narrow, matrix, targets)
+    found += products_of(lambda *args: target_hits(*args, chunk_size=5), narrow, matrix, targets)
+    assert len(found) >= 4
+    for operands, output in found:
+        assert operands == {"bfloat16"} and output.startswith("float32"), found
+
+
+def test_the_gradient_of_a_frozen_matrix_is_not_made():
+    hidden, matrix, targets = problem()
+    expected = gradients(dense_nll, hidden, matrix, targets)[0]
+    np.testing.assert_allclose(jax.grad(nll())(hidden, matrix, targets), expected, atol=1e-5)
+    for arguments, made in (((0, 1), True), (0, False)):
+        found = products_of(jax.grad(nll(), argnums=arguments), hidden, matrix, targets)
+        assert (f"float32[{V},{D}]" in [output for _, output in found]) == made
+
+
+def test_a_sum_without_a_gradient_has_none():
+    hidden, matrix, targets = problem()
+
+    def entropy(hidden):
+        return linear_cross_entropy(hidden, matrix, targets).entropy
+
+    assert not np.asarray(jax.grad(entropy)(hidden)).any()
+
+
+@pytest.mark.parametrize(("rows", "chunk_size"), [(M, 0), (M, -1), (0, 256)])
+def test_no_tokens_and_no_chunk_are_refused(rows, chunk_size):
+    hidden, matrix, targets = problem()
+    for f in (linear_cross_entropy, target_hits):
+        with pytest.raises(ValueError, match="at least one, got"):
+            f(hidden[:rows], matrix, targets[:rows], chunk_size=chunk_size)
 
 
 # --- target_hits and next_token_targets ----------------------------------------------------------
