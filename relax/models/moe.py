@@ -53,14 +53,19 @@ class Experts(nn.Module):
         return y, (times, mass, real.sum().astype(jnp.float32))
 
 
-def aux_loss(sums: RouterSums) -> jax.Array:
-    """E · Σ_e f_e P_e: smallest, and equal to C, where all experts get as many tokens.
+def total_aux_loss(layers: list[RouterSums | None]) -> jax.Array | None:
+    """The load-balancing loss of a model from its layers' sums; None where no layer has experts.
 
-    f_e is how often expert e was chosen per token, P_e its mean probability, both over the real
-    tokens of all layers together. Fedus et al., Switch Transformers, 2021, eq. 4, in the form of
-    transformers.
+        E · Σ_e f_e P_e
+
+    Smallest, and equal to C, where all experts get as many tokens. f_e is how often expert e was
+    chosen per token, P_e its mean probability, both over the real tokens of all layers together.
+    Fedus et al., Switch Transformers, 2021, eq. 4, in the form of transformers.
     """
-    times, mass, tokens = sums
+    layers = [sums for sums in layers if sums is not None]
+    if not layers:
+        return None
+    times, mass, tokens = jax.tree.map(lambda *sums: sum(sums), *layers)
     tokens = jnp.maximum(tokens, 1.0)
     return times.shape[0] * jnp.sum(times / tokens * (mass / tokens))
 

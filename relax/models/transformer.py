@@ -17,7 +17,7 @@ from relax.models import cache as kv_cache
 from relax.models.attention import SAVED, attend, attention_mask
 from relax.models.config import Layer, LoRA, TransformerConfig
 from relax.models.layers import Linear, RMSNorm
-from relax.models.moe import Experts, activation, aux_loss
+from relax.models.moe import Experts, activation, total_aux_loss
 from relax.models.remat import checkpointed
 from relax.models.rotary import rotary_angles, rotate
 
@@ -171,13 +171,11 @@ class Transformer(nn.Module):
         kinds = self.config.layer_kinds
         masks = {w: attention_mask(segment_ids, B, T, w) for w in {kind.window for kind in kinds}}
         real = jnp.ones((B * T,), bool) if segment_ids is None else segment_ids.reshape(-1) > 0
-        x, routers = self._embed(input_ids), []
+        x, routers = self.embed(input_ids), []
         for layer, kind in zip(self.layers, kinds, strict=True):
-            x, router = self._run(layer, x, (angles[kind.rope], masks[kind.window], real))
+            x, router = self.run(layer, x, (angles[kind.rope], masks[kind.window], real), _over)
             routers.append(router)
-        routers = [router for router in routers if router is not None]
-        loss = aux_loss(jax.tree.map(lambda *sums: sum(sums), *routers)) if routers else None
-        return self.norm(x).reshape(B, T, -1), loss
+        return self.norm(x).reshape(B, T, -1), total_aux_loss(routers)
 
     def prefill(self, input_ids):
         """Hidden states of prompts, and their keys and values.
@@ -192,7 +190,7 @@ class Transformer(nn.Module):
         B, T = input_ids.shape
         angles = self._angles(None, None, B, T)
         real = jnp.ones((B * T,), bool)
-        x, filled = self._embed(input_ids), []
+        x, filled = self.embed(input_ids), []
         for layer, kind in zip(self.layers, self.config.layer_kinds, strict=True):
             mask = attention_mask(None, B, T, kind.window)
             x, kept, _ = layer(x, angles[kind.rope], _over_row(self.config, mask), real)
@@ -212,14 +210,14 @@ class Transformer(nn.Module):
         """
         angles = self._angles(positions[:, None], None, tokens.shape[0], 1)
         real = jnp.ones(tokens.shape, bool)
-        x, filled = self._embed(tokens), []
+        x, filled = self.embed(tokens), []
         for layer, kind, columns in zip(self.layers, self.config.layer_kinds, cache, strict=True):
             over = _over_cache(self.config, kind.window, columns, positions)
             x, kept, _ = layer(x, angles[kind.rope], over, real)
             filled.append(kept)
         return self.norm(x), tuple(filled)
 
-    def _embed(self, input_ids):
+    def embed(self, input_ids):
         x = self.embed_tokens[input_ids.reshape(-1)].astype(self.dtype)  # [M, D]
         multiplier = self.config.embedding_multiplier
         return x if multiplier == 1.0 else x * jnp.asarray(multiplier, self.dtype)
@@ -233,9 +231,10 @@ class Transformer(nn.Module):
         angles = {rope: rotary_angles(positions, rope, R, segment_ids) for rope in ropes}
         return angles | {None: None}
 
-    def _run(self, layer, x, constants):
+    def run(self, layer, x, constants, over):
+        """`over(config, layer, x, constants) -> (x, router)`, checkpointed where that is asked."""
         if not self.gradient_checkpointing or self.is_initializing():
-            return _over(self.config, layer, x, constants)
+            return over(self.config, layer, x, constants)
         block = self._block(layer.layer, parent=None)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
@@ -243,7 +242,7 @@ class Transformer(nn.Module):
             *constants, key = constants
             rngs = None if key is None else {"dropout": key}
             bound = block.bind({"params": params}, rngs=rngs)
-            return _over(self.config, bound, x, constants)
+            return over(self.config, bound, x, constants)
 
         constants = (*constants, key)
         return checkpointed(apply, SAVED_OUTPUTS)(layer.variables["params"], x, constants)
@@ -272,7 +271,8 @@ def _over(config, layer, x, constants):
     return x, router
 
 
-def _options(config):
+def attention_options(config):
+    """How queries and keys become scores."""
     return {"multiplier": config.attention_multiplier, "softcap": config.attn_logit_softcapping}
 
 
@@ -282,7 +282,7 @@ def _over_row(config, mask, keep=True):
 
     def attention(q, k, v):
         q, k, v = (x.reshape(B, T, *x.shape[1:]) for x in (q, k, v))
-        out = attend(q, k, v, mask, **_options(config)).reshape(B * T, -1)
+        out = attend(q, k, v, mask, **attention_options(config)).reshape(B * T, -1)
         return out, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
 
     return attention
@@ -295,7 +295,9 @@ def _over_cache(config, window, columns, positions):
         keys, values = (
             kv_cache.write(old, new, positions) for old, new in zip(columns, (k, v), strict=True)
         )
-        out = kv_cache.attend_cached(q, keys, values, positions, window=window, **_options(config))
+        out = kv_cache.attend_cached(
+            q, keys, values, positions, window=window, **attention_options(config)
+        )
         return out.reshape(out.shape[0], -1), (keys, values)
 
     return attention
