@@ -7,7 +7,8 @@
 
     L = − Σ_m log p(target_m | tokens ≤ m) / #trained tokens
 
-The mean is over all trained tokens of an update, however micro-batches and rows share them.
+The mean is over all trained tokens of an update, however micro-batches and rows share them. A
+mixture of experts adds its routers' load-balancing loss.
 
 Axes: B batch, T tokens, D model.
 """
@@ -16,6 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from relax.losses import IGNORED, linear_cross_entropy, next_token_targets, target_hits
+from relax.models.forward import hidden_states
+from relax.models.trainable import merge
+from relax.trainers.state import initial_state
 from relax.trainers.trainer import Trainer, TrainState
 from relax.trainers.update import LossOutput, Sum
 
@@ -28,47 +32,58 @@ class SFTTrainer(Trainer):
 
     Args:
       model, optimizer: as for `Trainer`.
-      params: pretrained parameters to start from (copied); None initialises from the key.
+      params: pretrained parameters to start from (copied); None initialises from the key. Where
+        the model has `lora`, only its adapters are trained.
+      freeze: a regular expression of weights that are not trained, see `relax.models.trainable`.
       loss_chunk_size: tokens whose logits exist at once.
       **options: of `Trainer`.
 
     Metrics, over trained tokens: `loss` (nats), `mean_token_accuracy` (share of argmax hits),
-    `entropy` (of the predictions, nats); `num_tokens` counts all tokens but padding.
+    `entropy` (of the predictions, nats); `num_tokens` counts all tokens but padding; `aux_loss`, of
+    routers, is a part of the loss.
     """
 
-    def __init__(self, model, optimizer, *, params=None, loss_chunk_size: int = 256, **options):
+    def __init__(
+        self,
+        model,
+        optimizer,
+        *,
+        params=None,
+        freeze: str | None = None,
+        loss_chunk_size: int = 256,
+        **options,
+    ):
         super().__init__(model, optimizer, **options)
         self.params = params
+        self.freeze = freeze
         self.loss_chunk_size = loss_chunk_size
 
     def create_train_state(self, key: jax.Array) -> TrainState:
-        if self.params is None:
-            ids = jnp.zeros((1, 8), jnp.int32)
-            params = jax.jit(self.model.init)(key, ids)["params"]
-        else:
-            params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
-        return TrainState.create(params=params, optimizer=self.optimizer, rng=key)
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        return initial_state(self.model, self.optimizer, key, params, self.freeze)
 
-    def compute_loss(self, params, batch) -> LossOutput:
+    def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
+        weights = merge(params, frozen or {})
         segment_ids = batch.get("segment_ids")
-        hidden = self._hidden_states(params, batch)
+        hidden, aux_loss = hidden_states(self.model, weights, batch, rng=rng)
         sums = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),  # [B, T, D] -> [M, D]
-            self.model.output_matrix(params),
+            self.model.output_matrix(weights),
             next_token_targets(batch["labels"]).reshape(-1),
-            chunk_size=self.loss_chunk_size,
+            **self._vocabulary(),
         )
         tokens = batch["input_ids"].size if segment_ids is None else (segment_ids > 0).sum()
         trained = jnp.maximum(sums.weight, 1)
-        return LossOutput(
-            loss=sums.nll / trained,
-            weight=sums.weight,
-            metrics={
-                "mean_token_accuracy": sums.correct / trained,
-                "entropy": sums.entropy / trained,
-                "num_tokens": Sum(jnp.asarray(tokens, jnp.int32)),
-            },
-        )
+        loss = sums.nll / trained
+        metrics = {
+            "mean_token_accuracy": sums.correct / trained,
+            "entropy": sums.entropy / trained,
+            "num_tokens": Sum(jnp.asarray(tokens, jnp.int32)),
+        }
+        if aux_loss is not None:
+            loss += self.model.config.router_aux_loss_coef * aux_loss
+            metrics["aux_loss"] = aux_loss
+        return LossOutput(loss=loss, weight=sums.weight, metrics=metrics)
 
     def exact_match(self, state: TrainState, loader) -> float:
         """The share of rows whose trained tokens greedy decoding would write, every one of them.
@@ -83,28 +98,25 @@ class SFTTrainer(Trainer):
         hits, params = jax.jit(self._row_hits), state.eval_params
         right = rows = 0
         for batch in loader:
-            exact, counted = hits(params, batch)
+            exact, counted = hits(params, state.frozen, batch)
             right, rows = right + int(exact), rows + int(counted)
         return right / max(rows, 1)
 
-    def _row_hits(self, params, batch):
+    def _row_hits(self, params, frozen, batch):
+        weights = merge(params, frozen)
         targets = next_token_targets(batch["labels"])  # [B, T]
-        hidden = self._hidden_states(params, batch)
+        hidden, _ = hidden_states(self.model, weights, batch)
         hits = target_hits(
             hidden.reshape(-1, hidden.shape[-1]),
-            self.model.output_matrix(params),
+            self.model.output_matrix(weights),
             targets.reshape(-1),
-            chunk_size=self.loss_chunk_size,
+            **self._vocabulary(),
         ).reshape(targets.shape)
         counted = (targets != IGNORED).any(axis=1)  # [B]
         exact = counted & (hits | (targets == IGNORED)).all(axis=1)
         return exact.sum(), counted.sum()
 
-    def _hidden_states(self, params, batch):
-        return self.model.apply(
-            {"params": params},
-            batch["input_ids"],
-            batch.get("positions"),
-            batch.get("segment_ids"),
-            method="hidden_states",
-        )
+    def _vocabulary(self):
+        """How hidden states become logits."""
+        cap = self.model.config.final_logit_softcapping
+        return {"chunk_size": self.loss_chunk_size, "softcap": cap}

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from relax.models.trainable import partition
 from relax.trainers import optimizer as optimizers
 
 
@@ -50,3 +51,18 @@ class TrainState:
     def eval_params(self):
         """What to evaluate and save: `params`, or the average a schedule-free optimizer keeps."""
         return optimizers.eval_params(self.opt_state, self.params)
+
+
+def initial_state(model, optimizer, key: jax.Array, params=None, freeze: str | None = None):
+    """The state before the first update of a `relax.models.Transformer`.
+
+    Args:
+      optimizer: an optax transformation, for what is trained.
+      key: makes what is to be made.
+      params: all parameters, taken over; None: fresh ones.
+      freeze: see `relax.models.trainable.partition`.
+    """
+    if params is None:
+        params = jax.jit(model.init)(key, jnp.zeros((1, 8), jnp.int32))["params"]
+    trained, frozen = partition(model, params, key, freeze)
+    return TrainState.create(params=trained, optimizer=optimizer, rng=key, frozen=frozen)

@@ -1,0 +1,93 @@
+"""Which weights are trained, and which are frozen.
+
+Parameters are nested dicts, and a weight is named by its path in them: `embed_tokens`, `lm_head`,
+`norm/scale`, `layers_3/q_proj/kernel`, `layers_3/mlp_norm/scale`, `layers_3/experts/router`.
+`partition` cuts them in two: what is trained (`TrainState.params`) and what the loss only reads
+(`TrainState.frozen`, under "base"). `merge` puts the two together again, inside the loss.
+"""
+
+import re
+from collections.abc import Callable
+
+import flax.traverse_util
+import jax
+
+from relax.errors import ConfigError
+from relax.models.lora import init_adapters, is_adapter
+from relax.models.transformer import Transformer
+
+
+def merge(params, frozen) -> dict:
+    """All parameters of a model: those that are trained and those under "base" in `frozen`.
+
+    >>> merge({"a": {"b": 1}}, {"base": {"a": {"c": 2}, "d": 3}})
+    {'a': {'c': 2, 'b': 1}, 'd': 3}
+    """
+    return _merged(frozen["base"], params) if "base" in frozen else params
+
+
+def _merged(one, other):
+    out = dict(one)
+    for name, value in other.items():
+        if name in out and not isinstance(value, dict):
+            raise ValueError(f"a weight is either trained or frozen, and {name!r} is both.")
+        out[name] = _merged(out[name], value) if name in out else value
+    return out
+
+
+def partition(
+    model: Transformer, params, key: jax.Array, freeze: str | None = None
+) -> tuple[dict, dict]:
+    """Cuts all parameters of a model into trained and frozen ones.
+
+    Args:
+      model: with `lora`, its adapters are trained and all else is frozen.
+      params: all of them; adapters that are not among them are made.
+      key: makes the adapters.
+      freeze: a regular expression: a weight in whose path it is found is frozen.
+
+    Returns:
+      `(trained, frozen)` with `merge(trained, frozen)` the whole; `frozen` is empty where all are
+      trained.
+
+    Raises:
+      ConfigError: `freeze` is no regular expression, or fits no weight or all of them, or is given
+        beside adapters; or an adapter's target is no linear layer.
+    """
+    if model.lora is None:
+        return (params, {}) if freeze is None else _freeze(params, freeze)
+    if freeze is not None:
+        raise ConfigError("freeze has no effect: with adapters all other weights are frozen.")
+    adapters, base = split(params, is_adapter)
+    return adapters or init_adapters(key, base, model.lora), {"base": base}
+
+
+def split(params, is_chosen: Callable[[tuple[str, ...]], bool]) -> tuple[dict, dict]:
+    """The weights whose paths are chosen, and the others.
+
+    >>> split({"a": {"b": 1, "c": 2}}, lambda path: path[-1] == "b")
+    ({'a': {'b': 1}}, {'a': {'c': 2}})
+    """
+    flat = flax.traverse_util.flatten_dict(params)
+    parts = ({}, {})
+    for path, leaf in flat.items():
+        parts[not is_chosen(path)][path] = leaf
+    chosen, others = map(flax.traverse_util.unflatten_dict, parts)
+    return chosen, others
+
+
+def _freeze(params, freeze: str):
+    try:
+        pattern = re.compile(freeze)
+    except re.error as error:
+        raise ConfigError(
+            f"freeze must be a regular expression, got {freeze!r}: {error}."
+        ) from error
+    frozen, trained = split(params, lambda path: bool(pattern.search("/".join(path))))
+    if not frozen or not trained:
+        paths = ["/".join(path) for path in flax.traverse_util.flatten_dict(params)]
+        raise ConfigError(
+            f"freeze must fit some weights and not all, and {freeze!r} fits "
+            f"{len(paths) if frozen else 'none'} of {len(paths)}, such as {', '.join(paths[:3])}."
+        )
+    return trained, {"base": frozen}
