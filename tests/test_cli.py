@@ -24,12 +24,13 @@ FLAGS = """
 adam_beta1 adam_beta2 adam_epsilon allow_config_change assistant_only_loss chat_template_path
 compilation_cache_dir completion_only_loss data_seed dataset_config dataset_name dataset_test_split
 dataset_text_field dataset_train_split debug_nans dtype eos_token eval_dataset_name eval_on_start
-eval_packing eval_steps eval_strategy grace_s gradient_accumulation_steps gradient_checkpointing
-learning_rate logging_steps loss_chunk_size lr_scheduler_type max_eval_batches max_grad_norm
-max_length max_steps min_lr_rate model_name_or_path num_decay_steps num_train_epochs optim
+eval_packing eval_steps eval_strategy freeze grace_s gradient_accumulation_steps
+gradient_checkpointing learning_rate logging_steps lora_alpha lora_dropout lora_r
+lora_target_modules loss_chunk_size lr_scheduler_type max_eval_batches max_grad_norm max_length
+max_steps merge_lora min_lr_rate model_name_or_path num_decay_steps num_train_epochs optim
 output_dir overwrite_output_dir packing packing_strategy pad_to_multiple_of param_dtype
 per_device_eval_batch_size per_device_train_batch_size print_examples resume save_steps
-save_strategy save_total_limit seed shuffle_dataset system_prompt test_size truncation_mode
+save_strategy save_total_limit seed shuffle_dataset system_prompt test_size truncation_mode use_peft
 warmup_steps weight_decay
 """.split()
 
@@ -307,8 +308,8 @@ def test_help_is_grouped_by_section_and_bold_on_request():
     text = help_text(SFTConfig, "run_sft.py", width=100, colour=True)
     titles = [line[4:-4] for line in text.splitlines() if line.startswith("\x1b[1m")]
     assert titles == [
-        "command line", "hyperparams", "model", "data", "profile", "inference", "output", "system",
-        "debug", "sft",
+        "command line", "hyperparams", "model", "peft", "data", "profile", "inference", "output",
+        "system", "debug", "sft",
     ]  # fmt: skip
 
 

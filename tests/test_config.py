@@ -160,6 +160,12 @@ UNUSED = [
     ({"adam_beta1": 0.8, "optim": "sgd"}, "adam_beta1"),
     ({"adam_beta2": 0.8, "optim": "adafactor"}, "adam_beta2"),
     ({"adam_epsilon": 1e-6, "optim": "lion"}, "adam_epsilon"),
+    ({"lora_r": 8}, "lora_r"),
+    ({"lora_alpha": 8}, "lora_alpha"),
+    ({"lora_dropout": 0.0}, "lora_dropout"),
+    ({"lora_target_modules": ["q_proj"], "freeze": "k_proj"}, "lora_target_modules"),
+    ({"merge_lora": True}, "merge_lora"),
+    ({"use_peft": True, "freeze": "k_proj"}, "freeze"),
     ({"data_seed": 1, "shuffle_dataset": False}, "data_seed"),
     ({"dataset_config": "main"}, "dataset_config"),
     ({"dataset_train_split": "all"}, "dataset_train_split"),
@@ -202,6 +208,12 @@ CONTRADICTORY = [
         "adam_beta1 must be above 0 with optim schedule_free_adamw, got 0.0",
     ),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type cosine_with_min_lr needs"),
+    ({"freeze": "("}, "freeze must be a regular expression, got '(': missing )"),
+    ({"use_peft": True, "lora_target_modules": []}, "lora_target_modules must name"),
+    (
+        {"use_peft": True, "lora_target_modules": ["all-linear", "q_proj"]},
+        "lora_target_modules must be all-linear or names, got all-linear,q_proj",
+    ),
     ({"packing": True, "max_length": None}, "packing needs max_length"),
     (EVAL | {"test_size": 0.1, "eval_dataset_name": "x"}, "test_size and eval_dataset_name"),
     (EVAL | {"test_size": 0.1, "dataset_test_split": "x"}, "test_size and dataset_test_split"),
@@ -230,6 +242,9 @@ def test_contradiction_is_refused(fields, message):
         {"optim": "muon", "adam_beta1": 0.95, "adam_beta2": 0.98, "adam_epsilon": 1e-6},
         {"optim": "sgd", "adam_beta1": 0.9, "adam_epsilon": 1e-8, "weight_decay": 0.1},
         {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "adam_beta1": 0.95},
+        {"use_peft": True, "lora_r": 8, "lora_alpha": 8, "lora_dropout": 0, "merge_lora": True},
+        {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]},
+        {"freeze": "embed_tokens|layers_[01]/"},
         {"packing": True, "packing_strategy": "bfd_split", "eval_packing": None},
         {"packing": True, "eval_packing": False, "pad_to_multiple_of": 8, "eval_on_start": True},
         EVAL | {"test_size": 0.1, "eval_packing": True, "packing": True},
@@ -290,8 +305,8 @@ def test_saved_configuration_reproduces_itself(tmp_path):
 def test_saved_json_is_sectioned_and_names_the_algorithm():
     saved = json.loads(changed().to_json())
     assert list(saved) == [
-        "algorithm", "hyperparams", "model", "data", "profile", "inference", "output", "system",
-        "debug", "sft",
+        "algorithm", "hyperparams", "model", "peft", "data", "profile", "inference", "output",
+        "system", "debug", "sft",
     ]  # fmt: skip
     assert saved["algorithm"] == "sft"
     assert saved["hyperparams"]["max_steps"] == 7

@@ -4,6 +4,7 @@
 out every field, and must load again.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ OPTIMIZER_FIELDS = {
     "sgd": (),
     "schedule_free_adamw": _ADAM,
 }
+
+_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 _LIMITS = {
     "above": (lambda value, limit: value > limit, "above"),
@@ -47,7 +50,7 @@ def problems(
     def given(name: str) -> bool:
         return values[name] not in (known[name].default, embedded.get(name, known[name].default))
 
-    for rules in (_run, _optimizer, _data, _packing, _evaluation, _output):
+    for rules in (_run, _optimizer, _peft, _data, _packing, _evaluation, _output):
         found += rules(values, given)
     found += _names(known, values)
     return found
@@ -110,6 +113,24 @@ def _optimizer(values: dict[str, Any], given: Given) -> Iterator[str]:
         )
     if schedule == "cosine_with_min_lr" and values["min_lr_rate"] == 0:
         yield "lr_scheduler_type cosine_with_min_lr needs min_lr_rate above 0; give min_lr_rate"
+
+
+def _peft(values: dict[str, Any], given: Given) -> Iterator[str]:
+    targets, freeze = values["lora_target_modules"], values["freeze"]
+    if not values["use_peft"]:
+        for name in (*_LORA, "merge_lora"):
+            if given(name):
+                yield _unused(name, "use_peft is false")
+    elif freeze is not None:
+        yield _unused("freeze", "use_peft freezes all weights but the adapters")
+    if not targets:
+        yield "lora_target_modules must name linear layers, or be all-linear, got none"
+    elif "all-linear" in targets and len(targets) > 1:
+        yield f"lora_target_modules must be all-linear or names, got {','.join(targets)}"
+    try:
+        re.compile(freeze or "")
+    except re.error as error:
+        yield f"freeze must be a regular expression, got {shown(freeze)}: {error}"
 
 
 def _data(values: dict[str, Any], given: Given) -> Iterator[str]:

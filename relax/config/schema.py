@@ -84,6 +84,27 @@ class ModelConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class PeftConfig:
+    """Which weights are trained: all, low-rank adapters alone, or all but some."""
+
+    use_peft: bool = option(False, "Train low-rank adapters (LoRA); all else is frozen.")
+    lora_r: int = option(16, "Rank of the adapters.", at_least=1)
+    lora_alpha: int = option(32, "Adapters are scaled by lora_alpha / lora_r.", at_least=1)
+    lora_dropout: float = option(
+        0.05, "Share of the adapters' inputs dropped in training.", at_least=0, below=1
+    )
+    lora_target_modules: list[str] = option(
+        ["all-linear"], "Linear layers with adapters, such as q_proj,v_proj; all-linear = all."
+    )
+    merge_lora: bool = option(
+        False, "Save the merged model, not the adapter; so it is where the base is no directory."
+    )
+    freeze: str | None = option(
+        None, "Regular expression: weights whose path it is found in are frozen."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
 class DataConfig:
     """Which rows are trained on, and how they become batches."""
 
@@ -207,6 +228,7 @@ class TrainerConfig:
 
     hyperparams: Hyperparams = section(Hyperparams)
     model: ModelConfig = section(ModelConfig)
+    peft: PeftConfig = section(PeftConfig)
     data: DataConfig = section(DataConfig)
     profile: ProfileConfig = section(ProfileConfig)
     inference: InferenceConfig = section(InferenceConfig)
