@@ -7,6 +7,7 @@ from relax.data.formats import FormatOptions
 from relax.data.loader import DataLoader
 from relax.data.packing import pack
 from relax.data.prepare import prepare
+from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.data.reading import Rows, read_rows
 from relax.data.report import DataReport, render
 from relax.data.tokenizer import adapt_tokenizer, arithmetic_tokenizer, load_tokenizer
@@ -18,6 +19,8 @@ __all__ = [
     "Encoded",
     "Examples",
     "FormatOptions",
+    "PromptLoader",
+    "Prompts",
     "Rows",
     "adapt_tokenizer",
     "arithmetic_rows",
@@ -27,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "prepare",
+    "prepare_prompts",
     "read_rows",
     "render",
 ]

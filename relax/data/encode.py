@@ -182,20 +182,30 @@ class Encoder:
         return Encoded(ids, np.where(spoken == 0, IGNORE, ids))
 
     def _render(self, messages: list[dict], row: dict, where: str, **how):
-        """Applies the chat template, in transformers' sandbox: the only place that renders one."""
-        try:
-            tools = row.get("tools")
-            tools = json.loads(tools) if isinstance(tools, str) else tools
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                # Written out so that a row's own arguments cannot bring another template.
-                chat_template=None,
-                **{"tokenize": False, **how},
-                **(row.get("chat_template_kwargs") or {}),
-            )
-        except Exception as error:  # a template may raise anything
-            raise DataError(f"{where}: the chat template refuses the row: {error}") from error
+        return render_template(self.tokenizer, messages, row, where, **how)
+
+
+def render_template(tokenizer, messages: list[dict], row: dict, where: str, **how):
+    """Applies the chat template, in transformers' sandbox: the only place that renders one.
+
+    Args:
+      row: its `tools` and `chat_template_kwargs` reach the template.
+      where: the row's place, for what is said when the template refuses it.
+      how: of `apply_chat_template`.
+    """
+    try:
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            # Written out so that a row's own arguments cannot bring another template.
+            chat_template=None,
+            **{"tokenize": False, **how},
+            **(row.get("chat_template_kwargs") or {}),
+        )
+    except Exception as error:  # a template may raise anything
+        raise DataError(f"{where}: the chat template refuses the row: {error}") from error
 
 
 def _not_a_prefix(where: str, prompt: str, full: str) -> DataError:

@@ -21,6 +21,7 @@ class Event:
       epoch_length: loader items per epoch, None where the loader has no length.
       total_steps: updates of the whole run, None where unknown.
       batch: the batch, in `on_batch_begin` and `on_batch_end`.
+      records: what `make_batches` gave to be shown with the batch.
       evaluated: the step of the last validation, if there was one.
       stop: a callback asked for the end of the run.
       metrics: scalars (device arrays) of the update in `on_batch_end`, floats of the whole
@@ -35,6 +36,7 @@ class Event:
     epoch_length: int | None = None
     total_steps: int | None = None
     batch: Any = None
+    records: Any = ()
     evaluated: int | None = None
     stop: bool = False
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -15,7 +15,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,20 @@ class OrderedLoader(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]: ...
+
+
+class Annotated(NamedTuple):
+    """A batch, and what is to be logged with its update.
+
+    Attributes:
+      batch: what `train_step` eats.
+      metrics: numbers by name: floats are averaged, integers are counted.
+      records: anything that callbacks show or keep, such as sampled texts.
+    """
+
+    batch: Any
+    metrics: dict[str, float | int] = {}
+    records: Any = ()
 
 
 class Trainer(abc.ABC):
@@ -95,8 +109,21 @@ class Trainer(abc.ABC):
         """
 
     def make_batches(self, state: TrainState, item) -> Iterable:
-        """The batches to train on, from one item of the loader; here the item itself."""
+        """The batches to train on, from one item of the loader; here the item itself.
+
+        What has numbers of its own to log yields `Annotated` batches. The first update donates
+        `state`: all that is read of it is read before the first batch is given.
+        """
         return (item,)
+
+    @property
+    def updates_per_item(self) -> int:
+        """How many batches `make_batches` gives per item of the loader."""
+        return 1
+
+    def update_frozen(self, frozen, params, step: jax.Array):
+        """What `state.frozen` is after update `step`, inside the compiled step; here the same."""
+        return frozen
 
     def train_step(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update. Compiled once per batch shape; `state` is donated.
@@ -127,7 +154,9 @@ class Trainer(abc.ABC):
         )
         if len(rates) == 1:
             metrics["learning_rate"] = rates[0][1]
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        step = state.step + 1
+        frozen = self.update_frozen(state.frozen, params, step)
+        return state.replace(step=step, params=params, opt_state=opt_state, frozen=frozen), metrics
 
     def eval_step(self, params, frozen, batch) -> LossOutput:
         """The loss of one batch without a gradient."""
@@ -202,7 +231,7 @@ class Trainer(abc.ABC):
           key: the root key; not needed with `state`.
           state: where to go on from. It is donated.
           progress: what the checkpoint of `state` holds; without it the position follows from
-            `state.step`, one update per item.
+            `state.step` and `updates_per_item`.
           max_steps: stop when so many updates are done in all, and the item under way is.
           eval_loader, eval_steps, max_eval_batches: validate every `eval_steps` updates (None: at
             the end of every epoch; 0: not), and at the end of the run.
@@ -279,11 +308,13 @@ class _Run:
     def _start(self, state, progress) -> Event:
         length = len(self.loader) if hasattr(self.loader, "__len__") else None
         step = int(state.step)
+        updates = self.trainer.updates_per_item
         if progress is None:
-            epoch, position = divmod(step, length) if length else (0, step)
+            items = step // updates
+            epoch, position = divmod(items, length) if length else (0, items)
             progress = {"epoch": epoch, "position": position}
         hooks.load_state_dicts(self.trainer.callbacks, progress.get("callbacks", {}))
-        limits = [length * self.num_epochs] if length else []
+        limits = [length * self.num_epochs * updates] if length else []
         limits += [] if self.max_steps is None else [self.max_steps]
         return Event(
             self.trainer,
@@ -306,12 +337,15 @@ class _Run:
 
     def _train_on(self, event: Event, item) -> Event:
         event = dataclasses.replace(event, position=event.position + 1)
-        for batch in self.trainer.make_batches(event.state, item):
-            event = self._call("on_batch_begin", dataclasses.replace(event, batch=batch))
-            state, metrics = self.trainer.train_step(event.state, batch)
+        for given in self.trainer.make_batches(event.state, item):
+            note = given if isinstance(given, Annotated) else Annotated(given)
+            event = dataclasses.replace(event, batch=note.batch, records=note.records)
+            event = self._call("on_batch_begin", event)
+            state, metrics = self.trainer.train_step(event.state, note.batch)
+            metrics |= note.metrics
             event = dataclasses.replace(event, state=state, step=event.step + 1, metrics=metrics)
             event = self._call("on_batch_end", event)
-        return dataclasses.replace(event, batch=None, metrics={})
+        return dataclasses.replace(event, batch=None, records=(), metrics={})
 
     def _end_epoch(self, event: Event) -> Event:
         if event.position == 0:

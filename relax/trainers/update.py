@@ -27,6 +27,18 @@ class Sum(NamedTuple):
     value: jax.Array
 
 
+class Max(NamedTuple):
+    """A metric of which the largest value over micro-batches and batches counts."""
+
+    value: jax.Array
+
+
+class Min(NamedTuple):
+    """A metric of which the smallest value counts."""
+
+    value: jax.Array
+
+
 @flax.struct.dataclass
 class LossOutput:
     """What a loss returns.
@@ -34,7 +46,7 @@ class LossOutput:
     Attributes:
       loss: scalar, a mean.
       weight: scalar, how many items (tokens, sequences) it is the mean of.
-      metrics: flat dict of scalars, means over the same items, or `Mean`s, or `Sum`s.
+      metrics: flat dict of scalars, means over the same items, or `Mean`, `Sum`, `Max`, `Min`.
     """
 
     loss: jax.Array
@@ -113,7 +125,7 @@ def accumulate_gradients(loss_fn: Callable, params, batch, count: int):
 
 
 def reduce_metrics(outputs: LossOutput) -> dict[str, jax.Array]:
-    """Stacked outputs `[n]` -> one scalar per metric: weighted means, and sums of counts."""
+    """Stacked outputs `[n]` -> one scalar per metric: weighted means, sums of counts, extremes."""
 
     def mean(value, weight):
         # A micro-batch of no weight has no say, whatever its value.
@@ -124,6 +136,10 @@ def reduce_metrics(outputs: LossOutput) -> dict[str, jax.Array]:
     for name, metric in outputs.metrics.items():
         if isinstance(metric, Sum):
             metrics[name] = metric.value.sum()
+        elif isinstance(metric, Max):
+            metrics[name] = metric.value.max()
+        elif isinstance(metric, Min):
+            metrics[name] = metric.value.min()
         elif isinstance(metric, Mean):
             metrics[name] = mean(metric.value, metric.weight)
         else:

@@ -1,0 +1,170 @@
+"""Prompts for reinforcement learning: rows to tokens that a completion follows."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from relax.data.encode import render_template
+from relax.data.formats import Format, FormatOptions, check_row, conversation
+from relax.data.loader import epoch_order
+from relax.data.reading import Rows, read_rows
+from relax.data.report import percentiles
+from relax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts, and the rows that they came from.
+
+    Attributes:
+      prompt_ids: the tokens of each.
+      rows: with all their columns, which reward functions read.
+      conversational: prompts are lists of messages.
+    """
+
+    prompt_ids: list[list[int]]
+    rows: list[dict]
+    conversational: bool
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that every row has."""
+        first, *others = self.rows
+        return tuple(name for name in first if all(name in row for row in others))
+
+    def report(self) -> str:
+        """One line about them."""
+        lengths = percentiles([len(ids) for ids in self.prompt_ids])
+        kind = "conversations" if self.conversational else "texts"
+        return (
+            f"{len(self):,} prompts ({kind}), tokens: min {lengths[0]}, median {lengths[50]}, "
+            f"max {lengths[100]}; columns: {', '.join(self.columns)}"
+        )
+
+
+def prepare_prompts(
+    rows,
+    tokenizer,
+    *,
+    system_prompt: str | None = None,
+    vocab_size: int | None = None,
+    max_prompt_length: int | None = None,
+) -> Prompts:
+    """Turns rows with a `prompt`, a string or messages, into tokens.
+
+    Messages are rendered with the chat template, up to where the assistant's answer begins.
+
+    Args:
+      rows: what `read_rows` returns, or takes.
+      tokenizer: a Hugging Face tokenizer.
+      system_prompt: put before conversations that have no system message.
+      vocab_size: rows of the model's embedding; None: not checked.
+      max_prompt_length: a longer prompt is refused, never cut; None: any length.
+
+    Raises:
+      DataError: a row without a prompt, of another format than the first, or too long.
+    """
+    rows = rows if isinstance(rows, Rows) else read_rows(rows)
+    if not rows.rows:
+        raise DataError("the data set has no rows.")
+    conversational = isinstance(rows.rows[0].get("prompt"), list)
+    found = Format("prompts", ("prompt",), conversational)
+    for i, row in enumerate(rows.rows):
+        check_row(row, found, rows.origin(i))
+    if system_prompt and not conversational:
+        raise DataError("system_prompt needs conversations, and the prompts are texts.")
+    if conversational and not tokenizer.chat_template:
+        raise DataError(
+            "prompts of messages need a chat template and the tokenizer has none: give one with "
+            "--chat_template_path (a .jinja file or a tokenizer directory)."
+        )
+    options = FormatOptions(system_prompt=system_prompt)
+    texts = [
+        render_template(
+            tokenizer,
+            conversation(row, "prompt", options),
+            row,
+            rows.origin(i),
+            add_generation_prompt=True,
+        )
+        if conversational
+        else row["prompt"]
+        for i, row in enumerate(rows.rows)
+    ]
+    all_ids = tokenizer(texts, add_special_tokens=not conversational, verbose=False)["input_ids"]
+    for i, ids in enumerate(all_ids):
+        _check_ids(ids, rows.origin(i), vocab_size, max_prompt_length)
+    return Prompts(all_ids, rows.rows, conversational)
+
+
+def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int | None) -> None:
+    if not ids:
+        raise DataError(f"{where}: the prompt is empty: it has no token to begin from.")
+    if vocab_size is not None and max(ids) >= vocab_size:
+        raise DataError(
+            f"{where}: token id {max(ids)} is outside of the model's embedding of {vocab_size} "
+            "rows: is the tokenizer this model's?"
+        )
+    if max_prompt_length is not None and len(ids) > max_prompt_length:
+        raise DataError(
+            f"{where}: the prompt has {len(ids)} tokens, and with max_completion_length there is "
+            f"room for {max_prompt_length} in the model's positions. Lower max_completion_length, "
+            "or leave the row out."
+        )
+
+
+class PromptLoader:
+    """Items of a fixed number of prompts, in an order that (seed, epoch, position) decides.
+
+    An item is a dict: `prompt_ids`, a list of token lists, and `rows`, the dicts they came from.
+    The last prompts of an epoch that do not fill an item are left out of that epoch; the order is
+    another in the next one. `num_left_out` counts them.
+
+    Args:
+      prompts: of `prepare_prompts`.
+      prompts_per_item: at most `len(prompts)`.
+      seed: of the order, >= 0.
+      shuffle: a new order each epoch; False keeps the given one.
+      keep_last: a last, shorter item holds what is left (for evaluation).
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        prompts_per_item: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        keep_last: bool = False,
+    ):
+        if not 0 < prompts_per_item <= len(prompts) and not keep_last:
+            raise DataError(
+                f"an update needs {prompts_per_item} prompts and the data set has {len(prompts)}. "
+                "Lower per_device_train_batch_size, or raise num_generations."
+            )
+        self.prompts, self.prompts_per_item = prompts, prompts_per_item
+        self.seed, self.shuffle, self.keep_last = seed, shuffle, keep_last
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.prompts), self.prompts_per_item)
+        return full + bool(rest and self.keep_last)
+
+    @property
+    def num_left_out(self) -> int:
+        return 0 if self.keep_last else len(self.prompts) % self.prompts_per_item
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.batches(0)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        """The items of an epoch from position `start` on."""
+        count, n = len(self.prompts), self.prompts_per_item
+        order = epoch_order(count, self.seed, epoch).tolist() if self.shuffle else range(count)
+        for position in range(start, len(self)):
+            chosen = order[position * n : (position + 1) * n]
+            yield {
+                "prompt_ids": [self.prompts.prompt_ids[i] for i in chosen],
+                "rows": [self.prompts.rows[i] for i in chosen],
+            }
