@@ -1,7 +1,12 @@
 """Flax Linen decoder-only transformers, and Hugging Face directories."""
 
 from relax.models.config import RopeScaling, TransformerConfig
-from relax.models.pretrained import load_pretrained, read_pretrained_config, save_pretrained
+from relax.models.pretrained import (
+    load_pretrained,
+    read_generation_config,
+    read_pretrained_config,
+    save_pretrained,
+)
 from relax.models.transformer import Transformer
 
 __all__ = [
@@ -9,6 +14,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "load_pretrained",
+    "read_generation_config",
     "read_pretrained_config",
     "save_pretrained",
 ]

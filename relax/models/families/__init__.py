@@ -1,18 +1,32 @@
-"""One file per family of models: how its config.json and its tensor names map to ours.
-
-A family has `MODEL_TYPE`, `from_hugging_face(fields, where) -> TransformerConfig`,
-`to_hugging_face(config) -> dict`, `tensor_name(path) -> str`, and `DERIVED`: how the tensors are
-named that old files hold though they follow from config.json, and that are not read.
-"""
+"""One file per family of models: how its config.json and its tensor names map to ours, as data."""
 
 from relax.errors import ModelLoadError
-from relax.models.families import llama
+from relax.models.families import (
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from relax.models.families.family import Family
 
-FAMILIES = {family.MODEL_TYPE: family for family in (llama,)}
+_MODULES = (llama, smollm3, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, mixtral, qwen3_moe)
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 
-def family_of(model_type, where: str = "config.json"):
+def family_of(model_type, where: str = "config.json") -> Family:
     """The family of a `model_type`."""
+    if model_type == "gemma3":
+        raise ModelLoadError(
+            f"{where}: model_type is 'gemma3', a model of images and text. Give a text model, of "
+            "model_type 'gemma3_text'."
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelLoadError(
             f"{where}: unknown architecture: model_type is {model_type!r}. "

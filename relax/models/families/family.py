@@ -1,0 +1,243 @@
+"""What a family of models is: how its config.json and its tensor names map to ours, as data."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from relax.errors import ModelLoadError
+from relax.models.config import TransformerConfig
+from relax.models.families.fields import Field, read_values
+from relax.models.families.rope import RopeFields
+
+# Fields that would change the computation in a way we do not have, and the values we do have.
+ONLY = {
+    "attention_dropout": (0,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "sliding_window": (),
+    "quantization_config": (),
+    "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "pruned_heads": ({},),
+    "auto_map": (),  # the model's own code, which is never run
+}
+
+# Fields that do not change what the weights compute for given tokens: bookkeeping, and how
+# transformers 4 wrote the settings of generation.
+HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
+    _name_or_path architectures bos_token_id cache_implementation chunk_size_feed_forward
+    cross_attention_hidden_size dtype eos_token_id finetuning_task id2label is_decoder
+    is_llama_config keys_to_ignore_at_inference label2id max_sequence_length model_type
+    output_attentions output_hidden_states output_router_logits pad_token_id prefix pretraining_tp
+    problem_type return_dict sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder
+    tokenizer_class torch_dtype torchscript transformers.js_config transformers_version
+    unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
+
+    bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature
+    top_k top_p typical_p
+    """.split()
+)
+
+# Where the leaves of a layer are in a file: module here -> module there. Modules of one name there
+# are one tensor, in the order here; `{}` is the number of an expert, each of which is a tensor.
+LAYER = {
+    "attention_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+    "experts/router": "mlp.gate.weight",
+    "experts/gate_proj": "mlp.experts.{}.gate_proj.weight",
+    "experts/up_proj": "mlp.experts.{}.up_proj.weight",
+    "experts/down_proj": "mlp.experts.{}.down_proj.weight",
+}
+# The form of experts in the memory of transformers 5, which it writes when told so.
+STACKED_EXPERTS = {
+    "experts/router": "mlp.gate.weight",
+    "experts/gate_proj": "mlp.experts.gate_up_proj",
+    "experts/up_proj": "mlp.experts.gate_up_proj",
+    "experts/down_proj": "mlp.experts.down_proj",
+}
+TOP = {
+    ("embed_tokens",): "model.embed_tokens.weight",
+    ("lm_head",): "lm_head.weight",
+    ("norm", "scale"): "model.norm.weight",
+}
+LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
+
+# How the tensors end that files from before transformers 4.32 hold though they follow from
+# config.json; they are not read.
+FOLLOWING = ".self_attn.rotary_emb.inv_freq"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model_type of transformers.
+
+    Attributes:
+      model_type, architecture: its names in config.json.
+      fields: what config.json holds and we compute with.
+      fixed: fields of `TransformerConfig` that are the same in all models of the family.
+      derive: `values of fields -> fields of TransformerConfig`, for those that map to none alone.
+      restore: back from a TransformerConfig.
+      rope: what it says about rotary positions.
+      only: fields that are refused unless they have one of these values, beside `ONLY`.
+      harmless: fields that change nothing, beside `HARMLESS`.
+      aliases: second name of a field -> its name.
+      repeats: a field that says the same as another -> the other.
+      names: where its leaves are, beside `LAYER`.
+      also_named: other places that are read where the files have them, and never written.
+    """
+
+    model_type: str
+    architecture: str
+    fields: Mapping[str, Field]
+    fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    derive: Callable[[dict], dict] = lambda values: {}
+    restore: Callable[[TransformerConfig], dict] = lambda config: {}
+    rope: RopeFields = RopeFields()
+    only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    also_named: tuple[Mapping[str, str], ...] = ()
+
+    def from_hugging_face(self, fields: dict, where: str = "config.json") -> TransformerConfig:
+        """Reads config.json; an unknown field, or one whose value we do not compute, is refused.
+
+        A field that is null counts as absent, unless null is a value of it.
+
+        Raises:
+          ModelLoadError: a sentence about the field.
+        """
+        try:
+            return self._read(fields)
+        except ValueError as error:
+            raise ModelLoadError(f"{where}: {error}") from None
+
+    def to_hugging_face(self, config: TransformerConfig) -> dict:
+        """What config.json holds for a model of this family.
+
+        Raises:
+          ValueError: no config.json of the family says what the configuration does.
+        """
+        fields = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **{n: getattr(config, _ours(n, f)[0]) for n, f in self.fields.items() if _ours(n, f)},
+            **self.restore(config),
+            **self.rope.write(config),
+        }
+        back = self._read(fields)
+        lost = [n for n, value in _comparable(back).items() if value != _comparable(config)[n]]
+        if lost:
+            raise ValueError(
+                f"a {self.model_type} model cannot have {_list(lost, config)}: it would be read "
+                f"back with {_list(lost, back)}. Choose another model_type."
+            )
+        return fields
+
+    def tensor_name(self, path: tuple[str, ...], also: Mapping[str, str] | None = None) -> str:
+        """Path in our params -> name in the file, with `{}` for the number of an expert.
+
+        Args:
+          path: the keys of a leaf.
+          also: one of `also_named`.
+        """
+        if path in TOP:
+            return TOP[path]
+        names = LAYER | self.names | (also or {})
+        layer, *module = path
+        if module[0] == "experts":
+            name = names["/".join(module)]
+        else:
+            name = names[module[0]] + LEAVES[module[1]]
+        return f"model.layers.{layer.removeprefix('layers_')}.{name}"
+
+    def _read(self, fields: dict) -> TransformerConfig:
+        only = {n: v for n, v in (ONLY | self.only).items() if n not in self._known()}
+        unknown = sorted(set(fields) - self._known() - only.keys() - HARMLESS - self.harmless)
+        if unknown:
+            raise ValueError(
+                f"fields that ReLax does not know, and so cannot honour: {', '.join(unknown)}."
+            )
+        fields = self._plain_names(fields)
+        present = {name: value for name, value in fields.items() if value is not None}
+        for name in only.keys() & present.keys():
+            if present[name] not in only[name]:
+                raise ValueError(
+                    f"{name} is {repr(present[name])[:80]}, which is not implemented; only "
+                    f"{' or '.join(map(repr, only[name])) or 'its absence'} is."
+                )
+        values = read_values(fields, self.fields)
+        for name, other in self.repeats.items():
+            if name in present and present[name] != values[other]:
+                raise ValueError(
+                    f"{name} must be {other}, {values[other]!r}, got {repr(present[name])[:80]}."
+                )
+        heads, width = values["num_attention_heads"], values["hidden_size"]
+        if values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = heads
+        if values["head_dim"] is None:
+            values["head_dim"] = width // heads
+            if width % heads:
+                raise ValueError(
+                    "num_attention_heads must divide hidden_size where there is no head_dim, got "
+                    f"{heads} and {width}."
+                )
+        ours = {o: values[n] for n, field in self.fields.items() for o in _ours(n, field)}
+        ours |= self.fixed | self.derive(values)
+        ours |= self.rope.read(present, values["head_dim"], values["max_position_embeddings"])
+        config = TransformerConfig(model_type=self.model_type, **ours)
+        if config.num_hidden_layers * config.num_experts > 2**16:
+            raise ValueError(
+                "num_hidden_layers times the experts of a layer must be at most 65536, got "
+                f"{config.num_hidden_layers} and {config.num_experts}."
+            )
+        return config
+
+    def _known(self) -> set[str]:
+        return {*self.fields, *self.aliases, *self.repeats, *self.rope.names}
+
+    def _plain_names(self, fields: dict) -> dict:
+        plain = {name: value for name, value in fields.items() if name not in self.aliases}
+        for alias, name in self.aliases.items():
+            value = fields.get(alias)
+            if value is not None and plain.get(name, value) != value:
+                raise ValueError(f"{alias} and {name} disagree: {value!r} and {plain[name]!r}.")
+            if value is not None:
+                plain[name] = value
+        return plain
+
+
+def _ours(name: str, field: Field) -> tuple[str, ...]:
+    return (name,) if field.ours is None else field.ours
+
+
+def _comparable(config: TransformerConfig) -> dict:
+    """What a configuration says, however it says it."""
+    several = ("sliding_window", "layer_types", "local_rope_theta", "no_rope_layers")
+    values = dataclasses.asdict(config)
+    for name in (*several, "dense_layers", "rope_theta", "rope_scaling"):
+        values.pop(name)
+    return values | {
+        "layer_types": config.layer_kinds,
+        "rotary_dim": config.rotary_dim or config.head_dim,
+        "attention_multiplier": config.attention_multiplier or config.head_dim**-0.5,
+    }
+
+
+def _list(names: list[str], config: TransformerConfig) -> str:
+    return ", ".join(f"{name} {getattr(config, name)!r}" for name in names)

@@ -1,0 +1,233 @@
+"""Rotary positions in config.json, as transformers 4 and 5 write them."""
+
+import dataclasses
+import math
+
+from relax.models.config import RopeScaling, TransformerConfig
+from relax.models.families.fields import FLAG, POSITIVE, SIZE, Kind, lists, read_value
+
+ORIGINAL = "original_max_position_embeddings"
+FACTORS = lists(POSITIVE)
+SHARE = Kind("a number above 0, at most 1", lambda v: POSITIVE.fits(v) and v <= 1, float)
+
+# What each kind of rope settings may hold besides its kind and theta.
+SETTINGS: dict[str, dict[str, Kind]] = {
+    "default": {},
+    "linear": {"factor": POSITIVE},
+    "dynamic": {"factor": POSITIVE, ORIGINAL: SIZE},
+    "llama3": {
+        "factor": POSITIVE,
+        "low_freq_factor": POSITIVE,
+        "high_freq_factor": POSITIVE,
+        ORIGINAL: SIZE,
+    },
+    "yarn": {
+        "factor": POSITIVE,
+        ORIGINAL: SIZE,
+        "attention_factor": POSITIVE,
+        "beta_fast": POSITIVE,
+        "beta_slow": POSITIVE,
+        "mscale": POSITIVE,
+        "mscale_all_dim": POSITIVE,
+        "truncate": FLAG,
+    },
+    "longrope": {
+        "factor": POSITIVE,
+        ORIGINAL: SIZE,
+        "attention_factor": POSITIVE,
+        "short_factor": FACTORS,
+        "long_factor": FACTORS,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeFields:
+    """What a family's config.json says about rotary positions.
+
+    Attributes:
+      theta: the base where the file has none.
+      kinds: of rope settings, where not all that we compute.
+      aliases: other names of kinds.
+      partial: `partial_rotary_factor` says which share of a head turns.
+      original: `original_max_position_embeddings` stands outside of the rope settings, with this
+        default.
+      local_theta: sliding layers have a base of their own, with this default: rope settings are per
+        type of layer, or, of before, `rope_local_base_freq` is the other base.
+    """
+
+    theta: float = 10000.0
+    kinds: tuple[str, ...] = tuple(SETTINGS)
+    aliases: tuple[tuple[str, str], ...] = ()
+    partial: bool = False
+    original: int | None = None
+    local_theta: float | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """The fields that are read here."""
+        names = {"rope_theta", "rope_scaling", "rope_parameters"}
+        names |= {"partial_rotary_factor"} if self.partial else set()
+        names |= {ORIGINAL} if self.original else set()
+        return names | ({"rope_local_base_freq"} if self.local_theta else set())
+
+    def read(self, fields: dict, head_dim: int, max_position_embeddings: int) -> dict:
+        """The fields of `TransformerConfig` about rotary positions; fields hold no null."""
+        parameters, ours = _object(fields, "rope_parameters"), {}
+        if self.local_theta:
+            parameters, ours["local_rope_theta"] = self._split(fields, parameters)
+        outer = {name: fields[name] for name in ("rope_theta",) if name in fields}
+        if self.partial and "partial_rotary_factor" in fields:
+            outer["partial_rotary_factor"] = fields["partial_rotary_factor"]
+        rope = _merged(_normal(_object(fields, "rope_scaling")), _normal(parameters))
+        rope = outer | rope
+        kind = rope.get("rope_type", "default")
+        kind = next((ours for theirs, ours in self.aliases if theirs == kind), kind)
+        if not isinstance(kind, str) or kind not in self.kinds:
+            raise ValueError(
+                f"rope_type is {repr(kind)[:80]}, which is not implemented; only "
+                f"{', '.join(self.kinds)} are."
+            )
+        name = "partial_rotary_factor"
+        if not self.partial and rope.get(name, 1) != 1:
+            raise ValueError(
+                f"{name} is {repr(rope[name])[:80]}, which is not implemented; only 1 is."
+            )
+        turning = int(head_dim * read_value(rope, name, SHARE, 1))
+        unknown = sorted(rope.keys() - {"rope_type", "rope_theta", name, *SETTINGS[kind]})
+        if unknown:
+            raise ValueError(
+                f"rope settings that ReLax does not know for rope_type {kind!r}: "
+                f"{', '.join(unknown)}."
+            )
+        if self.original:
+            original = read_value(fields, ORIGINAL, SIZE, self.original)
+            if rope.setdefault(ORIGINAL, original) != original:
+                raise ValueError(
+                    f"{ORIGINAL} must be the same in the rope settings and outside, got "
+                    f"{repr(rope[ORIGINAL])[:80]} and {original}."
+                )
+        return ours | {
+            "rope_theta": read_value(rope, "rope_theta", POSITIVE, self.theta),
+            "rope_scaling": _scaling(kind, rope, turning, max_position_embeddings),
+            "rotary_dim": None if turning == head_dim else turning,
+        }
+
+    def _split(self, fields: dict, parameters: dict) -> tuple[dict, float]:
+        """The settings of full layers, and the base of sliding ones."""
+        full, local = (_object(parameters, n) for n in ("full_attention", "sliding_attention"))
+        unknown = sorted(parameters.keys() - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ValueError(
+                "rope_parameters must hold full_attention and sliding_attention, got "
+                f"{', '.join(unknown)}."
+            )
+        local = _normal(local)
+        theta = read_value(fields, "rope_local_base_freq", POSITIVE, self.local_theta)
+        theta = read_value(local, "rope_theta", POSITIVE, theta)
+        stretched = {n: v for n, v in local.items() if (n, v) != ("rope_type", "default")}
+        if stretched.keys() - {"rope_theta"}:
+            raise ValueError(
+                f"rope_parameters of sliding_attention are {repr(local)[:80]}, which is not "
+                "implemented; only rope_type 'default' is."
+            )
+        return full, theta
+
+    def write(self, config: TransformerConfig) -> dict:
+        """The fields of config.json."""
+        scaling = config.rope_scaling
+        kind = "default" if scaling is None else scaling.kind
+        rope = {"rope_type": kind, "rope_theta": config.rope_theta}
+        for name in SETTINGS[kind]:
+            # transformers takes the longest sequence for the original length of `dynamic`.
+            if hasattr(scaling, name) and (kind, name) != ("dynamic", ORIGINAL):
+                value = getattr(scaling, name)
+                rope[name] = list(value) if isinstance(value, tuple) else value
+        if self.partial:
+            rope["partial_rotary_factor"] = (config.rotary_dim or config.head_dim) / config.head_dim
+        if self.local_theta:
+            local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+            return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+        outer = {}
+        if self.original:
+            outer[ORIGINAL] = rope.get(ORIGINAL, self.original)
+        return outer | {"rope_parameters": rope}
+
+
+def _object(fields: dict, name: str) -> dict:
+    inner = fields.get(name)
+    if inner is None:
+        return {}
+    if not isinstance(inner, dict):
+        raise ValueError(f"{name} must be an object, got {repr(inner)[:80]}.")
+    return {key: value for key, value in inner.items() if value is not None}
+
+
+def _normal(rope: dict) -> dict:
+    """`type` was the name of `rope_type` before transformers 4.43."""
+    kind = rope.get("rope_type", rope.get("type"))
+    rope = {name: value for name, value in rope.items() if name not in ("type", "rope_type")}
+    return rope if kind is None else rope | {"rope_type": kind}
+
+
+def _merged(scaling: dict, parameters: dict) -> dict:
+    differing = [n for n in scaling.keys() & parameters.keys() if scaling[n] != parameters[n]]
+    if differing:
+        raise ValueError(
+            f"rope_scaling and rope_parameters disagree about {', '.join(sorted(differing))}. "
+            "Keep one of them."
+        )
+    return scaling | parameters
+
+
+def _scaling(kind: str, rope: dict, turning: int, longest: int) -> RopeScaling | None:
+    if kind == "default":
+        return None
+    given = {n: read_value(rope, n, k) for n, k in SETTINGS[kind].items() if n in rope}
+    original = longest
+    if ORIGINAL in SETTINGS[kind]:
+        original = given.setdefault(ORIGINAL, longest)
+    if kind in ("yarn", "longrope") and ORIGINAL in rope:
+        given.setdefault("factor", longest / original)
+    factor = read_value(given, "factor", POSITIVE)
+    if kind == "dynamic" and (original != longest or turning <= 2):
+        raise ValueError(
+            f"rope_type 'dynamic' needs {ORIGINAL} equal to max_position_embeddings and more than "
+            f"2 entries of a head that turn, got {original}, {longest} and {turning}."
+        )
+    if kind == "llama3":
+        low, high = (read_value(given, f"{n}_freq_factor", POSITIVE) for n in ("low", "high"))
+        if low >= high:
+            raise ValueError(
+                f"low_freq_factor must be below high_freq_factor, got {low} and {high}."
+            )
+    if kind == "yarn":
+        scales = [given.pop(name, None) for name in ("mscale", "mscale_all_dim")]
+        given.setdefault("attention_factor", _yarn_attention_factor(factor, *scales))
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            if len(read_value(given, name, FACTORS)) != turning // 2:
+                raise ValueError(
+                    f"{name} must have one number for each of {turning // 2} planes, got "
+                    f"{len(given[name])}."
+                )
+        given.setdefault("attention_factor", _longrope_attention_factor(factor, original))
+    return RopeScaling(kind, **given)
+
+
+def _yarn_attention_factor(factor: float, above: float | None, below: float | None) -> float:
+    """Peng et al., YaRN, 2023, eq. 22; the quotient of two of them where there are two scales."""
+    if factor <= 1:
+        return 1.0
+    if above is None or below is None:
+        return 0.1 * math.log(factor) + 1.0
+    return (0.1 * above * math.log(factor) + 1.0) / (0.1 * below * math.log(factor) + 1.0)
+
+
+def _longrope_attention_factor(factor: float, original: int) -> float:
+    """Ding et al., LongRoPE, 2024, section 3.3, as Phi-3 has it."""
+    if factor <= 1:
+        return 1.0
+    if original == 1:
+        raise ValueError(f"{ORIGINAL} of rope_type 'longrope' must be above 1, got 1.")
+    return math.sqrt(1 + math.log(factor) / math.log(original))

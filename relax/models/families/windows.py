@@ -1,0 +1,58 @@
+"""Which layers see a window only, as families say it."""
+
+from relax.models.config import TransformerConfig
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def of_types(values: dict, types: tuple[str, ...], window: int | None) -> dict:
+    """The fields of `TransformerConfig`; a window that no layer has is none.
+
+    `layer_types` of config.json, if it is there, goes before `types`.
+    """
+    given, count = values.get("layer_types"), values["num_hidden_layers"]
+    types = types if given is None else given
+    if len(types) != count:
+        raise ValueError(
+            f"layer_types must name every layer, got {len(types)} types for {count} layers."
+        )
+    if SLIDING not in types:
+        return {"layer_types": (), "sliding_window": None}
+    return {"layer_types": types, "sliding_window": window}
+
+
+def everywhere(values: dict) -> dict:
+    """All layers have `sliding_window`, if there is one."""
+    window = values["sliding_window"]
+    kind = FULL if window is None else SLIDING
+    return of_types(values, (kind,) * values["num_hidden_layers"], window)
+
+
+def from_layer(values: dict) -> dict:
+    """With `use_sliding_window`, layers from `max_window_layers` on, or those of `layer_types`."""
+    window = values["sliding_window"] if values["use_sliding_window"] else None
+    count, first = values["num_hidden_layers"], values["max_window_layers"]
+    types = (FULL if window is None or i < first else SLIDING for i in range(count))
+    return of_types(values, tuple(types), window)
+
+
+def to_layer(config: TransformerConfig) -> dict:
+    """Back from `from_layer`."""
+    types = types_of(config)
+    return {
+        "layer_types": list(types),
+        "max_window_layers": (*types, SLIDING).index(SLIDING),
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": SLIDING in types,
+    }
+
+
+def in_turns(values: dict, step: int) -> dict:
+    """Each `step`-th layer is full, unless `layer_types` says otherwise."""
+    types = (SLIDING if (i + 1) % step else FULL for i in range(values["num_hidden_layers"]))
+    return of_types(values, tuple(types), values["sliding_window"])
+
+
+def types_of(config: TransformerConfig) -> tuple[str, ...]:
+    """The type of every layer."""
+    return config.layer_types or (FULL,) * config.num_hidden_layers

@@ -1,0 +1,172 @@
+"""The safetensors files of a model directory: one, or several with an index."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from relax.errors import ModelLoadError
+from relax.models.directories import file_of, read_json, some, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5_000_000_000  # a shard is larger only where one tensor is
+DTYPES = {"F32", "F16", "BF16", "F64"}
+
+
+def tensor_files(directory: Path, ignored: str) -> dict[str, str]:
+    """Tensor name -> shard file, from the index or from the single file.
+
+    Args:
+      directory: of the model.
+      ignored: names that end so are left out.
+    """
+    single, index = (os.path.lexists(directory / name) for name in (SINGLE, INDEX))
+    if not single and not index:
+        raise ModelLoadError(
+            f"'{directory}' has neither {SINGLE} nor {INDEX}. Other formats are not read: save the "
+            "model with transformers' save_pretrained."
+        )
+    if not index:
+        return _names(directory, SINGLE, ignored)
+    files = read_json(directory, INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ModelLoadError(f"{directory / INDEX}: no weight_map of tensor names to files.")
+    shards = sorted(set(files.values()))
+    if single and SINGLE not in shards:
+        raise ModelLoadError(
+            f"'{directory}' has both {SINGLE} and an index of other files. Remove one of them."
+        )
+    files = {name: file for name, file in files.items() if not name.endswith(ignored)}
+    found: dict[str, str] = {}
+    for file in shards:
+        found |= _names(directory, file, ignored)
+    wrong = sorted(name for name in files | found if files.get(name) != found.get(name))
+    if wrong:
+        raise ModelLoadError(f"{directory / INDEX} disagrees with the files about {some(wrong)}.")
+    return files
+
+
+def check_tensors(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, str]
+) -> None:
+    """Refuses tensors that are missing, extra, misshapen or no numbers.
+
+    Args:
+      directory: of the model.
+      shapes: name -> shape, of all that there should be.
+      files: as `tensor_files` gives them.
+    """
+    problems = []
+    missing = sorted(set(shapes) - set(files))
+    extra = sorted(set(files) - set(shapes))
+    if missing:
+        problems.append(f"{len(missing)} missing: {some(missing)}")
+    if extra:
+        problems.append(f"{len(extra)} not in the architecture: {some(extra)}")
+    for file, names in _by_file(shapes, files).items():
+        with open_tensors(directory, file) as tensors:
+            for name in names:
+                piece = tensors.get_slice(name)
+                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+                if shape != shapes[name]:
+                    problems.append(f"{name} has shape {shape}, expected {shapes[name]}")
+                if dtype not in DTYPES:
+                    problems.append(f"{name} has dtype {dtype}, expected one of {sorted(DTYPES)}")
+    if problems:
+        hint = ""
+        if "lm_head.weight" in missing + extra:
+            hint = " Is tie_word_embeddings in config.json right?"
+        raise ModelLoadError(f"tensors of '{directory}': {some(problems, '; ')}.{hint}")
+
+
+def read_tensors(
+    directory: Path, names: Mapping[str, object], files: Mapping[str, str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each of the tensors with these names, shard by shard."""
+    for file, inside in _by_file(names, files).items():
+        with open_tensors(directory, file) as tensors:
+            for name in inside:
+                yield name, tensors.get_tensor(name)
+
+
+def are_equal(directory: Path, one: str, other: str, files: Mapping[str, str]) -> bool:
+    """Whether two tensors are there and hold the same numbers."""
+    if one not in files or other not in files:
+        return False
+    kinds = []
+    for name in (one, other):
+        with open_tensors(directory, files[name]) as tensors:
+            piece = tensors.get_slice(name)
+            kinds.append((tuple(piece.get_shape()), piece.get_dtype()))
+    if kinds[0] != kinds[1] or kinds[0][1] not in DTYPES:
+        return False
+    read = dict(read_tensors(directory, {one: None, other: None}, files))
+    return np.array_equal(read[one], read[other])
+
+
+def write_shards(
+    directory: Path, sizes: Mapping[str, int], array: Callable[[str], np.ndarray]
+) -> None:
+    """Writes tensors to as few files as `SHARD_BYTES` allows.
+
+    Args:
+      directory: where to.
+      sizes: name -> bytes, in the order of the file.
+      array: gives a tensor by its name; asked once for each, shard by shard.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    if len(shards) == 1:
+        write_shard(directory / SINGLE, {name: array(name) for name in shards[0]})
+        return
+    weight_map = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(directory / file, {name: array(name) for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(sizes.values())
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one file."""
+    path.touch()
+    mode = path.stat().st_mode  # what the umask says; safetensors lets nobody else read its files
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+@contextlib.contextmanager
+def open_tensors(directory: Path, name: str):
+    """A safetensors file; what goes wrong while it is open is told with its name."""
+    path = file_of(directory, name)
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        where = directory / name
+        raise ModelLoadError(f"{where}: not a readable safetensors file: {error}") from error
+
+
+def _names(directory: Path, file: str, ignored: str) -> dict[str, str]:
+    with open_tensors(directory, file) as tensors:
+        return {name: file for name in tensors.keys() if not name.endswith(ignored)}
+
+
+def _by_file(names: Mapping[str, object], files: Mapping[str, str]) -> dict[str, list[str]]:
+    shards: dict[str, list[str]] = {}
+    for name in names:
+        if name in files:
+            shards.setdefault(files[name], []).append(name)
+    return shards
