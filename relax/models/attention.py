@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 SAVED = "attention"  # the name under which a checkpoint policy finds what attention keeps
+BLOCK = 256  # queries and keys whose scores exist at once, in rows that are longer
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # far from −inf, so that no row becomes NaN
 
 
@@ -35,6 +36,7 @@ def attend(
     *,
     multiplier: float | None = None,
     softcap: float | None = None,
+    block: int = BLOCK,
 ) -> jax.Array:
     """softmax(cap(q kᵀ · multiplier)) v, softmax in float32; cap(x) = c tanh(x / c).
 
@@ -44,6 +46,8 @@ def attend(
       mask: `[B, T, S]` bool.
       multiplier: None: 1 / sqrt(H).
       softcap: c; None: no cap.
+      block: queries and keys whose scores exist at once, where a row is longer. Blocks in which
+        no query may see any key (the future, a passed window, other documents) cost nothing.
 
     Returns:
       `[B, T, K, G, H]`.
@@ -52,51 +56,76 @@ def attend(
     # Merged axes give XLA plain batched matrix products; einsums over [B, T, K, G, H] compile to
     # strided ones that take twice the time on CPUs, backward pass included.
     multiplier = H**-0.5 if multiplier is None else multiplier
-    q = (q * multiplier).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H)
+    q = (q * multiplier).transpose(0, 2, 3, 1, 4).reshape(B * K, G, T, H)
     k = k.transpose(0, 2, 1, 3).reshape(B * K, -1, H)
     v = v.transpose(0, 2, 1, 3).reshape(B * K, -1, H)
-    out = _attend(softcap, q, k, v, mask)
+    out = _attend(softcap, block, q, k, v, mask)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(softcap, q, k, v, mask):
-    return _forward(softcap, q, k, v, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(softcap, block, q, k, v, mask):
+    return _forward(softcap, block, q, k, v, mask)[0]
 
 
-def _forward(softcap, q, k, v, mask):
+def _forward(softcap, block, q, k, v, mask):
     """Keeps the output and one number per query for the backward pass, never a [T, S] array.
 
     Dao et al., FlashAttention, 2022, section 3.1 and appendix B.2.
     """
-    scores, _ = _scores(softcap, q, k, mask)
-    top = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("XTS,XSH->XTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    if max(mask.shape[1:]) <= block:
+        top, total, out = _weighted(softcap, q, k, v, mask)
+    else:
+        top, total, out = _forward_blocks(softcap, q, k, v, _Blocks(mask, block))
     out = checkpoint_name((out / total).astype(v.dtype), SAVED)
     log_total = checkpoint_name(top + jnp.log(total), SAVED)
     return out, (q, k, v, mask, out, log_total)
 
 
-def _backward(softcap, residuals, d_out):
+def _backward(softcap, block, residuals, d_out):
     q, k, v, mask, out, log_total = residuals
-    scores, slope = _scores(softcap, q, k, mask)
-    weights = jnp.exp(scores - log_total)
-    d_weights = jnp.einsum("XTH,XSH->XTS", d_out, v, preferred_element_type=jnp.float32)
     mean = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    d_scores = (weights * (d_weights - mean) * slope).astype(q.dtype)
-    d_q = jnp.einsum("XTS,XSH->XTH", d_scores, k)
-    d_k = jnp.einsum("XTS,XTH->XSH", d_scores, q)
-    d_v = jnp.einsum("XTS,XTH->XSH", weights.astype(v.dtype), d_out)
-    return d_q, d_k, d_v, None
+    if max(mask.shape[1:]) <= block:
+        d_q, d_k, d_v = _gradients(softcap, q, k, v, mask, log_total, mean, d_out)
+    else:
+        rows = (q, log_total, mean, d_out)
+        d_q, d_k, d_v = _backward_blocks(softcap, rows, k, v, _Blocks(mask, block))
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
+def _weighted(softcap, q, k, v, mask):
+    """Largest score, Σ w and Σ w v with w = exp(score - largest), float32: `[X, G, T, 1 or H]`."""
+    scores, _ = _scores(softcap, q, k, mask)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("XTS,XSH->XTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return tuple(x.reshape(*q.shape[:3], -1) for x in (top, total, out))
+
+
+def _gradients(softcap, q, k, v, mask, log_total, mean, d_out):
+    """Of q, k and v, float32."""
+    shape = q.shape
+    scores, slope = _scores(softcap, q, k, mask)
+    q, log_total, mean, d_out = (
+        x.reshape(x.shape[0], -1, x.shape[3]) for x in (q, log_total, mean, d_out)
+    )
+    weights = jnp.exp(scores - log_total)
+    d_weights = jnp.einsum("XTH,XSH->XTS", d_out, v, preferred_element_type=jnp.float32)
+    d_scores = (weights * (d_weights - mean) * slope).astype(q.dtype)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    d_q = product("XTS,XSH->XTH", d_scores, k).reshape(shape)
+    d_k = product("XTS,XTH->XSH", d_scores, q)
+    d_v = product("XTS,XTH->XSH", weights.astype(v.dtype), d_out)
+    return d_q, d_k, d_v
+
+
 def _scores(softcap, q, k, mask):
     """`[X, G * T, S]` float32, LOWEST where a query may not see a key; and the cap's slope."""
+    q = q.reshape(q.shape[0], -1, q.shape[3])
     scores = jnp.einsum("XTH,XSH->XTS", q, k, preferred_element_type=jnp.float32)
     slope = jnp.float32(1.0)
     if softcap is not None:
@@ -105,3 +134,85 @@ def _scores(softcap, q, k, mask):
     B, T, S = mask.shape
     split = scores.reshape(B, -1, T, S)  # [B, K * G, T, S]
     return jnp.where(mask[:, None], split, LOWEST).reshape(scores.shape), slope
+
+
+class _Blocks:
+    """A mask cut into n x m blocks of queries and keys; `seen[n, m]`: any query sees any key."""
+
+    def __init__(self, mask, block):
+        self.T, self.S = mask.shape[1:]
+        self.n, self.m = (-(-length // block) for length in mask.shape[1:])
+        self.mask = _cut(_cut(mask, 2, self.m), 2, self.n)  # [n, m, B, T', S']
+        self.seen = self.mask.any(axis=(2, 3, 4))
+
+
+def _forward_blocks(softcap, q, k, v, blocks):
+    """As `_weighted`, a block of scores at a time; blocks that nobody sees are skipped."""
+    keys = (_cut(k, 1, blocks.m), _cut(v, 1, blocks.m))
+
+    def over_queries(_, row):
+        q, mask, seen = row
+
+        def over_keys(sums, column):
+            k, v, mask, seen = column
+            return jax.lax.cond(
+                seen, lambda: _merge(sums, _weighted(softcap, q, k, v, mask)), lambda: sums
+            ), None
+
+        empty = jnp.zeros((*q.shape[:3], 1), jnp.float32)
+        sums = (empty + LOWEST, empty, jnp.zeros(q.shape, jnp.float32))
+        return None, jax.lax.scan(over_keys, sums, (*keys, mask, seen))[0]
+
+    rows = (_cut(q, 2, blocks.n), blocks.mask, blocks.seen)
+    return tuple(_join(x, 2, blocks.T) for x in jax.lax.scan(over_queries, None, rows)[1])
+
+
+def _merge(one, other):
+    """What `_weighted` gives for two sets of keys, from what it gives for each."""
+    top = jnp.maximum(one[0], other[0])
+    a, b = jnp.exp(one[0] - top), jnp.exp(other[0] - top)
+    return top, a * one[1] + b * other[1], a * one[2] + b * other[2]
+
+
+def _backward_blocks(softcap, rows, k, v, blocks):
+    """As `_gradients`, a block of scores at a time."""
+    keys = (_cut(k, 1, blocks.m), _cut(v, 1, blocks.m))
+
+    def over_queries(d_keys, row):
+        q, log_total, mean, d_out, mask, seen = row
+
+        def over_keys(d_q, column):
+            k, v, d_k, d_v, mask, seen = column
+
+            def add():
+                parts = _gradients(softcap, q, k, v, mask, log_total, mean, d_out)
+                return tuple(a + b for a, b in zip((d_q, d_k, d_v), parts, strict=True))
+
+            d_q, *d_kv = jax.lax.cond(seen, add, lambda: (d_q, d_k, d_v))
+            return d_q, tuple(d_kv)
+
+        d_q = jnp.zeros(q.shape, jnp.float32)
+        d_q, d_keys = jax.lax.scan(over_keys, d_q, (*keys, *d_keys, mask, seen))
+        return d_keys, d_q
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys)
+    xs = (*(_cut(x, 2, blocks.n) for x in rows), blocks.mask, blocks.seen)
+    d_keys, d_q = jax.lax.scan(over_queries, zeros, xs)
+    return _join(d_q, 2, blocks.T), *(_join(x, 1, blocks.S) for x in d_keys)
+
+
+def _cut(x, axis, n):
+    """Splits an axis into n equal blocks, which go first; zeros fill the last one."""
+    length = x.shape[axis]
+    size = -(-length // n)
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, n * size - length)
+    x = jnp.pad(x, pad).reshape(*x.shape[:axis], n, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+
+def _join(blocks, axis, length):
+    """Undoes `_cut`."""
+    x = jnp.moveaxis(blocks, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
