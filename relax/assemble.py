@@ -13,8 +13,11 @@ from relax.config.checks import OPTIMIZER_FIELDS
 from relax.data.loader import epoch_order
 from relax.errors import ConfigError, DataError
 from relax.models import Transformer, TransformerConfig, load_pretrained, read_pretrained_config
+from relax.models.config import LoRA
+from relax.models.peft import base_of, is_adapter_directory, load_merged
 from relax.models.pretrained import find_directory
 from relax.trainers.optimizer import OPTIMIZERS, learning_rate_schedule
+from relax.trainers.state import initial_state
 
 # The model that is trained from scratch where none is named: 0.8 M parameters.
 EMBEDDED_MODEL = TransformerConfig(
@@ -58,22 +61,57 @@ def make_tokenizer(config: TrainerConfig):
         return data.adapt_tokenizer(data.arithmetic_tokenizer(), *changes)
     # The model first: a wrong path would be reported as a directory without a tokenizer.
     directory = find_directory(path)
-    read_pretrained_config(directory)
+    read_pretrained_config(_of_model(directory))
+    if not (directory / "tokenizer_config.json").exists():
+        directory = _of_model(directory)
     return data.load_tokenizer(directory, *changes)
 
 
 def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, dict | None]:
-    """The model, and its parameters where it has any to begin with and `weights` asks for them."""
+    """The model, and its parameters where it has any to begin with and `weights` asks for them.
+
+    A directory with an adapter stands for the model that it belongs to, with the adapter merged.
+    """
     path = config.model.model_name_or_path
     options = {
         "param_dtype": jnp.dtype(config.model.param_dtype),
         "gradient_checkpointing": config.hyperparams.gradient_checkpointing,
     }
-    dtype = jnp.dtype(config.model.dtype)
-    if path is not None and weights:
-        return load_pretrained(path, dtype, **options)
-    shape = EMBEDDED_MODEL if path is None else read_pretrained_config(path)
-    return Transformer(shape, dtype, **options), None
+    dtype, params = jnp.dtype(config.model.dtype), None
+    if path is None:
+        model = Transformer(EMBEDDED_MODEL, dtype, **options)
+    else:
+        directory = find_directory(path)
+        if weights:
+            load = load_merged if is_adapter_directory(directory) else load_pretrained
+            model, params = load(directory, dtype, **options)
+        else:
+            model = Transformer(read_pretrained_config(_of_model(directory)), dtype, **options)
+    p = config.peft
+    if p.use_peft:
+        targets = tuple(p.lora_target_modules)
+        model = model.clone(lora=LoRA(p.lora_r, p.lora_alpha, p.lora_dropout, targets))
+    return model, params
+
+
+def adapter_base(config: TrainerConfig) -> str | None:
+    """The directory or hub name that the run's adapter is saved for; None: it is to be merged.
+
+    So it is where it was asked for, and where the base is no directory that PEFT could load: a
+    model from scratch, or one that an adapter was merged into.
+    """
+    path = config.model.model_name_or_path
+    if not config.peft.use_peft or config.peft.merge_lora or path is None:
+        return None
+    local = Path(path).expanduser()
+    if local.is_file() or is_adapter_directory(find_directory(path)):
+        return None
+    return str(local.resolve()) if local.is_dir() else path
+
+
+def _of_model(directory: Path) -> Path:
+    """The directory of the model itself, where there may be an adapter in the one given."""
+    return find_directory(base_of(directory)) if is_adapter_directory(directory) else directory
 
 
 def make_data(config: TrainerConfig, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
@@ -232,9 +270,5 @@ def _data_seed(config: TrainerConfig) -> int:
 
 def make_state(trainer, params, seed: int):
     """The state before the first update; `params` (or None: fresh ones) are taken over."""
-    from relax.trainers import TrainState
-
     key = jax.random.key(seed)
-    if params is None:
-        return trainer.create_train_state(key)
-    return TrainState.create(params=params, optimizer=trainer.optimizer, rng=key)
+    return initial_state(trainer.model, trainer.optimizer, key, params, trainer.freeze)

@@ -88,7 +88,8 @@ def place(array: np.ndarray, like):
     return jax.block_until_ready(jax.device_put(array, sharding))
 
 
-def _leaf_crc(array) -> int:
+def leaf_crc(array) -> int:
+    """crc32 of an array's bytes."""
     if isinstance(array, jax.Array) and any(d.platform != "cpu" for d in array.devices()):
         # A jax array keeps the host copy that it was read through: read through a passing one.
         array = jnp.copy(array)
@@ -116,7 +117,7 @@ def write(directory: Path, step: int, leaves: dict, progress: dict) -> None:
         raise CheckpointError(f"the progress of a run must be JSON: {error}") from error
     directory.mkdir()
     stored = {name: _stored(leaf) for name, leaf in leaves.items()}
-    sums = {n: _spec(leaf) | {"crc32": _leaf_crc(stored[n])} for n, leaf in leaves.items()}
+    sums = {n: _spec(leaf) | {"crc32": leaf_crc(stored[n])} for n, leaf in leaves.items()}
     # Orbax refuses arrays without elements; their shape, in the checksums, is all there is to them.
     full = {name: array for name, array in stored.items() if array.size}
     in_flight = max([_IN_FLIGHT_BYTES, *(array.nbytes for array in full.values())])
@@ -215,7 +216,7 @@ def _intact(array: np.ndarray | None, spec: dict) -> bool:
         array is not None
         and list(array.shape) == spec["shape"]
         and str(array.dtype) == spec["dtype"]
-        and _leaf_crc(array) == spec["crc32"]
+        and leaf_crc(array) == spec["crc32"]
     )
 
 

@@ -25,9 +25,13 @@ from relax.checkpoint import (
     restore_checkpoint,
     tree_bytes,
 )
+from relax.checkpoint_frozen import FrozenElsewhere
 from relax.config import ConfigLoader, TrainerConfig, resolve_steps
 from relax.errors import CheckpointError, ConfigError
 from relax.models import save_pretrained
+from relax.models.lora import merge_adapters
+from relax.models.peft import save_adapter
+from relax.models.trainable import merge
 from relax.run_dir import RunDir, check_same_config, write_json
 from relax.trainers import SFTTrainer
 from relax.trainers.interrupt import Interrupt, Interrupted
@@ -44,7 +48,7 @@ class JobResult:
       metrics: of the last evaluation; for the embedded task `exact_match_before` and
         `exact_match` as well.
       output_dir: the run's directory.
-      model_dir: the Hugging Face directory of the trained model.
+      model_dir: the Hugging Face directory of the trained model, or of its adapter.
     """
 
     state: Any
@@ -126,13 +130,18 @@ class _Job:
             run_dir.checkpoints, save_total_limit=output.save_total_limit, warn=warnings.warn
         )
         self.checkpointer.sweep()
+        # A checkpoint holds what is trained; what is frozen is had again from where it came from.
+        self.freezes = config.peft.use_peft or config.peft.freeze is not None
+        self.saver: Checkpointer | FrozenElsewhere = self.checkpointer
+        self.base: str | None = None  # what the exported adapter is for, if one is exported
 
     def run(self, interrupt: Interrupt) -> JobResult:
         config = self.config
         self._check_same_config()
         fault.point("data")
         tokenizer = assemble.make_tokenizer(config)
-        model, params = assemble.make_model(config, weights=self.start is None)
+        model, params = assemble.make_model(config, weights=self.start is None or self.freezes)
+        self.base = assemble.adapter_base(config)
         datasets = assemble.make_data(config, tokenizer, model.config, self.rows)
         self._show_data(datasets)
         steps = assemble.total_steps(config, datasets.train)
@@ -157,7 +166,7 @@ class _Job:
             eval_steps=assemble.eval_interval(config, steps),
             eval_on_start=config.inference.eval_on_start,
             max_eval_batches=config.inference.max_eval_batches,
-            checkpointer=self.checkpointer if config.output.save_strategy != "no" else None,
+            checkpointer=self.saver if config.output.save_strategy != "no" else None,
             save_steps=assemble.save_interval(config, steps),
         )
         if interrupt.requested is not None:
@@ -205,6 +214,7 @@ class _Job:
         return SFTTrainer(
             model,
             assemble.make_optimizer(config, steps),
+            freeze=config.peft.freeze,
             loss_chunk_size=config.sft.loss_chunk_size,
             gradient_accumulation_steps=config.hyperparams.gradient_accumulation_steps,
             max_grad_norm=config.hyperparams.max_grad_norm,
@@ -219,16 +229,24 @@ class _Job:
 
     def _start_state(self, trainer, params):
         """`(state, progress)`: fresh, or from the checkpoint to resume from."""
-        seed = self.config.hyperparams.seed
+        seed, state, frozen = self.config.hyperparams.seed, None, {}
+        if self.start is None or self.freezes:
+            state = assemble.make_state(trainer, params, seed)
+            frozen = state.frozen
+        self.saver = FrozenElsewhere(self.checkpointer, frozen) if frozen else self.checkpointer
         if self.start is None:
-            return assemble.make_state(trainer, params, seed), None
+            return state, None
+        state = None  # what is trained comes from the checkpoint
         template = jax.eval_shape(trainer.create_train_state, jax.random.key(seed))
+        template = template.replace(frozen={})
         if self.start == "auto":
             state, progress, step = self.checkpointer.restore(template)
         else:
             state, progress, step = restore_checkpoint(self.start, template, warn=warnings.warn)
+        if frozen:
+            self.saver.check(progress)
         self.console.print(f"resuming after step {step}")
-        return state, progress
+        return state.replace(frozen=frozen), progress
 
     def _old_run(self) -> Path:
         return self.run_dir.path if self.start == "auto" else Path(self.start).parent.parent
@@ -274,8 +292,9 @@ class _Job:
                 copies = min(copies, output.save_total_limit + 1)
             # A resumed run has some of them on the disk already.
             copies = max(copies - len(self.checkpointer.steps()), 1)
-        model = tree_bytes(state.params)
-        check_space(self.run_dir.path, tree_bytes(state), copies, others=model)
+        saved = state.replace(frozen={})
+        model = saved.params if self.base else (state.params, state.frozen)
+        check_space(self.run_dir.path, tree_bytes(saved), copies, others=tree_bytes(model))
 
     def _exact_match(self, name: str, trainer, state, loader) -> None:
         loader = assemble.plain_loader(self.config, loader.examples)
@@ -287,7 +306,12 @@ class _Job:
         model_dir = self.run_dir.path / "final"
         try:
             fault.point("export")
-            return save_pretrained(model_dir, model, state.eval_params, tokenizer)
+            weights = merge(state.eval_params, state.frozen)
+            if self.base is not None:
+                return save_adapter(model_dir, model, weights, self.base, tokenizer)
+            if model.lora is not None:
+                weights = merge_adapters(weights, model.lora)
+            return save_pretrained(model_dir, model, weights, tokenizer)
         except (OSError, SafetensorError) as error:
             reason = full_disk(error) or str(error)
             raise CheckpointError(
@@ -302,9 +326,13 @@ class _Job:
     def _show_plan(self, state, steps: int) -> None:
         h = self.config.hyperparams
         rows = h.per_device_train_batch_size * h.gradient_accumulation_steps
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        trained, frozen = (
+            sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for tree in (state.params, state.frozen)
+        )
+        of_all = f"{trained:,} of {trained + frozen:,}" if frozen else f"{trained:,}"
         self.console.print(
-            f"training {parameters:,} parameters for {steps:,} updates of {rows} rows "
+            f"training {of_all} parameters for {steps:,} updates of {rows} rows "
             f"({h.per_device_train_batch_size} x {h.gradient_accumulation_steps}) on "
             f"{jax.devices()[0].device_kind}, {self.config.model.dtype}"
         )
