@@ -1,0 +1,396 @@
+"""What reinforcement learning with completions has in common: from prompts to experience.
+
+One item of the loader, `{"prompt_ids": [...], "rows": [...]}`, becomes updates in three steps:
+
+1. `generate`: every prompt gets a group of completions, drawn by the current policy.
+2. `score`: reward functions judge each completion.
+3. `experience`: an algorithm turns rewards into what its loss needs: advantages, log-probabilities.
+
+The weights that generate are the weights that are trained: no copy, no second engine. All that is
+random follows from (root key, update), so a run that goes on after a kill draws the same texts.
+
+Axes: P prompts, G completions of a group, g of them in a row, L tokens of a prompt, C tokens of a
+completion, D model, F reward functions.
+"""
+
+import abc
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relax.losses import IGNORED
+from relax.losses.logprobs import TokenLogprobs, linear_logprobs
+from relax.models.groups import group_hidden_states
+from relax.models.trainable import merge
+from relax.rewards import RewardRunner
+from relax.sampling import SamplingConfig, generate
+from relax.trainers.rollout import Rollout, make_rollout, reward_metrics, rollout_metrics
+from relax.trainers.state import TrainState, initial_state
+from relax.trainers.trainer import Annotated, Trainer
+
+# Streams of random numbers, folded into the root key before the update's number.
+ROLLOUT, EVALUATION, ORDER = 101, 102, 103
+
+
+class Collected(NamedTuple):
+    """Completions and their rewards.
+
+    Attributes:
+      rollout: the completions.
+      rewards: `[P, G]` float64, the weighted sums; NaN where no function applies.
+      by_function: `[P, G, F]` float64, NaN where a function does not apply or failed.
+      extras: `[P, G]` columns that reward functions logged, by name.
+      metrics: numbers to log.
+    """
+
+    rollout: Rollout
+    rewards: np.ndarray
+    by_function: np.ndarray
+    extras: dict[str, np.ndarray]
+    metrics: dict[str, float | int]
+
+    def take(self, prompts: Sequence[int]) -> "Collected":
+        """The groups of some prompts, in that order, with the same metrics."""
+        chosen = list(prompts)
+        extras = {name: values[chosen] for name, values in self.extras.items()}
+        return Collected(
+            self.rollout.take(chosen),
+            self.rewards[chosen],
+            self.by_function[chosen],
+            extras,
+            self.metrics,
+        )
+
+
+class RLTrainer(Trainer):
+    """Base of the algorithms that learn from the rewards of their own completions.
+
+    A subclass supplies `experience` and `compute_loss`.
+
+    Args:
+      model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
+      reward_funcs: functions or names, see `relax.rewards`, or the `RewardRunner` that holds them.
+      tokenizer: turns completions into text; its end token ends them unless `sampling` says more.
+      sampling: how completions are drawn; `n` is set to the size of a group.
+      params: pretrained parameters to start from (copied); None initialises from the key.
+      freeze: as for `SFTTrainer`.
+      reward_weights: of the functions in the sum; None: 1 each.
+      num_generations: G, completions per prompt.
+      prompts_per_item: prompts of an item of the loader; None: all completions of an item make one
+        update, however many prompts it has.
+      completions_per_update: divides prompts_per_item * num_generations.
+      num_iterations: passes over the completions of an item.
+      reference: hold the weights of the start, for a KL penalty. With adapters that is the model
+        without them, and costs nothing.
+      eval_sampling: how completions are drawn in evaluation; None: as in training.
+      pass_reward: the reward from which on a completion passes, for pass@k.
+      loss_chunk_size: tokens whose logits exist at once.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        *,
+        reward_funcs,
+        tokenizer,
+        sampling: SamplingConfig | None = None,
+        params=None,
+        freeze: str | None = None,
+        reward_weights: Sequence[float] | None = None,
+        num_generations: int = 8,
+        prompts_per_item: int | None = None,
+        completions_per_update: int | None = None,
+        num_iterations: int = 1,
+        reference: bool = False,
+        eval_sampling: SamplingConfig | None = None,
+        pass_reward: float = 1.0,
+        loss_chunk_size: int = 256,
+        **options,
+    ):
+        super().__init__(model, optimizer, **options)
+        given = isinstance(reward_funcs, RewardRunner)
+        self.rewards = reward_funcs if given else RewardRunner(reward_funcs, reward_weights)
+        self.tokenizer = tokenizer
+        sampling = dataclasses.replace(sampling or SamplingConfig(), n=num_generations)
+        if not sampling.eos_token_ids and tokenizer.eos_token_id is not None:
+            sampling = dataclasses.replace(sampling, eos_token_ids=(tokenizer.eos_token_id,))
+        self.sampling, self.eval_sampling = sampling, eval_sampling or sampling
+        self.params, self.freeze, self.reference = params, freeze, reference
+        self.num_generations, self.num_iterations = num_generations, num_iterations
+        self.pass_reward, self.loss_chunk_size = pass_reward, loss_chunk_size
+        self._updates_per_pass, self.row_size = _updates(
+            num_generations,
+            prompts_per_item,
+            completions_per_update,
+            self.gradient_accumulation_steps,
+        )
+        self._token_logprobs = jax.jit(self._token_logprobs)
+
+    @abc.abstractmethod
+    def experience(self, state: TrainState, collected: Collected) -> dict[str, np.ndarray]:
+        """What `compute_loss` needs of each prompt's group: arrays with leading axes `[P, G]`."""
+
+    @property
+    def updates_per_item(self) -> int:
+        return self.num_iterations * self._updates_per_pass
+
+    def create_train_state(self, key: jax.Array) -> TrainState:
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        state = initial_state(self.model, self.optimizer, key, params, self.freeze)
+        if self.reference and self.model.lora is None:
+            copy = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.params)
+            state = state.replace(frozen=state.frozen | {"ref": copy})
+        return state
+
+    def make_batches(self, state: TrainState, item) -> Iterator[Annotated]:
+        """Rollout, rewards and experience of an item, then the batches of its updates."""
+        key = self._key(state, ROLLOUT)
+        collected = self.collect(state, item, key)
+        start_s = time.monotonic()
+        experience = self.experience(state, collected)
+        order_key = self._key(state, ORDER)
+        metrics = self._metrics(collected) | {"time/reference": time.monotonic() - start_s}
+        records = self._records(collected, experience)
+        for batch in self._split(collected.rollout, experience, order_key):
+            yield Annotated(batch, metrics, records)
+            metrics, records = {}, ()
+
+    def collect(self, state: TrainState, item, key: jax.Array) -> Collected:
+        """Completions of an item's prompts, and their rewards."""
+        start_s = time.monotonic()
+        rollout = self.generate(state, item, key)
+        rolled_s = time.monotonic()
+        collected = self.score(rollout, int(state.step))
+        times = {"time/rollout": rolled_s - start_s, "time/reward": time.monotonic() - rolled_s}
+        return collected._replace(metrics=collected.metrics | times)
+
+    def generate(
+        self, state: TrainState, item, key: jax.Array, sampling: SamplingConfig | None = None
+    ) -> Rollout:
+        """A group of completions for each prompt, drawn by the current policy."""
+        sampling = sampling or self.sampling
+        params = merge(state.params, state.frozen)
+        output = generate(
+            self.model, params, item["prompt_ids"], key, sampling, decode=self._decode
+        )
+        return make_rollout(item, output, sampling, self._decode)
+
+    def score(self, rollout: Rollout, step: int = 0) -> Collected:
+        """What the reward functions say of each completion."""
+        shape = rollout.completion_lengths.shape
+        G = shape[1]
+        rows = [row for row in rollout.rows for _ in range(G)]
+        prompts = [row["prompt"] for row in rows]
+        texts = [text for group in rollout.texts for text in group]
+        completions = [
+            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        names = [name for name in rows[0] if name != "prompt" and all(name in row for row in rows)]
+        lengths = rollout.completion_lengths.reshape(-1)
+        ids = rollout.completion_ids.reshape(len(rows), -1)
+        scores = self.rewards.score(
+            prompts,
+            completions,
+            completion_ids=[row[:n].tolist() for row, n in zip(ids, lengths, strict=True)],
+            columns={name: [row[name] for row in rows] for name in names},
+            trainer_state={"global_step": step},
+        )
+        extras = {k: _objects(values).reshape(shape) for k, values in scores.extras.items()}
+        return Collected(
+            rollout,
+            scores.total.reshape(shape),
+            scores.rewards.reshape(*shape, -1),
+            extras,
+            scores.metrics | {"reward_errors": len(scores.failures)},
+        )
+
+    def completion_logprobs(
+        self, params, batch, rng: jax.Array | None = None
+    ) -> tuple[TokenLogprobs, jax.Array | None]:
+        """Log-probabilities `[P, g, C]` of a batch's completions, at the sampler's temperature.
+
+        Also gives the routers' load-balancing loss, or None. `params` are all parameters.
+        """
+        dropout = rng is not None and self.model.lora is not None and self.model.lora.dropout > 0
+        hidden, aux_loss = self.model.apply(
+            {"params": params},
+            batch["prompt_ids"],
+            batch["prompt_lengths"],
+            batch["completion_ids"],
+            batch["completion_lengths"],
+            rngs={"dropout": rng} if dropout else None,
+            method=group_hidden_states,
+        )
+        ids, lengths = batch["completion_ids"], batch["completion_lengths"]
+        real = jnp.arange(ids.shape[2])[None, None, :] < lengths[:, :, None]
+        out = linear_logprobs(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.model.output_matrix(params),
+            jnp.where(real, ids, IGNORED).reshape(-1),
+            temperature=self.sampling.temperature,
+            softcap=self.model.config.final_logit_softcapping,
+            chunk_size=self.loss_chunk_size,
+        )
+        return TokenLogprobs(*(x.reshape(ids.shape) for x in out)), aux_loss
+
+    def reference_params(self, frozen) -> dict:
+        """All parameters of the reference policy."""
+        return merge(frozen["ref"], frozen) if "ref" in frozen else frozen["base"]
+
+    def token_logprobs(self, params, rollout: Rollout) -> np.ndarray:
+        """`[P, G, C]` of a rollout's completions under all parameters `params`, no gradient.
+
+        Rows go through the model as they do in an update, as many at once.
+        """
+        arrays = self._arrays(rollout)
+        rows = len(arrays["prompt_ids"])
+        size = max(1, rows // (self._updates_per_pass * self.gradient_accumulation_steps))
+        parts = []
+        for first in range(0, rows, size):
+            batch = {name: value[first : first + size] for name, value in arrays.items()}
+            parts.append(np.asarray(self._token_logprobs(params, batch)))
+        return np.concatenate(parts).reshape(rollout.completion_ids.shape)
+
+    def _token_logprobs(self, params, batch):
+        return self.completion_logprobs(params, batch)[0].logprobs
+
+    def _arrays(self, rollout: Rollout, extra: dict | None = None) -> dict[str, np.ndarray]:
+        """Arrays with one row per prompt and g of its completions: `[P * G / g, ...]`."""
+        g = self.row_size or rollout.completion_ids.shape[1]
+        rows = rollout.completion_ids.shape[1] // g
+        arrays = {
+            name: np.repeat(getattr(rollout, name), rows, axis=0)
+            for name in ("prompt_ids", "prompt_lengths")
+        }
+        grouped = {
+            "completion_ids": rollout.completion_ids,
+            "completion_lengths": rollout.completion_lengths,
+        } | (extra or {})
+        return arrays | {
+            name: value.reshape(-1, g, *value.shape[2:]) for name, value in grouped.items()
+        }
+
+    def _split(self, rollout: Rollout, experience: dict, key: jax.Array) -> Iterator[dict]:
+        """The batches of all updates: every pass in another order, where there are several."""
+        arrays = self._arrays(rollout, experience)
+        rows = len(arrays["prompt_ids"])
+        if rows % self._updates_per_pass:
+            raise ValueError(
+                f"an item must hold prompts_per_item prompts, whose {self._updates_per_pass} "
+                f"updates divide its rows, got {rows} rows. Drop the last, shorter item."
+            )
+        size = rows // self._updates_per_pass
+        for iteration in range(self.num_iterations):
+            order = np.arange(rows)
+            if self.updates_per_item > 1:
+                order = np.asarray(jax.random.permutation(jax.random.fold_in(key, iteration), rows))
+            for first in range(0, rows, size):
+                chosen = order[first : first + size]
+                yield {name: value[chosen] for name, value in arrays.items()}
+
+    def _metrics(self, collected: Collected) -> dict[str, float | int]:
+        rollout, rewards, by_function, _, metrics = collected
+        rewards = reward_metrics(rewards, by_function, self.rewards.names)
+        return rollout_metrics(rollout) | rewards | metrics
+
+    def _records(self, collected: Collected, experience: dict) -> list[dict]:
+        """One per completion: what a table of completions shows."""
+        rollout, rewards, by_function, extras, _ = collected
+        names, advantages = self.rewards.names, experience.get("advantages")
+        records = []
+        for p, g in np.ndindex(*rewards.shape):
+            record = {
+                "prompt": rollout.rows[p]["prompt"],
+                "completion": rollout.texts[p][g],
+                "finish": str(rollout.finish[p, g]),
+                "tokens": int(rollout.completion_lengths[p, g]),
+                "rewards": dict(zip(names, by_function[p, g].tolist(), strict=True)),
+                "reward": float(rewards[p, g]),
+            } | {name: values[p, g] for name, values in extras.items()}
+            if advantages is not None and advantages.ndim == 2:
+                record["advantage"] = float(advantages[p, g])
+            records.append(record)
+        return records
+
+    def _evaluate(self, state: TrainState, loader, max_batches: int | None) -> dict:
+        """Mean reward and pass@k over held-out prompts, of completions drawn as `eval_sampling`."""
+        key = jax.random.fold_in(state.rng, EVALUATION)
+        state = state.replace(params=state.eval_params)
+        rewards, by_function, lengths = [], [], []
+        for i, item in enumerate(loader):
+            if i == max_batches:
+                break
+            rollout = self.generate(state, item, jax.random.fold_in(key, i), self.eval_sampling)
+            collected = self.score(rollout, int(state.step))
+            rewards.append(collected.rewards)
+            by_function.append(collected.by_function)
+            lengths.append(rollout.completion_lengths)
+        if not rewards:
+            raise ValueError("the evaluation loader gave no prompts. Pass some, or no loader.")
+        rewards, by_function = np.concatenate(rewards), np.concatenate(by_function)
+        passed = np.nan_to_num(rewards, nan=-math.inf) >= self.pass_reward
+        return reward_metrics(rewards, by_function, self.rewards.names) | {
+            "pass@1": float(passed.mean()),
+            f"pass@{passed.shape[1]}": float(passed.any(axis=1).mean()),
+            "completions/mean_length": float(np.concatenate(lengths).mean()),
+        }
+
+    def _key(self, state: TrainState, stream: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(state.rng, stream), state.step)
+
+    def _decode(self, ids) -> str:
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _objects(values: list) -> np.ndarray:
+    """One object an item, lists included."""
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out
+
+
+def is_truncated(sampling: SamplingConfig) -> bool:
+    """Whether completions are drawn from another distribution than the policy's own."""
+    return bool(
+        sampling.top_k
+        or sampling.top_p < 1
+        or sampling.min_p
+        or sampling.repetition_penalty != 1
+        or sampling.logit_bias
+        or sampling.min_new_tokens
+    )
+
+
+def _updates(
+    num_generations: int,
+    prompts_per_item: int | None,
+    completions_per_update: int | None,
+    gradient_accumulation_steps: int,
+) -> tuple[int, int | None]:
+    """Updates per pass over an item, and completions that share their prompt's row.
+
+    Raises:
+      ValueError: the numbers do not divide each other.
+    """
+    G = num_generations
+    if completions_per_update is None:
+        return 1, None
+    if prompts_per_item is None:
+        raise ValueError("completions_per_update needs prompts_per_item: give both, or none.")
+    total = prompts_per_item * G
+    micro, rest = divmod(completions_per_update, gradient_accumulation_steps)
+    if rest or total % completions_per_update:
+        raise ValueError(
+            f"completions_per_update must divide the {prompts_per_item} x {G} completions of an "
+            f"item and be a multiple of gradient_accumulation_steps, got {completions_per_update} "
+            f"and {gradient_accumulation_steps}."
+        )
+    return total // completions_per_update, math.gcd(micro, G)

@@ -1,0 +1,166 @@
+"""A rollout: prompts, the groups of completions drawn for them, and what is counted about them.
+
+Axes: P prompts, G completions of a group, L tokens of a prompt, C tokens of a completion.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Prompts and their completions; tokens are padded on the right, and lengths say what is real.
+
+    Attributes:
+      rows: `[P]`, the data set's row of each prompt.
+      prompt_ids, prompt_lengths: `[P, L]` and `[P]` int32.
+      completion_ids, completion_lengths: `[P, G, C]` and `[P, G]` int32, the end token included.
+      logprobs: `[P, G, C]` float32, of each token under the distribution it was drawn from.
+      finish: `[P, G]` str, why each ended: `eos`, `stop` or `length`.
+      texts: `[P][G]`, the completions without special tokens.
+    """
+
+    rows: list[dict]
+    prompt_ids: np.ndarray
+    prompt_lengths: np.ndarray
+    completion_ids: np.ndarray
+    completion_lengths: np.ndarray
+    logprobs: np.ndarray
+    finish: np.ndarray
+    texts: list[list[str]]
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """`[P, G]` bool: the completion did not end by itself."""
+        return self.finish == "length"
+
+    @property
+    def mask(self) -> np.ndarray:
+        """`[P, G, C]` bool: the real tokens."""
+        places = np.arange(self.completion_ids.shape[2])[None, None, :]
+        return places < self.completion_lengths[:, :, None]
+
+    def take(self, prompts: Sequence[int]) -> "Rollout":
+        """The groups of some prompts, in that order."""
+        chosen = list(prompts)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Rollout(
+            **{
+                name: value[chosen] if isinstance(value, np.ndarray) else [value[i] for i in chosen]
+                for name, value in values.items()
+            }
+        )
+
+
+def make_rollout(item: dict, output, sampling, decode: Callable[[Sequence[int]], str]) -> Rollout:
+    """The rollout that an item's prompts and the sampler's output for them make.
+
+    Args:
+      item: `prompt_ids` and `rows` of P prompts.
+      output: a `relax.sampling.SampleOutput` of `P * sampling.n` completions.
+      sampling: the `SamplingConfig` of `output`.
+      decode: tokens to text.
+    """
+    prompts, G = item["prompt_ids"], sampling.n
+    P = len(prompts)
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    ends = np.asarray(output.lengths, np.int32)
+    C = bucket(int(ends.max()), sampling.max_new_tokens)
+    texts = [decode(completion) for completion in output.completions]
+    return Rollout(
+        rows=list(item["rows"]),
+        prompt_ids=padded(prompts, bucket(int(lengths.max()))),
+        prompt_lengths=lengths,
+        completion_ids=_pad(output.tokens, C).reshape(P, G, C),
+        completion_lengths=ends.reshape(P, G),
+        logprobs=_pad(output.logprobs, C).reshape(P, G, C),
+        finish=np.array(output.finish_reasons).reshape(P, G),
+        texts=[texts[p * G : (p + 1) * G] for p in range(P)],
+    )
+
+
+def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+    """The groups of several rollouts, one after the other."""
+    joined = {}
+    for field in dataclasses.fields(Rollout):
+        values = [getattr(rollout, field.name) for rollout in rollouts]
+        if isinstance(values[0], list):
+            joined[field.name] = [item for value in values for item in value]
+        else:
+            width = max(value.shape[-1] for value in values)
+            ragged = values[0].ndim > 1 and field.name not in ("completion_lengths", "finish")
+            padded = [_pad(value, width) for value in values] if ragged else values
+            joined[field.name] = np.concatenate(padded)
+    return Rollout(**joined)
+
+
+def bucket(length: int, limit: int | None = None) -> int:
+    """A length to pad to, of few: powers of two from 8 on and what lies halfway between them.
+
+    >>> [bucket(n) for n in (1, 8, 9, 13, 17, 100)]
+    [8, 8, 12, 16, 24, 128]
+    >>> bucket(100, limit=110)
+    110
+    """
+    size = 8
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size if limit is None else min(size, limit)
+
+
+def padded(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """`[n, width]` int32, each sequence followed by zeros."""
+    out = np.zeros((len(sequences), width), np.int32)
+    for row, sequence in zip(out, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return out
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
+    """What TRL logs about completions; `clipped_ratio` is its name of the truncated share."""
+    lengths, truncated = rollout.completion_lengths, rollout.truncated
+    ended = lengths[~truncated]
+    ended = ended if ended.size else np.zeros(1)
+    metrics = {
+        "num_tokens": int(lengths.sum() + rollout.prompt_lengths.sum() * lengths.shape[1]),
+        "completions/truncated_ratio": float(truncated.mean()),
+        "completions/clipped_ratio": float(truncated.mean()),
+    }
+    for name, of in (("length", lengths), ("terminated_length", ended)):
+        for statistic in ("mean", "min", "max"):
+            metrics[f"completions/{statistic}_{name}"] = float(getattr(of, statistic)())
+    return metrics
+
+
+def reward_metrics(
+    rewards: np.ndarray, by_function: np.ndarray, names: Sequence[str]
+) -> dict[str, float]:
+    """Statistics of rewards `[P, G]`, and of each function's `[P, G, F]`; NaN: not applicable."""
+    metrics = {
+        "reward": _mean(rewards),
+        "reward_std": _std(rewards),
+        "reward_group_std": _mean(np.array([_std(group) for group in rewards])),
+        "frac_reward_zero_std": float(np.mean([_std(group) < 1e-6 for group in rewards])),
+    }
+    for i, name in enumerate(names):
+        metrics[f"rewards/{name}/mean"] = _mean(by_function[..., i])
+        metrics[f"rewards/{name}/std"] = _std(by_function[..., i])
+    return metrics
+
+
+def _mean(values: np.ndarray) -> float:
+    real = values[~np.isnan(values)]
+    return float(real.mean()) if real.size else float("nan")
+
+
+def _std(values: np.ndarray) -> float:
+    """Unbiased, of what applies; 0 of fewer than two."""
+    real = values[~np.isnan(values)]
+    return float(real.std(ddof=1)) if real.size > 1 else 0.0
+
+
+def _pad(value: np.ndarray, width: int) -> np.ndarray:
+    gaps = [(0, 0)] * (value.ndim - 1) + [(0, width - value.shape[-1])]
+    return np.pad(value, gaps)
