@@ -16,6 +16,7 @@ import numpy as np
 
 from relax.models.config import TransformerConfig
 from relax.models.families import Family
+from relax.models.families.family import LAYER, module_of
 from relax.models.transformer import Transformer
 
 
@@ -50,6 +51,10 @@ def expected_tensors(
                 expected[name.format(expert)].append(Part(path, shape[1:], expert))
         else:
             expected[name].append(Part(path, shape))
+    order = list(LAYER)
+    for parts in expected.values():
+        if len(parts) > 1:
+            parts.sort(key=lambda part: order.index(module_of(part.path)))
     return {name: tuple(parts) for name, parts in expected.items()}
 
 

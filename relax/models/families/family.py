@@ -159,12 +159,8 @@ class Family:
         if path in TOP:
             return TOP[path]
         names = LAYER | self.names | (also or {})
-        layer, *module = path
-        if module[0] == "experts":
-            name = names["/".join(module)]
-        else:
-            name = names[module[0]] + LEAVES[module[1]]
-        return f"model.layers.{layer.removeprefix('layers_')}.{name}"
+        name = names[module_of(path)] + LEAVES.get(path[-1], "")
+        return f"model.layers.{path[0].removeprefix('layers_')}.{name}"
 
     def _read(self, fields: dict) -> TransformerConfig:
         only = {n: v for n, v in (ONLY | self.only).items() if n not in self._known()}
@@ -220,6 +216,11 @@ class Family:
             if value is not None:
                 plain[name] = value
         return plain
+
+
+def module_of(path: tuple[str, ...]) -> str:
+    """The key in `LAYER` of a leaf of a layer."""
+    return "/".join(path[1:]) if path[1] == "experts" else path[1]
 
 
 def _ours(name: str, field: Field) -> tuple[str, ...]:

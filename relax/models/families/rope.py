@@ -206,7 +206,7 @@ def _scaling(kind: str, rope: dict, turning: int, longest: int) -> RopeScaling |
         given.setdefault("attention_factor", _yarn_attention_factor(factor, *scales))
     if kind == "longrope":
         for name in ("short_factor", "long_factor"):
-            if len(read_value(given, name, FACTORS)) != turning // 2:
+            if len(read_value(rope, name, FACTORS)) != turning // 2:
                 raise ValueError(
                     f"{name} must have one number for each of {turning // 2} planes, got "
                     f"{len(given[name])}."

@@ -1,0 +1,327 @@
+"""Tiny models of every family, with odd settings: what the tests of families run over.
+
+`ROWS` is the list of what is covered; `docs/models.md` is made from it and from the largest
+difference of logits between transformers and ReLax:
+
+    python -m tests.families > docs/models.md
+"""
+
+import functools
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relax.models import Transformer, TransformerConfig
+from relax.models.families import family_of
+
+V = 61  # ids of the tiny vocabularies
+T = 14  # tokens in a row, more than every window and every original length below
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 36,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,  # not hidden_size / num_attention_heads
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-4,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+THREE_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8}
+ONE_EACH = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12}
+THIRDS = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+BIASED = {"attention_bias": True}
+FULL, SLIDING = "full_attention", "sliding_attention"
+SMALL_POSITIONS = {"max_position_embeddings": 8}
+
+
+def rope(kind, theta=500.0, **settings):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **settings}}
+
+
+LLAMA3 = {  # of the five planes one is kept, one blended and three divided
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ORIGINAL = {"original_max_position_embeddings": 8}
+LONG = {
+    "short_factor": [1.0, 1.1, 1.25, 1.5],
+    "long_factor": [1.0, 2.0, 4.0, 7.0],
+}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 3000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+
+# Name -> (model_type, what is special about it, fields of config.json beside SIZES).
+ROWS = {
+    "llama": ("llama", "tied; 3 heads, 1 for keys and values", TIED | THREE_HEADS),
+    "llama-biases": ("llama", "biases; untied", UNTIED | BIASED | {"mlp_bias": True}),
+    "llama-linear": (
+        "llama",
+        "rope linear; a key for each head",
+        ONE_EACH | rope("linear", factor=2.5),
+    ),
+    "llama-llama3": ("llama", "rope llama3", TIED | rope("llama3", 5000.0, **LLAMA3)),
+    "llama-yarn": ("llama", "rope yarn", rope("yarn", factor=4.0, **ORIGINAL)),
+    "llama-yarn-smooth": (
+        "llama",
+        "rope yarn with its own betas, scales and no truncation",
+        rope(
+            "yarn",
+            50.0,
+            factor=4.0,
+            beta_fast=2.0,
+            beta_slow=0.5,
+            mscale=0.7,
+            mscale_all_dim=0.4,
+            truncate=False,
+            **ORIGINAL,
+        ),
+    ),
+    "llama-dynamic": ("llama", "rope dynamic", SMALL_POSITIONS | rope("dynamic", factor=3.0)),
+    "smollm3": (
+        "smollm3",
+        "a layer without positions, a window there",
+        {
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "num_key_value_heads": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 70.0},
+        }
+        | TIED
+        | BIASED,
+    ),
+    "mistral": ("mistral", "a window on every layer", {"sliding_window": 5} | THREE_HEADS),
+    "mistral-full": ("mistral", "no window; tied", {"sliding_window": None} | TIED),
+    "qwen2": (
+        "qwen2",
+        "biases of queries, keys and values; a window on the last layer",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2} | TIED,
+    ),
+    "qwen2-yarn": (
+        "qwen2",
+        "rope yarn; untied, no window",
+        UNTIED | ONE_EACH | rope("yarn", factor=4.0, attention_factor=1.3, **ORIGINAL),
+    ),
+    "qwen3": ("qwen3", "norms of each query and key; tied", TIED | THREE_HEADS),
+    "qwen3-window": (
+        "qwen3",
+        "windows by layer_types; biases; untied",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": [SLIDING, FULL, SLIDING],
+        }
+        | UNTIED
+        | BIASED,
+    ),
+    "gemma2": (
+        "gemma2",
+        "four norms, soft caps, windows in turn; tied",
+        {
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.5,
+        },
+    ),
+    "gemma2-exact": (
+        "gemma2",
+        "no caps; exact GELU; biases; untied",
+        {
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 10,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "hidden_activation": "gelu",
+            "layer_types": [FULL, SLIDING, SLIDING],
+        }
+        | UNTIED
+        | BIASED
+        | THREE_HEADS,
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        "norms of queries and keys, two rope bases, windows but for every third; rope linear; tied",
+        {
+            "sliding_window": 5,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 9,
+            "rope_parameters": GEMMA3_ROPES,
+        },
+    ),
+    "gemma3_text-cap": (
+        "gemma3_text",
+        "cap of the logits; biases; untied",
+        {
+            "sliding_window": 3,
+            "query_pre_attn_scalar": 9,
+            "final_logit_softcapping": 2.0,
+            "layer_types": [SLIDING, FULL, SLIDING],
+        }
+        | UNTIED
+        | BIASED
+        | ONE_EACH,
+    ),
+    "phi3": (
+        "phi3",
+        "fused matrices, a window, a part of each head turns",
+        {"sliding_window": 5, "partial_rotary_factor": 0.5} | THIRDS | rope("default", 200.0),
+    ),
+    "phi3-longrope": (
+        "phi3",
+        "rope longrope; a part of each head turns; tied",
+        {"original_max_position_embeddings": 8}
+        | rope("longrope", 200.0, partial_rotary_factor=0.7, **LONG)
+        | THIRDS
+        | TIED,
+    ),
+    "olmo2": (
+        "olmo2",
+        "norms after the blocks, norms of all queries together; biases",
+        BIASED | UNTIED,
+    ),
+    "mixtral": (
+        "mixtral",
+        "5 experts, 2 for each token; a window",
+        EXPERTS | {"num_local_experts": 5, "sliding_window": 5},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        "7 experts, weights not normalised, a dense layer; tied",
+        EXPERTS
+        | {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+        }
+        | TIED
+        | BIASED,
+    ),
+    "qwen3_moe-steps": (
+        "qwen3_moe",
+        "experts in every other layer, weights normalised, a window",
+        EXPERTS
+        | {
+            "num_experts": 4,
+            "moe_intermediate_size": 12,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        }
+        | THREE_HEADS,
+    ),
+}
+FAMILY_NAMES = tuple(name for name, (model_type, *_) in ROWS.items() if name == model_type)
+
+
+def fields_of(name: str) -> dict:
+    """config.json of a row."""
+    model_type, _, fields = ROWS[name]
+    return {"model_type": model_type, **SIZES, **fields}
+
+
+def config_of(name: str) -> TransformerConfig:
+    fields = fields_of(name)
+    return family_of(fields["model_type"]).from_hugging_face(fields)
+
+
+@functools.cache
+def tiny_family(name: str) -> tuple[Transformer, dict]:
+    """A small float32 model and parameters of which none is what initialisation leaves at 0 or 1.
+
+    `name`: of `ROWS`, or a model_type. Made without torch; treat the parameters as constants.
+    """
+    model = Transformer(config_of(name))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    rng = np.random.default_rng(0)
+    flat = flax.traverse_util.flatten_dict(params)
+    for path, leaf in flat.items():
+        if path[-1] in ("bias", "scale"):
+            flat[path] = leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+    return model, flax.traverse_util.unflatten_dict(flat)
+
+
+# Four rows: one document; one after padding; one before padding; two documents and padding.
+SEGMENTS = np.array(
+    [[1] * 14, [0] * 5 + [1] * 9, [1] * 9 + [0] * 5, [1] * 6 + [2] * 5 + [0] * 3], np.int32
+)
+POSITIONS = np.array(
+    [
+        [*range(14)],
+        [0] * 5 + [*range(9)],
+        [*range(9)] + [0] * 5,
+        [*range(6)] + [*range(5)] + [0] * 3,
+    ],
+    np.int32,
+)
+IDS = np.random.default_rng(0).integers(0, V, (4, T)).astype(np.int32)
+
+
+def made_by_transformers(name: str):
+    """A random model of transformers, norms and biases included; needs torch."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**fields_of(name))
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for path, parameter in theirs.named_parameters():  # fresh biases are 0, norms are 1
+            if path.endswith(("bias", "norm.weight", "layernorm.weight")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return theirs
+
+
+def logits_of(theirs, ids, **inputs) -> np.ndarray:
+    """Of transformers; arrays in and out."""
+    import torch
+
+    tensors = {key: torch.tensor(np.array(value)) for key, value in inputs.items()}
+    with torch.no_grad():
+        return theirs(torch.tensor(np.array(ids)), use_cache=False, **tensors).logits.numpy()
+
+
+def reference_logits(theirs) -> np.ndarray:
+    """`[4, T, V]`: the three padded rows as one batch, and the two documents each alone.
+
+    Where the rotation depends on the length, transformers takes the longest of a batch, and we
+    each document's own: there all documents go alone, in the order of their lengths and each after
+    one of a single token, since it also keeps what it has computed for a longer one.
+    """
+    logits = np.zeros((4, T, V), np.float32)
+    documents = [(3, slice(0, 6)), (3, slice(6, 11))]
+    if theirs.config.rope_parameters.get("rope_type") in ("dynamic", "longrope"):
+        documents += [(0, slice(0, 14)), (1, slice(5, 14)), (2, slice(0, 9))]
+    else:
+        mask = SEGMENTS[:3]
+        logits[:3] = logits_of(theirs, IDS[:3], attention_mask=mask, position_ids=POSITIONS[:3])
+    for row, place in documents:
+        logits_of(theirs, IDS[:1, :1])
+        logits[row, place] = logits_of(theirs, IDS[row : row + 1, place])[0]
+    return logits
+
+
+def our_logits(model, params) -> np.ndarray:
+    """`[4, T, V]` of all rows in one batch."""
+    return np.asarray(jax.jit(model.apply)({"params": params}, IDS, POSITIONS, SEGMENTS))
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray, rows=slice(None)) -> float:
+    """The largest one, over what is no padding."""
+    return float(np.abs(ours - theirs)[rows][SEGMENTS[rows] > 0].max())
