@@ -4,6 +4,29 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from relax.models.attention import SAVED
+
+
+def _matmul(prim, *_, **params):
+    if prim.name == "ragged_dot_general":  # of experts
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *_, **params)
+
+
+def _attention(prim, *_, **params):
+    if prim.name == "dot_product_attention_fwd_wrapper":  # cuDNN's
+        return True
+    return jax.checkpoint_policies.save_only_these_names(SAVED)(prim, *_, **params)
+
+
+# What a layer keeps for the backward pass; all else it computes again, from its input.
+POLICIES = {
+    # No matrix product is done twice: norms, rotations, gates and products of gates are.
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(_matmul, _attention),
+    "attention": _attention,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 def checkpointed(f, policy=None):
     """`jax.checkpoint(f, policy=policy)` whose backward pass runs on its own, at its own time.

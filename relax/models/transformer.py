@@ -9,24 +9,19 @@ Every matrix product sees its tokens flattened to [M, D]. XLA's backward pass fo
 twice as fast on them as on [B, T, D], and accelerators do not tell the two apart.
 """
 
+import functools
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from relax.models import cache as kv_cache
-from relax.models.attention import SAVED, attend, attention_mask
+from relax.models import kernels
+from relax.models.attention import attention_mask
 from relax.models.config import Layer, LoRA, TransformerConfig
 from relax.models.layers import Linear, RMSNorm
 from relax.models.moe import Experts, activation, total_aux_loss
-from relax.models.remat import checkpointed
+from relax.models.remat import POLICIES, checkpointed
 from relax.models.rotary import rotary_angles, rotate
-
-# Under gradient checkpointing a layer keeps what its matrix products and its attention gave, and
-# computes norms, rotations and products of gates again: no matrix product is done twice.
-SAVED_OUTPUTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(SAVED),
-)
 
 
 class Block(nn.Module):
@@ -123,7 +118,10 @@ class Transformer(nn.Module):
       config: sizes and switches.
       dtype: of the computation; norms, softmax, rotary positions and logits stay in float32.
       param_dtype: of the parameters.
-      gradient_checkpointing: keep less of each layer for the backward pass (`SAVED_OUTPUTS`).
+      gradient_checkpointing: keep less of each layer for the backward pass.
+      gradient_checkpointing_policy: what is kept then, of `relax.models.remat.POLICIES`.
+      attn_implementation: `auto`, `xla`, `cudnn` or `splash`, see `relax.models.kernels`; it holds
+        for whole rows, the decode step has its own.
       lora: scale and dropout of the adapters among the parameters, if there are any.
     """
 
@@ -132,6 +130,8 @@ class Transformer(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     gradient_checkpointing: bool = False
     lora: LoRA | None = None
+    gradient_checkpointing_policy: str = "matmuls"
+    attn_implementation: str = kernels.AUTO
 
     def setup(self):
         c = self.config
@@ -173,7 +173,9 @@ class Transformer(nn.Module):
         real = jnp.ones((B * T,), bool) if segment_ids is None else segment_ids.reshape(-1) > 0
         x, routers = self.embed(input_ids), []
         for layer, kind in zip(self.layers, kinds, strict=True):
-            x, router = self.run(layer, x, (angles[kind.rope], masks[kind.window], real), _over)
+            over = functools.partial(_over, self._attention(kind, T, segment_ids))
+            constants = (angles[kind.rope], masks[kind.window], segment_ids, real)
+            x, router = self.run(layer, x, constants, over)
             routers.append(router)
         return self.norm(x).reshape(B, T, -1), total_aux_loss(routers)
 
@@ -193,7 +195,8 @@ class Transformer(nn.Module):
         x, filled = self.embed(input_ids), []
         for layer, kind in zip(self.layers, self.config.layer_kinds, strict=True):
             mask = attention_mask(None, B, T, kind.window)
-            x, kept, _ = layer(x, angles[kind.rope], _over_row(self.config, mask), real)
+            over = _over_row(self._attention(kind, T, None), mask, None)
+            x, kept, _ = layer(x, angles[kind.rope], over, real)
             filled.append(kept)
         return self.norm(x).reshape(B, T, -1), tuple(filled)
 
@@ -231,6 +234,25 @@ class Transformer(nn.Module):
         angles = {rope: rotary_angles(positions, rope, R, segment_ids) for rope in ropes}
         return angles | {None: None}
 
+    def attention_choice(self, layer, T, segments, device=None):
+        """The path of a layer's attention over rows of T tokens, and why (`kernels.choose`)."""
+        c = self.config
+        need = kernels.Need(
+            jnp.dtype(self.dtype).name,
+            c.head_dim,
+            layer.window,
+            c.attn_logit_softcapping,
+            T,
+            segments,
+        )
+        return kernels.choose(self.attn_implementation, need, device or kernels.this_device())
+
+    def _attention(self, layer, T, segment_ids):
+        """`(q, k, v, mask, segment_ids) -> out` over rows."""
+        path, _ = self.attention_choice(layer, T, segment_ids is not None)
+        options = attention_options(self.config)
+        return functools.partial(kernels.attend_rows, path=path, window=layer.window, **options)
+
     def run(self, layer, x, constants, over):
         """`over(config, layer, x, constants) -> (x, router)`, checkpointed where that is asked."""
         if not self.gradient_checkpointing or self.is_initializing():
@@ -245,7 +267,8 @@ class Transformer(nn.Module):
             return over(self.config, bound, x, constants)
 
         constants = (*constants, key)
-        return checkpointed(apply, SAVED_OUTPUTS)(layer.variables["params"], x, constants)
+        policy = POLICIES[self.gradient_checkpointing_policy]
+        return checkpointed(apply, policy)(layer.variables["params"], x, constants)
 
     def __call__(self, input_ids, positions=None, segment_ids=None):
         hidden = self.hidden_states(input_ids, positions, segment_ids)
@@ -264,10 +287,10 @@ class Transformer(nn.Module):
         return params["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]
 
 
-def _over(config, layer, x, constants):
+def _over(attend, config, layer, x, constants):
     """A layer over whole rows: `(x, router)`."""
-    angles, mask, real = constants
-    x, _, router = layer(x, angles, _over_row(config, mask, keep=False), real)
+    angles, mask, segment_ids, real = constants
+    x, _, router = layer(x, angles, _over_row(attend, mask, segment_ids, keep=False), real)
     return x, router
 
 
@@ -276,13 +299,13 @@ def attention_options(config):
     return {"multiplier": config.attention_multiplier, "softcap": config.attn_logit_softcapping}
 
 
-def _over_row(config, mask, keep=True):
+def _over_row(attend, mask, segment_ids, keep=True):
     """Attention within rows `[B, T]`; keeps keys and values as a cache holds them."""
     B, T = mask.shape[:2]
 
     def attention(q, k, v):
         q, k, v = (x.reshape(B, T, *x.shape[1:]) for x in (q, k, v))
-        out = attend(q, k, v, mask, **attention_options(config)).reshape(B * T, -1)
+        out = attend(q, k, v, mask, segment_ids).reshape(B * T, -1)
         return out, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
 
     return attention

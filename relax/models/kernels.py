@@ -1,0 +1,218 @@
+"""Which attention a layer runs: cuDNN's on NVIDIA, splash on TPUs, ours in XLA everywhere.
+
+Axes: B batch, T token, K key-value heads, G query heads per key-value head, H head.
+"""
+
+import collections
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from relax.errors import ConfigError
+from relax.models.attention import SAVED, attend
+
+AUTO = "auto"
+KERNELS = {"cuda": "cudnn", "tpu": "splash"}  # the kernel of a platform; others have none
+LANES = 128  # splash works on multiples of it
+
+
+class Device(NamedTuple):
+    """Where a program is to run.
+
+    Attributes:
+      platform: `cpu`, `cuda`, `rocm`, `tpu` or what else jax calls it.
+      capability: of an NVIDIA device, (9, 0) for Hopper; None: unknown.
+    """
+
+    platform: str
+    capability: tuple[int, int] | None = None
+
+
+class Need(NamedTuple):
+    """What a layer asks of its attention.
+
+    Attributes:
+      dtype: name of the dtype of queries, keys and values.
+      head_dim: H.
+      window: a token sees itself and `window - 1` tokens before it; None: all before it.
+      softcap: of the scores; None: none.
+      length: T.
+      segments: rows hold several documents, or padding.
+    """
+
+    dtype: str
+    head_dim: int
+    window: int | None = None
+    softcap: float | None = None
+    length: int = 1024
+    segments: bool = True
+
+
+def this_device() -> Device:
+    """The default device of this process."""
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda"):
+        return Device(device.platform)
+    if "cuda" not in device.client.platform_version.lower():
+        return Device("rocm")
+    major, _, minor = str(device.compute_capability).partition(".")
+    return Device("cuda", (int(major), int(minor or 0)))
+
+
+def refusal(path: str, need: Need, device: Device) -> str | None:
+    """Why a path cannot do what a layer needs; None: it can.
+
+    >>> refusal("splash", Need("bfloat16", 64), Device("cpu"))
+    'splash is for TPUs, and this is a cpu'
+    """
+    if path == "xla":
+        return None
+    if path == "splash":
+        return None if device.platform == "tpu" else _elsewhere("splash is for TPUs", device)
+    if device.platform != "cuda":
+        return _elsewhere("cuDNN is for NVIDIA GPUs", device)
+    if need.dtype not in ("bfloat16", "float16"):
+        return f"cuDNN has no attention in {need.dtype}"
+    if need.softcap is not None:
+        return "soft-capping is not in cuDNN"
+    capability = device.capability or (8, 0)
+    if capability < (8, 0):
+        return f"cuDNN needs compute capability 8.0, and this is {'.'.join(map(str, capability))}"
+    widest = 256 if capability >= (9, 0) else 128
+    if need.head_dim > widest or need.head_dim % 8:
+        return f"cuDNN takes a head_dim up to {widest} in steps of 8, and it is {need.head_dim}"
+    if need.segments and need.length % 2:
+        return f"cuDNN takes a mask for rows of even length, and they have {need.length} tokens"
+    return None
+
+
+def _elsewhere(what: str, device: Device) -> str:
+    return f"{what}, and this is a {device.platform}"
+
+
+def choose(asked: str, need: Need, device: Device) -> tuple[str, str]:
+    """The path of a layer, and why it is not the platform's kernel (or which platform it is).
+
+    Args:
+      asked: `auto`, or the one path that is to be taken.
+
+    Raises:
+      ConfigError: the path that is asked for cannot do what the layer needs.
+    """
+    if asked != AUTO:
+        reason = refusal(asked, need, device)
+        if reason is not None:
+            raise ConfigError(
+                f"attn_implementation {asked} cannot be taken: {reason}. Make it {AUTO} or xla."
+            )
+        return asked, device.platform
+    kernel = KERNELS.get(device.platform)
+    reason = device.platform if kernel is None else refusal(kernel, need, device)
+    if kernel is None or reason is not None:
+        return "xla", reason
+    return kernel, device.platform
+
+
+def summary(choices: Iterable[tuple[str, str]]) -> str:
+    """One line about the choices of all layers.
+
+    >>> summary([("cudnn", "cuda")] * 2 + [("xla", "soft-capping is not in cuDNN")])
+    'cudnn for 2 layers, xla for 1 layer (soft-capping is not in cuDNN)'
+    >>> summary([("xla", "cpu")] * 3)
+    'xla (cpu)'
+    """
+    counts = collections.Counter(choices)
+    if len(counts) == 1:
+        ((path, reason),) = counts
+        return f"{path} ({reason})"
+    platforms = {"cpu", *KERNELS}
+
+    def part(path, reason, count):
+        layers = f"{path} for {count} layer{'s' if count > 1 else ''}"
+        return layers if reason in platforms else f"{layers} ({reason})"
+
+    return ", ".join(part(*choice, count) for choice, count in counts.items())
+
+
+def attend_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    path: str,
+    window: int | None = None,
+    multiplier: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention within rows by one of the paths.
+
+    Args:
+      q: `[B, T, K, G, H]`.
+      k, v: `[B, T, K, H]`.
+      mask: `[B, T, T]` bool, as `attention_mask` makes it of `segment_ids` and `window`.
+      segment_ids: `[B, T]`, or None: one segment a row.
+      path: `xla`, `cudnn` or `splash`, one for which `refusal` has nothing to say.
+      window, multiplier, softcap: as in `TransformerConfig`.
+
+    Returns:
+      `[B, T, K, G, H]`.
+    """
+    if path == "splash":
+        return _splash(q, k, v, segment_ids, window, multiplier, softcap)
+    if path == "cudnn":
+        return _cudnn(q, k, v, mask if segment_ids is not None else None, window, multiplier)
+    return attend(q, k, v, mask, multiplier=multiplier, softcap=softcap)
+
+
+def _cudnn(q, k, v, mask, window, multiplier, implementation="cudnn"):
+    """`mask` is for rows of segments: cuDNN adds it to the scores, one [T, T] for all heads.
+
+    Without one, cuDNN knows the past and the window, and skips what lies outside.
+    """
+    options = {"is_causal": True, "scale": multiplier, "implementation": implementation}
+    if mask is not None:
+        options["mask"] = mask[:, None]
+    elif window is not None:
+        options["local_window_size"] = (window - 1, 0)
+    B, T, K, G, H = q.shape
+    return jax.nn.dot_product_attention(q.reshape(B, T, K * G, H), k, v, **options).reshape(q.shape)
+
+
+def _splash(q, k, v, segment_ids, window, multiplier, softcap, interpret=False):
+    """Rows and heads are padded to what the kernel works on. No real token sees the padding."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    B, T, K, G, H = q.shape
+    size = -(-T // LANES) * LANES
+    square = (size, size)
+    mask = (
+        splash.CausalMask(square)
+        if window is None
+        else splash.LocalMask(square, (window - 1, 0), 0)
+    )
+    block = next(n for n in (4 * LANES, 2 * LANES, LANES) if size % n == 0)
+    forward, backward = ("q", "kv", "kv_compute"), ("q_dkv", "kv_dkv", "kv_dkv_compute")
+    names = (*forward, *backward, "q_dq", "kv_dq")
+    kernel = splash.make_splash_mha_single_device(
+        mask=splash.MultiHeadMask([mask] * (K * G)),
+        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+
+    def heads_first(x):  # [B, T, N, H] -> [B, N, T', H']
+        x = x.swapaxes(1, 2)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, size - T), (0, -H % LANES)))
+
+    q = q * (H**-0.5 if multiplier is None else multiplier)
+    arrays = [heads_first(x) for x in (q.reshape(B, T, K * G, H), k, v)]
+    if segment_ids is not None:
+        ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, size - T)))
+        arrays.append(splash.SegmentIds(ids, ids))
+    out = jax.vmap(kernel)(*arrays)
+    return out[:, :, :T, :H].swapaxes(1, 2).reshape(q.shape)
