@@ -16,6 +16,7 @@ SCRIPTS = sorted(ROOT.glob("run_*.py"))
 LAYERS = {
     "relax.errors": 0,
     "relax.fault": 1,
+    "relax.gguf_file": 1,
     "relax.losses": 2,
     "relax.parallel": 2,
     "relax.models": 3,
@@ -24,6 +25,7 @@ LAYERS = {
 }
 HOST = 5
 WITHOUT_JAX = ("relax.errors", "relax.run_dir", "relax.config", "relax.data", "relax.rewards")
+WITHOUT_JAX += ("relax.gguf_file",)
 # Host modules that nothing below the engine may lean on.
 TOP = ("relax.engine", "relax.assemble")
 

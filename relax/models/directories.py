@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relax.errors import ModelLoadError, RelaxError
+from relax.gguf_file import is_gguf
 
 MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 JSON_BYTES = 50_000_000  # the longest indices of real models are a fifth of that
 
 
 def find_directory(path: str | os.PathLike) -> Path:
-    """A local model directory as it is; a hub name downloaded where there is a network."""
+    """A local directory or GGUF file as it is; a hub name downloaded where there is a network."""
     name = str(path)
     directory = os.path.expanduser(name)
-    if os.path.isdir(directory):
+    if os.path.isdir(directory) or is_gguf(directory):
         return Path(directory)
     if os.path.lexists(directory) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelLoadError(

@@ -12,10 +12,12 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
+from relax.gguf_file import is_gguf
 from relax.models.config import TransformerConfig
 from relax.models.directories import find_directory, new_directory, read_json, some, write_json
 from relax.models.families import Family, family_of
 from relax.models.families.family import FOLLOWING
+from relax.models.gguf import load_gguf, read_gguf_config, read_gguf_ends
 from relax.models.shards import are_equal, check_tensors, read_tensors, tensor_files, write_shards
 from relax.models.tensors import Tensors, assemble, disassemble, expected_tensors, shape_of
 from relax.models.transformer import Transformer
@@ -31,10 +33,11 @@ def load_pretrained(
     param_dtype=jnp.float32,
     gradient_checkpointing: bool = False,
 ) -> tuple[Transformer, dict]:
-    """Reads a Hugging Face directory.
+    """Reads a Hugging Face directory, or a GGUF file.
 
     Args:
-      path: a directory with config.json and safetensors, or a hub name where there is a network.
+      path: a directory with config.json and safetensors, or a hub name where there is a network;
+        or a `.gguf` file, whose tensors are dequantised.
       dtype: of the computation.
       param_dtype: of the parameters.
       gradient_checkpointing: see `Transformer`.
@@ -47,8 +50,14 @@ def load_pretrained(
         compute, or a tensor is missing, extra, misshapen or unreadable.
     """
     directory = find_directory(path)
-    family, config = read_config(directory)
+    load = load_gguf if is_gguf(directory) else _load_directory
+    config, params = load(directory, param_dtype)
     model = Transformer(config, jnp.dtype(dtype), jnp.dtype(param_dtype), gradient_checkpointing)
+    return model, params
+
+
+def _load_directory(directory: Path, param_dtype) -> tuple[TransformerConfig, dict]:
+    family, config = read_config(directory)
     files = tensor_files(directory, ignored=FOLLOWING)
     if config.tie_word_embeddings and are_equal(
         directory, "lm_head.weight", "model.embed_tokens.weight", files
@@ -56,7 +65,7 @@ def load_pretrained(
         del files["lm_head.weight"]  # Qwen 3 holds the matrix twice
     expected = _expected_in(files, family, config)
     check_tensors(directory, {name: shape_of(parts) for name, parts in expected.items()}, files)
-    return model, assemble(expected, read_tensors(directory, expected, files), param_dtype)
+    return config, assemble(expected, read_tensors(directory, expected, files), param_dtype)
 
 
 def save_pretrained(
@@ -110,13 +119,16 @@ def save_pretrained(
 
 
 def read_pretrained_config(path: str | os.PathLike) -> TransformerConfig:
-    """The sizes of a Hugging Face directory's model, without its weights."""
-    return read_config(find_directory(path))[1]
+    """The sizes of a model that `load_pretrained` reads, without its weights."""
+    directory = find_directory(path)
+    return read_gguf_config(directory) if is_gguf(directory) else read_config(directory)[1]
 
 
 def read_generation_config(path: str | os.PathLike) -> dict:
     """What generation_config.json of a Hugging Face directory holds; {} where there is none."""
     directory = find_directory(path)
+    if is_gguf(directory):
+        return read_gguf_ends(directory)
     return read_json(directory, GENERATION) if (directory / GENERATION).exists() else {}
 
 

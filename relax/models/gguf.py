@@ -1,0 +1,177 @@
+"""GGUF files as Hugging Face directories: the fields of config.json, and tensors by their names.
+
+The family then reads them as it reads a directory, with all its checks. What llama.cpp's converter
+changed is undone: it reorders the rows of Llama's queries and keys, since it turns neighbouring
+entries of a head where Hugging Face turns the two halves, and adds 1 to the norms of Gemma.
+
+Source: llama.cpp authors, convert_hf_to_gguf.py and src/llama-model.cpp, 2023-2026.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from relax.errors import ModelLoadError
+from relax.gguf_file import GGUFFile, read_gguf
+from relax.models.config import TransformerConfig
+from relax.models.directories import some
+from relax.models.families import Family, family_of
+from relax.models.gguf_fields import ROPE_FREQS, architecture_of, hugging_face_fields
+from relax.models.tensors import assemble, expected_tensors, shape_of
+
+# Tensors there -> here; `{}` is the number of an expert, whose matrices lie together there.
+TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+FOUR_NORMS = MODULES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFModel:
+    """A file as a Hugging Face directory.
+
+    Attributes:
+      fields: what config.json would hold.
+      names: of the tensors, here -> there, and the expert where there is one.
+    """
+
+    file: GGUFFile
+    fields: dict
+    names: dict[str, tuple[str, int | None]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        theirs, expert = self.names[name]
+        return self.file.tensors[theirs].shape[0 if expert is None else 1 :]
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as float32."""
+        theirs, expert = self.names[name]
+        kind = architecture_of(self.file)
+        array = self.file.read(theirs, expert)
+        if kind.gemma and theirs.endswith("norm.weight"):
+            return array - 1
+        if kind.interleaved and ".attn_q." in theirs:
+            return _halves(array, self.fields["num_attention_heads"])
+        if kind.interleaved and ".attn_k." in theirs:
+            return _halves(array, self.fields["num_key_value_heads"])
+        return array
+
+
+def load_gguf(path, param_dtype) -> tuple[TransformerConfig, dict]:
+    """Sizes and parameters of a GGUF file's model, dequantised a tensor at a time.
+
+    Raises:
+      ModelLoadError: see `open_gguf`; or a tensor is missing, extra, misshapen or of a type that
+        cannot be dequantised.
+    """
+    source = open_gguf(path)
+    family, config = _read_config(source)
+    expected = expected_tensors(family, config)
+    _check_tensors(source, {name: shape_of(parts) for name, parts in expected.items()})
+    tensors = ((name, source.read(name)) for name in expected)
+    return config, assemble(expected, tensors, param_dtype)
+
+
+def read_gguf_config(path) -> TransformerConfig:
+    """The sizes of a GGUF file's model, without its weights."""
+    return _read_config(open_gguf(path))[1]
+
+
+def read_gguf_ends(path) -> dict:
+    """What generation_config.json would hold: all tokens that end a text or a turn."""
+    metadata = read_gguf(path).metadata
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    ids = list(dict.fromkeys(metadata[name] for name in names if name in metadata))
+    return {"eos_token_id": ids} if len(ids) > 1 else {}
+
+
+def open_gguf(path) -> GGUFModel:
+    """Opens a file; no tensor is read yet.
+
+    Raises:
+      ModelLoadError: see `read_gguf` and `hugging_face_fields`.
+    """
+    file = read_gguf(path)
+    fields = hugging_face_fields(file)
+    modules = FOUR_NORMS if architecture_of(file).gemma else MODULES
+    names = {}
+    for name in file.tensors.keys() - {ROPE_FREQS}:
+        ours = _name(name, modules)
+        experts = [None]
+        if ours != name and "{}" in ours:
+            experts = range(file.tensors[name].shape[0])
+        for expert in experts:
+            full = ours if expert is None else ours.format(expert)
+            if full in names:
+                raise ModelLoadError(f"{file.path}: {name} and {names[full][0]} are both {full}.")
+            names[full] = name, expert
+    return GGUFModel(file, fields, names)
+
+
+def _read_config(source: GGUFModel) -> tuple[Family, TransformerConfig]:
+    where = str(source.file.path)
+    family = family_of(source.fields["model_type"], where)
+    return family, family.from_hugging_face(source.fields, where)
+
+
+def _check_tensors(source: GGUFModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """All tensors are there, of the right shapes, and no others."""
+    problems = [f"{name} is missing" for name in shapes.keys() - source.names.keys()]
+    problems += [
+        f"{source.names[name][0]} is not in the architecture"
+        for name in source.names.keys() - shapes.keys()
+    ]
+    problems += [
+        f"{source.names[name][0]} has shape {source.shape(name)}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in source.names and source.shape(name) != shape
+    ]
+    if problems:
+        raise ModelLoadError(f"tensors of {source.file.path}: {some(sorted(problems), '; ')}.")
+
+
+def _name(name: str, modules: Mapping[str, str]) -> str:
+    """llama.cpp's name of a tensor -> Hugging Face's; one that is none of its keeps it.
+
+    >>> _name("blk.3.attn_q.weight", MODULES)
+    'model.layers.3.self_attn.q_proj.weight'
+    """
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name)
+    if found is None or found[2] not in modules:
+        return TOP.get(name, name)
+    return f"model.layers.{found[1]}.{modules[found[2]]}.{found[3]}"
+
+
+def _halves(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of heads whose neighbouring entries turn -> of heads whose halves turn.
+
+    >>> _halves(np.arange(8), heads=2)
+    array([0, 2, 1, 3, 4, 6, 5, 7])
+    """
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
