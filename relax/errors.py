@@ -31,3 +31,7 @@ class ModelLoadError(RelaxError, ValueError):
 
 class CheckpointError(RelaxError, ValueError):
     """A checkpoint could not be written, or is not what was written."""
+
+
+class RewardError(RelaxError, RuntimeError):
+    """Reward functions fail more often than is allowed, or cannot be run at all."""

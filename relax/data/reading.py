@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from relax.errors import DataError
+from relax.data.tasks import is_task, task_rows
+from relax.errors import ConfigError, DataError
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _SPLITS = re.compile(r"(train|test|validation|valid|val|eval|dev)([-_.\d].*)?")
@@ -27,20 +28,36 @@ class Rows:
         return len(self.rows)
 
 
-def read_rows(dataset, split: str = "train", config: str | None = None) -> Rows:
+def read_rows(
+    dataset, split: str = "train", config: str | None = None, options: Mapping | None = None
+) -> Rows:
     """Reads a data set from wherever it is.
 
     Args:
-      dataset: a .jsonl, .json or .parquet file; a directory of them; a hub name; a list or other
-        iterable of dicts (a `datasets.Dataset` is one); a mapping of split names to such iterables.
+      dataset: a .jsonl, .json or .parquet file; a directory of them; a hub name; the name of a
+        task, `reasoning_gym/...`; a list or other iterable of dicts (a `datasets.Dataset` is one);
+        a mapping of split names to such iterables.
       split: which one. In a directory the files named after it (train.jsonl, or
         train-00000-of-00002.parquet); where no file is named after a split, all are `train`. One
         file is whatever it is asked for as, unless it is named after `train`.
       config: a subdirectory: hub data sets keep each of their configurations in one.
+      options: of a task, see `relax.data.tasks.task_rows`.
 
     Raises:
       DataError: as "file:line: reason" if a row is broken; if there is nothing to read.
+      ConfigError: if there are options for something that is no task.
     """
+    if is_task(dataset):
+        if config is not None:
+            raise ConfigError(
+                f"{dataset!r} has no configurations, got {config!r}: pass dataset_kwargs instead."
+            )
+        return _python_rows(task_rows(dataset, split, options), split)
+    if options:
+        raise ConfigError(
+            f"dataset_kwargs are options of reasoning_gym tasks, got {dict(options)} for a data "
+            "set that is none. Leave them out."
+        )
     if not isinstance(dataset, str | Path):
         return _python_rows(dataset, split)
     path = Path(dataset)

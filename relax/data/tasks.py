@@ -1,0 +1,159 @@
+"""Rows of reasoning-gym tasks, made in code: `reasoning_gym/<task>` (the extra [tasks]).
+
+They are made in a process of its own, where strings hash alike in every run: six of the tasks
+depend on the order of a set. So the same options give the same rows everywhere.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from relax.errors import ConfigError, DataError
+
+PREFIX = "reasoning_gym/"
+
+# Options of the rows, beside those of the task itself.
+_OWN = {"size": 500, "test_size": 100, "seed": 42, "prompt": "{question}", "conversational": True}
+_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from relax.data import tasks; "
+
+
+def is_task(dataset) -> bool:
+    """Whether a data set is named `reasoning_gym/<task>` and is no file or directory."""
+    return isinstance(dataset, str) and dataset.startswith(PREFIX) and not Path(dataset).exists()
+
+
+def task_rows(name: str, split: str = "train", options: Mapping | None = None) -> list[dict]:
+    """Rows of a task: `prompt`, `answer`, and `task`, which the reward `reasoning_gym` reads.
+
+    The `test` split begins where the random numbers of `train` end, and has no question of it.
+    Where a task has too few different questions for that, it is refused.
+
+    Args:
+      name: of the task, with or without `reasoning_gym/` before it.
+      split: "train" or "test".
+      options: those of the task (`min_terms`, ...), and `size` (500), `test_size` (100) and `seed`
+        (42); `prompt`, a text in which {question} is replaced; `conversational`: prompts are
+        conversations (the default) or texts.
+
+    Raises:
+      ConfigError: an unknown task or option, or a value that the task does not take.
+      DataError: an unknown split.
+    """
+    options = dict(options or {})
+    _check_own(options)
+    if split not in ("train", "test"):
+        raise DataError(f"reasoning-gym tasks have the splits 'train' and 'test', not {split!r}.")
+    request = {"name": name.removeprefix(PREFIX), "split": split, "options": options}
+    run = subprocess.run(
+        [sys.executable, "-c", _CODE + "tasks.main()", json.dumps(sys.path)],
+        input=json.dumps(request),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+    )
+    if run.returncode:
+        raise DataError(f"the rows of {name!r} could not be made (exit code {run.returncode}).")
+    answer = json.loads(run.stdout)
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    return answer["rows"]
+
+
+def _check_own(options: dict) -> None:
+    for key, default in _OWN.items():
+        value = options.get(key, default)
+        least = {"size": 1, "test_size": 1, "seed": 0}.get(key)
+        if type(value) is not type(default) or (least is not None and value < least):
+            wanted = type(default).__name__ + ("" if least is None else f" of at least {least}")
+            raise ConfigError(f"dataset_kwargs: {key} must be {wanted}, got {value!r}.")
+    if "{question}" not in options.get("prompt", _OWN["prompt"]):
+        raise ConfigError(
+            f"dataset_kwargs: prompt must contain {{question}}, got {options['prompt']!r}."
+        )
+
+
+def main() -> None:
+    """In the process that makes the rows: a request on standard input, rows on standard output."""
+    out = os.dup(1)
+    os.dup2(2, 1)  # tasks print
+    request = json.load(sys.stdin)
+    try:
+        answer = {"rows": make_rows(**request)}
+    except ConfigError as error:
+        answer = {"error": str(error)}
+    with os.fdopen(out, "w") as file:
+        json.dump(answer, file)
+
+
+def make_rows(name: str, split: str, options: dict) -> list[dict]:
+    """The rows, made in this process."""
+    own = _OWN | {key: value for key, value in options.items() if key in _OWN}
+    of_task = {key: value for key, value in options.items() if key not in _OWN}
+    size, seed = own["size"], own["seed"]
+    entries = _entries(name, of_task | {"size": size, "seed": seed})
+    if split == "test":
+        entries = _unseen(name, of_task, own, {entry["question"] for entry in entries})
+    return [_row(name, entry, of_task, own) for entry in entries]
+
+
+def _unseen(name: str, of_task: dict, own: dict, seen: set[str]) -> list[dict]:
+    """The first `test_size` questions behind the training rows' that are not among `seen`."""
+    wanted = own["test_size"]
+    found: dict[str, dict] = {}
+    start = own["seed"] + own["size"]  # item i of a task is drawn with seed + i
+    for _ in range(4):
+        for entry in _entries(name, of_task | {"size": wanted, "seed": start}):
+            if entry["question"] not in seen:
+                found.setdefault(entry["question"], entry)
+        start += wanted
+        if len(found) >= wanted:
+            return list(found.values())[:wanted]
+    raise ConfigError(
+        f"reasoning_gym/{name}: of {4 * wanted} further questions only {len(found)} are new ones, "
+        f"test_size={wanted} are asked for: lower size or test_size, or widen the task's options."
+    )
+
+
+def _entries(name: str, options: dict) -> list[dict]:
+    from relax.config.names import suggestion
+    from relax.rewards.tasks import gym
+
+    factory = gym()
+    known = [task for task in factory.DATASETS if task != "composite"]
+    if name not in known:
+        raise ConfigError(
+            f"unknown reasoning-gym task {name!r}.{suggestion(name, known)} There are "
+            f"{', '.join(sorted(known))}."
+        )
+    fields = {f.name: f for f in dataclasses.fields(factory.DATASETS[name][1])}
+    for key in options:
+        if key not in fields:
+            names = ", ".join(sorted({*fields, *_OWN}))
+            raise ConfigError(
+                f"reasoning_gym/{name} has no option {key!r}.{suggestion(key, fields)} "
+                f"It has {names}."
+            )
+    try:
+        made = factory.create_dataset(name, **options)
+        return [made[i] for i in range(options["size"])]
+    except Exception as error:  # assertions of the task about its options, and what follows them
+        reason = str(error) or type(error).__name__
+        raise ConfigError(
+            f"reasoning_gym/{name} cannot be made with {options}: {reason}."
+        ) from error
+
+
+def _row(name: str, entry: dict, of_task: dict, own: dict) -> dict:
+    from relax.rewards.tasks import pack
+
+    text = own["prompt"].replace("{question}", entry["question"])
+    options = of_task | {"size": own["size"], "seed": own["seed"]}
+    return {
+        "prompt": [{"role": "user", "content": text}] if own["conversational"] else text,
+        "answer": str(entry["answer"]),
+        "task": {"name": name, "options": pack(options), "entry": pack(entry)},
+    }

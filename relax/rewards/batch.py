@@ -1,0 +1,150 @@
+"""What comes of scoring a batch: the rewards, the failures, and the count of both over a run."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from relax.errors import RewardError
+from relax.rewards.isolation import Kind, Scores
+from relax.rewards.protocol import shorten, text_of
+
+# The share of failures is taken of at least so many completions: one early failure is no trend.
+_LEAST_SCORED = 100
+
+
+@dataclass(frozen=True)
+class RewardFailure:
+    """A completion that a function gave no result for.
+
+    Attributes:
+      function: its name.
+      index: of the completion in the batch.
+      kind: raised, hung, died or result.
+      reason: what happened.
+      prompt, completion: shortened.
+    """
+
+    function: str
+    index: int
+    kind: Kind
+    reason: str
+    prompt: str
+    completion: str
+
+    def __str__(self) -> str:
+        return (
+            f"reward {self.function!r} {self.reason}; completion {self.index}: {self.completion}; "
+            f"prompt: {self.prompt}"
+        )
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """What the reward functions say of n completions.
+
+    Attributes:
+      rewards: [n, functions] float64, NaN where a function does not apply or failed.
+      total: [n] float64, the weighted sum of those that apply, NaN where none does.
+      failures: one for each completion and function without a result.
+      seconds: that the functions took.
+      extras: columns that functions logged, n values each.
+      metrics: means of the numbers that functions logged.
+      printed: what isolated functions printed, the first of it.
+    """
+
+    rewards: np.ndarray
+    total: np.ndarray
+    failures: list[RewardFailure]
+    seconds: float
+    extras: dict[str, list]
+    metrics: dict[str, float]
+    printed: str
+
+
+def weighted_total(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Adds the rewards that apply.
+
+        r_i = sum over k of w_k r_ik, of those that are not NaN; NaN where all are
+
+    Args:
+      rewards: [n, functions].
+      weights: [functions].
+
+    >>> weighted_total(np.array([[1.0, np.nan], [np.nan, np.nan]]), np.array([0.5, 1.0]))
+    array([0.5, nan])
+    """
+    applies = ~np.isnan(rewards)
+    total = np.where(applies, rewards, 0.0) @ weights
+    return np.where(applies.any(axis=1), total, np.nan)
+
+
+class Tally:
+    """Counts completions scored and failed, by function, over a whole run.
+
+    Args:
+      max_errors: the share of failures of a function, of a hundred completions at least, up to
+        which the run goes on, 0 to 1.
+    """
+
+    def __init__(self, max_errors: float):
+        self.max_errors = max_errors
+        self.scored: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+
+    def add(self, names: list[str], n: int, failures: list[RewardFailure]) -> None:
+        """Counts a batch of n completions.
+
+        Raises:
+          RewardError: a function has failed too often.
+        """
+        self.scored.update(dict.fromkeys(names, n))
+        self.failed.update(failure.function for failure in failures)
+        self.kinds.update(failure.kind for failure in failures)
+        for last in reversed(failures):
+            failed, scored = self.failed[last.function], self.scored[last.function]
+            if failed > self.max_errors * max(scored, _LEAST_SCORED):
+                raise RewardError(
+                    f"reward {last.function!r} has failed on {failed} of {scored} completions, "
+                    f"more than max_reward_errors={self.max_errors:g} allows. The last: {last}. "
+                    "Correct the function, or raise --max_reward_errors."
+                )
+
+    def state(self) -> dict[str, dict[str, int]]:
+        """The counts, for a checkpoint."""
+        return {name: dict(getattr(self, name)) for name in ("scored", "failed", "kinds")}
+
+    def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Goes on from what `state` returned."""
+        for name, counts in state.items():
+            setattr(self, name, Counter(counts))
+
+
+def failures_of(name: str, scores: Scores, prompts: list, completions: list) -> list[RewardFailure]:
+    """The failures of one function, with the prompts and completions they are about."""
+    return [
+        RewardFailure(name, i, *why, shorten(text_of(prompts[i])), shorten(text_of(completions[i])))
+        for i, why in sorted(scores.failures.items())
+    ]
+
+
+def gather(
+    scores: list[Scores],
+    weights: np.ndarray,
+    failures: list[RewardFailure],
+    seconds: float,
+    printed: str,
+) -> RewardBatch:
+    """Puts the scores of all functions together."""
+    rewards = np.array([[np.nan if v is None else v for v in s.values] for s in scores]).T
+    extras = {column: values for s in scores for column, values in s.extras.items()}
+    metrics: dict[str, list[float]] = {}
+    for s in scores:
+        for name, values in s.metrics.items():
+            metrics.setdefault(name, []).extend(values)
+    means = {name: math.fsum(values) / len(values) for name, values in metrics.items()}
+    total = weighted_total(rewards, weights)
+    return RewardBatch(rewards, total, failures, seconds, extras, means, printed)

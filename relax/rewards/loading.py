@@ -1,0 +1,232 @@
+"""Reward functions by name: shipped ones, `package.module.function`, `path/to/file.py:function`."""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from relax.config.names import suggestion
+from relax.errors import ConfigError
+
+# Where each shipped function or factory is.
+SHIPPED = {
+    "accuracy_reward": "relax.rewards.mathematics.accuracy_reward",
+    "cosine_scaled_reward": "relax.rewards.mathematics.get_cosine_scaled_reward",
+    "exact_match": "relax.rewards.answers.get_exact_match",
+    "json_schema": "relax.rewards.structure.get_json_schema",
+    "last_number_match": "relax.rewards.answers.get_last_number_match",
+    "reasoning_accuracy_reward": "relax.rewards.mathematics.reasoning_accuracy_reward",
+    "reasoning_gym": "relax.rewards.tasks.reasoning_gym",
+    "regex_match": "relax.rewards.structure.get_regex_match",
+    "repetition_penalty_reward": "relax.rewards.lengths.get_repetition_penalty_reward",
+    "soft_overlong_punishment_reward": "relax.rewards.lengths.get_soft_overlong_punishment",
+    "think_format_reward": "relax.rewards.structure.think_format_reward",
+}
+
+
+def reward_factory(factory: Callable) -> Callable:
+    """Marks a function that makes a reward function from parameters.
+
+    Named in `reward_funcs`, it is called with its `reward_kwargs`. What it makes in a notebook
+    can be made again in another process, if the parameters are plain values.
+    """
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        bound = inspect.signature(factory).bind(*args, **kwargs)
+        reward = factory(*args, **kwargs)
+        where = f"{factory.__module__}.{factory.__qualname__}"
+        reward.reference = (where, dict(bound.arguments))
+        return reward
+
+    make.is_reward_factory = True
+    return make
+
+
+def load_reward(spec: str, parameters: Mapping | None = None) -> Callable:
+    """Finds a reward function.
+
+    Args:
+      spec: a shipped name (`get_` before and `_reward` behind it may be left out or added), a
+        dotted path, or `path/to/file.py:function`.
+      parameters: of a factory, all it needs; of a plain function, keyword arguments to bind.
+
+    A function's attribute `prepare`, where it has one, is called: it imports what the function
+    needs, and raises where that is not installed.
+
+    Raises:
+      ConfigError: there is no such function, or it does not take these parameters.
+
+    >>> load_reward("soft_overlong_punishment", {"max_completion_len": 9, "soft_punish_cache": 2})(
+    ...     completion_ids=[[1] * 8])
+    [-0.5]
+    """
+    found = _find(spec)
+    if not callable(found):
+        raise ConfigError(f"reward {spec!r} is a {type(found).__name__}, not a function.")
+    parameters = dict(parameters or {})
+    if getattr(found, "is_reward_factory", False):
+        _check_parameters(spec, found, parameters)
+        return found(**parameters)
+    if isinstance(found, type):
+        raise ConfigError(f"reward {spec!r} is a class: name a function or an object of it.")
+    getattr(found, "prepare", lambda: None)()
+    if parameters:
+        _check_parameters(spec, found, parameters, partly=True)
+        return functools.partial(found, **parameters)
+    return found
+
+
+def parameters_by_reward(specs: list, given: Mapping | None) -> list[dict]:
+    """Hands out `reward_kwargs`, a dict of parameters by the name of a reward.
+
+    Raises:
+      ConfigError: a name that is no reward's, or parameters that are no dict.
+
+    >>> parameters_by_reward(["exact_match", "a.py:f"], {"f": {"k": 2}})
+    [{}, {'k': 2}]
+    """
+    left = dict(given or {})
+    parameters = []
+    for spec in specs:
+        names = _names(spec) if isinstance(spec, str) else []
+        key = next((name for name in names if name in left), None)
+        value = {} if key is None else left[key]
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"reward_kwargs[{key!r}] must be an object of parameters, got {value!r}."
+            )
+        parameters.append(dict(value))
+    known = {name for spec in specs if isinstance(spec, str) for name in _names(spec)}
+    unknown = [name for name in left if name not in known]
+    if unknown:
+        asked = ", ".join(repr(spec) for spec in specs if isinstance(spec, str)) or "none by name"
+        raise ConfigError(
+            f"reward_kwargs has parameters for {unknown[0]!r}, which is none of the reward_funcs "
+            f"({asked}).{suggestion(unknown[0], sorted(known))}"
+        )
+    return parameters
+
+
+def _names(spec: str) -> list[str]:
+    """What a reward may be called in `reward_kwargs`."""
+    names = [spec, spec.replace(":", ".").rpartition(".")[2]]
+    return names + ([_stem(spec)] if _stem(spec) in _stems() else [])
+
+
+def _stem(name: str) -> str:
+    return name.replace("-", "_").removeprefix("get_").removesuffix("_reward")
+
+
+def _stems() -> dict[str, str]:
+    return {_stem(name): name for name in SHIPPED}
+
+
+def _find(spec: str):
+    path, colon, name = spec.rpartition(":")
+    if colon:
+        return _attribute(_load_file(path, spec), name, spec)
+    if "." in spec:
+        module, _, name = spec.rpartition(".")
+        return _attribute(_load_module(module, spec), name, spec)
+    shipped = _stems().get(_stem(spec))
+    if shipped is None:
+        raise ConfigError(
+            f"unknown reward {spec!r}.{suggestion(spec, SHIPPED)} There are "
+            f"{', '.join(SHIPPED)}, package.module.function and path/to/file.py:function."
+        )
+    module, _, name = SHIPPED[shipped].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _load_module(name: str, spec: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = getattr(error, "name", None) or ""
+        if missing and (name == missing or name.startswith(missing + ".")):
+            raise ConfigError(
+                f"reward {spec!r}: there is no module {missing!r}. Is it installed, and is this "
+                "the directory to start from?"
+            ) from error
+        raise ConfigError(f"reward {spec!r}: {name!r} cannot be imported: {error}") from error
+
+
+def _load_file(path: str, spec: str):
+    file = Path(path)
+    if file.suffix != ".py" or not file.is_file():
+        raise ConfigError(
+            f"reward {spec!r}: {path!r} is not a Python file. Write path/to/file.py:function."
+        )
+    # Two files of one name must not become one module.
+    name = f"reward_{hashlib.sha1(str(file.resolve()).encode()).hexdigest()[:12]}_{file.stem}"
+    if name not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[name] = module
+        try:
+            module_spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"reward {spec!r}: {path!r} cannot be loaded: {reason}") from error
+    return sys.modules[name]
+
+
+def _attribute(module, name: str, spec: str):
+    if not hasattr(module, name):
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and not key.startswith("_")
+        ]
+        shown = ", ".join(functions) or "no function"
+        raise ConfigError(
+            f"reward {spec!r}: there is no {name!r} in it.{suggestion(name, functions)} "
+            f"It has {shown}."
+        )
+    return getattr(module, name)
+
+
+def _check_parameters(spec: str, function: Callable, given: dict, partly: bool = False) -> None:
+    parameters = inspect.signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, value in given.items():
+        if name not in parameters and not anything:
+            raise ConfigError(
+                f"reward {spec!r} has no parameter {name!r}.{suggestion(name, parameters)} "
+                f"It has {', '.join(parameters) or 'none'}."
+            )
+        expected = typing.get_type_hints(function).get(name)
+        if not partly and expected is not None and not _fits(value, expected):
+            shown = getattr(expected, "__name__", str(expected))
+            raise ConfigError(f"reward {spec!r}: {name} must be {shown}, got {value!r}.")
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
+    if missing and not partly:
+        example = ", ".join(f'"{name}": ...' for name in missing)
+        raise ConfigError(
+            f"reward {spec!r} needs {' and '.join(missing)}: pass "
+            f"--reward_kwargs '{{\"{spec}\": {{{example}}}}}'."
+        )
+
+
+def _fits(value, expected) -> bool:
+    """Whether a value is of the annotated type; an int is a float, a bool is neither.
+
+    >>> _fits(1, float), _fits(True, int), _fits(None, dict | None)
+    (True, False, True)
+    """
+    is_union = isinstance(expected, types.UnionType)
+    for option in typing.get_args(expected) if is_union else (expected,):
+        option = typing.get_origin(option) or option
+        if option is float and type(value) is int:
+            return True
+        if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return True
+    return False

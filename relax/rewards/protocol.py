@@ -1,0 +1,243 @@
+"""The protocol of a reward function: what it is given, what it may return, what it is called.
+
+    f(prompts, completions, **columns) -> list of float or None, plain or async
+
+It is TRL's: functions written for its GRPOTrainer run unchanged. Arguments come by name, and only
+those that the signature takes: `prompts`, `completions`, `completion_ids`, `trainer_state`,
+`log_extra(column, values)`, `log_metric(name, value)`, and every other column of the rows. None
+says that the function does not apply to that completion.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from relax.config.names import suggestion
+from relax.errors import ConfigError, DataError
+
+# Given to every function that takes them; no column may bear these names.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# Columns that reach functions in another form.
+_CONSUMED = ("prompt", "completion", "completion_ids")
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What is known of a function from its signature.
+
+    Attributes:
+      name: under which its metrics appear.
+      required: arguments without a default.
+      accepted: all named arguments.
+      takes_any: it has `**kwargs`, so it gets every column.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    accepted: tuple[str, ...]
+    takes_any: bool
+
+    def takes(self, argument: str) -> bool:
+        return self.takes_any or argument in self.accepted
+
+
+def describe(function: Callable, name: str | None = None) -> RewardInfo:
+    """Reads a signature.
+
+    Raises:
+      ConfigError: it cannot be called with keyword arguments.
+
+    >>> describe(lambda completions, answer, **kwargs: [], "f").required
+    ('completions', 'answer')
+    """
+    name = name or name_of(function)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"reward {name!r} has no signature that can be read: wrap it in a function "
+            "f(completions, **kwargs)."
+        ) from error
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and _required(p)]
+    if positional:
+        raise ConfigError(
+            f"reward {name!r} takes {positional[0]!r} by position only, but arguments come by "
+            "name: remove the '/' from its signature."
+        )
+    return RewardInfo(
+        name,
+        tuple(p.name for p in named if _required(p)),
+        tuple(p.name for p in named),
+        any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty
+
+
+def name_of(function: Callable) -> str:
+    """`__name__`, behind `functools.partial`; for callable objects without one, their class's.
+
+    >>> name_of(functools.partial(len))
+    'len'
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", None) or type(function).__name__
+    return "lambda" if name == "<lambda>" else name
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Numbers the names that come again.
+
+    >>> distinct(["f", "g", "f"])
+    ['f', 'g', 'f_2']
+    """
+    found: list[str] = []
+    for name in names:
+        new, number = name, 2
+        while new in found:
+            new, number = f"{name}_{number}", number + 1
+        found.append(new)
+    return found
+
+
+def check_columns(infos: Iterable[RewardInfo], columns: Iterable[str]) -> None:
+    """Refuses functions that ask for what no row has.
+
+    Raises:
+      ConfigError: naming the function, the column and the columns that exist.
+    """
+    present = [name for name in columns if name not in _CONSUMED]
+    for name in present:
+        if name in GIVEN:
+            raise ConfigError(
+                f"the rows have a column {name!r}, which is the name of what every reward function "
+                "is given: rename the column."
+            )
+    for info in infos:
+        for argument in info.required:
+            if argument not in GIVEN and argument not in present:
+                shown = ", ".join(map(repr, present)) or "none besides the prompt and completion"
+                raise ConfigError(
+                    f"reward {info.name!r} asks for the column {argument!r}, which the rows do not "
+                    f"have. They have {shown}.{suggestion(argument, present)}"
+                )
+
+
+def collect_columns(rows: list[Mapping]) -> dict[str, list]:
+    """The columns that reward functions get, one value a row; None where a row has none.
+
+    >>> collect_columns([{"prompt": "1+1=", "answer": "2"}, {"prompt": "?"}])
+    {'answer': ['2', None]}
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name not in _CONSUMED)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def check_plain(value, where: str) -> None:
+    """Refuses what does not travel as JSON unchanged.
+
+    Raises:
+      DataError: naming the place and the type.
+    """
+    if value is None or type(value) in (str, int, float, bool):
+        return
+    if type(value) is list:
+        for item in value:
+            check_plain(item, where)
+        return
+    if type(value) is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise DataError(f"{where} holds a dict with the key {key!r}: keys must be strings.")
+            check_plain(item, where)
+        return
+    raise DataError(
+        f"{where} holds a {type(value).__name__}: reward functions run in their own process and "
+        "are sent texts, numbers, booleans, None, lists and dicts. Convert the column or leave it "
+        "out."
+    )
+
+
+class BadResult(Exception):
+    """A function returned something that is no list of rewards, one for each completion."""
+
+
+def check_rewards(result, n: int) -> tuple[list[float | None], dict[int, str]]:
+    """Sorts what a function returned into rewards and refusals.
+
+    Returns:
+      n rewards, None where not applicable or refused; what is wrong with each refused one.
+
+    Raises:
+      BadResult: the whole is not a list of n items.
+
+    >>> check_rewards([1, None, float("nan")], 3)
+    ([1.0, None, None], {2: 'returned nan'})
+    """
+    result = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(result, list | tuple):
+        raise BadResult(
+            f"returned {shorten(result)} (a {type(result).__name__}), not a list of {n} rewards"
+        )
+    if len(result) != n:
+        raise BadResult(f"returned {len(result)} rewards for {n} completions")
+    rewards: list[float | None] = []
+    refused: dict[int, str] = {}
+    for i, value in enumerate(result):
+        value = value.tolist() if hasattr(value, "tolist") else value
+        number = _number(value)
+        rewards.append(number)
+        if value is not None and number is None:
+            refused[i] = f"returned {shorten(value)}"
+    return rewards, refused
+
+
+def _number(value) -> float | None:
+    if not isinstance(value, int | float):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def shorten(value, limit: int = 200) -> str:
+    """A value as one line of at most about `limit` characters.
+
+    >>> shorten("a" * 50, 10)
+    "'aaaaaaaaaa'... (50 characters)"
+    """
+    if isinstance(value, str | bytes):
+        # The start is enough: the representation of a gigabyte would take another one.
+        unit = "bytes" if isinstance(value, bytes) else "characters"
+        more = f"... ({len(value)} {unit})" if len(value) > limit else ""
+        return repr(value[:limit]) + more
+    if isinstance(value, list | tuple | dict | set) and len(value) > limit:
+        return f"a {type(value).__name__} of {len(value)} items"
+    try:
+        text = repr(value)
+    except Exception as error:  # another's __repr__
+        text = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def text_of(completion: str | list[dict]) -> str:
+    """The text of a completion: of a conversation, the assistant's last message.
+
+    >>> text_of([{"role": "assistant", "content": "72"}])
+    '72'
+    """
+    if isinstance(completion, str):
+        return completion
+    messages = [m for m in completion if m.get("role", "assistant") == "assistant"]
+    content = (messages or completion)[-1].get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)

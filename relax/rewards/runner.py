@@ -1,0 +1,294 @@
+"""Running reward functions on batches of completions."""
+
+import contextlib
+import functools
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from relax.errors import ConfigError, RewardError
+from relax.rewards.batch import RewardBatch, Tally, failures_of, gather
+from relax.rewards.host_process import HostProcess
+from relax.rewards.isolation import Scores, scores_of
+from relax.rewards.loading import parameters_by_reward
+from relax.rewards.local import reference_of, score_here
+from relax.rewards.protocol import (
+    RewardInfo,
+    check_columns,
+    check_plain,
+    collect_columns,
+    describe,
+    distinct,
+)
+
+
+class RewardRunner:
+    """Reward functions and the processes that they run in.
+
+    Functions that are named, or can be imported by name, run in worker processes: one that hangs
+    is killed, one that ends its process ends nothing else. Others (lambdas, closures, what a
+    notebook defines) run in a thread of this process, which `notes` says.
+
+    Args:
+      functions: names (see `load_reward`) or functions, one or several.
+      weights: one for each; None: all 1.
+      parameters: {name: {parameter: value}} of the named ones (`reward_kwargs`).
+      timeout_s: of one call of one function on a batch. A batch with completions that hang takes up
+        to five times as long, as they are sought.
+      max_errors: RewardError is raised when a function has failed on more than this share of the
+        completions so far (of a hundred at least), 0 to 1.
+      workers: processes; functions are dealt out to them in turn and run at the same time.
+      keep_env: environment variables that functions see though they are named like secrets.
+
+    Raises:
+      ConfigError: a function cannot be loaded, or an argument is out of range.
+
+    >>> with RewardRunner(["exact_match"]) as runner:
+    ...     runner.score(["1+1="] * 2, ["2", "3"], columns={"answer": ["2", "2"]}).total
+    array([1., 0.])
+    """
+
+    def __init__(
+        self,
+        functions,
+        weights: Sequence[float] | None = None,
+        *,
+        parameters: Mapping | None = None,
+        timeout_s: float = 30.0,
+        max_errors: float = 0.1,
+        workers: int = 1,
+        keep_env: Iterable[str] = (),
+    ):
+        functions = [functions] if callable(functions) or isinstance(functions, str) else functions
+        functions = list(functions)
+        self.weights = _check_options(functions, weights, timeout_s, max_errors, workers)
+        self.timeout_s = timeout_s
+        references = _references(functions, parameters)
+        self._local = {i: functions[i] for i, ref in enumerate(references) if ref is None}
+        isolated = [i for i in range(len(functions)) if i not in self._local]
+        dealt = [isolated[k::workers] for k in range(workers) if isolated[k::workers]]
+        hosts: list[HostProcess] = []
+        self._close = weakref.finalize(self, _close_all, hosts)
+        infos: dict[int, RewardInfo] = {i: describe(f) for i, f in self._local.items()}
+        try:
+            for indices in dealt:
+                chosen = [references[i] for i in indices]
+                hosts.append(HostProcess(chosen, timeout_s, tuple(keep_env)))
+            for indices, host in zip(dealt, hosts, strict=True):
+                infos |= dict(zip(indices, host.infos(), strict=True))
+        except BaseException:
+            self.close()
+            raise
+        self._hosts = list(zip(dealt, hosts, strict=True))
+        self.names = distinct(infos[i].name for i in range(len(functions)))
+        self.infos = [
+            RewardInfo(**vars(infos[i]) | {"name": name}) for i, name in enumerate(self.names)
+        ]
+        self.notes = [
+            f"reward {self.names[i]!r} is no function of a module: it runs inside this process and "
+            "cannot be killed when it hangs. Put it into a file to isolate it."
+            for i in self._local
+        ]
+        self.tally = Tally(max_errors)
+        self._pending: PendingRewards | None = None
+
+    def __enter__(self) -> "RewardRunner":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all workers, whatever they do; may be called again."""
+        self._close()
+
+    def check_rows(self, rows: list[Mapping]) -> None:
+        """Refuses rows that the functions cannot be run on, before anything is.
+
+        Raises:
+          ConfigError: a function asks for a column that no row has.
+          DataError: a column that is sent to a worker holds what is no plain value.
+        """
+        columns = collect_columns(rows)
+        check_columns(self.infos, columns)
+        for name in self._sent(columns):
+            for i, value in enumerate(columns[name]):
+                check_plain(value, f"row {i}: column {name!r}")
+
+    def submit(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list | None = None,
+        columns: Mapping[str, list] | None = None,
+        trainer_state: Mapping | None = None,
+    ) -> "PendingRewards":
+        """Starts to score a batch; the workers go on while the caller does something else.
+
+        Args:
+          prompts, completions: n texts or n lists of messages.
+          completion_ids: n lists of token ids.
+          columns: n values each; see `collect_columns`.
+          trainer_state: plain values, `global_step` and others; functions see them as attributes.
+
+        Raises:
+          ConfigError: a function asks for what is not given, or the lengths differ.
+          DataError: a column holds what is no plain value.
+        """
+        if not self._close.alive:
+            raise RewardError("the reward runner is closed: no batch can be scored any more.")
+        if self._pending is not None:
+            self._pending.wait()  # its answer must be read before the next question is written
+        batch = {
+            "prompts": list(prompts),
+            "completions": list(completions),
+            "completion_ids": _plain_ids(completion_ids),
+            "columns": {name: list(values) for name, values in (columns or {}).items()},
+            "trainer_state": dict(trainer_state or {}),
+        }
+        self._check_batch(batch)
+        columns = {name: batch["columns"][name] for name in self._sent(batch["columns"])}
+        sent = batch | {"columns": columns}
+        if self._hosts:
+            for name in ("prompts", "completions", "trainer_state"):
+                check_plain(sent[name], name)
+            for name, values in columns.items():
+                check_plain(values, f"column {name!r}")
+        with self._whole_messages():
+            for _, host in self._hosts:
+                host.send(sent)
+        finish = functools.partial(self._finish, batch)
+        self._pending = PendingRewards(self._receive, finish)
+        return self._pending
+
+    def score(self, *args, **kwargs) -> RewardBatch:
+        """`submit`, and waiting for the result."""
+        return self.submit(*args, **kwargs).result()
+
+    def _sent(self, columns: Iterable[str]) -> list[str]:
+        infos = [self.infos[i] for indices, _ in self._hosts for i in indices]
+        return [name for name in columns if any(info.takes(name) for info in infos)]
+
+    def _check_batch(self, batch: dict) -> None:
+        n = len(batch["prompts"])
+        lists = {k: batch[k] for k in ("completions", "completion_ids") if batch[k] is not None}
+        for name, values in {**lists, **batch["columns"]}.items():
+            if len(values) != n:
+                raise ConfigError(f"{name} must have one item a prompt, {n}, got {len(values)}.")
+        check_columns(self.infos, batch["columns"])
+        for info in self.infos:
+            if "completion_ids" in info.required and batch["completion_ids"] is None:
+                raise ConfigError(f"reward {info.name!r} needs completion_ids, got none.")
+
+    @contextlib.contextmanager
+    def _whole_messages(self):
+        """What is interrupted here would leave half a message, and answers to old questions."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _receive(self) -> tuple[dict[int, Scores], float, str]:
+        """Scores by function, seconds and printed text, of the isolated functions."""
+        scores: dict[int, Scores] = {}
+        seconds, printed = 0.0, ""
+        with self._whole_messages():
+            answers = [(indices, host.receive()) for indices, host in self._hosts]
+        for indices, answer in answers:
+            scores |= dict(zip(indices, map(scores_of, answer["scores"]), strict=True))
+            seconds = max(seconds, answer["seconds"])
+            printed += answer["printed"]
+        return scores, seconds, printed
+
+    def _finish(self, batch: dict, received: tuple[dict[int, Scores], float, str]) -> RewardBatch:
+        scores, seconds, printed = received
+        start = time.monotonic()
+        here = {
+            i: score_here(function, self.infos[i], batch, self.timeout_s)
+            for i, function in self._local.items()
+        }
+        seconds += time.monotonic() - start
+        every = [(scores | here)[i] for i in range(len(self.names))]
+        texts = batch["prompts"], batch["completions"]
+        failures = [
+            failure
+            for name, of_function in zip(self.names, every, strict=True)
+            for failure in failures_of(name, of_function, *texts)
+        ]
+        self.tally.add(self.names, len(batch["prompts"]), failures)
+        return gather(every, self.weights, failures, seconds, printed)
+
+
+class PendingRewards:
+    """A batch that is being scored."""
+
+    def __init__(self, receive: Callable, finish: Callable):
+        self._receive, self._finish = receive, finish
+        self._received = self._result = None
+
+    def wait(self) -> None:
+        """Until the isolated functions have answered."""
+        if self._received is None:
+            self._received = self._receive()
+
+    def result(self) -> RewardBatch:
+        """Waits, runs what cannot be isolated, and returns the rewards.
+
+        Raises:
+          RewardError: a function fails too often, or the host process is gone.
+        """
+        self.wait()
+        if self._result is None:
+            self._result = self._finish(self._received)
+        return self._result
+
+
+def _check_options(functions, weights, timeout_s, max_errors, workers) -> np.ndarray:
+    if not functions:
+        raise ConfigError("there must be at least one reward function, got none.")
+    weights = [1.0] * len(functions) if weights is None else list(weights)
+    if len(weights) != len(functions):
+        raise ConfigError(
+            f"reward_weights must have one number for each reward function: got {len(weights)} for "
+            f"{len(functions)}."
+        )
+    if not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
+        raise ConfigError(f"reward_weights must be finite numbers, got {weights}.")
+    if not timeout_s > 0:
+        raise ConfigError(f"reward_timeout_s must be above 0, got {timeout_s}.")
+    if not 0 <= max_errors <= 1:
+        raise ConfigError(f"max_reward_errors must be from 0 to 1, got {max_errors}.")
+    if workers < 1:
+        raise ConfigError(f"reward_workers must be at least 1, got {workers}.")
+    return np.array(weights, np.float64)
+
+
+def _references(functions: list, parameters: Mapping | None) -> list[dict | None]:
+    """How the host finds each function, None where it cannot."""
+    handed = parameters_by_reward(functions, parameters)
+    references: list[dict | None] = []
+    for function, of_function in zip(functions, handed, strict=True):
+        if isinstance(function, str):
+            references.append({"spec": function, "parameters": of_function})
+        elif callable(function):
+            references.append(reference_of(function))
+        else:
+            raise ConfigError(
+                f"a reward must be a name or a function, got a {type(function).__name__}."
+            )
+    return references
+
+
+def _plain_ids(completion_ids) -> list[list[int]] | None:
+    if completion_ids is None:
+        return None
+    return [np.asarray(ids, np.int64).tolist() for ids in completion_ids]
+
+
+def _close_all(hosts: list[HostProcess]) -> None:
+    for host in hosts:
+        host.close()

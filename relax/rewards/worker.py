@@ -1,0 +1,201 @@
+"""A forked child that runs reward functions, and may be killed at any moment."""
+
+import contextlib
+import ctypes
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from relax.rewards import frames
+from relax.rewards.calling import invoke
+from relax.rewards.isolation import CallFailed, Scores, scores_of
+
+MAX_ANSWER_BYTES = 64 << 20
+MAX_PRINTED_BYTES = 16 << 10  # of what functions print, for each batch
+_PR_SET_PDEATHSIG = 1
+
+Functions = list[tuple[Callable, object]]  # each with its RewardInfo
+
+
+class ParentGone(Exception):
+    """Nobody waits for an answer any more."""
+
+
+class Printed:
+    """The first of what functions print, and how much there was."""
+
+    def __init__(self):
+        self.kept, self.bytes = b"", 0
+
+    def add(self, data: bytes) -> None:
+        self.bytes += len(data)
+        self.kept += data[: MAX_PRINTED_BYTES - len(self.kept)]
+
+    def take(self) -> str:
+        text, more = self.kept.decode(errors="replace"), self.bytes - len(self.kept)
+        self.kept, self.bytes = b"", 0
+        return text + (f"\n[... {more} more bytes]\n" if more else "")
+
+
+class Worker:
+    """Forks when it is made; this end of it asks, waits, reads along and kills.
+
+    Args:
+      functions: to be run there.
+      batch: the frame of the batch to be scored first.
+      printed: gets what the functions print.
+      private: file descriptors that the worker must not hold: what hangs on their end would not
+        notice that this process is gone.
+    """
+
+    def __init__(
+        self, functions: Functions, batch: bytes, printed: Printed, private: tuple[int, ...]
+    ):
+        requests, self._requests = os.pipe()
+        self._answers, answers = os.pipe()
+        self._output, output = os.pipe()
+        self._printed = printed
+        parent = os.getpid()
+        libc = ctypes.CDLL(None)
+        self.pid = os.fork()
+        if not self.pid:
+            own_ends = (self._requests, self._answers, self._output)
+            _become_worker(functions, (requests, answers, output), own_ends + private, parent, libc)
+        for fd in (requests, answers, output):
+            os.close(fd)
+        self.send(batch)
+
+    def send(self, frame: bytes) -> None:
+        # A dead worker is found out about by the next question.
+        with contextlib.suppress(BrokenPipeError):
+            frames.write(self._requests, frame)
+
+    def ask(self, function: int, indices: list[int], timeout_s: float, parent: int) -> Scores:
+        """One call of a function.
+
+        Args:
+          parent: the file descriptor whose end tells that nobody waits any more.
+
+        Raises:
+          CallFailed: it raised, or it hung or died, and the worker is no more.
+          ParentGone: as said.
+        """
+        self.send(frames.encode({"function": function, "indices": indices}))
+        try:
+            answer = self._wait(timeout_s, parent)
+        except (CallFailed, ParentGone):
+            self.kill()
+            raise
+        if "failed" in answer:
+            raise CallFailed(*answer["failed"])
+        return scores_of(answer)
+
+    def _wait(self, timeout_s: float, parent: int) -> dict:
+        deadline = time.monotonic() + timeout_s
+        poll = select.poll()
+        poll.register(self._answers, select.POLLIN)
+        poll.register(self._output, select.POLLIN)
+        poll.register(parent, 0)  # its end only
+        data = bytearray()
+        while (left := deadline - time.monotonic()) > 0:
+            for fd, _ in poll.poll(left * 1000 + 1):
+                if fd == parent:
+                    raise ParentGone
+                part = os.read(fd, 1 << 16)
+                if fd == self._output:
+                    self._printed.add(part)
+                    if not part:
+                        poll.unregister(fd)
+                    continue
+                data += part
+                if not part:
+                    raise CallFailed("died", self._end())
+                if (frames.frame_size(data) or 0) > MAX_ANSWER_BYTES:
+                    raise CallFailed("result", f"answers with more than {MAX_ANSWER_BYTES} bytes")
+                if (answer := frames.decode(data)) is not None:
+                    self._read_output()
+                    return answer
+        raise CallFailed("hung", f"gave no answer within {timeout_s:g} s and was killed")
+
+    def _read_output(self) -> None:
+        """What was printed before the answer; not more, as a thread may print without end."""
+        for _ in range(16):
+            if not select.select([self._output], [], [], 0)[0]:
+                return
+            self._printed.add(os.read(self._output, 1 << 16))
+
+    def _end(self) -> str:
+        status = self.kill()
+        if os.WIFSIGNALED(status):
+            return f"ended its process by signal {signal.Signals(os.WTERMSIG(status)).name}"
+        return f"ended its process with exit code {os.waitstatus_to_exitcode(status)}"
+
+    def kill(self) -> int | None:
+        """Ends the worker and all that it started; returns how it ended, if it had not before."""
+        if not self.pid:
+            return None
+        # In this order: between its start and `setsid` a worker is in no group of its own.
+        for kill in (os.kill, os.killpg):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        self._read_output()
+        for fd in (self._requests, self._answers, self._output):
+            os.close(fd)
+        self.pid = 0
+        return status
+
+
+def _become_worker(functions, pipes: tuple, private: tuple, parent: int, libc) -> None:
+    """The child's whole life; it never returns."""
+    try:
+        requests, answers, output = pipes
+        os.setsid()
+        _die_with(parent, libc)
+        _be_first_to_go()
+        for fd in private:
+            os.close(fd)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # a kill loses no whole line
+        _work(functions, requests, answers)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(70)
+
+
+def _die_with(parent: int, libc) -> None:
+    with contextlib.suppress(AttributeError):  # Linux only
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _be_first_to_go() -> None:
+    """Where memory runs out, the kernel is to end this process and not the training."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def _work(functions: Functions, requests: int, answers: int) -> None:
+    batch: dict = {}
+    while (message := frames.read(requests)) is not None:
+        if "prompts" in message:
+            batch = message
+            continue
+        function, info = functions[message["function"]]
+        try:
+            answer = vars(invoke(function, info, batch, message["indices"]))
+        except CallFailed as error:
+            answer = {"failed": [error.kind, error.reason]}
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        frames.write(answers, frames.encode(answer))
