@@ -70,6 +70,9 @@ def logs_much(completions, log_extra):
     log_extra("text", [text * 70_000_000 for text in completions])
     return [1.0] * len(completions)
 
+def looks_up(completions):
+    return [os.getpid()] * len(completions)
+
 def pids(completions):
     with open(completions[0], "w") as file: print(os.getpid(), os.getppid(), file=file, flush=True)
     time.sleep(100)
@@ -163,10 +166,18 @@ def test_a_function_of_the_whole_batch_is_asked_again_without_the_bad_completion
     np.testing.assert_array_equal(batch.total, [3, np.nan, 3, 3])
 
 
+def test_a_worker_that_dies_between_two_batches_costs_nothing(make):
+    runner = make("looks_up")
+    [[pid]] = runner.score(["p"], ["1"]).rewards.tolist()
+    os.kill(int(pid), signal.SIGKILL)
+    again = runner.score(["p", "p"], ["1", "2"])
+    assert not again.failures and set(again.total) != {pid}
+
+
 def test_what_only_works_alone_fails_for_the_batch(make):
     batch = make("alone").score(["p"] * 2, ["1", "2"])
     assert np.isnan(batch.total).all()
-    assert "with 2 completions together though with none of them alone" in batch.failures[0].reason
+    assert "with 2 completions together though with none alone" in batch.failures[0].reason
 
 
 def test_many_hanging_completions_cost_a_bounded_number_of_time_limits(make):

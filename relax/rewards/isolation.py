@@ -46,9 +46,9 @@ def score(call: Callable[[list[int]], Scores], n: int) -> Scores:
     """Scores n completions; those that make the call fail are found and left out.
 
     A failed call is followed by one for each completion alone, and by one for all that went well
-    alone: functions that compare the completions of a batch see a batch again. Where none fails
-    alone, all have failed: what a function says of single completions is not what it would say of
-    the batch. After three that hang or kill the process, the untried count as failed.
+    alone: functions that compare the completions of a batch see a batch again, as what they say of
+    single completions is something else. Where that call fails, all have failed. After three
+    completions that hang or kill the process, the untried count as failed.
 
     Args:
       call: scores the completions at some positions, or raises CallFailed.
@@ -73,16 +73,14 @@ def score(call: Callable[[list[int]], Scores], n: int) -> Scores:
         except CallFailed as error:
             failures[i] = (error.kind, error.reason)
             lost += error.kind in ("hung", "died")
-    if not failures:
-        reason = f"{first.reason}, with {n} completions together though with none of them alone"
-        return _failed(dict.fromkeys(everything, (first.kind, reason)), n)
     good = [i for i in everything if i not in failures]
     if not good:
         return _failed(failures, n)
     try:
         rest = call(good)
     except CallFailed as error:
-        return _failed(failures | dict.fromkeys(good, (error.kind, error.reason)), n)
+        reason = f"{error.reason}, with {len(good)} completions together though with none alone"
+        return _failed(failures | dict.fromkeys(good, (error.kind, reason)), n)
     return _spread(rest, good, failures, n)
 
 
