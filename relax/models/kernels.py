@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from relax.errors import ConfigError
-from relax.models.attention import SAVED, attend
+from relax.models.attention import SAVED, attend, attention_mask
 
 AUTO = "auto"
 KERNELS = {"cuda": "cudnn", "tpu": "splash"}  # the kernel of a platform; others have none
 LANES = 128  # splash works on multiples of it
+TOLERANCE = 0.05  # of gradients between two paths in bfloat16
 
 
 class Device(NamedTuple):
@@ -216,3 +217,64 @@ def _splash(q, k, v, segment_ids, window, multiplier, softcap, interpret=False):
         arrays.append(splash.SegmentIds(ids, ids))
     out = jax.vmap(kernel)(*arrays)
     return out[:, :, :T, :H].swapaxes(1, 2).reshape(q.shape)
+
+
+def settle(model, length: int):
+    """Tries the chosen kernels once on this device, and settles for XLA where one fails.
+
+    Args:
+      model: a `Transformer`.
+      length: T of the longest rows.
+
+    Returns:
+      The model, and a line about which attention its layers run.
+
+    Raises:
+      ConfigError: the path that is asked for does not work here.
+    """
+    kinds = model.config.layer_kinds
+    choices = [model.attention_choice(kind, length, True) for kind in kinds]
+    tried = {(path, kind.window) for (path, _), kind in zip(choices, kinds, strict=True)}
+    for path, window in sorted(tried, key=str):
+        reason = None if path == "xla" else trial(path, model.config, model.dtype, window)
+        if reason is None:
+            continue
+        if model.attn_implementation != AUTO:
+            raise ConfigError(f"attn_implementation {path} cannot be taken: {reason}. Make it xla.")
+        return model.clone(attn_implementation="xla"), f"xla ({reason})"
+    return model, summary(choices)
+
+
+def trial(path: str, config, dtype, window: int | None, T: int = 256) -> str | None:
+    """What is wrong with a path on this device, by running it forward and backward; None: nothing.
+
+    Drivers and libraries of other versions than those this was written for show themselves here,
+    and not in the middle of a large compilation.
+    """
+    K, H = config.num_key_value_heads, config.head_dim
+    N = config.num_attention_heads
+    shapes = ((2, T, K, N // K, H), (2, T, K, H), (2, T, K, H))
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True)]
+    softcap = config.attn_logit_softcapping
+
+    def gradients(path, segment_ids):
+        mask = attention_mask(segment_ids, 2, T, window)
+
+        def total(q, k, v):
+            options = {"path": path, "window": window, "softcap": softcap}
+            out = attend_rows(q, k, v, mask, segment_ids, **options)
+            return jnp.square(out.astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(total, (0, 1, 2)))(*arrays)
+
+    two = jnp.broadcast_to(1 + (jnp.arange(T) >= T // 3)[None, :], (2, T))
+    for segment_ids in (None, two.astype(jnp.int32)):
+        try:
+            pairs = zip(gradients(path, segment_ids), gradients("xla", segment_ids), strict=True)
+            worst = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+        except Exception as error:  # of whatever kind a driver or a compiler raises
+            return f"{path} fails on this device: {str(error).strip().splitlines()[0]}"
+        if not worst < TOLERANCE:
+            return f"{path} gives other gradients than XLA on this device, by {worst:.1%}"
+    return None
