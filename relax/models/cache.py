@@ -3,8 +3,14 @@
 A slot's token t sits in column t: columns are positions, and a query at position p sees the columns
 up to p. What an earlier, longer row left in later columns is overwritten before it becomes visible.
 
-Axes: B slots, S columns, K key-value heads, G query heads per key-value head, H head.
+Keys are held with the columns last: the products of a query with all keys then read memory in its
+order, which is half again as fast on CPUs as with the columns before the entries of a head.
+
+Axes: B slots, S columns, K key-value heads, G query heads per key-value head, H head, P columns of
+prefilled prompts.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +18,79 @@ import jax.numpy as jnp
 from relax.models.attention import LOWEST
 from relax.models.config import TransformerConfig
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer keys and values, each [B, K, S, H]
+
+class Keys(NamedTuple):
+    """The keys of a layer."""
+
+    entries: jax.Array  # [B, K, H, S]
+
+
+class Values(NamedTuple):
+    """The values of a layer."""
+
+    entries: jax.Array  # [B, K, S, H]
+
+
+Cache = tuple[tuple[Keys, Values], ...]
 
 
 def empty_cache(config: TransformerConfig, B: int, S: int, dtype) -> Cache:
     """A cache of zeros."""
-    shape = (B, config.num_key_value_heads, S, config.head_dim)
-    layers = range(config.num_hidden_layers)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers)
+    K, H = config.num_key_value_heads, config.head_dim
+
+    def layer():
+        return Keys(jnp.zeros((B, K, H, S), dtype)), Values(jnp.zeros((B, K, S, H), dtype))
+
+    return tuple(layer() for _ in range(config.num_hidden_layers))
 
 
-def write(columns: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Puts `new[b]` into column `positions[b]` of `columns[b]`: `[B, K, H]` into `[B, K, S, H]`."""
+def write(columns: Keys | Values, new: jax.Array, positions: jax.Array) -> Keys | Values:
+    """Puts `new[b]` `[K, H]`, of one token per slot, into column `positions[b]` of slot b."""
+    old = columns.entries
+    B, K = old.shape[:2]
+    slot, head = jnp.arange(B)[:, None], jnp.arange(K)[None, :]
+    place = (slot, head, positions[:, None])
+    if isinstance(columns, Keys):
+        place = (slot, head, slice(None), positions[:, None])
+    written = old.at[place].set(
+        new.astype(old.dtype), unique_indices=True, mode="promise_in_bounds"
+    )
+    return type(columns)(written)
 
-    def one(columns, new, position):
-        return jax.lax.dynamic_update_slice(columns, new[:, None], (0, position, 0))
 
-    return jax.vmap(one)(columns, new.astype(columns.dtype), positions)
+def put(cache: Cache, prefilled, slot: jax.Array, source: jax.Array) -> Cache:
+    """Copies row `source` of what `Transformer.prefill` gave into the first columns of a slot."""
+
+    def layer(columns, new):
+        keys, values = (x.entries for x in columns)
+        k, v = (jax.lax.dynamic_slice_in_dim(x, source, 1) for x in new)  # [1, K, P, H]
+        k, v = k.swapaxes(2, 3).astype(keys.dtype), v.astype(values.dtype)
+        return (
+            Keys(jax.lax.dynamic_update_slice(keys, k, (slot, 0, 0, 0))),
+            Values(jax.lax.dynamic_update_slice(values, v, (slot, 0, 0, 0))),
+        )
+
+    return tuple(map(layer, cache, prefilled))
+
+
+def resized(cache: Cache, slots: jax.Array, S: int) -> Cache:
+    """The cache of some slots, with room for S columns (not fewer than there are)."""
+
+    def layer(columns):
+        keys, values = (x.entries for x in columns)
+        more = S - values.shape[2]
+        return (
+            Keys(jnp.pad(keys[slots], ((0, 0), (0, 0), (0, 0), (0, more)))),
+            Values(jnp.pad(values[slots], ((0, 0), (0, 0), (0, more), (0, 0)))),
+        )
+
+    return tuple(map(layer, cache))
 
 
 def attend_cached(
     q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Keys,
+    values: Values,
     positions: jax.Array,
     *,
     window: int | None,
@@ -44,14 +100,16 @@ def attend_cached(
     """Attention of one query per slot, `[B, K, G, H]`, at `positions` `[B]`."""
     B, K, G, H = q.shape
     q = q * (H**-0.5 if multiplier is None else multiplier)
-    q, keys, values = (x.reshape(B * K, -1, H) for x in (q, keys, values))
-    scores = jnp.einsum("XGH,XSH->XGS", q, keys, preferred_element_type=jnp.float32)
+    parts = (q, keys.entries, values.entries)
+    q, keys, values = (x.reshape(B * K, *x.shape[2:]) for x in parts)
+    scores = jnp.einsum("XGH,XHS->XGS", q, keys, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    columns, last = jnp.arange(keys.shape[1])[None, :], positions[:, None]
-    seen = columns <= last
+    column, last = jnp.arange(keys.shape[2])[None, :], positions[:, None]
+    seen = column <= last
     if window is not None:
-        seen &= columns > last - window
+        seen &= column > last - window
     scores = jnp.where(seen[:, None, None, :], scores.reshape(B, K, G, -1), LOWEST)
     weights = jax.nn.softmax(scores).astype(values.dtype).reshape(B * K, G, -1)
-    return jnp.einsum("XGS,XSH->XGH", weights, values).reshape(B, K, G, H)
+    out = jnp.einsum("XGS,XSH->XGH", weights, values, preferred_element_type=jnp.float32)
+    return out.astype(values.dtype).reshape(B, K, G, H)

@@ -1,0 +1,7 @@
+"""Generation with a key-value cache: many prompts at once, in one compiled loop."""
+
+from relax.sampling.config import SamplingConfig
+from relax.sampling.generate import generate
+from relax.sampling.output import SampleOutput
+
+__all__ = ["SampleOutput", "SamplingConfig", "generate"]
