@@ -101,7 +101,7 @@ def read_gguf(path) -> GGUFFile:
         metadata, tensors = _read_header(_Cursor(data, len(MAGIC)), gguf)
     except (struct.error, ValueError, OverflowError, _Damaged) as error:
         raise ModelLoadError(
-            f"{path}: not a whole GGUF file: {error}. Download or convert it again."
+            f"{path}: not readable as a GGUF file: {error}. Download or convert it again."
         ) from error
     return GGUFFile(path, data, metadata, tensors)
 
