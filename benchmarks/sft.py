@@ -1,17 +1,20 @@
 """Speed and memory of the compiled training step: `python benchmarks/sft.py MODEL_DIR`.
 
+In place of a directory, `gemma3-270m` stands for a random model of the sizes of Gemma 3 270M. With
+`--use_peft`, adapters are trained beside all weights, and the memory that this saves is printed.
+
 Per shape of full batches (no padding, every token trained), in a process of its own: tokens per
-second, the matrix-multiply rate that this reaches (6 x parameters x tokens / s), the machine's own
+second, the matrix-multiply rate that this reaches (6 x parameters x tokens / s; 4 x with adapters,
+as frozen weights have no gradient), the machine's own
 peak (a 2048 x 2048 float32 product, measured before and after the steps), their ratio, the peak
 memory of the whole process, the memory of the compiled step by XLA's account, and the compile time.
 
 Times on shared machines vary; the ratio is what to compare.
 """
 
-import json
+import concurrent.futures
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
 
 import fire
@@ -26,31 +29,38 @@ def main(
     dtype: str = "float32",
     gradient_checkpointing: bool = True,
     loss_chunk_size: int = 256,
+    use_peft: bool = False,
     shape: str = "",
 ) -> None:
-    """Prints a table, or with `--shape 4x256` one JSON object for that shape."""
-    if shape:
-        rows, tokens = map(int, shape.split("x"))
-        print(
-            json.dumps(
-                _measure(
-                    model_dir, rows, tokens, steps, dtype, gradient_checkpointing, loss_chunk_size
-                )
-            )
-        )
-        return
-    for rows, tokens in SHAPES:
-        command = [sys.executable, __file__, model_dir, f"--shape={rows}x{tokens}"]
-        command += [f"--steps={steps}", f"--dtype={dtype}", f"--loss_chunk_size={loss_chunk_size}"]
-        command += [f"--gradient_checkpointing={gradient_checkpointing}"]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{rows} x {tokens}, {dtype}, on {found.pop('device')}")
-        for name, value in found.items():
-            print(f"  {name:34} {value:>12,.3f}" if value < 100 else f"  {name:34} {value:>12,.0f}")
+    """Prints a table; `--shape 4x256` measures that shape alone."""
+    settings = {
+        "steps": steps,
+        "dtype": dtype,
+        "gradient_checkpointing": gradient_checkpointing,
+        "loss_chunk_size": loss_chunk_size,
+    }
+    for rows, tokens in [tuple(map(int, shape.split("x")))] if shape else SHAPES:
+        variants = (False, True) if use_peft else (False,)
+        found = [_in_a_process(model_dir, rows, tokens, peft, settings) for peft in variants]
+        devices = {column.pop("device") for column in found}
+        print(f"{rows} x {tokens}, {dtype}, on {', '.join(devices)}")
+        if use_peft:
+            print(f"  {'':34} {'all weights':>12} {'adapters':>12} {'ratio':>6}")
+        for name in found[0]:
+            values = [column[name] for column in found]
+            shown = [f"{v:>12,.3f}" if v < 100 else f"{v:>12,.0f}" for v in values]
+            shown += [f"{values[1] / values[0]:>6.2f}"] if use_peft else []
+            print(f"  {name:34} {' '.join(shown)}")
 
 
-def _measure(model_dir, rows, tokens, steps, dtype, gradient_checkpointing, loss_chunk_size):
+def _in_a_process(*arguments) -> dict:
+    """`_measure` in a process of its own, whose peak of memory is its own too."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        return pool.submit(_measure, *arguments).result()
+
+
+def _measure(model_dir, rows, tokens, use_peft, settings) -> dict:
     from relax.cpu import prepare_cpu, release_freed_memory
 
     prepare_cpu()  # as run_sft.py does
@@ -58,18 +68,25 @@ def _measure(model_dir, rows, tokens, steps, dtype, gradient_checkpointing, loss
     import jax.numpy as jnp
     import numpy as np
 
-    from relax.models import load_pretrained
-    from relax.trainers import SFTTrainer, TrainState
+    from relax.models.config import LoRA
+    from relax.trainers import SFTTrainer
     from relax.trainers.optimizer import adamw, learning_rate_schedule
+    from relax.trainers.state import initial_state
 
-    model, params = load_pretrained(
-        model_dir, jnp.dtype(dtype), gradient_checkpointing=gradient_checkpointing
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    steps = settings["steps"]
+    model, params = _model(model_dir, settings["dtype"], settings["gradient_checkpointing"])
+    if use_peft:
+        model = model.clone(lora=LoRA(target_modules=("all-linear",)))
     optimizer = adamw(learning_rate_schedule("constant", 1e-5, steps))
-    trainer = SFTTrainer(model, optimizer, loss_chunk_size=loss_chunk_size, max_grad_norm=1.0)
-    state = TrainState.create(params=params, optimizer=optimizer, rng=jax.random.key(0))
+    trainer = SFTTrainer(
+        model, optimizer, loss_chunk_size=settings["loss_chunk_size"], max_grad_norm=1.0
+    )
+    state = initial_state(model, optimizer, jax.random.key(0), params)
     del params
+    trained, count = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, (state.params, state.frozen))
+    )
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, tokens), np.int32)
     batch = {"input_ids": ids, "labels": ids, "segment_ids": np.ones_like(ids)}
 
@@ -95,19 +112,57 @@ def _measure(model_dir, rows, tokens, steps, dtype, gradient_checkpointing, loss
     peak_s += [seconds(lambda: product(square))[0] for _ in range(12)]
     peak = 2 * PEAK_SIZE**3 / min(peak_s) / 1e9
     rate = rows * tokens / min(step_s)
-    reached = 6 * count * rate / 1e9
+    reached = (2 * count + 2 * count + 2 * trained) * rate / 1e9
+    memory = compiled.memory_analysis()
     return {
         "device": jax.devices()[0].device_kind,
         "parameters, millions": count / 1e6,
+        "of which trained, millions": trained / 1e6,
         "tokens/s": rate,
         "tokens/s, median step": rows * tokens / float(np.median(step_s)),
         "matrix rate reached, GFLOP/s": reached,
         "matrix peak, GFLOP/s": peak,
         "share of the peak": reached / peak,
         "peak memory of the process, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "temporaries of the step, GB": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "state and batch, GB": memory.argument_size_in_bytes / 1e9,
+        "temporaries of the step, GB": memory.temp_size_in_bytes / 1e9,
         "compile, s": compile_s,
     }
+
+
+def _model(name, dtype, gradient_checkpointing):
+    """The model and its parameters; without any for one that is random."""
+    import jax.numpy as jnp
+
+    from relax.models import Transformer, TransformerConfig, load_pretrained
+
+    dtype = jnp.dtype(dtype)
+    if name != "gemma3-270m":
+        return load_pretrained(name, dtype, gradient_checkpointing=gradient_checkpointing)
+    windows = ("sliding_attention",) * 5 + ("full_attention",)
+    config = TransformerConfig(
+        vocab_size=262144,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        model_type="gemma3_text",
+        hidden_act="gelu_pytorch_tanh",
+        norm_plus_one=True,
+        post_norm=True,
+        qk_norm="head",
+        embedding_multiplier=640**0.5,
+        attention_multiplier=256**-0.5,
+        sliding_window=512,
+        layer_types=windows * 3,
+        local_rope_theta=10000.0,
+    )
+    return Transformer(config, dtype, gradient_checkpointing=gradient_checkpointing), None
 
 
 if __name__ == "__main__":
