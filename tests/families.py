@@ -15,6 +15,7 @@ import numpy as np
 
 from relax.models import Transformer, TransformerConfig
 from relax.models.families import family_of
+from relax.models.tensors import leaf_shapes
 
 V = 61  # ids of the tiny vocabularies
 T = 14  # tokens in a row, more than every window and every original length below
@@ -247,14 +248,16 @@ def tiny_family(name: str) -> tuple[Transformer, dict]:
 
     `name`: of `ROWS`, or a model_type. Made without torch; treat the parameters as constants.
     """
-    model = Transformer(config_of(name))
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    config = config_of(name)
     rng = np.random.default_rng(0)
-    flat = flax.traverse_util.flatten_dict(params)
-    for path, leaf in flat.items():
-        if path[-1] in ("bias", "scale"):
-            flat[path] = leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype)
-    return model, flax.traverse_util.unflatten_dict(flat)
+
+    def leaf(path, shape):
+        spread = 0.3 if path[-1] in ("bias", "scale") else config.initializer_range
+        middle = 1.0 if path[-1] == "scale" and not config.norm_plus_one else 0.0
+        return jnp.asarray(middle + spread * rng.normal(size=shape), jnp.float32)
+
+    flat = {path: leaf(path, shape) for path, shape in leaf_shapes(config).items()}
+    return Transformer(config), flax.traverse_util.unflatten_dict(flat)
 
 
 # Four rows: one document; one after padding; one before padding; two documents and padding.

@@ -140,11 +140,11 @@ class Family:
             **self.restore(config),
             **self.rope.write(config),
         }
-        back = self._read(fields)
-        lost = [n for n, value in _comparable(back).items() if value != _comparable(config)[n]]
+        asked, back = _comparable(config), _comparable(self._read(fields))
+        lost = [name for name in asked if asked[name] != back[name]][:2]
         if lost:
             raise ValueError(
-                f"a {self.model_type} model cannot have {_list(lost, config)}: it would be read "
+                f"a {self.model_type} model cannot have {_list(lost, asked)}: it would be read "
                 f"back with {_list(lost, back)}. Choose another model_type."
             )
         return fields
@@ -229,16 +229,15 @@ def _ours(name: str, field: Field) -> tuple[str, ...]:
 
 def _comparable(config: TransformerConfig) -> dict:
     """What a configuration says, however it says it."""
-    several = ("sliding_window", "layer_types", "local_rope_theta", "no_rope_layers")
     values = dataclasses.asdict(config)
-    for name in (*several, "dense_layers", "rope_theta", "rope_scaling"):
+    for name in ("sliding_window", "layer_types", "local_rope_theta", "no_rope_layers"):
         values.pop(name)
-    return values | {
-        "layer_types": config.layer_kinds,
-        "rotary_dim": config.rotary_dim or config.head_dim,
-        "attention_multiplier": config.attention_multiplier or config.head_dim**-0.5,
-    }
+    for name in ("dense_layers", "rope_theta", "rope_scaling"):
+        values.pop(name)
+    values["rotary_dim"] = config.rotary_dim or config.head_dim
+    values["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
+    return values | {f"layer {i}": layer for i, layer in enumerate(config.layer_kinds)}
 
 
-def _list(names: list[str], config: TransformerConfig) -> str:
-    return ", ".join(f"{name} {getattr(config, name)!r}" for name in names)
+def _list(names: list[str], values: dict) -> str:
+    return ", ".join(f"{name} {values[name]!r}" for name in names)

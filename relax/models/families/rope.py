@@ -76,11 +76,12 @@ class RopeFields:
         parameters, ours = _object(fields, "rope_parameters"), {}
         if self.local_theta:
             parameters, ours["local_rope_theta"] = self._split(fields, parameters)
-        outer = {name: fields[name] for name in ("rope_theta",) if name in fields}
-        if self.partial and "partial_rotary_factor" in fields:
-            outer["partial_rotary_factor"] = fields["partial_rotary_factor"]
-        rope = _merged(_normal(_object(fields, "rope_scaling")), _normal(parameters))
-        rope = outer | rope
+        outer = {"rope_theta"} | ({"partial_rotary_factor"} if self.partial else set())
+        rope = _merged(
+            {name: fields[name] for name in outer & fields.keys()},
+            _normal(_object(fields, "rope_scaling")),
+            _normal(parameters),
+        )
         kind = rope.get("rope_type", "default")
         kind = next((ours for theirs, ours in self.aliases if theirs == kind), kind)
         if not isinstance(kind, str) or kind not in self.kinds:
@@ -122,16 +123,17 @@ class RopeFields:
                 "rope_parameters must hold full_attention and sliding_attention, got "
                 f"{', '.join(unknown)}."
             )
-        local = _normal(local)
-        theta = read_value(fields, "rope_local_base_freq", POSITIVE, self.local_theta)
-        theta = read_value(local, "rope_theta", POSITIVE, theta)
-        stretched = {n: v for n, v in local.items() if (n, v) != ("rope_type", "default")}
-        if stretched.keys() - {"rope_theta"}:
+        base = fields.get("rope_local_base_freq")
+        local = _merged({} if base is None else {"rope_theta": base}, _normal(local))
+        if (
+            local.keys() - {"rope_theta", "rope_type"}
+            or local.get("rope_type", "default") != "default"
+        ):
             raise ValueError(
                 f"rope_parameters of sliding_attention are {repr(local)[:80]}, which is not "
                 "implemented; only rope_type 'default' is."
             )
-        return full, theta
+        return full, read_value(local, "rope_theta", POSITIVE, self.local_theta)
 
     def write(self, config: TransformerConfig) -> dict:
         """The fields of config.json."""
@@ -170,14 +172,18 @@ def _normal(rope: dict) -> dict:
     return rope if kind is None else rope | {"rope_type": kind}
 
 
-def _merged(scaling: dict, parameters: dict) -> dict:
-    differing = [n for n in scaling.keys() & parameters.keys() if scaling[n] != parameters[n]]
-    if differing:
-        raise ValueError(
-            f"rope_scaling and rope_parameters disagree about {', '.join(sorted(differing))}. "
-            "Keep one of them."
-        )
-    return scaling | parameters
+def _merged(*places: dict) -> dict:
+    """What config.json says about rotary positions in several places."""
+    rope = {}
+    for place in places:
+        differing = sorted(n for n in place.keys() & rope.keys() if place[n] != rope[n])
+        if differing:
+            raise ValueError(
+                f"rope settings in several places disagree about {', '.join(differing)}. Keep "
+                "those of rope_parameters."
+            )
+        rope |= place
+    return rope
 
 
 def _scaling(kind: str, rope: dict, turning: int, longest: int) -> RopeScaling | None:

@@ -18,6 +18,11 @@ def of_types(values: dict, types: tuple[str, ...], window: int | None) -> dict:
         )
     if SLIDING not in types:
         return {"layer_types": (), "sliding_window": None}
+    if window is None:
+        raise ValueError(
+            "sliding layers, of layer_types or of the family, need sliding_window, and "
+            "use_sliding_window where the family has it."
+        )
     return {"layer_types": types, "sliding_window": window}
 
 

@@ -1,0 +1,624 @@
+"""Every family loads, computes what transformers computes, and saves; see `families.ROWS`."""
+
+import dataclasses
+import json
+import types
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import (
+    EXPERTS,
+    FAMILY_NAMES,
+    FULL,
+    IDS,
+    POSITIONS,
+    ROWS,
+    SEGMENTS,
+    SLIDING,
+    config_of,
+    difference,
+    fields_of,
+    logits_of,
+    made_by_transformers,
+    our_logits,
+    reference_logits,
+    tiny_family,
+)
+
+import relax.models.shards as shard_files
+from relax.errors import ModelLoadError
+from relax.models import (
+    RopeScaling,
+    load_pretrained,
+    read_pretrained_config,
+    save_pretrained,
+)
+from relax.models.families import FAMILIES, family_of
+from relax.models.families.family import STACKED_EXPERTS
+from relax.models.tensors import disassemble, expected_tensors
+
+WITH_EXPERTS = [name for name in ROWS if config_of(name).num_experts]
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+# --- the same as transformers --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def pair(request, tmp_path_factory):
+    """A model of transformers, its directory, what we loaded from it, and the logits of both."""
+    pytest.importorskip("torch")
+    path = tmp_path_factory.mktemp("theirs")
+    theirs = made_by_transformers(request.param)
+    theirs.save_pretrained(path)
+    model, params = load_pretrained(path)
+    return types.SimpleNamespace(
+        name=request.param,
+        theirs=theirs,
+        path=path,
+        model=model,
+        params=params,
+        ours=our_logits(model, params),
+        reference=reference_logits(theirs),
+    )
+
+
+@pytest.mark.parametrize(
+    "row", [0, 1, 2, 3], ids=["alone", "left padding", "right padding", "two documents"]
+)
+def test_logits_equal_those_of_transformers(pair, row):
+    assert np.abs(pair.reference[row]).max() > 1.4, "too flat to tell anything"
+    assert difference(pair.ours, pair.reference, [row]) < 2e-4
+
+
+def test_transformers_loads_what_we_save_with_the_same_logits(pair, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    path = save_pretrained(tmp_path / "ours", pair.model, pair.params)
+    back, report = AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert type(back) is type(pair.theirs)
+    np.testing.assert_array_equal(logits_of(back, IDS), logits_of(pair.theirs, IDS))
+    assert read_pretrained_config(path) == pair.model.config == config_of(pair.name)
+    assert_same(load_pretrained(path)[1], pair.params)
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_load_balancing_loss_equals_that_of_transformers(name, tmp_path):
+    """Over the tokens of all layers that are no padding, in padded rows."""
+    torch = pytest.importorskip("torch")
+    theirs = made_by_transformers(name)
+    theirs.save_pretrained(tmp_path)
+    model, params = load_pretrained(tmp_path)
+    ids, positions, segments = IDS[:3], POSITIONS[:3], SEGMENTS[:3]
+    _, ours = jax.jit(
+        lambda params: model.apply(
+            {"params": params}, ids, positions, segments, method="hidden_states_and_aux_loss"
+        )
+    )(params)
+    with torch.no_grad():
+        out = theirs(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(segments),
+            position_ids=torch.tensor(positions),
+            output_router_logits=True,
+        )
+    np.testing.assert_allclose(ours, out.aux_loss, rtol=1e-5)
+    assert abs(float(ours) - model.config.num_experts_per_tok) > 1e-3, "too even to tell anything"
+
+
+@pytest.mark.parametrize("name", ["gemma2", *WITH_EXPERTS[:2]])
+def test_gradients_equal_those_of_transformers(name, tmp_path):
+    """Of every parameter: log-likelihood of one document, and the load-balancing loss."""
+    torch = pytest.importorskip("torch")
+    theirs = made_by_transformers(name)
+    theirs.save_pretrained(tmp_path)
+    model, params = load_pretrained(tmp_path)
+    experts = model.config.num_experts > 0
+
+    out = theirs(torch.tensor(IDS[:1]), **({"output_router_logits": True} if experts else {}))
+    logprobs = torch.log_softmax(out.logits, dim=-1)
+    loss = -logprobs.gather(-1, torch.tensor(IDS[:1, :, None]).long()).sum()
+    (loss + (out.aux_loss if experts else 0)).backward()
+
+    @jax.jit
+    @jax.grad
+    def gradients(params):
+        hidden, aux = model.apply({"params": params}, IDS[:1], method="hidden_states_and_aux_loss")
+        logits, cap = hidden @ model.output_matrix(params).T, model.config.final_logit_softcapping
+        logprobs = jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
+        loss = -jnp.take_along_axis(logprobs, IDS[:1, :, None], axis=-1).sum()
+        return loss + (aux if experts else 0)
+
+    flat = flax.traverse_util.flatten_dict(gradients(params))
+    expected = expected_tensors(
+        FAMILIES[model.config.model_type], model.config, STACKED_EXPERTS if experts else None
+    )
+    references = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
+    assert len(references) == len(expected)
+    for tensor, parts in expected.items():
+        ours, reference = disassemble(parts, flat, np.float32), references[tensor]
+        np.testing.assert_allclose(ours, reference, atol=1e-4 * np.abs(reference).max())
+        assert np.abs(reference).max() > 0, tensor
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS[:2])
+def test_experts_that_a_file_stacks_are_read(name, tmp_path):
+    """As transformers 5 has them in memory, and writes them when told so."""
+    pytest.importorskip("torch")
+    theirs = made_by_transformers(name)
+    for form in (True, False):
+        theirs.save_pretrained(tmp_path / str(form), save_original_format=form)
+    names = shard_files.tensor_files(tmp_path / "False", "-")
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+    apart, stacked = (load_pretrained(tmp_path / form)[1] for form in ("True", "False"))
+    assert_same(stacked, apart)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_what_is_saved_is_what_is_loaded(name, tmp_path, monkeypatch):
+    """In shards that part the experts of a layer, too."""
+    model, params = tiny_family(name)
+    monkeypatch.setattr(shard_files, "SHARD_BYTES", 9000)
+    path = save_pretrained(tmp_path / "model", model, params)
+    assert len(list(path.glob("*.safetensors"))) > 2
+    back, again = load_pretrained(path)
+    assert back.config == model.config
+    assert_same(again, params)
+
+
+def test_experts_are_read_in_the_dtype_of_the_parameters(tmp_path):
+    model, params = tiny_family("mixtral")
+    path = save_pretrained(tmp_path / "model", model, params)
+    _, half = load_pretrained(path, param_dtype=jnp.bfloat16)
+    assert_same(half, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+
+
+def test_a_missing_expert_is_refused(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = save_pretrained(tmp_path / "model", *tiny_family("mixtral"))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match="1 missing: model.layers.1.*experts.3.w2.weight"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize("stacks", ["too many", "too few"])
+def test_parameters_with_other_experts_are_refused(tmp_path, stacks):
+    model, params = tiny_family("mixtral")
+    flat = flax.traverse_util.flatten_dict(params)
+    stack = flat["layers_0", "experts", "up_proj"]
+    more = jnp.concatenate([stack, stack[:1]])
+    flat["layers_0", "experts", "up_proj"] = more if stacks == "too many" else stack[1:]
+    with pytest.raises(ValueError, match="layers_0/experts/up_proj of shape"):
+        save_pretrained(tmp_path / "model", model, flax.traverse_util.unflatten_dict(flat))
+
+
+def test_fused_matrices_hold_queries_keys_and_values_in_this_order(tmp_path):
+    from safetensors.numpy import load_file
+
+    model, params = tiny_family("phi3")
+    path = save_pretrained(tmp_path / "model", model, params)
+    fused = load_file(path / "model.safetensors")["model.layers.1.self_attn.qkv_proj.weight"]
+    layer = params["layers_1"]
+    parts = [layer[name]["kernel"].T for name in ("q_proj", "k_proj", "v_proj")]
+    np.testing.assert_array_equal(fused, np.concatenate(parts))
+
+
+# --- config.json ---------------------------------------------------------------------------------
+
+
+def read(fields, where="config.json"):
+    return family_of(fields["model_type"]).from_hugging_face(fields, where)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_configuration_is_read_as_it_was_written(name):
+    config = config_of(name)
+    written = family_of(config.model_type).to_hugging_face(config)
+    assert read(json.loads(json.dumps(written))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"qk_norm": "head"}, "a llama model cannot have qk_norm 'head'"),
+        ("llama", {"attention_bias": True}, "cannot have output_bias False"),
+        (
+            "mistral",
+            {"no_rope_layers": (1,)},
+            "a mistral model cannot have layer 1 Layer.*rope=None",
+        ),
+        (
+            "qwen3",
+            {"qk_norm": None},
+            "cannot have qk_norm None: it would be read back with qk_norm",
+        ),
+        ("gemma2", {"embedding_multiplier": 1.0}, "cannot have embedding_multiplier 1.0"),
+        ("gemma2", {"attention_multiplier": 0.3}, "cannot have attention_multiplier 0.3"),
+        ("llama", {"rotary_dim": 2}, "cannot have rotary_dim 2"),
+        ("llama", {"rope_scaling": RopeScaling("dynamic", 2.0)}, "cannot have layer 0 .*=8192"),
+    ],
+)
+def test_what_a_family_cannot_say_is_not_saved(name, changes, message):
+    config = dataclasses.replace(config_of(name), **changes)
+    with pytest.raises(ValueError, match=message):
+        family_of(config.model_type).to_hugging_face(config)
+
+
+KEYS = {"num_key_value_heads": 2}
+SMALL = {
+    "vocab_size": 11,
+    "hidden_size": 24,
+    "intermediate_size": 10,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+}
+
+
+def theirs_of(model_type, **fields):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoConfig.for_model(model_type, **fields).to_dict()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_fields_have_the_defaults_of_transformers(model_type):
+    fields = SMALL
+    if model_type in ("qwen2", "qwen3", "mistral", "mixtral"):  # whose defaults are more than 4
+        fields = SMALL | KEYS
+    ours = read({"model_type": model_type, **fields})
+    assert ours == read(theirs_of(model_type, **fields))
+    nulls = set(theirs_of(model_type, **fields)) - fields.keys() - {"model_type"}
+    nulls -= {"sliding_window", "num_key_value_heads"}  # null says none, and as many as heads
+    nulls -= {"final_logit_softcapping", "attn_logit_softcapping"}
+    assert read({"model_type": model_type, **fields, **dict.fromkeys(nulls)}) == ours
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"), [("qwen2", 32), ("qwen3", 32), ("mistral", 8), ("mixtral", 8)]
+)
+def test_the_default_of_key_value_heads_is_that_of_transformers(model_type, expected):
+    fields = SMALL | {"num_attention_heads": 32, "hidden_size": 64}
+    assert read({"model_type": model_type, **fields}).num_key_value_heads == expected
+    assert theirs_of(model_type, **fields)["num_key_value_heads"] == expected
+
+
+def layers_of(model_type, fields, count=6):
+    """Per layer a letter: s window, f full; n without positions; e with experts."""
+    config = read({"model_type": model_type, **SMALL, **fields, "num_hidden_layers": count})
+    return " ".join(
+        ("s" if layer.window else "f") + "n" * (layer.rope is None) + "e" * layer.experts
+        for layer in config.layer_kinds
+    )
+
+
+MOE = EXPERTS | {"num_experts": 4, "moe_intermediate_size": 6}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "expected"),
+    [
+        ("llama", {}, "f f f f f f"),
+        ("mistral", KEYS, "s s s s s s"),
+        ("mistral", {"sliding_window": None} | KEYS, "f f f f f f"),
+        ("qwen2", {"max_window_layers": 4} | KEYS, "f f f f f f"),
+        ("qwen2", {"max_window_layers": 4, "use_sliding_window": True} | KEYS, "f f f f s s"),
+        ("qwen3", {"use_sliding_window": True} | KEYS, "f f f f f f"),  # fewer than 28
+        ("qwen3", {"max_window_layers": 0, "use_sliding_window": True} | KEYS, "s s s s s s"),
+        ("gemma2", {}, "s f s f s f"),
+        ("gemma2", {"layer_types": [FULL] * 5 + [SLIDING]}, "f f f f f s"),
+        ("gemma3_text", {}, "s s s s s f"),
+        ("gemma3_text", {"sliding_window_pattern": 2}, "s f s f s f"),
+        ("gemma3_text", {"layer_types": [FULL] * 6, "_sliding_window_pattern": 2}, "f f f f f f"),
+        ("smollm3", {}, "f f f fn f f"),
+        ("smollm3", {"no_rope_layer_interval": 2}, "f fn f fn f fn"),
+        ("smollm3", {"no_rope_layers": [0, 1, 1, 1, 1, 0]}, "fn f f f f fn"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 7}, "f f f sn f f"),
+        ("smollm3", {"use_sliding_window": False, "sliding_window": 7}, "f f f fn f f"),
+        ("phi3", {}, "f f f f f f"),
+        ("phi3", {"sliding_window": 9}, "s s s s s s"),
+        ("olmo2", {}, "f f f f f f"),
+        ("mixtral", KEYS, "fe fe fe fe fe fe"),
+        ("mixtral", {"sliding_window": 9} | KEYS, "se se se se se se"),
+        ("qwen3_moe", MOE, "fe fe fe fe fe fe"),
+        ("qwen3_moe", MOE | {"decoder_sparse_step": 2}, "f fe f fe f fe"),
+        ("qwen3_moe", MOE | {"mlp_only_layers": [0, 3, 9]}, "f fe fe f fe fe"),
+        ("qwen3_moe", MOE | {"decoder_sparse_step": 3, "mlp_only_layers": [2]}, "f f f f f fe"),
+        ("qwen3_moe", MOE | {"use_sliding_window": True}, "se se se se se se"),
+    ],
+)
+def test_layers_are_what_the_fields_say(model_type, fields, expected):
+    assert layers_of(model_type, fields) == expected
+
+
+SCALING = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+GEMMA3_NEW = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
+    }
+}
+GEMMA3_OLD = {
+    "rope_theta": 5e5,
+    "rope_local_base_freq": 200.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+LONG = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "old", "new"),
+    [
+        (
+            "llama",
+            {"rope_theta": 7.0, "rope_scaling": SCALING},
+            {"rope_parameters": {"rope_theta": 7.0, "rope_type": "yarn", **SCALING}},
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        ),
+        ("gemma3_text", GEMMA3_OLD, GEMMA3_NEW),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", **LONG}, "partial_rotary_factor": 0.7},
+            {
+                "original_max_position_embeddings": 4096,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "partial_rotary_factor": 0.7,
+                    "original_max_position_embeddings": 4096,
+                    "rope_theta": 1e4,
+                    **LONG,
+                },
+            },
+        ),
+    ],
+)
+def test_rope_settings_of_transformers_4_and_5_mean_the_same(model_type, old, new):
+    ours = read({"model_type": model_type, **SMALL, **old})
+    assert ours == read({"model_type": model_type, **SMALL, **new})
+    assert ours == read(theirs_of(model_type, **SMALL, **old))
+    assert ours.rope_scaling is not None
+
+
+def test_longrope_was_first_called_su():
+    old, new = ({"rope_scaling": {"type": kind, **LONG}} for kind in ("su", "longrope"))
+    fields = {"model_type": "phi3", **SMALL, "num_attention_heads": 6}
+    assert read(fields | old) == read(fields | new)
+    assert read(fields | old).rope_scaling.kind == "longrope"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"factor": 4.0}, 1.1386294361119891),  # 0.1 ln 4 + 1
+        ({"factor": 0.5}, 1.0),
+        ({"factor": 4.0, "attention_factor": 0.9}, 0.9),
+        ({"factor": 4.0, "mscale": 2.0, "mscale_all_dim": 1.0}, 1.121751143713058),
+        ({"original_max_position_embeddings": 16}, 1.1386294361119891),  # of 64: the factor is 4
+    ],
+)
+def test_attention_factor_of_yarn(settings, expected):
+    fields = {"model_type": "llama", **SMALL, "max_position_embeddings": 64}
+    scaling = read(fields | {"rope_scaling": {"rope_type": "yarn", **settings}}).rope_scaling
+    assert scaling.attention_factor == pytest.approx(expected, rel=1e-12)
+    assert scaling.factor == settings.get("factor", 4.0)
+
+
+BAD = [
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ("gemma3_text", {"_sliding_window_pattern": 5}, "_sliding_window_pattern must be 6, got 5"),
+    ("gemma3_text", {"rope_parameters": {"rope_theta": 1.0}}, "full_attention and sliding_att"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}},
+        "rope_parameters of sliding_attention are",
+    ),
+    (
+        "gemma3_text",
+        {
+            "rope_local_base_freq": 5.0,
+            "rope_parameters": {"sliding_attention": {"rope_theta": 6.0}},
+        },
+        "rope settings in several places disagree about rope_theta",
+    ),
+    ("gemma2", {"hidden_act": "gelu"}, "hidden_act must be hidden_activation, 'gelu_pytorch_tanh'"),
+    ("gemma2", {"sliding_window_size": 9}, "sliding_window_size must be sliding_window, 4096"),
+    (
+        "gemma2",
+        {"sliding_window": None},
+        "sliding layers, of layer_types or of the family, need sliding_window",
+    ),
+    ("gemma2", {"layer_types": [FULL]}, "layer_types must name every layer, got 1 types for 8"),
+    ("gemma2", {"layer_types": []}, "layer_types must name every layer, got 0 types for 8"),
+    ("gemma2", {"layer_types": [FULL] * 7 + ["chunked_attention"]}, "layer_types must be a list"),
+    ("smollm3", {"layer_types": [SLIDING] * 8}, "need sliding_window, and use_sliding_window"),
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be about every layer, got 1 for 8"),
+    ("smollm3", {"no_rope_layers": [2] * 8}, "no_rope_layers must be a list of which each is"),
+    ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop is 0.1"),
+    ("phi3", {"auto_map": {"AutoConfig": "mine.Config"}}, "auto_map is {'AutoConfig': 'mine.Conf"),
+    ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor must be a number above 0"),
+    ("phi3", {"partial_rotary_factor": 0.5}, "rotary_dim must be even and at most head_dim 6"),
+    ("phi3", {"rope_scaling": {"type": "longrope", **LONG}}, "must have one number for each of 3"),
+    ("phi3", {"rope_scaling": {"type": "longrope"}}, "short_factor must be a list"),
+    (
+        "phi3",
+        {"rope_parameters": {"original_max_position_embeddings": 9, "rope_type": "longrope"}},
+        "must be the same in the rope settings and outside, got 9 and 4096",
+    ),
+    ("llama", {"rope_scaling": {"type": "yarn"}}, "factor must be a finite number above 0"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 0}}, "mscale must be"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "dynamic", "factor": 2, "original_max_position_embeddings": 9}},
+        "needs original_max_position_embeddings equal to max_position_embeddings",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"factor": 2, "type": "linear"}, "rope_parameters": {"factor": 3}},
+        "rope settings in several places disagree about factor",
+    ),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+    ("mixtral", {"num_experts": 4, "num_local_experts": 5}, "num_experts and num_local_experts"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be from 1 to num_experts 8"),
+    ("mixtral", {"num_hidden_layers": 4000, "num_local_experts": 1000}, "must be at most 65536"),
+    ("mixtral", {"num_local_experts": 0}, "num_local_experts must be an integer from 1"),
+    (
+        "qwen3_moe",
+        {"use_sliding_window": True, "max_window_layers": 3},
+        "max_window_layers is 3 beside use_sliding_window",
+    ),
+    ("mistral", {"layer_types": [FULL] * 8}, "does not know, and so cannot honour: layer_types"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "fields", "message"), BAD)
+def test_fields_that_do_not_fit_a_family_are_refused(model_type, fields, message):
+    with pytest.raises(ModelLoadError) as caught:
+        read({"model_type": model_type, **SMALL, **KEYS, **fields}, "x/config.json")
+    assert str(caught.value).startswith("x/config.json: ") and message in str(caught.value)
+
+
+# Fields of transformers' configurations that leave the logits as they are, reviewed by hand.
+UNCHANGING = set(
+    """
+    _name_or_path architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
+    label2id model_type output_attentions output_hidden_states output_router_logits pad_token_id
+    pretraining_tp problem_type return_dict transformers_version use_cache
+    """.split()
+)
+# What does nothing beside a list of all layers; for what these do alone, see
+# `test_layers_are_what_the_fields_say`.
+OVERRULED = {
+    "max_window_layers",
+    "no_rope_layer_interval",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "use_sliding_window",
+}
+OTHER_VALUES = {
+    "hidden_act": "gelu",
+    "hidden_activation": "silu",
+    "num_attention_heads": 12,
+    "head_dim": 14,
+    "layer_types": [SLIDING, FULL, FULL],
+    "mlp_only_layers": [1, 2],
+    "no_rope_layers": [0, 1, 1],
+    "sliding_window": 9,
+    "original_max_position_embeddings": 11,
+}
+
+
+def other(name, value):
+    """A value that differs, of the same type where there is one."""
+    if name == "num_key_value_heads":
+        return 3 if value == 1 else 1
+    if name in OTHER_VALUES:
+        return OTHER_VALUES[name]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + type(value)(1)
+    return 7 if value is None else "another"
+
+
+def silent(config, fields):
+    """The fields of a configuration that have no say."""
+    names = UNCHANGING | OVERRULED
+    names |= set() if config.rope_scaling else {"original_max_position_embeddings"}
+    return names | (set() if fields.get("use_sliding_window", True) else {"sliding_window"})
+
+
+def assert_honoured(before, fields, name, value):
+    """The field is refused by its name, or changes the configuration, or has no say."""
+    try:
+        after = read(fields | {name: value})
+    except ModelLoadError as error:
+        assert name in str(error), f"{name}: {error}"
+        return
+    assert after != before or name in silent(before, fields), f"{name} {value!r} is ignored"
+    assert after == before or name not in UNCHANGING, name
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_field_of_transformers_is_honoured_or_refused(name):
+    """Each one changed, and those of all other families set."""
+    fields = theirs_of(**fields_of(name))
+    before = read(fields)
+    for field, value in fields.items():
+        if field not in ("model_type", "rope_parameters", "num_hidden_layers"):
+            assert_honoured(before, fields, field, other(field, value))
+    for model_type in FAMILIES:
+        foreign = theirs_of(model_type)
+        for field in foreign.keys() - fields.keys() - {"rope_parameters"}:
+            assert_honoured(before, fields, field, other(None, foreign[field]))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_rope_setting_of_transformers_is_honoured_or_refused(name):
+    fields = theirs_of(**fields_of(name))
+    before, ropes = read(fields), fields["rope_parameters"]
+    nested = FULL in ropes
+    for kind, settings in ropes.items() if nested else [(None, ropes)]:
+        for setting, value in settings.items():
+            changed = [x + 1 for x in value] if isinstance(value, list) else other(setting, value)
+            changed = settings | {setting: changed}
+            changed = ropes | {kind: changed} if nested else changed
+            try:
+                after = read(fields | {"rope_parameters": changed})
+            except ModelLoadError as error:
+                assert setting in str(error), f"{setting}: {error}"
+            else:
+                assert after != before, setting
+
+
+# Fields that code of others reads, or that stand in files without being transformers'.
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("quantization_config", {"bits": 4}),
+        ("attention_dropout", 0.1),
+        ("auto_map", {"AutoModelForCausalLM": "m.M"}),
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("pruned_heads", {"0": [1]}),
+        ("clip_qkv", 8.0),
+        ("logit_scale", 0.5),
+        ("logits_scaling", 2.0),
+        ("residual_multiplier", 0.5),
+        ("embedding_multiplier", 12.0),
+        ("attention_multiplier", 0.1),
+        ("attention_chunk_size", 8),
+        ("alibi", True),
+        ("parallel_residual", True),
+        ("use_qk_norm", True),
+        ("qk_layernorm", True),
+        ("n_shared_experts", 1),
+        ("shared_expert_intermediate_size", 4),
+        ("rope_interleaved", True),
+        ("num_nextn_predict_layers", 1),
+        ("rope_scaling", {"type": "default", "mrope_section": [1, 1, 1]}),
+    ],
+)
+def test_fields_of_other_architectures_are_refused_by_name(model_type, field, value):
+    with pytest.raises(ModelLoadError, match=field if field != "rope_scaling" else "mrope_section"):
+        read({"model_type": model_type, **SMALL, **KEYS, field: value})
