@@ -421,6 +421,7 @@ def test_attention_factor_of_yarn(settings, expected):
     assert scaling.factor == settings.get("factor", 4.0)
 
 
+PHI3 = "configuration_phi3.Phi3Config"
 BAD = [
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
@@ -452,8 +453,14 @@ BAD = [
     ("smollm3", {"layer_types": [SLIDING] * 8}, "need sliding_window, and use_sliding_window"),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be about every layer, got 1 for 8"),
     ("smollm3", {"no_rope_layers": [2] * 8}, "no_rope_layers must be a list of which each is"),
+    ("qwen2", {"use_mrope": True}, "use_mrope is True, which is not implemented; only False is"),
     ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop is 0.1"),
-    ("phi3", {"auto_map": {"AutoConfig": "mine.Config"}}, "auto_map is {'AutoConfig': 'mine.Conf"),
+    ("phi3", {"auto_map": {"AutoConfig": "mine.Config"}}, "auto_map must be the map to Microsoft"),
+    (
+        "phi3",
+        {"auto_map": {"AutoConfig": f"me/x--{PHI3}"}},
+        "auto_map must be the map to Microsoft",
+    ),
     ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
     ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor must be a number above 0"),
     ("phi3", {"partial_rotary_factor": 0.5}, "rotary_dim must be even and at most head_dim 6"),
@@ -495,6 +502,183 @@ def test_fields_that_do_not_fit_a_family_are_refused(model_type, fields, message
     with pytest.raises(ModelLoadError) as caught:
         read({"model_type": model_type, **SMALL, **KEYS, **fields}, "x/config.json")
     assert str(caught.value).startswith("x/config.json: ") and message in str(caught.value)
+
+
+# What config.json of real models holds, without what is the same in all of them.
+ANY = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 7],
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+}
+
+
+def sizes(*values):
+    """Vocabulary, width, width of the feed-forward block, layers, heads, key-value heads."""
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    return dict(zip([*names.split(), "num_key_value_heads"], values, strict=True))
+
+
+PHI_SIZES = {
+    "auto_map": {"AutoConfig": PHI3, "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "attention_bias": False,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+PHI_MINI = sizes(32064, 3072, 8192, 32, 32, 32) | PHI_SIZES
+GEMMA3 = {
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+}
+REAL = {
+    "Mistral 7B v0.1": (
+        "mistral",
+        sizes(32000, 4096, 14336, 32, 32, 8) | {"sliding_window": 4096, "rope_theta": 1e4},
+        {"head_dim": 128, "sliding_window": 4096, "layer_types": (SLIDING,) * 32},
+    ),
+    "Mistral Nemo": (
+        "mistral",
+        sizes(131072, 5120, 14336, 40, 32, 8)
+        | {"sliding_window": None, "head_dim": 128, "rope_theta": 1e6},
+        {"head_dim": 128, "sliding_window": None, "layer_types": (), "rope_theta": 1e6},
+    ),
+    "Qwen 2.5 0.5B": (
+        "qwen2",
+        sizes(151936, 896, 4864, 24, 14, 2)
+        | {"max_window_layers": 24, "sliding_window": 32768, "use_sliding_window": False}
+        | {"rope_theta": 1e6, "tie_word_embeddings": True, "use_mrope": False},
+        {"head_dim": 64, "layer_types": (), "attention_bias": True, "output_bias": False},
+    ),
+    "Qwen 3 0.6B": (
+        "qwen3",
+        sizes(151936, 1024, 3072, 28, 16, 8)
+        | {"attention_bias": False, "head_dim": 128, "max_window_layers": 28}
+        | {"rope_scaling": None, "sliding_window": None, "use_sliding_window": False}
+        | {"tie_word_embeddings": True, "rope_theta": 1000000},
+        {"head_dim": 128, "qk_norm": "head", "tie_word_embeddings": True},
+    ),
+    "Qwen 3 30B A3B": (
+        "qwen3_moe",
+        sizes(151936, 2048, 6144, 48, 32, 4)
+        | {"decoder_sparse_step": 1, "head_dim": 128, "max_window_layers": 48}
+        | {"mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "output_router_logits": False}
+        | {"router_aux_loss_coef": 0.001, "sliding_window": None, "use_sliding_window": False},
+        {"num_experts": 128, "norm_topk_prob": True, "dense_layers": (), "head_dim": 128},
+    ),
+    "Mixtral 8x7B": (
+        "mixtral",
+        sizes(32000, 4096, 14336, 32, 32, 8)
+        | {"num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False}
+        | {"router_aux_loss_coef": 0.02, "sliding_window": None, "rope_theta": 1000000.0},
+        {"num_experts": 8, "moe_intermediate_size": 14336, "router_aux_loss_coef": 0.02},
+    ),
+    "Gemma 2 2B": (
+        "gemma2",
+        sizes(256000, 2304, 9216, 26, 8, 4)
+        | {"attention_bias": False, "attn_logit_softcapping": 50.0, "head_dim": 256}
+        | {"cache_implementation": "hybrid", "final_logit_softcapping": 30.0}
+        | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+        | {"query_pre_attn_scalar": 256, "sliding_window": 4096, "rope_theta": 10000.0},
+        {
+            "layer_types": (SLIDING, FULL) * 13,
+            "attention_multiplier": 0.0625,
+            "embedding_multiplier": 48.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Gemma 3 1B": (
+        "gemma3_text",
+        sizes(262144, 1152, 6912, 26, 4, 1)
+        | GEMMA3
+        | {"cache_implementation": "hybrid"}
+        | {"sliding_window_pattern": 6},
+        {
+            "layer_types": ((SLIDING,) * 5 + (FULL,)) * 4 + (SLIDING,) * 2,
+            "rope_theta": 1e6,
+            "local_rope_theta": 1e4,
+            "final_logit_softcapping": None,
+        },
+    ),
+    "Gemma 3 270M": (
+        "gemma3_text",
+        sizes(262144, 640, 2048, 18, 4, 1)
+        | GEMMA3
+        | {"_sliding_window_pattern": 6, "use_bidirectional_attention": False}
+        | {"layer_types": ([SLIDING] * 5 + [FULL]) * 3},
+        {"layer_types": ((SLIDING,) * 5 + (FULL,)) * 3, "sliding_window": 512},
+    ),
+    "Phi 3 mini 4k": (
+        "phi3",
+        PHI_MINI | {"max_position_embeddings": 4096, "rope_scaling": None, "sliding_window": 2047},
+        {"rope_scaling": None, "sliding_window": 2047, "rotary_dim": None, "head_dim": 96},
+    ),
+    "Phi 3.5 mini": (
+        "phi3",
+        PHI_MINI
+        | {"max_position_embeddings": 131072, "sliding_window": 262144}
+        | {"auto_map": {"AutoConfig": f"microsoft/Phi-3.5-mini-instruct--{PHI3}"}}
+        | {"rope_scaling": {"type": "longrope"} | {k: [1.5] * 48 for k in LONG}},
+        {
+            "rope_scaling": RopeScaling(
+                "longrope",
+                32.0,
+                original_max_position_embeddings=4096,
+                attention_factor=1.1902380714238083,  # sqrt(1 + ln 32 / ln 4096)
+                short_factor=(1.5,) * 48,
+                long_factor=(1.5,) * 48,
+            )
+        },
+    ),
+    "Phi 4 mini": (
+        "phi3",
+        sizes(200064, 3072, 8192, 32, 24, 8)
+        | PHI_SIZES
+        | {"auto_map": PHI_SIZES["auto_map"] | {"AutoTokenizer": "Xenova/gpt-4o"}}
+        | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
+        | {"max_position_embeddings": 131072, "partial_rotary_factor": 0.75}
+        | {"rope_scaling": {"type": "longrope"} | {k: [1.0] * 48 for k in LONG}}
+        | {"sliding_window": 262144, "tie_word_embeddings": True},
+        {"rotary_dim": 96, "head_dim": 128, "tie_word_embeddings": True},
+    ),
+    "OLMo 2 7B": (
+        "olmo2",
+        sizes(100352, 4096, 11008, 32, 32, 32)
+        | {"attention_bias": False, "rope_scaling": None, "rope_theta": 500000},
+        {"pre_norm": False, "post_norm": True, "qk_norm": "all", "rope_theta": 5e5},
+    ),
+    "SmolLM 3 3B": (
+        "smollm3",
+        sizes(128256, 2048, 11008, 36, 16, 4)
+        | {"attention_bias": False, "mlp_bias": False, "max_window_layers": 28}
+        | {"layer_types": [FULL] * 36, "no_rope_layer_interval": 4, "pretraining_tp": 2}
+        | {"no_rope_layers": [1, 1, 1, 0] * 9, "rope_scaling": None, "rope_theta": 5000000.0}
+        | {"sliding_window": None, "use_sliding_window": False},
+        {"no_rope_layers": tuple(range(3, 36, 4)), "rope_theta": 5e6, "layer_types": ()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_configurations_of_real_models_are_read(name):
+    model_type, fields, expected = REAL[name]
+    config = read({"model_type": model_type, **ANY, **fields})
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 # Fields of transformers' configurations that leave the logits as they are, reviewed by hand.

@@ -1,5 +1,6 @@
 """Hugging Face directories are read strictly and written whole; each refusal is one sentence."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from relax.models import (
     directories,
     load_pretrained,
     pretrained,
+    read_generation_config,
     read_pretrained_config,
     save_pretrained,
 )
@@ -500,6 +502,17 @@ def test_an_output_matrix_beside_tied_embeddings_is_refused_with_a_hint(director
     assert_refused(directory, "1 not in the architecture: lm_head.weight. Is tie_word_embeddings")
 
 
+def test_an_output_matrix_that_repeats_tied_embeddings_is_not_read(tiny, tmp_path):
+    """Qwen 3's files hold it twice."""
+    tied = Transformer(dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    params = {name: leaf for name, leaf in tiny[1].items() if name != "lm_head"}
+    path = save_pretrained(tmp_path / "model", tied, params)
+    edit_tensors(path, lambda t: t.update({"lm_head.weight": t[EMBEDDING]}))
+    assert_same(load_pretrained(path)[1], params)
+    edit_tensors(path, lambda t: t.update({"lm_head.weight": t[EMBEDDING] * np.float32(1.001)}))
+    assert_refused(path, "1 not in the architecture: lm_head.weight. Is tie_word_embeddings")
+
+
 def test_a_wrong_depth_is_refused(directory):
     edit(directory / "config.json", lambda config: config.update(num_hidden_layers=4000))
     assert_refused(directory, "51974 missing: model.layers.10.", " and 51970 more")
@@ -727,6 +740,47 @@ def test_without_a_tokenizer_no_token_ids_are_made_up(saved):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.from_pretrained(saved)
     assert config.bos_token_id is config.eos_token_id is config.pad_token_id is None
+
+
+END = {"eos_token_id": [7, 9], "temperature": 0.6, "do_sample": True}
+
+
+@pytest.mark.parametrize(
+    ("before", "ends", "padding"),
+    [
+        ({}, 1, 0),
+        ({"eos_token_id": 1}, 1, 0),
+        (END, [7, 9, 1], 0),
+        ({"eos_token_id": [1, 9]}, [1, 9], 0),
+        ({"eos_token_id": [0, 9]}, [0, 9, 1], None),  # the padding token ends answers, too
+        ({"eos_token_id": 7, "pad_token_id": 5, "bos_token_id": 4}, [7, 1], 0),
+    ],
+)
+def test_no_way_of_ending_an_answer_is_lost(tiny, tmp_path, before, ends, padding):
+    path = save_pretrained(
+        tmp_path / "model", *tiny, arithmetic_tokenizer(), generation_config=before
+    )
+    written = read_generation_config(path)
+    assert (written["eos_token_id"], written.get("pad_token_id")) == (ends, padding)
+    assert written.get("temperature") == before.get("temperature")
+    assert written.get("bos_token_id") == before.get("bos_token_id")
+    config = json.loads((path / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"]) == (ends, padding)
+
+
+def test_without_a_tokenizer_the_ids_are_those_of_before(tiny, tmp_path):
+    before = END | {"pad_token_id": 3}
+    path = save_pretrained(tmp_path / "model", *tiny, generation_config=before)
+    assert read_generation_config(path) == before
+
+
+def test_a_directory_without_generation_config_says_nothing_about_it(directory):
+    assert read_generation_config(directory) == {}
+    (directory / "generation_config.json").unlink()
+    assert read_generation_config(directory) == {}
+    (directory / "generation_config.json").write_text("[1]")
+    with pytest.raises(ModelLoadError, match="generation_config.json: must hold an object"):
+        read_generation_config(directory)
 
 
 def test_files_are_readable_as_the_umask_says(tiny, tmp_path):

@@ -30,4 +30,5 @@ FAMILY = Family(
     fixed={"attention_bias": True},
     derive=windows.from_layer,
     restore=windows.to_layer,
+    only={"use_mrope": (False,)},
 )
