@@ -167,7 +167,7 @@ def longest(model: TransformerConfig) -> tuple[int, str]:
     for scaling in {kind.rope.scaling for kind in model.layer_kinds if kind.rope}:
         if scaling is not None and scaling.depends_on_length:
             original = scaling.original_max_position_embeddings
-            if original < room:
+            if original <= room:
                 room, why = original, f"up to which {scaling.kind} rotary positions stay the same"
     return room, why
 
