@@ -1,7 +1,5 @@
 """The parts of a run, made from its configuration: tokenizer, model, data, optimizer, trainer."""
 
-import dataclasses
-import zlib
 from pathlib import Path
 
 import jax
@@ -11,7 +9,7 @@ from relax import data
 from relax.config import TrainerConfig, resolve_steps
 from relax.config.checks import OPTIMIZER_FIELDS
 from relax.data.loader import epoch_order
-from relax.errors import ConfigError, DataError
+from relax.errors import ConfigError
 from relax.models import Transformer, TransformerConfig, load_pretrained, read_pretrained_config
 from relax.models.config import LoRA
 from relax.models.peft import base_of, is_adapter_directory, load_merged
@@ -31,26 +29,6 @@ EMBEDDED_MODEL = TransformerConfig(
     max_position_embeddings=1024,
     tie_word_embeddings=True,
 )
-
-
-TRAINING, EVALUATION = "training data", "evaluation data"
-
-
-@dataclasses.dataclass(frozen=True)
-class Datasets:
-    """What a run trains and evaluates on.
-
-    Attributes:
-      train: the loader of updates.
-      eval: the loader to evaluate on, or None.
-      reports: by the name under which each is shown.
-      digest: of all tokens and labels: a resumed run must find the same.
-    """
-
-    train: data.DataLoader
-    eval: data.DataLoader | None
-    reports: dict[str, data.DataReport]
-    digest: str
 
 
 def make_tokenizer(config: TrainerConfig):
@@ -91,7 +69,10 @@ def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, di
     if p.use_peft:
         targets = tuple(p.lora_target_modules)
         model = model.clone(lora=LoRA(p.lora_r, p.lora_alpha, p.lora_dropout, targets))
-    return model, params
+    return model.clone(
+        gradient_checkpointing_policy=config.hyperparams.gradient_checkpointing_policy,
+        attn_implementation=config.model.attn_implementation,
+    ), params
 
 
 def adapter_base(config: TrainerConfig) -> str | None:
@@ -114,39 +95,11 @@ def _of_model(directory: Path) -> Path:
     return find_directory(base_of(directory)) if is_adapter_directory(directory) else directory
 
 
-def make_data(config: TrainerConfig, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
-    """Reads, tokenises and batches everything before anything is compiled.
-
-    `rows` are rows to train on and rows to evaluate on (or None), in place of the named ones.
-    """
-    train_rows, eval_rows = _rows(config, rows)
-    loaders, reports, digest = {}, {}, 0
-    for name, rows in {TRAINING: train_rows, EVALUATION: eval_rows}.items():
-        if rows is None:
-            continue
-        strategy = _packing(config, training=name == TRAINING)
-        options = _format_options(config, strategy)
-        examples, reports[name] = data.prepare(rows, tokenizer, options, shape.vocab_size)
-        loaders[name] = _loader(config, examples, strategy, training=name == TRAINING)
-        if strategy:
-            reports[name] = reports[name].with_packing(strategy, loaders[name])
-        for array in (examples.input_ids, examples.labels, examples.offsets):
-            digest = zlib.crc32(array.tobytes(), digest)
-        longest = max(loaders[name].bucket_lengths)
-        if longest > shape.max_position_embeddings:
-            raise DataError(
-                f"{name}: batches are up to {longest} tokens long, and the model has "
-                f"{shape.max_position_embeddings} positions. "
-                f"Pass --max_length {shape.max_position_embeddings}."
-            )
-    return Datasets(loaders[TRAINING], loaders.get(EVALUATION), reports, f"{digest:08x}")
-
-
-def total_steps(config: TrainerConfig, loader) -> int:
+def total_steps(config: TrainerConfig, updates_per_epoch: int) -> int:
     """Updates of the whole run."""
     if config.hyperparams.max_steps > 0:
         return config.hyperparams.max_steps
-    return config.hyperparams.num_train_epochs * len(loader)
+    return config.hyperparams.num_train_epochs * updates_per_epoch
 
 
 def make_optimizer(config: TrainerConfig, steps: int):
@@ -181,17 +134,21 @@ def save_interval(config: TrainerConfig, steps: int) -> int | None:
     return 0 if output.save_strategy == "epoch" else None
 
 
-def _rows(config: TrainerConfig, given):
-    """Rows to train on, and rows to evaluate on or None."""
+def source_rows(config: TrainerConfig, given=None):
+    """Rows to train on, and rows to evaluate on or None.
+
+    `given` are the two, in place of the named ones.
+    """
     d = config.data
     if given is None and d.dataset_name is None:
         return data.arithmetic_rows("train"), data.arithmetic_rows("test")
     train_source, eval_source = given or (d.dataset_name, d.eval_dataset_name)
-    train = data.read_rows(train_source, d.dataset_train_split, d.dataset_config)
+    options = d.dataset_kwargs
+    train = data.read_rows(train_source, d.dataset_train_split, d.dataset_config, options)
     if eval_source is not None:
         return train, data.read_rows(eval_source, d.dataset_test_split)
     if d.test_size:
-        return _split(train, resolve_steps(d.test_size, len(train)), _data_seed(config))
+        return _split(train, resolve_steps(d.test_size, len(train)), data_seed(config))
     if config.inference.eval_strategy == "no" and not config.inference.eval_on_start:
         return train, None
     if given is not None or Path(d.dataset_name).is_file():
@@ -199,7 +156,7 @@ def _rows(config: TrainerConfig, given):
             "eval_strategy and eval_on_start need rows to evaluate on: pass --eval_dataset_name "
             "FILE, or --test_size 0.1 to hold out a tenth of the rows."
         )
-    return train, data.read_rows(d.dataset_name, d.dataset_test_split, d.dataset_config)
+    return train, data.read_rows(d.dataset_name, d.dataset_test_split, d.dataset_config, options)
 
 
 def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]:
@@ -219,51 +176,8 @@ def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]
     return part(kept), part(held_out)
 
 
-def _format_options(config: TrainerConfig, strategy: str | None) -> data.FormatOptions:
-    d = config.data
-    # The two strategies that split long rows keep every token: nothing is cut before them.
-    splits = strategy not in (None, "bfd")
-    return data.FormatOptions(
-        text_field=d.dataset_text_field,
-        completion_only_loss=config.sft.completion_only_loss,
-        assistant_only_loss=config.sft.assistant_only_loss,
-        system_prompt=config.profile.system_prompt,
-        eos_token=d.eos_token,
-        max_length=None if splits else d.max_length,
-        truncation_mode=d.truncation_mode,
-    )
-
-
-def _packing(config: TrainerConfig, *, training: bool) -> str | None:
-    d = config.data
-    packs = d.packing if training or d.eval_packing is None else d.eval_packing
-    return d.packing_strategy if packs else None
-
-
-def plain_loader(config: TrainerConfig, examples) -> data.DataLoader:
-    """Rows to evaluate on, one example each, in the given order."""
-    return _loader(config, examples, None, training=False)
-
-
-def _loader(
-    config: TrainerConfig, examples, packing: str | None, *, training: bool
-) -> data.DataLoader:
-    h = config.hyperparams
-    rows = config.inference.per_device_eval_batch_size
-    if training:
-        rows = h.per_device_train_batch_size * h.gradient_accumulation_steps
-    return data.DataLoader(
-        examples,
-        rows,
-        seed=_data_seed(config),
-        shuffle=training and config.data.shuffle_dataset,
-        packing=packing,
-        max_length=config.data.max_length if packing else None,
-        pad_to_multiple_of=config.data.pad_to_multiple_of or 8,
-    )
-
-
-def _data_seed(config: TrainerConfig) -> int:
+def data_seed(config: TrainerConfig) -> int:
+    """The seed of the order of rows."""
     h = config.hyperparams
     return h.seed if h.data_seed is None else h.data_seed
 
@@ -271,4 +185,5 @@ def _data_seed(config: TrainerConfig) -> int:
 def make_state(trainer, params, seed: int):
     """The state before the first update; `params` (or None: fresh ones) are taken over."""
     key = jax.random.key(seed)
-    return initial_state(trainer.model, trainer.optimizer, key, params, trainer.freeze)
+    reference = getattr(trainer, "reference", False)
+    return initial_state(trainer.model, trainer.optimizer, key, params, trainer.freeze, reference)

@@ -16,7 +16,7 @@ import jax
 from rich.console import Console
 from safetensors import SafetensorError
 
-from relax import assemble, data, fault
+from relax import assemble, fault
 from relax.callbacks import MetricsLog, Progress
 from relax.checkpoint import (
     Checkpointer,
@@ -32,8 +32,8 @@ from relax.models import save_pretrained
 from relax.models.lora import merge_adapters
 from relax.models.peft import save_adapter
 from relax.models.trainable import merge
+from relax.recipes import recipe_of
 from relax.run_dir import RunDir, check_same_config, write_json
-from relax.trainers import SFTTrainer
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 FROM_PYTHON = "rows from Python"
@@ -98,6 +98,7 @@ class TrainerEngine:
             stack.enter_context(warnings.catch_warnings())
             warnings.showwarning = self._show_warning
             job = _Job(config, run_dir, self.console, rows)
+            stack.callback(job.recipe.close)
             try:
                 return job.run(interrupt)
             except Interrupted:
@@ -131,7 +132,12 @@ class _Job:
         )
         self.checkpointer.sweep()
         # A checkpoint holds what is trained; what is frozen is had again from where it came from.
-        self.freezes = config.peft.use_peft or config.peft.freeze is not None
+        self.recipe = recipe_of(config, console)
+        self.freezes = (
+            config.peft.use_peft
+            or config.peft.freeze is not None
+            or self.recipe.has_constant_reference
+        )
         self.saver: Checkpointer | FrozenElsewhere = self.checkpointer
         self.base: str | None = None  # what the exported adapter is for, if one is exported
 
@@ -142,10 +148,14 @@ class _Job:
         tokenizer = assemble.make_tokenizer(config)
         model, params = assemble.make_model(config, weights=self.start is None or self.freezes)
         self.base = assemble.adapter_base(config)
-        datasets = assemble.make_data(config, tokenizer, model.config, self.rows)
-        self._show_data(datasets)
-        steps = assemble.total_steps(config, datasets.train)
-        trainer = self._trainer(model, steps)
+        recipe = self.recipe
+        datasets = recipe.datasets(tokenizer, model.config, self.rows)
+        recipe.show_data(datasets)
+        updates = recipe.updates_per_item * len(datasets.train)  # of an epoch
+        steps = assemble.total_steps(config, updates)
+        trainer = self._trainer(model, tokenizer, steps)
+        if params is None and self.start is None:
+            params = recipe.fresh_params(model, tokenizer)
         state, progress = self._start_state(trainer, params)
         params = None  # the state has taken them over, and the first update reuses their memory
         if config.output.overwrite_output_dir:  # not before: all that was read is as it should be
@@ -153,12 +163,11 @@ class _Job:
         self._check_space(state, steps)
         self._show_plan(state, steps)
         self._write_config(datasets)
-        embedded = config.data.dataset_name is None
-        if embedded and progress is None:
-            self._exact_match("exact_match_before", trainer, state, datasets.eval)
+        if recipe.embedded and progress is None:
+            self.metrics |= recipe.examine("before", trainer, state, datasets)
         state = trainer.train(
             datasets.train,
-            num_epochs=math.ceil(steps / len(datasets.train)),
+            num_epochs=math.ceil(steps / updates),
             state=state,
             progress=progress,
             max_steps=steps,
@@ -173,8 +182,8 @@ class _Job:
             raise Interrupted(interrupt.requested)
         fault.point("trained")
         self.metrics |= self._last_evaluation()
-        if embedded:
-            self._exact_match("exact_match", trainer, state, datasets.eval)
+        if recipe.embedded:
+            self.metrics |= recipe.examine("after", trainer, state, datasets)
         model_dir = self._export(model, state, tokenizer)
         self._show_summary(model_dir)
         return JobResult(state, self.metrics, self.run_dir.path, model_dir)
@@ -203,29 +212,29 @@ class _Job:
         kept = f"Checkpoint {steps[-1]} is intact" if steps else "No checkpoint was saved"
         return f"{kept}; make room and run: {self.resume_command()}"
 
-    def _trainer(self, model, steps: int) -> SFTTrainer:
+    def _trainer(self, model, tokenizer, steps: int):
         config = self.config
         progress = Progress(self.console)
+        logging_steps = resolve_steps(config.output.logging_steps, steps)
+        others = self.recipe.callbacks(self.run_dir.path, logging_steps)
+        listeners = [progress, *(other for other in others if hasattr(other, "show"))]
         log = MetricsLog(
             self.run_dir.path / "metrics.jsonl",
-            resolve_steps(config.output.logging_steps, steps),
-            listeners=(progress.show,),
+            logging_steps,
+            listeners=tuple(listener.show for listener in listeners),
         )
-        return SFTTrainer(
-            model,
-            assemble.make_optimizer(config, steps),
-            freeze=config.peft.freeze,
-            loss_chunk_size=config.sft.loss_chunk_size,
-            gradient_accumulation_steps=config.hyperparams.gradient_accumulation_steps,
-            max_grad_norm=config.hyperparams.max_grad_norm,
-            callbacks=(log, progress),
-        )
+        optimizer = assemble.make_optimizer(config, steps)
+        return self.recipe.trainer(model, tokenizer, optimizer, (log, progress, *others))
 
     def _last_evaluation(self) -> dict[str, float]:
         """From the file, since a resumed run may find its last evaluation done."""
         lines = (self.run_dir.path / "metrics.jsonl").read_text().splitlines()
-        records = [record for line in lines if "eval_loss" in (record := json.loads(line))]
-        return {n: v for n, v in (records or [{}])[-1].items() if n.startswith("eval_")}
+        evaluations = [
+            found
+            for record in map(json.loads, lines)
+            if (found := {n: v for n, v in record.items() if n.startswith("eval_")})
+        ]
+        return evaluations[-1] if evaluations else {}
 
     def _start_state(self, trainer, params):
         """`(state, progress)`: fresh, or from the checkpoint to resume from."""
@@ -296,12 +305,6 @@ class _Job:
         model = saved.params if self.base else (state.params, state.frozen)
         check_space(self.run_dir.path, tree_bytes(saved), copies, others=tree_bytes(model))
 
-    def _exact_match(self, name: str, trainer, state, loader) -> None:
-        loader = assemble.plain_loader(self.config, loader.examples)
-        self.metrics[name] = trainer.exact_match(state, loader)
-        when = "before training" if name.endswith("before") else "after training"
-        self.console.print(f"held-out exact match {when}: {self.metrics[name]:.1%}")
-
     def _export(self, model, state, tokenizer) -> Path:
         model_dir = self.run_dir.path / "final"
         try:
@@ -318,29 +321,21 @@ class _Job:
                 f"the model cannot be written to '{model_dir}': {reason}. {self.how_to_recover()}"
             ) from error
 
-    def _show_data(self, datasets) -> None:
-        for name, report in datasets.reports.items():
-            examples = self.config.debug.print_examples if name == "training data" else 0
-            data.render(report, self.console, examples, title=name)
-
     def _show_plan(self, state, steps: int) -> None:
-        h = self.config.hyperparams
-        rows = h.per_device_train_batch_size * h.gradient_accumulation_steps
         trained, frozen = (
             sum(leaf.size for leaf in jax.tree.leaves(tree))
             for tree in (state.params, state.frozen)
         )
         of_all = f"{trained:,} of {trained + frozen:,}" if frozen else f"{trained:,}"
         self.console.print(
-            f"training {of_all} parameters for {steps:,} updates of {rows} rows "
-            f"({h.per_device_train_batch_size} x {h.gradient_accumulation_steps}) on "
+            f"training {of_all} parameters for {steps:,} updates of {self.recipe.plan} on "
             f"{jax.devices()[0].device_kind}, {self.config.model.dtype}"
         )
 
     def _show_summary(self, model_dir: Path) -> None:
         seconds = time.monotonic() - self.start_s
         self.console.print(f"done in {seconds:.0f} s")
-        for name in ("eval_loss", "exact_match_before", "exact_match"):
+        for name in self.recipe.headline:
             if name in self.metrics:
                 self.console.print(f"  {name:20} {self.metrics[name]:.4f}")
         paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}

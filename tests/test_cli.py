@@ -21,17 +21,17 @@ from relax.errors import ConfigError, DataError
 
 # Adding, renaming or removing a flag is a visible act: it changes this list.
 FLAGS = """
-adam_beta1 adam_beta2 adam_epsilon allow_config_change assistant_only_loss chat_template_path
-compilation_cache_dir completion_only_loss data_seed dataset_config dataset_name dataset_test_split
-dataset_text_field dataset_train_split debug_nans dtype eos_token eval_dataset_name eval_on_start
-eval_packing eval_steps eval_strategy freeze grace_s gradient_accumulation_steps
-gradient_checkpointing learning_rate logging_steps lora_alpha lora_dropout lora_r
-lora_target_modules loss_chunk_size lr_scheduler_type max_eval_batches max_grad_norm max_length
-max_steps merge_lora min_lr_rate model_name_or_path num_decay_steps num_train_epochs optim
-output_dir overwrite_output_dir packing packing_strategy pad_to_multiple_of param_dtype
-per_device_eval_batch_size per_device_train_batch_size print_examples resume save_steps
-save_strategy save_total_limit seed shuffle_dataset system_prompt test_size truncation_mode use_peft
-warmup_steps weight_decay
+adam_beta1 adam_beta2 adam_epsilon allow_config_change assistant_only_loss attn_implementation
+chat_template_path compilation_cache_dir completion_only_loss data_seed dataset_config
+dataset_kwargs dataset_name dataset_test_split dataset_text_field dataset_train_split debug_nans
+dtype eos_token eval_dataset_name eval_on_start eval_packing eval_steps eval_strategy freeze grace_s
+gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_policy learning_rate
+logging_steps lora_alpha lora_dropout lora_r lora_target_modules loss_chunk_size lr_scheduler_type
+max_eval_batches max_grad_norm max_length max_steps merge_lora min_lr_rate model_name_or_path
+num_decay_steps num_train_epochs optim output_dir overwrite_output_dir packing packing_strategy
+pad_to_multiple_of param_dtype per_device_eval_batch_size per_device_train_batch_size print_examples
+resume save_steps save_strategy save_total_limit seed shuffle_dataset system_prompt test_size
+truncation_mode use_peft warmup_steps weight_decay
 """.split()
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from relax.trainers.callback import Callback, Event
 
 # Fields that depend on the clock: everything else is the same in every run of a configuration.
-CLOCK_FIELDS = ("tokens_per_second", "elapsed_s")
+CLOCK_FIELDS = ("tokens_per_second", "elapsed_s", "step_time")
+PHASE = "time/"  # metrics of this name are seconds, and clock fields as well
 
 
 class MetricsLog(Callback):
@@ -22,6 +23,9 @@ class MetricsLog(Callback):
     Floating-point metrics are means over the window's updates, but for the learning rate, which is
     the last update's; integer ones are counts, summed over the whole run. `elapsed_s` counts from
     the beginning of `train`. A resumed run cuts the file back to where its checkpoint was taken.
+
+    Where a trainer gives seconds of its phases, as `time/...`, a line has their means per update,
+    `time/update` (the compiled steps), `time/other`, and `step_time`, which is their sum.
 
     Args:
       path: the file, written over if it is there; None: nothing is written.
@@ -59,9 +63,14 @@ class MetricsLog(Callback):
         if self._compiles:
             self._shapes.add(shape)
             self._settle()
+        self._begun_s = time.monotonic()
 
     def on_batch_end(self, event: Event) -> None:
-        self._window.append(event.metrics)
+        metrics = event.metrics
+        if event.trainer.updates_per_item > 1 or any(n.startswith(PHASE) for n in metrics):
+            jax.block_until_ready(metrics)
+            metrics = metrics | {f"{PHASE}update": time.monotonic() - self._begun_s}
+        self._window.append(metrics)
         self._timed.append(not self._compiles)
         if self._compiles:
             jax.block_until_ready(event.metrics)
@@ -92,7 +101,7 @@ class MetricsLog(Callback):
         self._window = list(state["window"])
 
     def _start_clock(self) -> None:
-        self._start_s = self._clock_s = time.monotonic()
+        self._start_s = self._clock_s = self._window_s = time.monotonic()
         self._spent_s = 0.0
 
     def _settle(self) -> None:
@@ -116,14 +125,25 @@ class MetricsLog(Callback):
                 record[name] = self.counts[name]
             elif name == "learning_rate":
                 record[name] = values[-1]
+            elif name.startswith(PHASE):
+                record[name] = sum(values) / len(self._window)
             else:
                 record[name] = sum(values) / len(values)
         timed = zip(self._window, self._timed, strict=True)
         tokens = sum(metrics.get("num_tokens", 0) for metrics, counts in timed if counts)
         if tokens:
             record["tokens_per_second"] = tokens / max(self._spent_s, 1e-9)
+        self._add_other_time(record)
         self._window, self._timed, self._spent_s = [], [], 0.0
         self._emit(event, record)
+
+    def _add_other_time(self, record: dict) -> None:
+        phases = [value for name, value in record.items() if name.startswith(PHASE)]
+        if phases:
+            now_s = time.monotonic()
+            step_s = (now_s - self._window_s) / len(self._window)
+            self._window_s = now_s
+            record |= {f"{PHASE}other": max(step_s - sum(phases), 0.0), "step_time": step_s}
 
     def _emit(self, event: Event, metrics: dict) -> None:
         record = {"step": event.step}

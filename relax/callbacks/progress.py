@@ -50,11 +50,15 @@ class Progress(Callback):
             self._bar = None
 
     def on_batch_begin(self, event: Event) -> None:
-        shape = str(jax.tree.map(np.shape, event.batch))
+        self.announce(event.batch)
+
+    def announce(self, batch) -> None:
+        """Says that the step is about to be compiled for a batch (or its shapes), if it is new."""
+        shape = str(jax.tree.map(np.shape, batch))
         if shape in self._shapes:
             return
         self._shapes.add(shape)
-        sizes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(event.batch)}
+        sizes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
         rows = " x ".join(map(str, max(sizes, key=len)))
         self._compiling = (rows, time.monotonic())
         self.console.print(f"compiling the train step for batches of {rows} ...")

@@ -2,6 +2,7 @@
 
 from relax.config.loader import ConfigLoader, create_default_config, from_dict
 from relax.config.options import option, options, resolve_steps, section
+from relax.config.rl import GRPOConfig
 from relax.config.schema import (
     DataConfig,
     DebugConfig,
@@ -10,6 +11,7 @@ from relax.config.schema import (
     ModelConfig,
     OutputConfig,
     ProfileConfig,
+    RowsConfig,
     SFTConfig,
     SFTSection,
     SystemConfig,
@@ -21,11 +23,13 @@ __all__ = [
     "ConfigLoader",
     "DataConfig",
     "DebugConfig",
+    "GRPOConfig",
     "Hyperparams",
     "InferenceConfig",
     "ModelConfig",
     "OutputConfig",
     "ProfileConfig",
+    "RowsConfig",
     "SFTConfig",
     "SFTSection",
     "SystemConfig",

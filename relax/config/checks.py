@@ -46,14 +46,20 @@ def problems(
     if found:
         return found
     found = [p for name, option in known.items() for p in _range(option, values[name])]
-
-    def given(name: str) -> bool:
-        return values[name] not in (known[name].default, embedded.get(name, known[name].default))
-
+    given = given_by(known, values, embedded)
     for rules in (_run, _optimizer, _peft, _data, _packing, _evaluation, _output):
         found += rules(values, given)
     found += _names(known, values)
     return found
+
+
+def given_by(known: dict[str, Option], values: dict[str, Any], embedded: dict[str, Any]) -> Given:
+    """Tells whether a field differs from its default, and from that of the embedded run."""
+
+    def given(name: str) -> bool:
+        return values[name] not in (known[name].default, embedded.get(name, known[name].default))
+
+    return given
 
 
 def _type(option: Option, value: Any) -> Iterator[str]:
@@ -77,7 +83,7 @@ def _range(option: Option, value: Any) -> Iterator[str]:
         yield f"{option.name} must be a whole number, or a ratio below 1, got {value}"
 
 
-def _unused(name: str, reason: str) -> str:
+def unused(name: str, reason: str) -> str:
     return f"{name} has no effect: {reason}"
 
 
@@ -85,16 +91,18 @@ def _run(values: dict[str, Any], given: Given) -> Iterator[str]:
     if values["max_steps"] == 0:
         yield "max_steps must be -1 (no limit) or at least 1, got 0"
     if given("max_steps") and given("num_train_epochs"):
-        yield _unused("num_train_epochs", "max_steps sets the length of the run; give one of them")
+        yield unused("num_train_epochs", "max_steps sets the length of the run; give one of them")
+    if given("gradient_checkpointing_policy") and not values["gradient_checkpointing"]:
+        yield unused("gradient_checkpointing_policy", "gradient_checkpointing is false")
     if given("data_seed") and not values["shuffle_dataset"] and not given("test_size"):
-        yield _unused("data_seed", "shuffle_dataset is false and test_size holds no rows out")
+        yield unused("data_seed", "shuffle_dataset is false and test_size holds no rows out")
 
 
 def _optimizer(values: dict[str, Any], given: Given) -> Iterator[str]:
     optim, schedule = values["optim"], values["lr_scheduler_type"]
     for name in _ADAM:
         if given(name) and name not in OPTIMIZER_FIELDS[optim]:
-            yield _unused(name, f"optim {optim} does not read it")
+            yield unused(name, f"optim {optim} does not read it")
     if optim == "schedule_free_adamw":
         if not schedule.startswith("constant"):
             yield (
@@ -104,11 +112,11 @@ def _optimizer(values: dict[str, Any], given: Given) -> Iterator[str]:
         if values["adam_beta1"] == 0:
             yield "adam_beta1 must be above 0 with optim schedule_free_adamw, got 0.0"
     if given("warmup_steps") and schedule == "constant":
-        yield _unused("warmup_steps", "use lr_scheduler_type constant_with_warmup")
+        yield unused("warmup_steps", "use lr_scheduler_type constant_with_warmup")
     if given("num_decay_steps") and schedule != "wsd":
-        yield _unused("num_decay_steps", f"lr_scheduler_type is {schedule}; make it wsd")
+        yield unused("num_decay_steps", f"lr_scheduler_type is {schedule}; make it wsd")
     if given("min_lr_rate") and schedule not in ("cosine_with_min_lr", "wsd"):
-        yield _unused(
+        yield unused(
             "min_lr_rate", f"lr_scheduler_type is {schedule}; make it cosine_with_min_lr or wsd"
         )
     if schedule == "cosine_with_min_lr" and values["min_lr_rate"] == 0:
@@ -120,9 +128,9 @@ def _peft(values: dict[str, Any], given: Given) -> Iterator[str]:
     if not values["use_peft"]:
         for name in (*_LORA, "merge_lora"):
             if given(name):
-                yield _unused(name, "use_peft is false")
+                yield unused(name, "use_peft is false")
     elif freeze is not None:
-        yield _unused("freeze", "use_peft freezes all weights but the adapters")
+        yield unused("freeze", "use_peft freezes all weights but the adapters")
     if not targets:
         yield "lora_target_modules must name linear layers, or be all-linear, got none"
     elif "all-linear" in targets and len(targets) > 1:
@@ -137,14 +145,15 @@ def _data(values: dict[str, Any], given: Given) -> Iterator[str]:
     if values["dataset_name"] is None:
         for name in (
             "dataset_config",
+            "dataset_kwargs",
             "dataset_train_split",
             "dataset_test_split",
             "dataset_text_field",
             "eval_dataset_name",
             "test_size",
         ):
-            if given(name):
-                yield _unused(name, "without dataset_name the embedded arithmetic set is used")
+            if name in values and given(name):
+                yield unused(name, "without dataset_name the embedded arithmetic set is used")
         return
     if given("test_size") and given("eval_dataset_name"):
         yield "test_size and eval_dataset_name exclude each other: give one of them"
@@ -153,29 +162,31 @@ def _data(values: dict[str, Any], given: Given) -> Iterator[str]:
 
 
 def _packing(values: dict[str, Any], given: Given) -> Iterator[str]:
+    if "packing" not in values:
+        return
     if given("truncation_mode") and values["max_length"] is None:
-        yield _unused("truncation_mode", "max_length is none, so no row is too long")
+        yield unused("truncation_mode", "max_length is none, so no row is too long")
     if not values["packing"]:
         for name in ("packing_strategy", "eval_packing"):
             if given(name):
-                yield _unused(name, "packing is false")
+                yield unused(name, "packing is false")
         return
     if values["max_length"] is None:
         yield "packing needs max_length: packed rows are that long; give max_length"
     if values["eval_packing"] is False:
         return  # evaluation rows are still cut and padded as unpacked ones are
     if given("truncation_mode") and values["packing_strategy"] != "bfd":
-        yield _unused(
+        yield unused(
             "truncation_mode",
             f"packing_strategy {values['packing_strategy']} splits long rows",
         )
     if given("pad_to_multiple_of"):
-        yield _unused("pad_to_multiple_of", "packed rows are max_length long")
+        yield unused("pad_to_multiple_of", "packed rows are max_length long")
 
 
 def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
     if given("eval_steps") and values["eval_strategy"] != "steps":
-        yield _unused("eval_steps", f"eval_strategy is {values['eval_strategy']}; make it steps")
+        yield unused("eval_steps", f"eval_strategy is {values['eval_strategy']}; make it steps")
     asked = values["eval_strategy"] != "no" or values["eval_on_start"]
     held_out = given("eval_dataset_name") or given("test_size") or values["dataset_name"] is None
     if asked or held_out:
@@ -186,22 +197,22 @@ def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
         "per_device_eval_batch_size",
         "max_eval_batches",
     ):
-        if given(name):
-            yield _unused(name, "no row is held out; give eval_dataset_name or test_size")
+        if name in values and given(name):
+            yield unused(name, "no row is held out; give eval_dataset_name or test_size")
 
 
 def _output(values: dict[str, Any], given: Given) -> Iterator[str]:
     strategy, resume = values["save_strategy"], values["resume"]
     if given("save_steps") and strategy != "steps":
-        yield _unused("save_steps", f"save_strategy is {strategy}; make it steps")
+        yield unused("save_steps", f"save_strategy is {strategy}; make it steps")
     if given("save_total_limit") and strategy == "no":
-        yield _unused("save_total_limit", "save_strategy is no")
+        yield unused("save_total_limit", "save_strategy is no")
     if resume.lower() in ("true", "false", "yes", "no", "1", "0"):
         yield f"resume must be auto, never or the path of a checkpoint, got {resume!r}"
     if given("overwrite_output_dir") and resume == "auto":
         yield "overwrite_output_dir deletes the run that resume auto would go on with; give one"
     if given("allow_config_change") and resume == "never":
-        yield _unused("allow_config_change", "resume is never")
+        yield unused("allow_config_change", "resume is never")
 
 
 def _names(known: dict[str, Option], values: dict[str, Any]) -> Iterator[str]:

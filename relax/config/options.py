@@ -24,14 +24,14 @@ def option(default: Any, help: str, *, steps: bool = False, **limits: float) -> 
     """Declares a field: its default, one line of help, and the range that `validate` holds it to.
 
     Args:
-      default: the default; a list is copied for each instance.
+      default: the default; a list or a dict is copied for each instance.
       help: one line, for `--help`.
       steps: the value counts something when it is 1 or more and is a ratio of it when below 1.
       **limits: any of `above`, `at_least`, `below`, `at_most`.
     """
     metadata = {"help": help, "limits": limits, "steps": steps}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

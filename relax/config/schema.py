@@ -70,6 +70,9 @@ class Hyperparams:
     gradient_checkpointing: bool = option(
         True, "Recompute activations in the backward pass: less memory."
     )
+    gradient_checkpointing_policy: Literal["matmuls", "attention", "nothing"] = option(
+        "matmuls", "What is not recomputed: matrix products and attention, attention, nothing."
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,6 +84,9 @@ class ModelConfig:
     )
     dtype: Dtype = option("float32", "Precision of the computation.")
     param_dtype: Dtype = option("float32", "Precision of the parameters.")
+    attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = option(
+        "auto", "Attention in training: auto = the device's kernel where it can, else xla."
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,16 +111,17 @@ class PeftConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class DataConfig:
-    """Which rows are trained on, and how they become batches."""
+class RowsConfig:
+    """Which rows are trained on."""
 
     dataset_name: str | None = option(
-        None, "File, directory or hub name; none = the embedded arithmetic set."
+        None,
+        "File, directory, hub name or reasoning_gym/TASK; none = the embedded arithmetic set.",
     )
     dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    dataset_kwargs: dict = option({}, "Options of a reasoning_gym task.")
     dataset_train_split: str = option("train", "Split to train on.")
     dataset_test_split: str = option("test", "Split to evaluate on.")
-    dataset_text_field: str = option("text", "Column that holds plain text.")
     eval_dataset_name: str | None = option(None, "Rows to evaluate on, as in dataset_name.")
     test_size: float = option(
         0.0,
@@ -122,6 +129,15 @@ class DataConfig:
         steps=True,
         at_least=0,
     )
+    shuffle_dataset: bool = option(True, "Shuffle the rows anew in every epoch.")
+    eos_token: str | None = option(None, "End-of-sequence token; none = the tokenizer's.")
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig(RowsConfig):
+    """Which rows are trained on, and how they become batches."""
+
+    dataset_text_field: str = option("text", "Column that holds plain text.")
     max_length: int | None = option(1024, "Tokens per row at most; none = no limit.", at_least=2)
     truncation_mode: Literal["keep_start", "keep_end", "drop", "error"] = option(
         "keep_start", "What becomes of a longer row."
@@ -134,8 +150,6 @@ class DataConfig:
     pad_to_multiple_of: int | None = option(
         None, "Round the padded length up to a multiple.", at_least=1
     )
-    shuffle_dataset: bool = option(True, "Shuffle the rows anew in every epoch.")
-    eos_token: str | None = option(None, "End-of-sequence token; none = the tokenizer's.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -229,7 +243,7 @@ class TrainerConfig:
     hyperparams: Hyperparams = section(Hyperparams)
     model: ModelConfig = section(ModelConfig)
     peft: PeftConfig = section(PeftConfig)
-    data: DataConfig = section(DataConfig)
+    data: RowsConfig = section(RowsConfig)
     profile: ProfileConfig = section(ProfileConfig)
     inference: InferenceConfig = section(InferenceConfig)
     output: OutputConfig = section(OutputConfig)
@@ -310,6 +324,7 @@ class SFTConfig(TrainerConfig):
         "logging_steps": 100.0,
     }
 
+    data: DataConfig = section(DataConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/sft")
     sft: SFTSection = section(SFTSection)
 

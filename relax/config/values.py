@@ -34,6 +34,10 @@ def is_list(annotation: Any) -> bool:
     return typing.get_origin(split_optional(annotation)[0]) is list
 
 
+def _of_numbers(annotation: Any) -> bool:
+    return typing.get_args(annotation) == (float,)
+
+
 def type_name(annotation: Any) -> str:
     """The type as `--help` shows it.
 
@@ -44,9 +48,9 @@ def type_name(annotation: Any) -> str:
     if typing.get_origin(inner) is Literal:
         name = "|".join(typing.get_args(inner))
     elif is_list(inner):
-        name = "A,B,..."
+        name = "1,0.5,..." if _of_numbers(inner) else "A,B,..."
     else:
-        name = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}[inner]
+        name = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", dict: "JSON"}[inner]
     return name + "|none" * optional
 
 
@@ -56,13 +60,14 @@ def _expected(annotation: Any) -> str:
     if typing.get_origin(inner) is Literal:
         text = "one of " + ", ".join(typing.get_args(inner))
     elif is_list(inner):
-        text = "a list of texts"
+        text = "a list of numbers" if _of_numbers(inner) else "a list of texts"
     else:
         text = {
             bool: "true or false",
             int: "a whole number",
             float: "a finite number",
             str: "a text",
+            dict: "a JSON object",
         }[inner]
     return text + " or none" * optional
 
@@ -87,7 +92,8 @@ def check_value(annotation: Any, value: Any) -> Any:
     if origin is Literal:
         fits = isinstance(value, str) and value in typing.get_args(inner)
     elif origin is list:
-        fits = isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
+        kind = (int, float) if _of_numbers(inner) else str
+        fits = isinstance(value, list | tuple) and all(_is_item(v, kind) for v in value)
         value = list(value) if fits else value
     elif inner is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
@@ -104,6 +110,12 @@ def check_value(annotation: Any, value: Any) -> Any:
     if inner is str and not value:
         raise ValueError("must not be empty: leave it away to have the default")
     return value
+
+
+def _is_item(value: Any, kind) -> bool:
+    if kind is str:
+        return isinstance(value, str) and bool(value)
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def shown(value: Any) -> str:
@@ -134,6 +146,8 @@ def parse_text(annotation: Any, text: str) -> Any:
         return text
     if is_list(inner):
         return _parse_list(annotation, text)
+    if inner is dict:
+        return _parse_object(annotation, text)
     if inner is bool:
         if text.lower() not in _WORDS:
             _refuse(annotation, shown(text))
@@ -159,7 +173,19 @@ def _parse_list(annotation: Any, text: str) -> list[str]:
     items = [item.strip() for item in text.split(",")]
     if not all(items):
         raise ValueError(f"must be a list a,b without empty parts, got {shown(text)}")
-    return items
+    if not _of_numbers(split_optional(annotation)[0]):
+        return items
+    if not all(_FLOAT.fullmatch(item) for item in items):
+        _refuse(annotation, shown(text))
+    return check_value(annotation, [float(item) for item in items])
+
+
+def _parse_object(annotation: Any, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f'must be a JSON object such as {{"a": 1}}, got {shown(text)}') from None
+    return check_value(annotation, value)
 
 
 def is_number(text: str) -> bool:

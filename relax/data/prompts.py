@@ -128,6 +128,7 @@ class PromptLoader:
       seed: of the order, >= 0.
       shuffle: a new order each epoch; False keeps the given one.
       keep_last: a last, shorter item holds what is left (for evaluation).
+      spares: prompts more per item, drawn from all, for groups that teach nothing: under `spares`.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class PromptLoader:
         seed: int = 0,
         shuffle: bool = True,
         keep_last: bool = False,
+        spares: int = 0,
     ):
         if not 0 < prompts_per_item <= len(prompts) and not keep_last:
             raise DataError(
@@ -146,6 +148,7 @@ class PromptLoader:
             )
         self.prompts, self.prompts_per_item = prompts, prompts_per_item
         self.seed, self.shuffle, self.keep_last = seed, shuffle, keep_last
+        self.spares = spares
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.prompts), self.prompts_per_item)
@@ -164,7 +167,16 @@ class PromptLoader:
         order = epoch_order(count, self.seed, epoch).tolist() if self.shuffle else range(count)
         for position in range(start, len(self)):
             chosen = order[position * n : (position + 1) * n]
-            yield {
-                "prompt_ids": [self.prompts.prompt_ids[i] for i in chosen],
-                "rows": [self.prompts.rows[i] for i in chosen],
-            }
+            item = self._item(chosen)
+            if self.spares:
+                # An order of its own, without the prompts that the item has already.
+                others = epoch_order(count, self.seed, count * (epoch + 1) + position).tolist()
+                others = [i for i in others if i not in set(chosen)]
+                item["spares"] = self._item(others[: self.spares])
+            yield item
+
+    def _item(self, chosen) -> dict:
+        return {
+            "prompt_ids": [self.prompts.prompt_ids[i] for i in chosen],
+            "rows": [self.prompts.rows[i] for i in chosen],
+        }

@@ -1,16 +1,23 @@
 """The algorithms, one readable file each, and the trainer they stand on."""
 
 from relax.trainers.callback import Callback, Event, StopTraining
+from relax.trainers.grpo_trainer import GRPOTrainer
+from relax.trainers.rl_trainer import RLTrainer
 from relax.trainers.sft_trainer import SFTTrainer
-from relax.trainers.trainer import OrderedLoader, Trainer, TrainState
-from relax.trainers.update import LossOutput, Mean, Sum
+from relax.trainers.trainer import Annotated, OrderedLoader, Trainer, TrainState
+from relax.trainers.update import LossOutput, Max, Mean, Min, Sum
 
 __all__ = [
+    "Annotated",
     "Callback",
     "Event",
+    "GRPOTrainer",
     "LossOutput",
+    "Max",
     "Mean",
+    "Min",
     "OrderedLoader",
+    "RLTrainer",
     "SFTTrainer",
     "StopTraining",
     "Sum",

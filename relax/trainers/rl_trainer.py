@@ -143,11 +143,7 @@ class RLTrainer(Trainer):
 
     def create_train_state(self, key: jax.Array) -> TrainState:
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
-        state = initial_state(self.model, self.optimizer, key, params, self.freeze)
-        if self.reference and self.model.lora is None:
-            copy = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.params)
-            state = state.replace(frozen=state.frozen | {"ref": copy})
-        return state
+        return initial_state(self.model, self.optimizer, key, params, self.freeze, self.reference)
 
     def make_batches(self, state: TrainState, item) -> Iterator[Annotated]:
         """Rollout, rewards and experience of an item, then the batches of its updates."""

@@ -53,7 +53,14 @@ class TrainState:
         return optimizers.eval_params(self.opt_state, self.params)
 
 
-def initial_state(model, optimizer, key: jax.Array, params=None, freeze: str | None = None):
+def initial_state(
+    model,
+    optimizer,
+    key: jax.Array,
+    params=None,
+    freeze: str | None = None,
+    reference: bool = False,
+):
     """The state before the first update of a `relax.models.Transformer`.
 
     Args:
@@ -61,8 +68,12 @@ def initial_state(model, optimizer, key: jax.Array, params=None, freeze: str | N
       key: makes what is to be made.
       params: all parameters, taken over; None: fresh ones.
       freeze: see `relax.models.trainable.partition`.
+      reference: hold a copy of what is trained, as it is now, in `frozen["ref"]`. With adapters
+        there is none: the reference is the model without them.
     """
     if params is None:
         params = jax.jit(model.init)(key, jnp.zeros((1, 8), jnp.int32))["params"]
     trained, frozen = partition(model, params, key, freeze)
+    if reference and model.lora is None:
+        frozen = frozen | {"ref": jax.tree.map(jnp.copy, trained)}
     return TrainState.create(params=trained, optimizer=optimizer, rng=key, frozen=frozen)

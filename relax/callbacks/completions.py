@@ -1,0 +1,97 @@
+"""What the policy writes and what it is worth: a table on the screen, JSON lines in files."""
+
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from relax.rewards import RewardRunner
+from relax.trainers.callback import Callback, Event
+
+
+class Completions(Callback):
+    """Writes the completions of a rollout to `step_<update>.jsonl`, and shows some of them.
+
+    A line holds prompt, completion, why it ended, its tokens, each reward, their sum and the
+    advantage; so does a row of the table. The file is named after the rollout's first update.
+
+    Args:
+      directory: of the files.
+      every: rollouts whose updates hold a multiple of it are kept.
+      console: where the table is shown.
+      shown: its rows; 0: none.
+    """
+
+    def __init__(self, directory: Path, every: int, console: Console, shown: int = 0):
+        self.directory, self.every = Path(directory), every
+        self.console, self.shown = console, shown
+
+    def on_batch_end(self, event: Event) -> None:
+        updates = event.trainer.updates_per_item
+        # The first batch of an item has the records; its updates are this one and the next.
+        if not event.records or (event.step + updates - 1) // self.every == (
+            (event.step - 1) // self.every
+        ):
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_plain(record), ensure_ascii=False) for record in event.records]
+        path = self.directory / f"step_{event.step:06d}.jsonl"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        if self.shown:
+            self.console.print(table(event.records[: self.shown], f"step {event.step}"))
+
+
+class RewardCounters(Callback):
+    """Carries a reward runner's counts of failures through checkpoints."""
+
+    def __init__(self, rewards: RewardRunner):
+        self.rewards = rewards
+
+    def state_dict(self) -> dict:
+        return self.rewards.tally.state()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rewards.tally.restore(state)
+
+
+def table(records: list[dict], title: str) -> Table:
+    """Prompt, completion, one column per reward function, advantage."""
+    out = Table(title=title, show_lines=False, expand=False)
+    out.add_column("Prompt", max_width=40, overflow="fold")
+    out.add_column("Completion", max_width=60, overflow="fold")
+    names = list(records[0]["rewards"])
+    for name in [*names, "Advantage"]:
+        out.add_column(name, justify="right")
+    for record in records:
+        numbers = [record["rewards"][name] for name in names] + [record.get("advantage")]
+        # Texts are the model's and the user's: never markup.
+        out.add_row(
+            Text(_shorten(_text(record["prompt"]))),
+            Text(_shorten(record["completion"])),
+            *("" if n is None or math.isnan(n) else f"{n:.2f}" for n in numbers),
+        )
+    return out
+
+
+def _text(prompt) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+
+
+def _shorten(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def _plain(record: dict) -> dict:
+    """JSON has no NaN: a reward that does not apply is null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: plain(value) for name, value in record.items()}

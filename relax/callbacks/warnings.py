@@ -1,0 +1,80 @@
+"""Plain words about a reinforcement-learning run that goes wrong."""
+
+from rich.console import Console
+
+from relax.trainers.callback import Callback, Event
+
+PATIENCE = 3  # logging windows in a row
+
+
+class RewardWarnings(Callback):
+    """Says once, in a sentence, what the numbers of a run mean when they mean trouble.
+
+    Args:
+      console: where to.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._streaks: dict[str, int] = {}
+        self._first_entropy: float | None = None
+        self._said: set[str] = set()
+
+    def show(self, record: dict) -> None:
+        """Takes a record of `MetricsLog`, as one of its listeners."""
+        if "reward" not in record:
+            return
+        entropy = record.get("entropy")
+        if self._first_entropy is None:
+            self._first_entropy = entropy
+        for name, holds, text in self._symptoms(record, entropy):
+            self._streaks[name] = self._streaks.get(name, 0) + 1 if holds else 0
+            if self._streaks[name] >= PATIENCE and name not in self._said:
+                self._said.add(name)
+                self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def _symptoms(self, record: dict, entropy: float | None):
+        equal = record["frac_reward_zero_std"]
+        yield (
+            "equal",
+            equal > 0.95,
+            f"{equal:.0%} of the groups have equal rewards (mean {record['reward']:.2f}): there is "
+            "next to nothing to learn from. Make the task easier or harder, or the reward finer.",
+        )
+        truncated = record["completions/truncated_ratio"]
+        yield (
+            "truncated",
+            truncated > 0.5,
+            f"{truncated:.0%} of the completions are cut at max_completion_length. Raise it, or "
+            "see whether the model ever writes its end token.",
+        )
+        first = self._first_entropy
+        yield (
+            "entropy",
+            bool(first) and entropy is not None and entropy < 0.1 * first and equal > 0.5,
+            f"the entropy fell from {first or 0:.2f} to {entropy or 0:.2f} nats: the policy "
+            "repeats itself and explores no more. Lower the learning rate, or raise temperature "
+            "or entropy_coef.",
+        )
+        kl = record.get("kl", 0.0)
+        yield (
+            "kl",
+            kl > 10.0,
+            f"the policy is {kl:.1f} nats a token away from the reference. Lower the learning rate "
+            "or raise beta.",
+        )
+
+    def state_dict(self) -> dict:
+        return {
+            "streaks": self._streaks,
+            "first_entropy": self._first_entropy,
+            "said": sorted(self._said),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self._streaks, self._said = dict(state["streaks"]), set(state["said"])
+        self._first_entropy = state["first_entropy"]
+
+    def on_train_begin(self, event: Event) -> None:
+        if event.step == 0:
+            self._streaks, self._first_entropy, self._said = {}, None, set()

@@ -1,0 +1,17 @@
+"""Jobs by algorithm: what the engine asks of each."""
+
+from rich.console import Console
+
+from relax.config import TrainerConfig
+from relax.recipes.grpo import GRPORecipe
+from relax.recipes.recipe import Datasets, Recipe
+from relax.recipes.sft import SFTRecipe
+
+RECIPES: dict[str, type[Recipe]] = {"sft": SFTRecipe, "grpo": GRPORecipe}
+
+__all__ = ["RECIPES", "Datasets", "Recipe", "recipe_of"]
+
+
+def recipe_of(config: TrainerConfig, console: Console) -> Recipe:
+    """The recipe of a configuration's algorithm."""
+    return RECIPES[config.algorithm](config, console)
