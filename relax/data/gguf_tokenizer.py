@@ -116,7 +116,8 @@ def _fields(metadata: Mapping) -> dict:
             wanted = "absent, since ReLax does not know it"
             fits = key in NEUTRAL and value == NEUTRAL[key]
         if key not in ("model", "pre") and not fits:
-            raise ValueError(f"{prefix}{key} must be {wanted}, got {repr(value)[:80]}.")
+            name = repr(prefix + key)[1:-1]  # a damaged file may name it anything
+            raise ValueError(f"{name[:200]} must be {wanted}, got {repr(value)[:80]}.")
     tokens = fields.get("tokens", [])
     fields.setdefault("token_type", [_NORMAL] * len(tokens))
     wanted = ("scores", "token_type") if fields["model"] == "llama" else ("token_type",)

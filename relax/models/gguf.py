@@ -128,7 +128,7 @@ def open_gguf(path) -> GGUFModel:
         for expert in experts:
             full = ours if expert is None else ours.format(expert)
             if full in names:
-                raise ModelLoadError(f"{file.path}: {name} and {names[full][0]} are both {full}.")
+                raise ModelLoadError(f"{file.path}: two tensors are {some([full])}.")
             names[full] = name, expert
     return GGUFModel(file, fields, names)
 

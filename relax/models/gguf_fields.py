@@ -11,6 +11,7 @@ import numpy as np
 from relax.errors import ModelLoadError
 from relax.gguf_file import GGUFFile
 from relax.models.config import Rope, RopeScaling
+from relax.models.directories import some
 from relax.models.rotary import frequencies
 
 # Keys of every architecture, after its name, and the fields of config.json that say the same.
@@ -102,7 +103,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ModelLoadError(
-            f"{file.path}: unknown architecture: general.architecture is {name!r}. "
+            f"{file.path}: unknown architecture: general.architecture is {repr(name)[:80]}. "
             f"Known: {', '.join(sorted(ARCHITECTURES))}."
         )
     return ARCHITECTURES[name]
@@ -118,7 +119,7 @@ def _check_keys(file: GGUFFile, given: Mapping, known: set[str]) -> None:
     if unknown:
         raise ModelLoadError(
             f"{file.path}: metadata that ReLax does not know, and so cannot honour: "
-            f"{', '.join(sorted(unknown))}."
+            f"{some(sorted(unknown))}."
         )
     for key in (*SIZES, "attention.head_count_kv", "attention.key_length"):
         value = given.get(key, None if key in SIZES else 1)
