@@ -3,17 +3,18 @@
 `ROWS` is the list of what is covered; `docs/models.md` is made from it and from the largest
 difference of logits between transformers and ReLax:
 
-    python -m tests.families > docs/models.md
+    python tests/families.py > docs/models.md
 """
 
 import functools
+import tempfile
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.models import Transformer, TransformerConfig
+from relax.models import Transformer, TransformerConfig, load_pretrained
 from relax.models.families import family_of
 from relax.models.tensors import leaf_shapes
 
@@ -328,3 +329,59 @@ def our_logits(model, params) -> np.ndarray:
 def difference(ours: np.ndarray, theirs: np.ndarray, rows=slice(None)) -> float:
     """The largest one, over what is no padding."""
     return float(np.abs(ours - theirs)[rows][SEGMENTS[rows] > 0].max())
+
+
+HEAD = """\
+# Models
+
+`load_pretrained` reads a Hugging Face directory of these families, and `save_pretrained` writes one
+that transformers and vLLM load. The table is what the tests run over: tiny random models of
+transformers with odd settings, and the largest difference between its logits and ours, both in
+float32, over a row by itself, left padding, right padding and two documents in a row. It is made by
+
+    python tests/families.py > docs/models.md
+
+| model_type | model | settings | largest difference |
+|---|---|---|---|
+"""
+TAIL = """
+Most have grouped heads and a `head_dim` that is not `hidden_size` divided by the heads. Models with
+experts have the load-balancing loss of transformers, too.
+
+## What is read
+
+- `config.json` of transformers 4 and 5. A field that would change what a model computes, and that
+  we do not implement, is an error that names it; so is a field that we do not know.
+- `model.safetensors`, or its shards and their index; nothing is unpickled. Missing, extra and
+  misshapen tensors are errors that list them. One extra tensor is no error: an output matrix that
+  repeats tied embeddings number by number, as Qwen 3's files have it.
+- Experts as a tensor each, which is how they are written, or stacked, as transformers 5 holds them.
+- Rope settings `default`, `linear`, `dynamic`, `llama3`, `yarn` and `longrope`. Where the rotation
+  depends on the length, as with `dynamic` and `longrope`, it is that of each document, where
+  transformers takes the longest of a batch: what a text gives depends on nothing beside it.
+
+Gemma 3 is its text models (`gemma3_text`); the models of images and text (`gemma3`) are refused.
+
+## A new family
+
+One file in `relax/models/families/` with a `FAMILY`, its name in the list of
+`relax/models/families/__init__.py`, and a row in `ROWS` of `tests/families.py`.
+"""
+
+
+def main():
+    """Prints docs/models.md."""
+    print(HEAD, end="")
+    for name, (model_type, what, _) in ROWS.items():
+        theirs = made_by_transformers(name)
+        with tempfile.TemporaryDirectory() as path:
+            theirs.save_pretrained(path)
+            ours = our_logits(*load_pretrained(path))
+        largest = difference(ours, reference_logits(theirs))
+        title = name.removeprefix(model_type).removeprefix("-") or "plain"
+        print(f"| {model_type} | {title} | {what} | {largest:.0e} |", flush=True)
+    print(TAIL, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from pathlib import Path
 
 import flax.traverse_util
 import jax
@@ -13,11 +14,13 @@ from families import (
     EXPERTS,
     FAMILY_NAMES,
     FULL,
+    HEAD,
     IDS,
     POSITIONS,
     ROWS,
     SEGMENTS,
     SLIDING,
+    TAIL,
     config_of,
     difference,
     fields_of,
@@ -806,3 +809,21 @@ def test_every_rope_setting_of_transformers_is_honoured_or_refused(name):
 def test_fields_of_other_architectures_are_refused_by_name(model_type, field, value):
     with pytest.raises(ModelLoadError, match=field if field != "rope_scaling" else "mrope_section"):
         read({"model_type": model_type, **SMALL, **KEYS, field: value})
+
+
+# --- the documentation ---------------------------------------------------------------------------
+
+
+def test_the_table_of_models_is_the_list_of_the_tests():
+    """Made again with `python tests/families.py > docs/models.md`."""
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    head, _, rest = text.partition("|---|---|---|---|\n")
+    table, tail = rest.split("\n\n", 1)
+    assert f"{head}|---|---|---|---|\n" == HEAD and f"\n{tail}" == TAIL
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    listed = [
+        (model_type, name.removeprefix(model_type).removeprefix("-") or "plain", what)
+        for name, (model_type, what, _) in ROWS.items()
+    ]
+    assert [tuple(row[:3]) for row in rows] == listed
+    assert all(0 < float(row[3]) < 2e-4 for row in rows)
