@@ -16,7 +16,7 @@ import jax
 from rich.console import Console
 from safetensors import SafetensorError
 
-from relax import assemble, fault
+from relax import assemble, fault, memory, remedies
 from relax.callbacks import MetricsLog, Progress
 from relax.checkpoint import (
     Checkpointer,
@@ -28,7 +28,7 @@ from relax.checkpoint import (
 from relax.checkpoint_frozen import FrozenElsewhere
 from relax.config import ConfigLoader, TrainerConfig, resolve_steps
 from relax.errors import CheckpointError, ConfigError
-from relax.models import save_pretrained
+from relax.models import kernels, save_pretrained
 from relax.models.lora import merge_adapters
 from relax.models.peft import save_adapter
 from relax.models.trainable import merge
@@ -153,7 +153,11 @@ class _Job:
         recipe.show_data(datasets)
         updates = recipe.updates_per_item * len(datasets.train)  # of an epoch
         steps = assemble.total_steps(config, updates)
+        batch = memory.largest_batch(datasets.train, steps)
+        model, attention = kernels.settle(model, 2 if batch is None else memory.rows_of(batch)[1])
+        self.console.print(f"attention: {attention}", markup=False)
         trainer = self._trainer(model, tokenizer, steps)
+        self._check_memory(trainer, batch)
         if params is None and self.start is None:
             params = recipe.fresh_params(model, tokenizer)
         state, progress = self._start_state(trainer, params)
@@ -165,6 +169,8 @@ class _Job:
         self._write_config(datasets)
         if recipe.embedded and progress is None:
             self.metrics |= recipe.examine("before", trainer, state, datasets)
+        if int(state.step) < steps:
+            self._check_memory(trainer, batch, state)
         state = trainer.train(
             datasets.train,
             num_epochs=math.ceil(steps / updates),
@@ -214,7 +220,7 @@ class _Job:
 
     def _trainer(self, model, tokenizer, steps: int):
         config = self.config
-        progress = Progress(self.console)
+        self.progress = progress = Progress(self.console)
         logging_steps = resolve_steps(config.output.logging_steps, steps)
         others = self.recipe.callbacks(self.run_dir.path, logging_steps)
         listeners = [progress, *(other for other in others if hasattr(other, "show"))]
@@ -320,6 +326,22 @@ class _Job:
             raise CheckpointError(
                 f"the model cannot be written to '{model_dir}': {reason}. {self.how_to_recover()}"
             ) from error
+
+    def _check_memory(self, trainer, batch, state=None) -> None:
+        """Refuses a state that cannot fit before it is made, and an update before the first one."""
+        there = memory.capacity(0 if state is None else tree_bytes(state))
+        if state is None:
+            state = jax.eval_shape(trainer.create_train_state, jax.random.key(0))
+            sizes = memory.state_sizes(state, trainer.gradient_accumulation_steps)
+        elif batch is None:
+            return  # of batches that come to be in the run nothing is known yet
+        else:
+            self.progress.announce(batch)
+            sizes = memory.update_sizes(trainer, state, batch)
+            self.console.print(memory.table(sizes, there, memory.rows_of(batch)), markup=False)
+        warning = remedies.check(sizes, there, remedies.of_run(self.config, trainer, state, batch))
+        if warning is not None and sizes.activations:
+            warnings.warn(warning, stacklevel=1)
 
     def _show_plan(self, state, steps: int) -> None:
         trained, frozen = (

@@ -83,7 +83,12 @@ class Progress(Callback):
             "mean_token_accuracy": "accuracy {:.3f}",
             "tokens_per_second": "{:,.0f} tokens/s",
             "skipped_steps": "{} skipped",
+            "reward": "reward {:.3f}",
+            "kl": "kl {:.4f}",
+            "completions/mean_length": "length {:.1f}",
             "eval_loss": "evaluation loss {:.4f}",
+            "eval_reward": "evaluation reward {:.4f}",
+            "eval_pass@1": "pass@1 {:.3f}",
             "eval_mean_token_accuracy": "accuracy {:.3f}",
         }
         shown = [
@@ -91,9 +96,9 @@ class Progress(Callback):
             for name, text in names.items()
             if name in record and not (name == "skipped_steps" and record[name] == 0)
         ]
-        if self._bar is not None and "eval_loss" not in record:
+        if self._bar is not None and not any(name.startswith("eval_") for name in record):
             # A line of 80 characters has no room for more; the file has the rest.
-            kept = [text for text in shown if not text.startswith(("grad norm", "accuracy"))]
+            kept = [text for text in shown if not text.startswith(("grad norm", "accuracy", "length"))]
             self._bar.update(self._task, values="  ".join(kept))
             return
         total = f"/{self._total}" if self._total else ""

@@ -1,0 +1,192 @@
+"""The memory of an update before the first one is made: by XLA's account, against the device's.
+
+`update_sizes` compiles the step for the largest batch. Nothing is compiled twice: the first call of
+the step finds what was compiled here.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relax.checkpoint import tree_bytes
+from relax.cpu import release_freed_memory
+from relax.data.loader import DataLoader, epoch_order
+
+CGROUPS = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes that an update needs at once.
+
+    Attributes:
+      parameters: what is trained.
+      frozen: weights that nothing changes.
+      gradients: of all parameters together, and the sums over micro-batches.
+      optimizer: its state.
+      activations: all else that XLA plans for, batch and results included.
+    """
+
+    parameters: int
+    frozen: int
+    gradients: int
+    optimizer: int
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """Bytes that there are.
+
+    Attributes:
+      total: more than this can never be had; None: unknown.
+      free: what others leave now, and what this run holds already; None: unknown.
+      name: of the device.
+    """
+
+    total: int | None
+    free: int | None
+    name: str
+
+
+def state_sizes(state, accumulation: int) -> Sizes:
+    """What follows from a `TrainState` (or its shapes) alone: all but the activations."""
+    parameters = tree_bytes(state.params)
+    gradients = parameters
+    if accumulation > 1:  # the sums are float32, and the micro-batch's own gradient comes on top
+        gradients += 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return Sizes(parameters, tree_bytes(state.frozen), gradients, tree_bytes(state.opt_state))
+
+
+def update_sizes(trainer, state, batch) -> Sizes:
+    """Compiles the update for a batch (arrays or their shapes) and reads XLA's account of it.
+
+    Returns:
+      The sizes, whose total is XLA's own.
+    """
+    account = trainer.train_step.lower(state, batch).compile().memory_analysis()
+    release_freed_memory()  # compiling took much of it
+    sizes = state_sizes(state, trainer.gradient_accumulation_steps)
+    total = (
+        account.argument_size_in_bytes
+        + account.output_size_in_bytes
+        - account.alias_size_in_bytes
+        + account.temp_size_in_bytes
+    )
+    rest = total - sizes.total
+    # Gradients that are used up one by one never exist together.
+    return dataclasses.replace(
+        sizes, gradients=sizes.gradients + min(rest, 0), activations=max(rest, 0)
+    )
+
+
+def largest_batch(loader, steps: int):
+    """Shapes of the largest batch among the first `steps`; None: the loader does not tell."""
+    if not isinstance(loader, DataLoader):
+        return None
+    lengths = loader.row_lengths
+    if steps < len(loader):
+        order = epoch_order(len(lengths), loader.seed, 0) if loader.shuffle else slice(None)
+        lengths = lengths[order][: steps * loader.batch_size]
+    longest = next(n for n in loader.bucket_lengths if n >= lengths.max())
+    shapes = {name: np.shape(array) for name, array in next(loader.batches(0)).items()}
+    return {
+        name: jax.ShapeDtypeStruct((rows, longest), jnp.int32) for name, (rows, _) in shapes.items()
+    }
+
+
+def rows_of(batch) -> tuple[int, int]:
+    """Rows and tokens of a row."""
+    return batch["input_ids"].shape
+
+
+def capacity(held: int = 0) -> Capacity:
+    """Of the default device.
+
+    Args:
+      held: bytes of the arrays of this run that exist already.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        free = None if limit is None else limit - stats.get("bytes_in_use", 0) + held
+        return Capacity(limit, free, device.device_kind)
+    totals, frees = zip(*_host_memory(), strict=True)
+    known = [free for free in frees if free is not None]
+    return Capacity(
+        min((total for total in totals if total is not None), default=None),
+        min(known) + held if known else None,
+        device.device_kind,
+    )
+
+
+def _host_memory() -> Iterator[tuple[int | None, int | None]]:
+    """(all, free) of the machine, and of every control group that this process is in."""
+    try:
+        lines = (PROC / "meminfo").read_text().splitlines()
+    except OSError:
+        yield None, None
+        return
+    kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    swap = kilobytes.get("SwapTotal", 0)
+    yield 1024 * (kilobytes["MemTotal"] + swap), 1024 * kilobytes.get("MemAvailable", 0)
+    for line in _lines(PROC / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        names = names if controllers else ("memory.max", "memory.current")
+        group = Path(os.path.normpath(path)).relative_to("/")
+        for directory in (group, *group.parents):
+            limit, used = (_number(root / directory / name) for name in names)
+            if limit is not None:
+                yield limit, None if used is None else max(limit - used, 0)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(file: Path) -> int | None:
+    text = "".join(_lines(file))
+    return int(text) if text.isdigit() else None  # "max" is none
+
+
+def table(sizes: Sizes, capacity: Capacity, rows: tuple[int, int]) -> str:
+    """The lines that a run shows before its first update, about batches of rows x tokens."""
+    parts = {
+        "parameters": sizes.parameters,
+        "frozen weights": sizes.frozen,
+        "gradients": sizes.gradients,
+        "optimizer state": sizes.optimizer,
+        "activations": sizes.activations,
+    }
+    width = 16
+    lines = [f"  {name:{width}} {shown(n):>10}" for name, n in parts.items() if n]
+    have = "" if capacity.total is None else f" of {shown(capacity.total)} on {capacity.name}"
+    free = "" if capacity.free is None else f", {shown(capacity.free)} free"
+    lines.append(f"  {'together':{width}} {shown(sizes.total):>10}{have}{free}")
+    return "\n".join([f"memory of an update of {rows[0]} x {rows[1]} tokens", *lines])
+
+
+def shown(nbytes: int) -> str:
+    """
+    >>> shown(1_536_000_000), shown(12_000_000), shown(2_500)
+    ('1.54 GB', '12.0 MB', '0.0025 MB')
+    """
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
