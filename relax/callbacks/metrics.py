@@ -47,6 +47,7 @@ class MetricsLog(Callback):
         self._timed: list[bool] = []  # which of them the tokens per second are made of
         self._offset = 0  # bytes of the file that belong to this run
         self._shapes: set = set()
+        self._phased = False  # the trainer tells the seconds of its phases
         self._start_clock()
 
     def on_train_begin(self, event: Event) -> None:
@@ -67,7 +68,8 @@ class MetricsLog(Callback):
 
     def on_batch_end(self, event: Event) -> None:
         metrics = event.metrics
-        if event.trainer.updates_per_item > 1 or any(n.startswith(PHASE) for n in metrics):
+        self._phased = self._phased or any(name.startswith(PHASE) for name in metrics)
+        if self._phased:
             jax.block_until_ready(metrics)
             metrics = metrics | {f"{PHASE}update": time.monotonic() - self._begun_s}
         self._window.append(metrics)

@@ -98,7 +98,8 @@ class Progress(Callback):
         ]
         if self._bar is not None and not any(name.startswith("eval_") for name in record):
             # A line of 80 characters has no room for more; the file has the rest.
-            kept = [text for text in shown if not text.startswith(("grad norm", "accuracy", "length"))]
+            left_out = ("grad norm", "accuracy", "length")
+            kept = [text for text in shown if not text.startswith(left_out)]
             self._bar.update(self._task, values="  ".join(kept))
             return
         total = f"/{self._total}" if self._total else ""
