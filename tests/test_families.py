@@ -348,6 +348,13 @@ def test_layers_are_what_the_fields_say(model_type, fields, expected):
     assert layers_of(model_type, fields) == expected
 
 
+def test_any_part_of_a_head_that_turns_is_written_so_that_it_is_read_back():
+    """30 / 44 · 44 is less than 30 in floating point."""
+    config = dataclasses.replace(config_of("phi3"), head_dim=44, rotary_dim=30)
+    written = family_of("phi3").to_hugging_face(config)
+    assert read(written) == config and int(44 * (30 / 44)) == 29
+
+
 SCALING = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 GEMMA3_NEW = {
     "rope_parameters": {

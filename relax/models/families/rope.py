@@ -146,7 +146,7 @@ class RopeFields:
                 value = getattr(scaling, name)
                 rope[name] = list(value) if isinstance(value, tuple) else value
         if self.partial:
-            rope["partial_rotary_factor"] = (config.rotary_dim or config.head_dim) / config.head_dim
+            rope["partial_rotary_factor"] = _share(config.rotary_dim, config.head_dim)
         if self.local_theta:
             local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
             return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
@@ -154,6 +154,18 @@ class RopeFields:
         if self.original:
             outer[ORIGINAL] = rope.get(ORIGINAL, self.original)
         return outer | {"rope_parameters": rope}
+
+
+def _share(turning: int | None, head_dim: int) -> float:
+    """What gives `turning` again when it is multiplied and cut to an integer.
+
+    >>> 30 / 44 * 44, int(_share(30, 44) * 44)
+    (29.999999999999996, 30)
+    """
+    share = 1.0 if turning is None else turning / head_dim
+    return (
+        share if turning is None or int(head_dim * share) == turning else math.nextafter(share, 2)
+    )
 
 
 def _object(fields: dict, name: str) -> dict:
