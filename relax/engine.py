@@ -131,8 +131,8 @@ class _Job:
             run_dir.checkpoints, save_total_limit=output.save_total_limit, warn=warnings.warn
         )
         self.checkpointer.sweep()
-        # A checkpoint holds what is trained; what is frozen is had again from where it came from.
         self.recipe = recipe_of(config, console)
+        # A checkpoint then holds what is trained; the rest is had again from where it came from.
         self.freezes = (
             config.peft.use_peft
             or config.peft.freeze is not None
@@ -158,7 +158,7 @@ class _Job:
         self.console.print(f"attention: {attention}", markup=False)
         trainer = self._trainer(model, tokenizer, steps)
         self._check_memory(trainer, batch)
-        if params is None and self.start is None:
+        if params is None and (self.start is None or self.freezes):
             params = recipe.fresh_params(model, tokenizer)
         state, progress = self._start_state(trainer, params)
         params = None  # the state has taken them over, and the first update reuses their memory
@@ -247,21 +247,23 @@ class _Job:
         seed, state, frozen = self.config.hyperparams.seed, None, {}
         if self.start is None or self.freezes:
             state = assemble.make_state(trainer, params, seed)
+        if self.freezes:
             frozen = state.frozen
-        self.saver = FrozenElsewhere(self.checkpointer, frozen) if frozen else self.checkpointer
+            self.saver = FrozenElsewhere(self.checkpointer, frozen)
         if self.start is None:
             return state, None
         state = None  # what is trained comes from the checkpoint
         template = jax.eval_shape(trainer.create_train_state, jax.random.key(seed))
-        template = template.replace(frozen={})
+        template = template.replace(frozen={}) if self.freezes else template
         if self.start == "auto":
             state, progress, step = self.checkpointer.restore(template)
         else:
             state, progress, step = restore_checkpoint(self.start, template, warn=warnings.warn)
-        if frozen:
+        if self.freezes:
             self.saver.check(progress)
+            state = state.replace(frozen=frozen)
         self.console.print(f"resuming after step {step}")
-        return state.replace(frozen=frozen), progress
+        return state, progress
 
     def _old_run(self) -> Path:
         return self.run_dir.path if self.start == "auto" else Path(self.start).parent.parent
@@ -307,8 +309,8 @@ class _Job:
                 copies = min(copies, output.save_total_limit + 1)
             # A resumed run has some of them on the disk already.
             copies = max(copies - len(self.checkpointer.steps()), 1)
-        saved = state.replace(frozen={})
-        model = saved.params if self.base else (state.params, state.frozen)
+        saved = state.replace(frozen={}) if self.freezes else state
+        model = state.params if self.base else merge(state.params, state.frozen)
         check_space(self.run_dir.path, tree_bytes(saved), copies, others=tree_bytes(model))
 
     def _export(self, model, state, tokenizer) -> Path:
@@ -320,7 +322,10 @@ class _Job:
                 return save_adapter(model_dir, model, weights, self.base, tokenizer)
             if model.lora is not None:
                 weights = merge_adapters(weights, model.lora)
-            return save_pretrained(model_dir, model, weights, tokenizer)
+            generation = assemble.generation_config(self.config.model.model_name_or_path)
+            return save_pretrained(
+                model_dir, model, weights, tokenizer, generation_config=generation
+            )
         except (OSError, SafetensorError) as error:
             reason = full_disk(error) or str(error)
             raise CheckpointError(
@@ -353,6 +358,8 @@ class _Job:
             f"training {of_all} parameters for {steps:,} updates of {self.recipe.plan} on "
             f"{jax.devices()[0].device_kind}, {self.config.model.dtype}"
         )
+        if self.config.peft.use_peft and not (self.base or self.config.peft.merge_lora):
+            self.console.print("the adapter will be merged: its base is no directory to refer to")
 
     def _show_summary(self, model_dir: Path) -> None:
         seconds = time.monotonic() - self.start_s
