@@ -1,0 +1,118 @@
+"""Preference losses against numbers computed apart from them, by hand and by numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from relax.losses.dpo import LOSSES, LossOptions, Pairs, kto_loss, kto_reference_point
+
+
+def pairs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length) -> Pairs:
+    arrays = [chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length]
+    arrays = [jnp.array(a, jnp.float32) for a in arrays]
+    mean = jnp.full_like(arrays[0], arrays[4].mean())
+    return Pairs(*arrays, mean)
+
+
+# Δ = [1.5, -1]; every answer but for the lengths as in the table of golden numbers.
+GOLDEN = pairs([-10, -12], [-11, -9], [-10.5, -11.5], [-10, -9.5], [4, 4], [5, 5])
+
+
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        ("sigmoid", {}, 0.682677),
+        ("sigmoid", {"label_smoothing": 0.1}, 0.685177),
+        ("robust", {"label_smoothing": 0.1}, 0.679552),
+        ("hinge", {}, 0.975),
+        ("ipo", {}, 24.578125),
+        ("sigmoid_norm", {}, 0.690745),
+        ("apo_zero", {}, 0.993759),
+        ("nca_pair", {}, 1.380904),
+        ("bco_pair", {}, 1.374888),
+        ("sppo_hard", {}, 48.375),
+        # By hand: 22 nats over 8 chosen tokens.
+        ("sft", {}, 2.75),
+    ],
+)
+def test_losses_equal_the_golden_numbers(name, options, expected):
+    loss = LOSSES[name].function(GOLDEN, LossOptions(**options)).mean()
+    np.testing.assert_allclose(loss, expected, rtol=2e-6)
+
+
+def logistic(x):
+    return 1 / (1 + np.exp(-np.float64(x)))
+
+
+def test_apo_down_exo_simpo_and_orpo_equal_their_equations_in_numpy():
+    """One pair: s_c = 0.5, s_r = -1, Δ = 1.5, log π -10 over 4 tokens against -11 over 5."""
+    first = jax.tree.map(lambda a: a[:1], GOLDEN)
+    w = logistic(0.1 * 1.5)
+    exo = w * np.log(w / 0.9) + (1 - w) * np.log((1 - w) / 0.1)
+    p, q = np.exp(-10 / 4), np.exp(-11 / 5)
+    ratio = (p / (1 - p)) / (q / (1 - q))
+    expected = {
+        "apo_down": logistic(0.05) + 1 - logistic(0.15),
+        "exo_pair": exo,
+        "simpo": -np.log(logistic(0.1 * (-10 / 4 + 11 / 5) - 0.5)),
+        "orpo": -np.log(p) - 0.1 * np.log(logistic(np.log(ratio))),
+    }
+    options = LossOptions(label_smoothing=0.1)
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            LOSSES[name].function(first, options), value, rtol=1e-5, err_msg=name
+        )
+
+
+def test_kto_equals_its_equation_in_numpy_and_the_reference_point_is_no_gradient():
+    scores, other = np.float32([0.5, -1, 2, 9]), np.float32([0.4, 0.2, -0.3, 50])
+    good, real = np.array([1, 0, 1, 1]) > 0, np.array([1, 1, 1, 0]) > 0
+    kl = kto_reference_point(jnp.array(other), jnp.array(real))
+    np.testing.assert_allclose(kl, 0.1, rtol=1e-6)
+    z = 0.1
+    expected = [
+        2.0 * (1 - logistic(0.1 * (0.5 - z))),
+        0.5 * (1 - logistic(0.1 * (z + 1))),
+        2.0 * (1 - logistic(0.1 * (2 - z))),
+        2.0 * (1 - logistic(0.1 * (9 - z))),
+    ]
+    weights = {"desirable_weight": 2.0, "undesirable_weight": 0.5}
+    loss = kto_loss(jnp.array(scores), kl, jnp.array(good), **weights)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    slope = jax.grad(lambda kl: kto_loss(jnp.array(scores), kl, jnp.array(good)).sum())(kl)
+    assert slope == 0
+
+
+def test_the_reference_point_of_kto_is_never_negative():
+    assert kto_reference_point(jnp.array([-3.0, 1.0]), jnp.array([True, True])) == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_down_the_gradient_widens_the_margin(name):
+    """At the start, where policy and reference are one."""
+    start = pairs([-10, -12], [-11, -9], [-10, -12], [-11, -9], [4, 4], [4, 4])
+
+    def loss(chosen, rejected):
+        p = start._replace(chosen=chosen, rejected=rejected)
+        return LOSSES[name].function(p, LossOptions(label_smoothing=0.1)).mean()
+
+    d_chosen, d_rejected = jax.grad(loss, (0, 1))(start.chosen, start.rejected)
+    assert (np.asarray(d_chosen) < np.asarray(d_rejected)).all()
+
+
+def test_losses_that_name_no_reference_do_not_read_it():
+    changed = GOLDEN._replace(ref_chosen=jnp.zeros(2), ref_rejected=jnp.ones(2))
+    for name, loss in LOSSES.items():
+        options = LossOptions(label_smoothing=0.1)
+        same = np.array_equal(loss.function(GOLDEN, options), loss.function(changed, options))
+        assert same != loss.needs_reference, name
+
+
+def test_losses_read_the_options_that_they_name_and_no_others():
+    base = LossOptions(beta=0.1, label_smoothing=0.1, simpo_gamma=0.5)
+    for name, loss in LOSSES.items():
+        for option in ("label_smoothing", "simpo_gamma"):
+            other = base._replace(**{option: 0.2})
+            same = np.array_equal(loss.function(GOLDEN, base), loss.function(GOLDEN, other))
+            assert same == (option not in loss.reads), (name, option)
