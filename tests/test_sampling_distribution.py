@@ -20,7 +20,14 @@ from tests.families import tiny_family
 
 P = np.array([0.06, 0.30, 0.02, 0.16, 0.22, 0.04, 0.12, 0.08])
 DRAWS = 20_000
-CHI_SQUARE = {1: 10.83, 2: 13.82, 3: 16.27, 5: 20.52, 6: 22.46, 7: 24.32}  # exceeded once in a thousand
+CHI_SQUARE = {
+    1: 10.83,
+    2: 13.82,
+    3: 16.27,
+    5: 20.52,
+    6: 22.46,
+    7: 24.32,
+}  # exceeded once in a thousand
 
 
 def share(*weights):

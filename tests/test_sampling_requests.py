@@ -66,9 +66,9 @@ BAD_REQUESTS = [
     ([[1]], {"logit_bias": dict.fromkeys(range(61), -math.inf)}, {}, "leave no token to draw"),
     ([[1]], {"top_k": 62}, {}, "top_k 62 is more than the 61 tokens of the model."),
     ([[1]], {"stop": ("a",)}, {}, "need a function from ids to text: pass decode="),
-    ([[1]], {}, {"limits": [5]}, "limits must be at most max_new_tokens 4, got 5."),
-    ([[1]], {}, {"limits": [0]}, "every row needs a limit of at least 1, got 0."),
-    ([[1]], {}, {"limits": [1, 2]}, "limits must hold one number per prompt"),
+    ([[1]], {}, {"limits": [5]}, "limits must be from 1 to max_new_tokens 4, got from 5 to 5."),
+    ([[1]], {}, {"limits": [0]}, "limits must be from 1 to max_new_tokens 4, got from 0 to 0."),
+    ([[1]], {}, {"limits": [1, 2]}, "limits must hold one number per row"),
 ]
 
 

@@ -117,7 +117,7 @@ def check_request(
     """Refuses what does not fit the model.
 
     Args:
-      limits: `[N]` at most so many new tokens, per prompt.
+      limits: `[N]` at most so many new tokens, of the longest row of each prompt.
       decodes: whether there is a function from ids to text.
 
     Raises:
@@ -147,7 +147,6 @@ def check_request(
                 config.stop and not decodes,
                 f"stop strings {config.stop} need a function from ids to text: pass decode=.",
             ),
-            (limits.min() < 1, f"every row needs a limit of at least 1, got {limits.min()}."),
             (
                 lengths[worst] + limits[worst] > room,
                 f"prompt {worst} of {lengths[worst]} tokens and {limits[worst]} new ones do not "

@@ -1,0 +1,255 @@
+"""The slots of a generation, and the rows that pass through them.
+
+1. Prompts are cut into batches of about as many tokens each and prefilled once, when the first of
+   their samples is due; every sample copies its prompt's keys and values into its slot.
+2. A compiled segment decodes all slots until so many of them have ended, or for so many tokens.
+3. The host takes what was drawn, looks for stop strings, and gives the slots of ended rows to
+   waiting ones; when none wait and few rows go on, these move to a smaller cache.
+4. The cache grows twofold when a row comes to its end.
+
+Which rows run together changes no row: its key is its own, and so are its columns.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relax.sampling import step
+from relax.sampling.config import SamplingConfig, longest
+from relax.sampling.distribution import Rules
+from relax.sampling.stops import Decode, find_stop
+
+COLUMNS = 64  # of the smallest cache
+PROMPT = 16  # tokens of the smallest prefill
+PREFILL_TOKENS = 1024  # of one prefill, padding included, unless one prompt is longer
+SHRINK = 4  # a cache shrinks when at most one in so many of its slots is in use
+
+
+@dataclasses.dataclass
+class Row:
+    """A completion under way."""
+
+    number: int
+    prompt_index: int
+    prompt: np.ndarray
+    limit: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def position(self) -> int:
+        """Where the next token to be decoded stands: the last one drawn, or the prompt's last."""
+        return len(self.prompt) - 1 + len(self.tokens)
+
+
+class Batch:
+    """The slots on the device, and the rows in them and in wait."""
+
+    def __init__(
+        self,
+        model,
+        params,
+        config: SamplingConfig,
+        keys: Callable[[list[int]], jax.Array],
+        rows: Sequence[Row],
+        decode: Decode | None,
+    ):
+        """keys: from the numbers of rows to their keys."""
+        self.model, self.params, self.config = model, params, config
+        self.keys, self.decode = keys, decode
+        self.room = longest(model.config)[0]
+        self.rules = _rules(config, model.config.vocab_size)
+        self.ends = step.Ends(
+            jnp.asarray(config.eos_token_ids, jnp.int32), jnp.int32(config.min_new_tokens)
+        )
+        # Prompts of like length share a prefill, and short ones, which need few columns, go first.
+        self.waiting = collections.deque(sorted(rows, key=lambda row: self._padded(row.prompt)))
+        self.prefilled: dict[int, tuple] = {}  # prompt -> (keys and values, prompts, row of these)
+        self.S = COLUMNS
+        self.slots: list[Row | None] = [None] * _bucket(min(config.slots, len(rows)), 1)
+        self.cache, self.state = step.empty(
+            model, keys([0] * len(self.slots)), len(self.slots), self.S, self._counts_seen()
+        )
+
+    def under_way(self) -> bool:
+        return bool(self.waiting) or any(self.slots)
+
+    def fill(self) -> None:
+        """Puts waiting rows into free slots, one prefill after another."""
+        free = [place for place, row in enumerate(self.slots) if row is None]
+        while self.waiting and free:
+            prefilled = self._prefilled(self.waiting[0].prompt_index)
+            admitted: list[tuple[int, Row, int]] = []
+            while self.waiting and free:
+                found = self.prefilled.get(self.waiting[0].prompt_index)
+                if found is None or found[0] is not prefilled[0]:
+                    break
+                admitted.append((free.pop(0), self.waiting.popleft(), found[2]))
+            self._admit(prefilled, admitted)
+        still = {row.prompt_index for row in self.waiting}
+        self.prefilled = {i: found for i, found in self.prefilled.items() if i in still}
+        if not self.waiting:
+            self._shrink()
+
+    def advance(self) -> list[tuple[Row, list[int]]]:
+        """One segment: the rows that were under way, with their new tokens."""
+        running = [row for row in self.slots if row is not None]
+        steps = min(self.config.segment, max(row.limit - len(row.tokens) for row in running))
+        columns = max(row.position for row in running) + steps
+        if columns > self.S:
+            self._resize(range(len(self.slots)), _bucket(columns, COLUMNS))
+        stopped = np.array([row is None for row in self.slots])
+        self.cache, self.state, segment = step.run_segment(
+            self.model,
+            self.params,
+            self.cache,
+            self.state,
+            stopped,
+            self.rules,
+            self.ends,
+            np.int32(steps),
+            np.int32(self._leave(len(running))),
+            top_k=self.config.top_k,
+            N=self.config.segment,
+        )
+        return self._take(jax.device_get(segment))
+
+    def _leave(self, running: int) -> int:
+        """How many slots must have ended, or be free, for a segment to end early.
+
+        With rows in wait: a few more than now. Without: all, or so many that the rest fits a
+        smaller cache.
+        """
+        B = len(self.slots)
+        if self.waiting:
+            return B - running + max(1, running // 8)
+        few = B // SHRINK
+        return B - few if running > few else B
+
+    def _take(self, segment: step.Segment) -> list[tuple[Row, list[int]]]:
+        """Gives rows what a segment drew for them, and frees the slots of those that have ended."""
+        taken = []
+        for place, row in enumerate(self.slots):
+            if row is None:
+                continue
+            count, before = int(segment.drawn[place]), len(row.tokens)
+            row.tokens += segment.tokens[:count, place].tolist()
+            row.logprobs += segment.logprobs[:count, place].tolist()
+            self._end(row, before, bool(segment.ended[place]))
+            if row.reason is not None:
+                self.slots[place] = None
+            taken.append((row, row.tokens[before:]))
+        return taken
+
+    def _end(self, row: Row, before: int, ended: bool) -> None:
+        config, eos = self.config, self.config.eos_token_ids
+        if config.stop and len(row.tokens) > before:
+            text = row.tokens[:-1] if row.tokens[-1] in eos else row.tokens
+            cut = find_stop(text, before, config.stop, config.min_new_tokens, self.decode)
+            if cut is not None:
+                del row.tokens[cut:], row.logprobs[cut:]
+                row.reason = "stop"
+                return
+        if ended:
+            row.reason = "eos" if row.tokens[-1] in eos else "length"
+
+    def _padded(self, prompt: np.ndarray) -> int:
+        return min(_bucket(len(prompt) - 1, PROMPT, halves=True), self.room)
+
+    def _counts_seen(self) -> bool:
+        return self.config.repetition_penalty != 1.0
+
+    def _prefilled(self, prompt_index: int) -> tuple:
+        """The prefill that holds a prompt, and the following prompts in wait as far as they fit."""
+        if prompt_index in self.prefilled:
+            return self.prefilled[prompt_index]
+        prompts = dict.fromkeys(row.prompt_index for row in self.waiting)
+        by_index = {row.prompt_index: row.prompt for row in self.waiting}
+        P = self._padded(by_index[prompt_index])
+        chosen = [i for i in prompts if self._padded(by_index[i]) == P]
+        chosen = chosen[: max(1, PREFILL_TOKENS // P)]
+        C, V = _bucket(len(chosen), 1), self.model.config.vocab_size
+        ids = np.full((C, P), V, np.int32)
+        for source, i in enumerate(chosen):
+            ids[source, : len(by_index[i]) - 1] = by_index[i][:-1]
+        filled = step.prefill(self.model, self.params, np.where(ids == V, 0, ids))
+        for source, i in enumerate(chosen):
+            self.prefilled[i] = (filled, ids, source)
+        return self.prefilled[prompt_index]
+
+    def _admit(self, prefilled: tuple, admitted: list[tuple[int, Row, int]]) -> None:
+        filled, ids, _ = prefilled
+        if ids.shape[1] > self.S:
+            self._resize(range(len(self.slots)), _bucket(ids.shape[1], COLUMNS))
+        B, count = len(self.slots), len(admitted)
+        places, sources, tokens, positions, limits = np.zeros((5, B), np.int32)
+        numbers = [0] * B
+        for i, (place, row, source) in enumerate(admitted):
+            self.slots[place] = row
+            places[i], sources[i], numbers[i] = place, source, row.number
+            tokens[i], positions[i], limits[i] = row.prompt[-1], row.position, row.limit
+        zeros = np.zeros((B,), np.int32)
+        rows = step.Slots(
+            tokens, positions, zeros, limits, zeros.astype(bool), self.keys(numbers), None
+        )
+        self.cache, self.state = step.admit(
+            self.cache,
+            self.state,
+            filled,
+            ids if self._counts_seen() else None,
+            np.int32(count),
+            places,
+            sources,
+            rows,
+        )
+
+    def _shrink(self) -> None:
+        """Moves the rows under way to a smaller cache, where few are."""
+        running = [place for place, row in enumerate(self.slots) if row is not None]
+        B = _bucket(len(running), 1)
+        if B * SHRINK <= len(self.slots):
+            free = [place for place, row in enumerate(self.slots) if row is None]
+            self._resize((running + free)[:B], self.S)
+
+    def _resize(self, places: Sequence[int], S: int) -> None:
+        index = np.array(places, np.int32)
+        self.cache, self.state = step.resize(self.cache, self.state, index, S)
+        self.slots, self.S = [self.slots[place] for place in places], S
+
+
+def _rules(config: SamplingConfig, V: int) -> Rules:
+    def unless(off, value):
+        return None if value == off else np.float32(value)
+
+    bias = None
+    if config.logit_bias:
+        bias = np.zeros((V,), np.float32)
+        bias[list(config.logit_bias)] = list(config.logit_bias.values())
+    bans = config.eos_token_ids and config.min_new_tokens
+    return Rules(
+        unless(1.0, config.repetition_penalty),
+        np.array(config.eos_token_ids, np.int32) if bans else None,
+        bias,
+        unless(0.0, config.temperature),
+        unless(1.0, config.top_p),
+        unless(0.0, config.min_p),
+    )
+
+
+def _bucket(n: int, smallest: int, *, halves: bool = False) -> int:
+    """The power of two, times `smallest`, that n fits; `halves`: or one and a half such.
+
+    >>> [_bucket(n, 16, halves=True) for n in (0, 16, 17, 25, 33)]
+    [16, 16, 24, 32, 48]
+    """
+    size = smallest
+    while size < n:
+        if halves and size * 3 // 2 >= n:
+            return size * 3 // 2
+        size *= 2
+    return size
