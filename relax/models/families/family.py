@@ -171,7 +171,7 @@ class Family:
             )
         fields = self._plain_names(fields)
         present = {name: value for name, value in fields.items() if value is not None}
-        for name in only.keys() & present.keys():
+        for name in sorted(only.keys() & present.keys()):
             if present[name] not in only[name]:
                 raise ValueError(
                     f"{name} is {repr(present[name])[:80]}, which is not implemented; only "
