@@ -15,6 +15,7 @@ from relax.models.config import LoRA
 from relax.models.peft import base_of, is_adapter_directory, load_merged
 from relax.models.pretrained import find_directory
 from relax.trainers.optimizer import OPTIMIZERS, learning_rate_schedule
+from relax.trainers.rounding import stochastic_rounding
 from relax.trainers.state import initial_state
 
 # The model that is trained from scratch where none is named: 0.8 M parameters.
@@ -115,7 +116,10 @@ def make_optimizer(config: TrainerConfig, steps: int):
     )
     arguments = {"adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps"}
     settings = {arguments[field]: getattr(h, field) for field in OPTIMIZER_FIELDS[h.optim]}
-    return OPTIMIZERS[h.optim](schedule, weight_decay=h.weight_decay, **settings)
+    optimizer = OPTIMIZERS[h.optim](schedule, weight_decay=h.weight_decay, **settings)
+    if config.model.param_dtype == "bfloat16":
+        optimizer = stochastic_rounding(optimizer, h.seed)
+    return optimizer
 
 
 def eval_interval(config: TrainerConfig, steps: int) -> int | None:

@@ -52,7 +52,8 @@ class Linear(nn.Module):
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-            y = y + bias.astype(self.dtype)[None, :]
+            # In float32, and so is its gradient: a sum over all tokens.
+            y = (y + bias.astype(jnp.float32)[None, :]).astype(self.dtype)
         if self.has_variable("params", "lora_a"):
             y = y + self._adapter(x)
         return y

@@ -142,7 +142,7 @@ class Trainer(abc.ABC):
         gradients, metrics = accumulate_gradients(
             loss_fn, state.params, batch, self.gradient_accumulation_steps
         )
-        grad_norm = optax.tree.norm(gradients)
+        grad_norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
         scale = clip_scale(grad_norm, self.max_grad_norm)
         params, opt_state = apply_gradients(

@@ -149,7 +149,7 @@ def reduce_metrics(outputs: LossOutput) -> dict[str, jax.Array]:
 
 def apply_gradients(optimizer, gradients, params, opt_state, finite, scale):
     """One optimizer step on `gradients * scale`; where not `finite`, bit for bit none at all."""
-    gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+    gradients = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
     updates, new_opt_state = optimizer.update(gradients, opt_state, params)
     new_params = optax.apply_updates(params, updates)
 
