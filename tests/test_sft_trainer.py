@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the dense loss, its weights, what is not trained, greedy exact match."""
 
+import dataclasses
 import functools
 
 import jax
@@ -171,6 +172,48 @@ def test_given_params_are_copied_and_without_them_the_key_makes_them(tiny_model,
     params = fresh.create_train_state(jax.random.key(0)).params
     assert bits(params) == before  # the fixture is made from the same key
     assert bits(fresh.create_train_state(jax.random.key(1)).params) != before
+
+
+# What some models have besides.
+
+
+def test_soft_capped_logits_are_those_of_the_loss_and_of_exact_match(tiny_model, tiny_params):
+    """Against whole logits, which the model caps itself."""
+    capped = tiny_model.clone(
+        config=dataclasses.replace(tiny_model.config, final_logit_softcapping=0.5)
+    )
+    batch = packed_batch(ROWS, 12)
+    expected, _ = dense(capped, tiny_params, batch)
+    assert expected["loss"] != pytest.approx(dense(tiny_model, tiny_params, batch)[0]["loss"])
+    trainer = trainer_of(capped, tiny_params)
+    state = trainer.create_train_state(KEY)
+    assert trainer.validate(state, [batch]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_routers_add_their_balancing_loss_and_log_it(tiny_model):
+    config = dataclasses.replace(
+        tiny_model.config,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        router_aux_loss_coef=0.3,
+    )
+    model, batch = tiny_model.clone(config=config), packed_batch(ROWS, 12)
+    trainer = SFTTrainer(model, optax.sgd(1.0))
+    state = trainer.create_train_state(KEY)
+    expected, _ = dense(model, state.params, batch)
+    inputs = [batch[name] for name in ("input_ids", "positions", "segment_ids")]
+    _, aux_loss = model.apply(
+        {"params": state.params}, *inputs, method="hidden_states_and_aux_loss"
+    )
+    aux_loss = float(aux_loss)
+    assert aux_loss > 1.5  # 2 where all experts get as many tokens
+    expected |= {"aux_loss": aux_loss, "loss": expected["loss"] + 0.3 * aux_loss}
+    assert trainer.validate(state, [batch]) == pytest.approx(expected, rel=1e-5)
+    router = np.array(state.params["layers_0"]["experts"]["router"])
+    state, metrics = trainer.train_step(state, batch)
+    assert metrics["aux_loss"] == pytest.approx(expected["aux_loss"], rel=1e-5)
+    assert (state.params["layers_0"]["experts"]["router"] != router).any()
 
 
 # From the loader to answers.
