@@ -10,7 +10,13 @@ from relax.config import TrainerConfig, resolve_steps
 from relax.config.checks import OPTIMIZER_FIELDS
 from relax.data.loader import epoch_order
 from relax.errors import ConfigError
-from relax.models import Transformer, TransformerConfig, load_pretrained, read_pretrained_config
+from relax.models import (
+    Transformer,
+    TransformerConfig,
+    load_pretrained,
+    read_generation_config,
+    read_pretrained_config,
+)
 from relax.models.config import LoRA
 from relax.models.peft import base_of, is_adapter_directory, load_merged
 from relax.models.pretrained import find_directory
@@ -38,6 +44,12 @@ def make_tokenizer(config: TrainerConfig):
     changes = (config.profile.chat_template_path, config.data.eos_token)
     if path is None:
         return data.adapt_tokenizer(data.arithmetic_tokenizer(), *changes)
+    return load_tokenizer(path, *changes)
+
+
+def load_tokenizer(path: str, chat_template_path: str | None = None, eos_token: str | None = None):
+    """The tokenizer of a model or adapter directory, a .gguf file or a hub name."""
+    changes = (chat_template_path, eos_token)
     # The model first: a wrong path would be reported as a directory without a tokenizer.
     directory = find_directory(path)
     read_pretrained_config(_of_model(directory))
@@ -60,12 +72,11 @@ def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, di
     if path is None:
         model = Transformer(EMBEDDED_MODEL, dtype, **options)
     else:
-        directory = find_directory(path)
         if weights:
-            load = load_merged if is_adapter_directory(directory) else load_pretrained
-            model, params = load(directory, dtype, **options)
+            model, params = load_model(path, dtype, **options)
         else:
-            model = Transformer(read_pretrained_config(_of_model(directory)), dtype, **options)
+            shape = read_pretrained_config(_of_model(find_directory(path)))
+            model = Transformer(shape, dtype, **options)
     p = config.peft
     if p.use_peft:
         targets = tuple(p.lora_target_modules)
@@ -74,6 +85,26 @@ def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, di
         gradient_checkpointing_policy=config.hyperparams.gradient_checkpointing_policy,
         attn_implementation=config.model.attn_implementation,
     ), params
+
+
+def load_model(path: str, dtype, **options) -> tuple[Transformer, dict]:
+    """As `load_pretrained`; an adapter directory is its model with the adapter merged."""
+    directory = find_directory(path)
+    load = load_merged if is_adapter_directory(directory) else load_pretrained
+    return load(directory, dtype, **options)
+
+
+def generation_config(path: str | None) -> dict:
+    """What generation_config.json says of a model; {} of the embedded one."""
+    return {} if path is None else read_generation_config(_of_model(find_directory(path)))
+
+
+def end_tokens(path: str | None, tokenizer) -> tuple[int, ...]:
+    """All ids that end a turn: those of generation_config.json, and the tokenizer's."""
+    ids = generation_config(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    found = {i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int)}
+    return tuple(sorted(found))
 
 
 def adapter_base(config: TrainerConfig) -> str | None:

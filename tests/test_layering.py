@@ -22,6 +22,7 @@ LAYERS = {
     "relax.losses": 2,
     "relax.parallel": 2,
     "relax.models": 3,
+    "relax.sampling.__main__": 6,
     "relax.sampling": 4,
     "relax.trainers": 5,
 }
@@ -29,7 +30,8 @@ HOST = 6
 WITHOUT_JAX = ("relax.errors", "relax.run_dir", "relax.config", "relax.data", "relax.rewards")
 WITHOUT_JAX += ("relax.gguf_file",)
 # Host modules that nothing below the engine may lean on.
-TOP = ("relax.engine", "relax.assemble", "relax.recipes")
+TOP = ("relax.engine", "relax.assemble", "relax.recipes", "relax.sample")
+TOP += ("relax.sampling.__main__",)
 
 
 def name_of(file: Path) -> str:

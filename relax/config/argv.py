@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from relax.config.names import ALIASES, normal, ratio_problem, unknown
 from relax.config.options import options
-from relax.config.schema import TrainerConfig
+from relax.config.schema import Settings
 from relax.config.values import is_list, is_number, is_switch, parse_text, type_name
 from relax.errors import ConfigError
 
@@ -32,7 +32,7 @@ class _Typed(NamedTuple):
     text: str | None  # None where it stands alone
 
 
-def read_command(config_class: type[TrainerConfig], argv: Sequence[str]) -> Command:
+def read_command(config_class: type[Settings], argv: Sequence[str]) -> Command:
     """Checks all arguments against the fields of a configuration.
 
     Raises:

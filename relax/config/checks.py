@@ -42,15 +42,20 @@ def problems(
 
     Where a value is of a wrong type, only the types are reported: nothing else can be told then.
     """
-    found = [p for name, option in known.items() for p in _type(option, values[name])]
-    if found:
-        return found
-    found = [p for name, option in known.items() for p in _range(option, values[name])]
+    if any(True for name, option in known.items() for _ in _type(option, values[name])):
+        return value_problems(known, values)
+    found = value_problems(known, values)
     given = given_by(known, values, embedded)
     for rules in (_run, _optimizer, _peft, _data, _packing, _evaluation, _output):
         found += rules(values, given)
     found += _names(known, values)
     return found
+
+
+def value_problems(known: dict[str, Option], values: dict[str, Any]) -> list[str]:
+    """Values of a wrong type; where there are none, those out of their range."""
+    found = [p for name, option in known.items() for p in _type(option, values[name])]
+    return found or [p for name, option in known.items() for p in _range(option, values[name])]
 
 
 def given_by(known: dict[str, Option], values: dict[str, Any], embedded: dict[str, Any]) -> Given:

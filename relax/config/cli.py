@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 from relax.config.argv import Command, read_command
 from relax.config.loader import ConfigLoader
 from relax.config.options import options
-from relax.config.schema import TrainerConfig
+from relax.config.schema import Settings
 from relax.config.values import parse_text
 from relax.errors import ConfigError, RelaxError
 
 
 def run(
-    config_class: type[TrainerConfig],
+    config_class: type[Settings],
     main: Callable[[Any], object],
     argv: Sequence[str] | None = None,
 ) -> None:
@@ -48,9 +48,7 @@ def run(
         dispatch(config_class, command, partial(_call, main))
 
 
-def dispatch(
-    config_class: type[TrainerConfig], command: Command, main: Callable[[Any], object]
-) -> None:
+def dispatch(config_class: type[Settings], command: Command, main: Callable[[Any], object]) -> None:
     """Lets fire call `main` with the configuration of a checked command line."""
     import inspect
 
@@ -79,7 +77,7 @@ def dispatch(
     )
 
 
-def _call(main: Callable[[Any], object], config: TrainerConfig) -> None:
+def _call(main: Callable[[Any], object], config: Settings) -> None:
     """Calls `main`; an error that ReLax raises on purpose becomes one message and an exit code."""
     try:
         main(config)
@@ -99,4 +97,7 @@ def _refuse(error: ConfigError) -> NoReturn:
 
 
 def _script() -> str:
-    return os.path.basename(sys.argv[0])
+    directory, name = os.path.split(sys.argv[0])
+    if name == "__main__.py":  # of a package of relax
+        return f"-m relax.{os.path.basename(directory)}"
+    return name

@@ -8,7 +8,7 @@ from typing import Any
 
 from relax.config.names import ALIASES
 from relax.config.options import options
-from relax.config.schema import TrainerConfig
+from relax.config.schema import Settings
 from relax.config.values import type_name
 
 _NOTES = (
@@ -24,7 +24,7 @@ _COMMAND = {
 
 
 def help_text(
-    config_class: type[TrainerConfig],
+    config_class: type[Settings],
     script: str,
     width: int | None = None,
     colour: bool | None = None,

@@ -6,7 +6,7 @@ from typing import Any
 from relax.config.files import read_file
 from relax.config.names import ALIASES, ratio_problem, suggestion, unknown
 from relax.config.options import options
-from relax.config.schema import SFTConfig, TrainerConfig
+from relax.config.schema import Settings, SFTConfig
 from relax.config.values import check_value
 from relax.errors import ConfigError
 
@@ -19,11 +19,11 @@ class ConfigLoader:
       config_class: the configuration of the algorithm.
     """
 
-    def __init__(self, path: str | Path | None, config_class: type[TrainerConfig] = SFTConfig):
+    def __init__(self, path: str | Path | None, config_class: type[Settings] = SFTConfig):
         self.path = path
         self.config_class = config_class
 
-    def load(self) -> TrainerConfig:
+    def load(self) -> Settings:
         """The file over the defaults, validated.
 
         Raises:
@@ -31,7 +31,7 @@ class ConfigLoader:
         """
         return self.merge_with_cli_args({})
 
-    def merge_with_cli_args(self, args: dict[str, Any]) -> TrainerConfig:
+    def merge_with_cli_args(self, args: dict[str, Any]) -> Settings:
         """The values of `args` (by field name) over the file over the defaults, validated.
 
         Raises:
@@ -43,7 +43,7 @@ class ConfigLoader:
         return _make(self.config_class, fields | _fields(args, self.config_class, ""))
 
 
-def from_dict(data: dict[str, Any], config_class: type[TrainerConfig] = SFTConfig) -> TrainerConfig:
+def from_dict(data: dict[str, Any], config_class: type[Settings] = SFTConfig) -> Settings:
     """A validated configuration from a dict, by section (as `to_dict` gives it) or flat.
 
     >>> from_dict({"hyperparams": {"seed": 1}, "packing": True}).data.packing
@@ -56,9 +56,9 @@ def create_default_config(
     model_path: str | None = None,
     dataset_path: str | None = None,
     output_dir: str | None = None,
-    config_class: type[TrainerConfig] = SFTConfig,
+    config_class: type[Settings] = SFTConfig,
     **fields: Any,
-) -> TrainerConfig:
+) -> Settings:
     """A validated configuration from the few values one usually gives; `fields` by field name."""
     named = {
         "model_name_or_path": model_path,
@@ -72,13 +72,13 @@ def create_default_config(
     return from_dict(named | fields, config_class)
 
 
-def _make(config_class: type[TrainerConfig], fields: dict[str, Any]) -> TrainerConfig:
+def _make(config_class: type[Settings], fields: dict[str, Any]) -> Settings:
     config = config_class().replace(**config_class.defaults_for(fields) | fields)
     config.validate()
     return config
 
 
-def _fields(data: dict[str, Any], config_class: type[TrainerConfig], where: str) -> dict[str, Any]:
+def _fields(data: dict[str, Any], config_class: type[Settings], where: str) -> dict[str, Any]:
     """The values of a dict by field name, checked; `where` stands before each problem."""
     known = options(config_class)
     sections = list(dict.fromkeys(option.section for option in known.values()))

@@ -10,6 +10,7 @@ from relax.config.schema import (
     Hyperparams,
     InferenceConfig,
     OutputConfig,
+    PeftConfig,
     TrainerConfig,
 )
 
@@ -122,6 +123,8 @@ class GRPOConfig(TrainerConfig):
     }
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)
+    # With dropout the ratio would be noise from the first update on: the sampler has none.
+    peft: PeftConfig = section(PeftConfig, lora_dropout=0.0)
     inference: InferenceConfig = section(InferenceConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/grpo")
     rollout: RolloutConfig = section(RolloutConfig)
@@ -135,10 +138,11 @@ class GRPOConfig(TrainerConfig):
             return found
         known, values = options(type(self)), self.flat()
         given = given_by(known, values, self.embedded)
-        return [*_rollout(values), *_rewards(values, given), *_grpo(values, given)]
+        rules = (_rollout, _evaluation, _rewards, _grpo, _on_policy)
+        return [problem for rule in rules for problem in rule(values, given)]
 
 
-def _rollout(values: dict[str, Any]) -> Iterator[str]:
+def _rollout(values: dict[str, Any], given: Given) -> Iterator[str]:
     G, rows = values["num_generations"], values["per_device_train_batch_size"]
     accumulation = values["gradient_accumulation_steps"]
     steps = values["steps_per_generation"] or accumulation
@@ -157,6 +161,18 @@ def _rollout(values: dict[str, Any]) -> Iterator[str]:
             f"divide per_device_train_batch_size {rows} x {steps} micro-batches; "
             f"per_device_train_batch_size {fits} would fit"
         )
+    narrowed = [name for name in ("top_k", "top_p", "min_p", "repetition_penalty") if given(name)]
+    if given("recompute_old_logprobs") and narrowed:
+        yield unused("recompute_old_logprobs", f"{narrowed[0]} has them computed in any case")
+
+
+def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
+    asked = values["eval_strategy"] != "no" or values["eval_on_start"]
+    held_out = given("eval_dataset_name") or given("test_size") or values["dataset_name"] is None
+    if not asked and not held_out:
+        for name in ("num_generations_eval", "eval_temperature", "pass_reward"):
+            if given(name):
+                yield unused(name, "no row is held out; give eval_dataset_name or test_size")
     if values["num_generations_eval"] not in (None, 1) and values["eval_temperature"] == 0:
         yield "eval_temperature 0 draws the same completion again; make num_generations_eval 1"
 
@@ -170,6 +186,8 @@ def _rewards(values: dict[str, Any], given: Given) -> Iterator[str]:
             f"reward_weights must be one per reward function, got {len(weights)} for "
             f"{len(functions)}"
         )
+    if given("reward_workers") and values["reward_workers"] > max(len(functions), 1):
+        yield unused("reward_workers", f"there are {len(functions)} functions to deal out")
     if given("num_completions_to_print") and not values["log_completions"]:
         yield unused("num_completions_to_print", "log_completions is false")
 
@@ -197,3 +215,24 @@ def _grpo(values: dict[str, Any], given: Given) -> Iterator[str]:
     high = values["epsilon"] if values["epsilon_high"] is None else values["epsilon_high"]
     if values["delta"] is not None and values["delta"] <= 1 + high:
         yield unused("delta", f"the ratio is bounded by {1 + high:g} already; give more")
+
+
+def _on_policy(values: dict[str, Any], given: Given) -> Iterator[str]:
+    """Where a rollout is one update of the policy that drew it, the ratio is 1 all along."""
+    accumulation, iterations = values["gradient_accumulation_steps"], values["num_iterations"]
+    updates = (values["steps_per_generation"] or accumulation) // accumulation * iterations
+    dropout = values["use_peft"] and values["lora_dropout"]
+    if updates > 1 or dropout or values["dtype"] != "float32":
+        return
+    bounds = ["epsilon", "epsilon_high", "delta"]
+    if values["loss_type"] == "cispo_absolute":
+        bounds = []  # its bound may be below 1
+    if values["loss_type"].startswith("cispo"):
+        bounds.append("importance_sampling_level")
+    for name in bounds:
+        if given(name):
+            yield unused(
+                name,
+                "a rollout is one update, so the ratio is 1; give num_iterations or "
+                "steps_per_generation",
+            )

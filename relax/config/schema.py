@@ -234,21 +234,11 @@ class SFTSection:
 
 
 @dataclass(slots=True, kw_only=True)
-class TrainerConfig:
-    """What all algorithms share; an algorithm adds one section of its own."""
+class Settings:
+    """Sections of options, and what can be done with them: the base of every configuration."""
 
     algorithm: ClassVar[str] = ""
     embedded: ClassVar[dict[str, Any]] = {}
-
-    hyperparams: Hyperparams = section(Hyperparams)
-    model: ModelConfig = section(ModelConfig)
-    peft: PeftConfig = section(PeftConfig)
-    data: RowsConfig = section(RowsConfig)
-    profile: ProfileConfig = section(ProfileConfig)
-    inference: InferenceConfig = section(InferenceConfig)
-    output: OutputConfig = section(OutputConfig)
-    system: SystemConfig = section(SystemConfig)
-    debug: DebugConfig = section(DebugConfig)
 
     def flat(self) -> dict[str, Any]:
         """All values by field name, without the sections."""
@@ -263,7 +253,7 @@ class TrainerConfig:
         """The saved form: JSON that `ConfigLoader` reads back to an equal configuration."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
-    def replace(self, **fields: Any) -> "TrainerConfig":
+    def replace(self, **fields: Any) -> "Settings":
         """A copy with some fields changed, by their flat names.
 
         Raises:
@@ -293,7 +283,7 @@ class TrainerConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one sentence each. A subclass adds its own rules."""
-        return checks.problems(options(type(self)), self.flat(), self.embedded)
+        return checks.value_problems(options(type(self)), self.flat())
 
     def validate(self) -> None:
         """Checks types, ranges, contradictions and options without effect.
@@ -304,6 +294,24 @@ class TrainerConfig:
         found = self.problems()
         if found:
             raise ConfigError("\n".join(found))
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainerConfig(Settings):
+    """What all algorithms share; an algorithm adds one section of its own."""
+
+    hyperparams: Hyperparams = section(Hyperparams)
+    model: ModelConfig = section(ModelConfig)
+    peft: PeftConfig = section(PeftConfig)
+    data: RowsConfig = section(RowsConfig)
+    profile: ProfileConfig = section(ProfileConfig)
+    inference: InferenceConfig = section(InferenceConfig)
+    output: OutputConfig = section(OutputConfig)
+    system: SystemConfig = section(SystemConfig)
+    debug: DebugConfig = section(DebugConfig)
+
+    def problems(self) -> list[str]:
+        return checks.problems(options(type(self)), self.flat(), self.embedded)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,25 +4,21 @@ import dataclasses
 import json
 import zlib
 
-import jax
-
-from relax import data
-from relax.assemble import data_seed, source_rows
+from relax.assemble import data_seed, end_tokens, source_rows
 from relax.callbacks.completions import Completions, RewardCounters
 from relax.callbacks.warnings import RewardWarnings
-from relax.config import SFTConfig
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.errors import DataError
 from relax.models import TransformerConfig
 from relax.recipes.recipe import Datasets, Recipe
-from relax.recipes.sft import SFTRecipe
+from relax.recipes.warm_up import warm_up
 from relax.rewards import RewardRunner
 from relax.sampling import SamplingConfig
-from relax.trainers import GRPOTrainer, SFTTrainer
-from relax.trainers.optimizer import adamw, learning_rate_schedule
+from relax.sampling.config import longest
+from relax.trainers import GRPOTrainer
+from relax.trainers.interrupt import Interrupt, Interrupted
 
 TRAINING, EVALUATION = "training prompts", "evaluation prompts"
-WARM_UP_STEPS = 700  # of the embedded model, whose rewards would all be 0 without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +93,12 @@ class GRPORecipe(Recipe):
 
     def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
         train_rows, eval_rows = source_rows(self.config, rows)
-        room = shape.max_position_embeddings - self.config.rollout.max_completion_length
+        positions, which = longest(shape)
+        room = positions - self.config.rollout.max_completion_length
         if room < 1:
             raise DataError(
                 f"max_completion_length {self.config.rollout.max_completion_length} leaves no room "
-                f"for a prompt in the model's {shape.max_position_embeddings} positions. Lower it."
+                f"for a prompt in the {positions} positions {which}. Lower it."
             )
         loaders, reports, digest = {}, {}, 0
         for name, rows in {TRAINING: train_rows, EVALUATION: eval_rows}.items():
@@ -117,7 +114,8 @@ class GRPORecipe(Recipe):
             self.rewards.check_rows(prompts.rows)
             loaders[name] = self._loader(prompts, training=name == TRAINING)
             reports[name] = PromptReport(prompts, loaders[name].num_left_out)
-            digest = zlib.crc32(json.dumps(prompts.prompt_ids).encode(), digest)
+            told = json.dumps([prompts.prompt_ids, prompts.rows], default=str)
+            digest = zlib.crc32(told.encode(), digest)
         return Datasets(loaders[TRAINING], loaders.get(EVALUATION), reports, f"{digest:08x}")
 
     def trainer(self, model, tokenizer, optimizer, callbacks: tuple) -> GRPOTrainer:
@@ -156,7 +154,8 @@ class GRPORecipe(Recipe):
                 )
         shown = datasets.reports[TRAINING].prompts.rows[: self.config.debug.print_examples]
         for row in shown:
-            self.console.print(json.dumps(row, ensure_ascii=False)[:2000], markup=False)
+            text = json.dumps(row, ensure_ascii=False, default=str)
+            self.console.print(text[:2000], markup=False)
 
     def callbacks(self, run_dir, logging_steps: int) -> tuple:
         r = self.config.reward
@@ -168,16 +167,11 @@ class GRPORecipe(Recipe):
         )
 
     def fresh_params(self, model, tokenizer):
-        """A short supervised warm-up: without it no completion would ever be right."""
-        self.console.print(f"warming up: {WARM_UP_STEPS} supervised updates on the embedded task")
-        config = SFTConfig().replace(**SFTConfig.embedded, seed=self.config.hyperparams.seed)
-        rows = (data.arithmetic_rows("train"), None)
-        loader = SFTRecipe(config, self.console).datasets(tokenizer, model.config, rows).train
-        schedule = learning_rate_schedule("cosine", 2e-3, WARM_UP_STEPS, 50)
-        optimizer = adamw(schedule, b2=0.95, weight_decay=0.1)
-        trainer = SFTTrainer(model.clone(lora=None), optimizer, max_grad_norm=1.0)
-        key = jax.random.key(self.config.hyperparams.seed)
-        return trainer.train(loader, num_epochs=100, key=key, max_steps=WARM_UP_STEPS).params
+        with Interrupt() as interrupt:
+            params = warm_up(model, tokenizer, self.config.hyperparams.seed, self.console)
+            if interrupt.requested is not None:  # half a warm-up is nothing to go on from
+                raise Interrupted(interrupt.requested)
+        return params
 
     def _sampling(self, tokenizer) -> SamplingConfig:
         r = self.config.rollout
@@ -188,7 +182,7 @@ class GRPORecipe(Recipe):
             top_p=r.top_p,
             min_p=r.min_p,
             repetition_penalty=r.repetition_penalty,
-            eos_token_ids=(tokenizer.eos_token_id,),
+            eos_token_ids=end_tokens(self.config.model.model_name_or_path, tokenizer),
             slots=r.rollout_slots,
         )
 

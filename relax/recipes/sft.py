@@ -58,10 +58,14 @@ class SFTRecipe(Recipe):
             data.render(report, self.console, examples, title=name)
 
     def examine(self, when: str, trainer, state, datasets: Datasets) -> dict:
-        loader = self._loader(datasets.eval.examples, None, training=False)
+        loader = self.plain_loader(datasets.eval.examples)
         share = trainer.exact_match(state, loader)
         self.console.print(f"held-out exact match {when} training: {share:.1%}")
         return {"exact_match_before" if when == "before" else "exact_match": share}
+
+    def plain_loader(self, examples) -> data.DataLoader:
+        """Rows to evaluate on, one example each, in the given order."""
+        return self._loader(examples, None, training=False)
 
     def _format_options(self, strategy: str | None) -> data.FormatOptions:
         d, sft = self.config.data, self.config.sft

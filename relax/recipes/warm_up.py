@@ -1,0 +1,42 @@
+"""The embedded model, half taught: what the other algorithms begin with where no model is named."""
+
+import dataclasses
+
+import jax
+from rich.console import Console
+
+from relax import data
+from relax.config import SFTConfig
+from relax.recipes.sft import SFTRecipe
+from relax.trainers import SFTTrainer
+from relax.trainers.optimizer import adamw, learning_rate_schedule
+
+SHARE = 0.35  # of sums that are right when the warm-up ends
+CHUNK, MOST = 20, 800  # updates between two looks, and at most
+LOOKED_AT = 500  # training rows
+
+
+def warm_up(model, tokenizer, seed: int, console: Console):
+    """Parameters after supervised updates on the embedded task, up to where it is half learned.
+
+    From there on rewards can teach: a model that is always wrong has nothing to compare.
+    """
+    config = SFTConfig().replace(**SFTConfig.embedded, seed=seed)
+    recipe = SFTRecipe(config, console)
+    datasets = recipe.datasets(tokenizer, model.config, (data.arithmetic_rows("train"), None))
+    looked_at = dataclasses.replace(
+        datasets,
+        eval=recipe.datasets(
+            tokenizer, model.config, (data.arithmetic_rows("train")[:LOOKED_AT], None)
+        ).train,
+    )
+    schedule = learning_rate_schedule("constant_with_warmup", 1e-3, MOST, 50)
+    optimizer = adamw(schedule, b2=0.95, weight_decay=0.1)
+    trainer = SFTTrainer(model.clone(lora=None), optimizer, max_grad_norm=1.0)
+    state, share, steps = trainer.create_train_state(jax.random.key(seed)), 0.0, 0
+    while share < SHARE and steps < MOST:
+        steps += CHUNK
+        state = trainer.train(datasets.train, num_epochs=100, state=state, max_steps=steps)
+        share = trainer.exact_match(state, recipe.plain_loader(looked_at.eval.examples))
+    console.print(f"warmed up: {steps} supervised updates, {share:.0%} of the sums are right")
+    return state.params

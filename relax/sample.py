@@ -1,0 +1,140 @@
+"""Prompts to text on the terminal, and to a file."""
+
+import json
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from relax import data
+from relax.assemble import end_tokens, load_model, load_tokenizer
+from relax.config.sample import SampleConfig
+from relax.errors import ConfigError, DataError
+from relax.run_dir import atomic_write
+from relax.sampling import SamplingConfig, generate
+
+
+def sample(config: SampleConfig) -> None:
+    """Carries out one configuration."""
+    m, p = config.model, config.prompts
+    output = None if p.output_file is None else Path(p.output_file)
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"output_file must be in a directory that exists, got '{output}'.")
+    tokenizer = load_tokenizer(m.model_name_or_path, config.profile.chat_template_path)
+    rows = _rows(p, tokenizer)
+    dtypes = {"param_dtype": jnp.dtype(m.param_dtype)}
+    model, params = load_model(m.model_name_or_path, jnp.dtype(m.dtype), **dtypes)
+    prompts = data.prepare_prompts(
+        rows,
+        tokenizer,
+        system_prompt=config.profile.system_prompt,
+        vocab_size=model.config.vocab_size,
+    )
+    sampling = _sampling(config, end_tokens(m.model_name_or_path, tokenizer))
+    seed = config.sampling.seed
+    if seed is None and sampling.temperature:
+        seed = secrets.randbelow(2**31)
+        print(f"seed {seed}", file=sys.stderr)
+    stream = _Stream(tokenizer) if len(prompts) == sampling.n == 1 else None
+    start_s = time.monotonic()
+    out = generate(
+        model,
+        params,
+        prompts.prompt_ids,
+        jax.random.key(seed or 0),  # which nothing is drawn with where the temperature is 0
+        sampling,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        on_tokens=stream,
+    )
+    seconds = time.monotonic() - start_s
+    records = _records(prompts, out, sampling.n, tokenizer)
+    if stream is not None:
+        stream.end()
+    elif output is None:
+        for record in records:
+            print(f"--- {_shown(record['prompt'])}\n{record['completion']}")
+    if output is not None:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        atomic_write(output, lines.encode())
+    tokens = int(out.lengths.sum())
+    print(f"{tokens} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+
+
+class _Stream:
+    """Prints text as its tokens come; a character that is not whole yet waits."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.printed = tokenizer, [], ""
+
+    def __call__(self, row: int, tokens: list[int]) -> None:
+        self.ids += tokens
+        text = self._text().rstrip("\N{REPLACEMENT CHARACTER}")
+        print(text[len(self.printed) :], end="", flush=True)
+        self.printed = text
+
+    def end(self) -> None:
+        print(self._text()[len(self.printed) :], flush=True)
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+
+
+def _rows(p, tokenizer) -> list[dict]:
+    chat = bool(tokenizer.chat_template) if p.chat is None else p.chat
+    if p.prompt is not None:
+        rows = [{"prompt": p.prompt}]
+    elif p.prompts_file.endswith(".txt"):
+        try:
+            lines = Path(os.path.expanduser(p.prompts_file)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read prompts from '{p.prompts_file}': {error}.") from error
+        rows = [{"prompt": line} for line in lines.splitlines() if line.strip()]
+    else:
+        rows = data.read_rows(p.prompts_file).rows
+    if not chat:
+        return rows
+    return [
+        row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        if isinstance(row.get("prompt"), str)
+        else row
+        for row in rows
+    ]
+
+
+def _sampling(config: SampleConfig, eos_token_ids: tuple[int, ...]) -> SamplingConfig:
+    s = config.sampling
+    return SamplingConfig(
+        max_new_tokens=s.max_new_tokens,
+        min_new_tokens=s.min_new_tokens,
+        repetition_penalty=s.repetition_penalty,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        eos_token_ids=eos_token_ids,
+        stop=tuple(s.stop),
+        n=s.num_return_sequences,
+        slots=s.slots,
+        segment=8 if config.prompts.prompt is not None else 32,  # a person reads along
+    )
+
+
+def _records(prompts, out, n: int, tokenizer) -> list[dict]:
+    return [
+        {
+            **prompts.rows[i // n],
+            "completion": tokenizer.decode(ids, skip_special_tokens=True),
+            "finish_reason": out.finish_reasons[i],
+            "num_tokens": len(ids),
+            "logprob": float(out.logprobs[i, : len(ids)].sum()),
+        }
+        for i, ids in enumerate(out.completions)
+    ]
+
+
+def _shown(prompt) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
