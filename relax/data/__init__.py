@@ -6,6 +6,8 @@ from relax.data.examples import IGNORE, Encoded, Examples
 from relax.data.formats import FormatOptions
 from relax.data.loader import DataLoader
 from relax.data.packing import pack
+from relax.data.preference import Preferences, prepare_preferences
+from relax.data.preference_loader import PreferenceLoader
 from relax.data.prepare import prepare
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.data.reading import Rows, read_rows
@@ -19,6 +21,8 @@ __all__ = [
     "Encoded",
     "Examples",
     "FormatOptions",
+    "PreferenceLoader",
+    "Preferences",
     "PromptLoader",
     "Prompts",
     "Rows",
@@ -30,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "prepare",
+    "prepare_preferences",
     "prepare_prompts",
     "read_rows",
     "render",

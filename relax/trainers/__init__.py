@@ -1,6 +1,7 @@
 """The algorithms, one readable file each, and the trainer they stand on."""
 
 from relax.trainers.callback import Callback, Event, StopTraining
+from relax.trainers.dpo_trainer import DPOTrainer
 from relax.trainers.grpo_trainer import GRPOTrainer
 from relax.trainers.rl_trainer import RLTrainer
 from relax.trainers.sft_trainer import SFTTrainer
@@ -10,6 +11,7 @@ from relax.trainers.update import LossOutput, Max, Mean, Min, Sum
 __all__ = [
     "Annotated",
     "Callback",
+    "DPOTrainer",
     "Event",
     "GRPOTrainer",
     "LossOutput",

@@ -1,0 +1,174 @@
+"""Batches of preferences, in an order that (seed, epoch, position) decides.
+
+Two layouts. In the plain one a row is a prompt, which is computed once, and its two answers. In the
+packed one a row holds several pairs, each as two documents, prompt + chosen and prompt + rejected:
+no padding between pairs, and attention kernels for long rows apply, but prompts count twice.
+
+Axes: B rows, L tokens of a prompt, C tokens of an answer, T tokens of a packed row, K pairs of a
+packed row.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from relax.data.batching import collate, round_up
+from relax.data.examples import IGNORE, Encoded
+from relax.data.loader import epoch_order
+from relax.data.packing import pack
+from relax.data.preference import Preference, Preferences
+from relax.errors import ConfigError
+
+
+class PreferenceLoader:
+    """Batches of `batch_size` rows; the last of an epoch is filled with empty ones.
+
+    A plain batch holds `prompt_ids` [B, L], `prompt_lengths` [B], `completion_ids` [B, 2, C] and
+    `completion_lengths` [B, 2], the chosen answer first. A packed one holds `input_ids`, `labels`,
+    `positions` and `segment_ids` [B, T], the documents of pair k being segments 2k + 1 and 2k + 2,
+    and `completion_lengths` [B, K, 2]. An empty pair has answers of length 0. Both hold `index`,
+    which pair of the data set each is (-1: none), and `mean_chosen_length`, a number for each row;
+    unpaired ones `is_desirable`; and `ref_logprobs` [..., 2] where the loader has been given them.
+
+    Args:
+      preferences: of `prepare_preferences`.
+      batch_size: rows per update (per-device batch size times accumulation steps).
+      seed: of the order, >= 0.
+      shuffle: a new order each epoch; False keeps the given one.
+      packs: the packed layout, in rows of twice the longest prompt and answer.
+      max_buckets: how many shapes of plain batches there may be.
+      pad_to_multiple_of: lengths are multiples of it.
+
+    Attributes:
+      ref_logprobs: `[N, 2]` float32, of each pair's answers under the reference; None: the trainer
+        computes them.
+    """
+
+    def __init__(
+        self,
+        preferences: Preferences,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        packs: bool = False,
+        max_buckets: int = 4,
+        pad_to_multiple_of: int = 8,
+    ):
+        if batch_size < 1 or seed < 0:
+            raise ConfigError(
+                f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}."
+            )
+        self.preferences, self.batch_size = preferences, batch_size
+        self.seed, self.shuffle, self.packs = seed, shuffle, packs
+        self.ref_logprobs: np.ndarray | None = None
+        sizes = [(len(p.prompt), max(len(p.chosen), len(p.rejected))) for p in preferences.items]
+        self.longest_row = max(map(sum, sizes))
+        if packs:
+            doubles = [sum(map(len, p[:3])) + len(p.prompt) for p in preferences.items]
+            self.length = round_up(2 * self.longest_row, pad_to_multiple_of)
+            packed = pack(doubles, self.length)
+            self.rows = [[segment.document for segment in row] for row in packed]
+            self.pairs_per_row = max(map(len, self.rows))
+            self.num_tokens = sum(doubles)
+        else:
+            self.rows = [[i] for i in range(len(preferences))]
+            self.buckets = _buckets(sizes, max_buckets, pad_to_multiple_of)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.rows) // self.batch_size)
+
+    @property
+    def fill(self) -> float:
+        """The share of a packed row's places that hold a token."""
+        return self.num_tokens / (len(self.rows) * self.length)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self.batches(0)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of one epoch from position `start`; those before it are never made."""
+        order = np.arange(len(self.rows))
+        if self.shuffle:
+            order = epoch_order(len(self.rows), self.seed, epoch)
+        for position in range(start, len(self)):
+            first = position * self.batch_size
+            rows = [self.rows[i] for i in order[first : first + self.batch_size]]
+            yield self._batch(rows + [[]] * (self.batch_size - len(rows)))
+
+    def _batch(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
+        items = self.preferences.items
+        # [B] or [B, K], what holds for pairs
+        index = np.full((len(rows), self.pairs_per_row if self.packs else 1), -1, np.int32)
+        for i, row in enumerate(rows):
+            index[i, : len(row)] = row
+        index = index if self.packs else index[:, 0]
+        chosen = [[items[i] for i in row] for row in rows]
+        if self.packs:
+            batch = _packed(chosen, self.length, self.pairs_per_row)
+        else:
+            longest = [row[0] for row in chosen if row]
+            L, C = next(
+                (L, C)
+                for L, C in self.buckets
+                if all(len(p.prompt) <= L and max(map(len, p[1:3])) <= C for p in longest)
+            )
+            batch = _plain(chosen, L, C)
+        lengths = [len(p.chosen) for row in chosen for p in row]
+        batch["mean_chosen_length"] = np.full(len(rows), np.mean(lengths), np.float32)
+        batch["index"] = index
+        if not self.preferences.is_paired:
+            labels = np.array([item.is_desirable for item in items])
+            batch["is_desirable"] = np.where(index >= 0, labels[index], False)
+        if self.ref_logprobs is not None:
+            batch["ref_logprobs"] = np.where(
+                (index >= 0)[..., None], self.ref_logprobs[index], np.float32(0)
+            )
+        return batch
+
+
+def _buckets(sizes: list[tuple[int, int]], max_buckets: int, multiple: int):
+    """Lengths of prompts and answers together: the longest, half of them, a quarter, ..."""
+    longest = [max(size[axis] for size in sizes) for axis in (0, 1)]
+    return sorted(
+        {
+            tuple(round_up(-(-length // 2**k), multiple) for length in longest)
+            for k in range(max_buckets)
+        }
+    )
+
+
+def _plain(rows: list[list[Preference]], L: int, C: int) -> dict[str, np.ndarray]:
+    B = len(rows)
+    batch = {
+        "prompt_ids": np.zeros((B, L), np.int32),
+        "prompt_lengths": np.ones(B, np.int32),  # of an empty row too: attention needs a token
+        "completion_ids": np.zeros((B, 2, C), np.int32),
+        "completion_lengths": np.zeros((B, 2), np.int32),
+    }
+    for i, pair in ((i, row[0]) for i, row in enumerate(rows) if row):
+        batch["prompt_ids"][i, : len(pair.prompt)] = pair.prompt
+        batch["prompt_lengths"][i] = len(pair.prompt)
+        for j, answer in enumerate((pair.chosen, pair.rejected)):
+            batch["completion_ids"][i, j, : len(answer)] = answer
+            batch["completion_lengths"][i, j] = len(answer)
+    return batch
+
+
+def _packed(rows: list[list[Preference]], length: int, K: int) -> dict[str, np.ndarray]:
+    documents = [
+        [_document(pair.prompt, answer) for pair in row for answer in (pair.chosen, pair.rejected)]
+        for row in rows
+    ]
+    batch = collate(documents, length)
+    batch["completion_lengths"] = np.zeros((len(rows), K, 2), np.int32)
+    for i, row in enumerate(rows):
+        for k, pair in enumerate(row):
+            batch["completion_lengths"][i, k] = len(pair.chosen), len(pair.rejected)
+    return batch
+
+
+def _document(prompt: np.ndarray, answer: np.ndarray) -> Encoded:
+    labels = np.concatenate([np.full(len(prompt), IGNORE, np.int32), answer])
+    return Encoded(np.concatenate([prompt, answer]), labels)

@@ -1,0 +1,327 @@
+"""Direct preference optimisation, and the family of losses that grew out of it.
+
+1. A batch holds prompts, a chosen and a rejected answer to each.
+2. The policy gives the log-probability of every answer; so does the frozen reference.
+3. The loss widens the margin between the two answers, measured against the reference.
+
+    s = log π_θ(y | x) - log π_ref(y | x)
+    L = - log σ(β (s_chosen - s_rejected))
+
+Rafailov et al., Direct Preference Optimization, 2023, eq. 7. `relax.losses.dpo` has the losses. KTO
+takes single answers, good or bad; the second answer is then another row's, whose mean s over the
+micro-batch is what the first is compared with.
+
+Where it departs from TRL: `label_smoothing` works with sigmoid (cDPO); means are over all pairs of
+an update, and the sft loss over all chosen tokens of it, however micro-batches share them.
+
+Axes: B rows, C tokens of an answer, T tokens of a packed row, K pairs of a packed row; N = B or
+B * K pairs, M tokens in all, D model.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relax.losses import IGNORED, next_token_targets, target_hits
+from relax.losses.dpo import LOSSES, LossOptions, Pairs, kto_loss, kto_reference_point
+from relax.losses.logprobs import linear_logprobs
+from relax.losses.masked import masked_mean
+from relax.models.forward import hidden_states
+from relax.models.groups import group_hidden_states
+from relax.models.trainable import merge
+from relax.trainers.reference import reference_params, synced
+from relax.trainers.state import TrainState, initial_state
+from relax.trainers.trainer import Trainer
+from relax.trainers.update import LossOutput, Mean, Sum
+
+KTO = "kto"
+
+
+class DPOTrainer(Trainer):
+    """Learns from pairs of answers, or with `loss_type="kto"` from single ones.
+
+    Batches are those of `relax.data.PreferenceLoader`.
+
+    Args:
+      model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
+      params: pretrained parameters to start from (copied); None: `ref_params`, or fresh ones.
+      ref_params: parameters of the reference (copied); None: those of the start. With adapters the
+        reference is the model without them, and costs nothing.
+      freeze: as for `SFTTrainer`.
+      loss_type: a name of `LOSSES`, several, or `kto`.
+      loss_weights: of several; None: 1 each.
+      beta, label_smoothing, simpo_gamma: see `LossOptions`.
+      desirable_weight, undesirable_weight: of good and bad answers in KTO.
+      precomputed: batches bring `ref_logprobs`, and the state holds no reference.
+      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every so many updates the
+        reference becomes alpha times the policy plus (1 - alpha) times itself.
+      loss_chunk_size: tokens whose logits exist at once.
+
+    Metrics, with TRL's names: `rewards/...` are β s (of losses without a reference β log π / |y|),
+    `rewards/accuracies` the share of pairs with s_chosen > s_rejected, `logps/...` log π of whole
+    answers, `logits/...` means over tokens and vocabulary (before a soft cap), `entropy` over all
+    answers' tokens, `mean_token_accuracy` over the chosen ones', `num_tokens` prompts per answer.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        *,
+        params=None,
+        ref_params=None,
+        freeze: str | None = None,
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        simpo_gamma: float = 0.5,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        precomputed: bool = False,
+        sync_ref_model: bool = False,
+        ref_model_mixup_alpha: float = 0.6,
+        ref_model_sync_steps: int = 512,
+        loss_chunk_size: int = 256,
+        **options,
+    ):
+        super().__init__(model, optimizer, **options)
+        names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+        self.loss_weights = _checked(names, loss_weights, beta, label_smoothing)
+        self.loss_names, self.is_paired = names, names != (KTO,)
+        self.options = LossOptions(beta, label_smoothing, simpo_gamma)
+        self.kto_weights = {
+            "desirable_weight": desirable_weight,
+            "undesirable_weight": undesirable_weight,
+        }
+        self.needs_reference = not self.is_paired or any(LOSSES[n].needs_reference for n in names)
+        self.reference = self.needs_reference and not precomputed
+        self.sync_ref_model = sync_ref_model
+        self.ref_model_mixup_alpha = ref_model_mixup_alpha
+        self.ref_model_sync_steps = ref_model_sync_steps
+        has_base = model.lora is not None or freeze is not None
+        if sync_ref_model and (not self.reference or has_base):
+            raise ValueError(
+                "sync_ref_model needs a reference with weights of its own: a loss that reads one, "
+                "no precomputed, no adapters and no freeze."
+            )
+        if ref_params is not None and (not self.reference or has_base):
+            raise ValueError(
+                "ref_params has no effect: the reference is the frozen base, precomputed, or not "
+                "read by the loss. Leave it out."
+            )
+        self.params = ref_params if params is None else params
+        self.ref_params, self.freeze = ref_params, freeze
+        self.loss_chunk_size = loss_chunk_size
+        self._reference_logprobs = jax.jit(self._reference_logprobs)
+
+    def create_train_state(self, key: jax.Array) -> TrainState:
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        copies = self.reference and self.ref_params is None
+        state = initial_state(self.model, self.optimizer, key, params, self.freeze, copies)
+        if self.ref_params is None:
+            return state
+        ref = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.ref_params)
+        return state.replace(frozen={"ref": ref})
+
+    def update_frozen(self, frozen, params, step):
+        if not self.sync_ref_model:
+            return frozen
+        every = self.ref_model_sync_steps
+        return synced(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
+
+    def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
+        frozen = frozen or {}
+        weights = merge(params, frozen)
+        hidden, targets, aux_loss = self._states(weights, batch, rng)
+        tokens = self._logprobs(weights, hidden, targets)
+        logprobs = _per_answer(batch, tokens.logprobs)  # [N, 2]
+        ref_logprobs = self._of_reference(frozen, batch, logprobs)
+        lengths = batch["completion_lengths"].reshape(-1, 2)
+        is_real = (lengths > 0).all(axis=1)
+        losses = self._pair_losses if self.is_paired else self._kto_losses
+        losses, metrics = losses(batch, logprobs, ref_logprobs, lengths, is_real)
+        loss = masked_mean(losses, is_real)
+        scores = logprobs - ref_logprobs
+        if not self.needs_reference:
+            scores = logprobs / jnp.maximum(lengths, 1)
+        metrics |= self._reward_metrics(batch, logprobs, scores, is_real)
+        metrics |= self._token_metrics(weights, batch, hidden, targets, tokens)
+        if aux_loss is not None:
+            loss += self.model.config.router_aux_loss_coef * aux_loss
+            metrics["aux_loss"] = aux_loss
+        return LossOutput(loss=loss, weight=is_real.sum(), metrics=metrics)
+
+    def reference_logprobs(self, frozen, batch) -> np.ndarray:
+        """`[N, 2]` log-probabilities of a batch's answers under the reference, as in the loss.
+
+        Args:
+          frozen: `state.frozen`, or `{"ref": params}`.
+        """
+        return np.asarray(self._reference_logprobs(frozen, batch))
+
+    def _of_reference(self, frozen, batch, logprobs):
+        if not self.needs_reference:
+            return jnp.zeros_like(logprobs)
+        given = batch.get("ref_logprobs")
+        given = self._reference_logprobs(frozen, batch) if given is None else given
+        return jax.lax.stop_gradient(given.reshape(-1, 2))
+
+    def _reference_logprobs(self, frozen, batch):
+        weights = reference_params(frozen)
+        hidden, targets, _ = self._states(weights, batch, None)
+        return _per_answer(batch, self._logprobs(weights, hidden, targets).logprobs)
+
+    def _states(self, params, batch, rng):
+        """The states before the answers' tokens `[M, D]`, those tokens `[M]`, and the aux loss."""
+        if "segment_ids" in batch:
+            hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)
+            targets = next_token_targets(batch["labels"])
+        else:
+            ids, lengths = batch["completion_ids"], batch["completion_lengths"]
+            dropout = rng is not None and self.model.lora is not None and self.model.lora.dropout
+            hidden, aux_loss = self.model.apply(
+                {"params": params},
+                batch["prompt_ids"],
+                batch["prompt_lengths"],
+                ids,
+                lengths,
+                rngs={"dropout": rng} if dropout else None,
+                method=group_hidden_states,
+            )
+            is_real = jnp.arange(ids.shape[2])[None, None, :] < lengths[:, :, None]
+            targets = jnp.where(is_real, ids, IGNORED)
+        return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), aux_loss
+
+    def _logprobs(self, params, hidden, targets):
+        matrix = self.model.output_matrix(params)
+        return linear_logprobs(hidden, matrix, targets, **self._vocabulary())
+
+    def _vocabulary(self):
+        cap = self.model.config.final_logit_softcapping
+        return {"chunk_size": self.loss_chunk_size, "softcap": cap}
+
+    def _pair_losses(self, batch, logprobs, ref_logprobs, lengths, is_real):
+        lengths = jnp.maximum(lengths, 1)
+        mean = batch.get("mean_chosen_length")
+        if mean is None:
+            mean = jnp.broadcast_to(masked_mean(lengths[:, 0], is_real), is_real.shape)
+        elif mean.shape != is_real.shape:
+            mean = jnp.repeat(mean, is_real.size // mean.size)
+        pairs = Pairs(*logprobs.T, *ref_logprobs.T, *lengths.T, mean)
+        metrics, losses = {}, jnp.zeros_like(mean)
+        for name, weight in zip(self.loss_names, self.loss_weights, strict=True):
+            part = LOSSES[name].function(pairs, self.options)
+            losses += weight * part
+            if len(self.loss_names) > 1:
+                metrics[f"loss/{name}"] = masked_mean(part, is_real)
+        return losses, metrics
+
+    def _kto_losses(self, batch, logprobs, ref_logprobs, lengths, is_real):
+        scores = logprobs - ref_logprobs
+        kl = kto_reference_point(scores[:, 1], is_real)
+        is_desirable = batch["is_desirable"].reshape(-1)
+        beta = self.options.beta
+        losses = kto_loss(scores[:, 0], kl, is_desirable, beta=beta, **self.kto_weights)
+        return losses, {"kl": kl}
+
+    def _reward_metrics(self, batch, logprobs, scores, is_real) -> dict:
+        rewards = self.options.beta * scores
+        if self.is_paired:
+            parts = {"chosen": (is_real, 0), "rejected": (is_real, 1)}
+        else:
+            good = batch["is_desirable"].reshape(-1)
+            parts = {"chosen": (is_real & good, 0), "rejected": (is_real & ~good, 0)}
+        metrics = {}
+        for name, (mask, column) in parts.items():
+            for what, values in (("rewards", rewards), ("logps", logprobs)):
+                mean = masked_mean(values[:, column], mask)
+                metrics[f"{what}/{name}"] = Mean(mean, mask.sum())
+        if self.is_paired:
+            margin = rewards[:, 0] - rewards[:, 1]
+            metrics["rewards/margins"] = masked_mean(margin, is_real)
+            metrics["rewards/accuracies"] = masked_mean(rewards[:, 0] > rewards[:, 1], is_real)
+        return metrics
+
+    def _token_metrics(self, params, batch, hidden, targets, tokens) -> dict:
+        hidden, matrix = jax.lax.stop_gradient((hidden, self.model.output_matrix(params)))
+        lengths = batch["completion_lengths"].reshape(-1, 2)
+        # The mean over the vocabulary of hidden · matrixᵀ is hidden · (mean row of the matrix).
+        logits = hidden.astype(jnp.float32) @ matrix.astype(jnp.float32).mean(axis=0)
+        logits = _per_answer(batch, jnp.where(targets != IGNORED, logits, 0.0))
+        entropy = _per_answer(batch, tokens.entropy)
+        chosen_hidden, chosen_targets = _of_chosen(batch, hidden, targets)
+        hits = target_hits(chosen_hidden, matrix, chosen_targets, **self._vocabulary())
+        hits = (hits & (chosen_targets != IGNORED)).sum()
+        if not self.is_paired:  # the second answer is another row's: it says nothing of the data
+            good = batch["is_desirable"].reshape(-1)[:, None]
+            entropy, logits, lengths = (
+                jnp.concatenate([jnp.where(good, x, 0), jnp.where(good, 0, x)], axis=1)
+                for x in (entropy[:, :1], logits[:, :1], lengths[:, :1])
+            )
+        counts = lengths.sum(axis=0)
+        means = logits.sum(axis=0) / jnp.maximum(counts, 1)
+        num_chosen = counts[0] if self.is_paired else counts.sum()
+        return {
+            "logits/chosen": Mean(means[0], counts[0]),
+            "logits/rejected": Mean(means[1], counts[1]),
+            "entropy": Mean(entropy.sum() / jnp.maximum(counts.sum(), 1), counts.sum()),
+            "mean_token_accuracy": Mean(hits / jnp.maximum(num_chosen, 1), num_chosen),
+            "num_tokens": Sum(_num_tokens(batch)),
+        }
+
+
+def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float, ...]:
+    """The weights of the losses.
+
+    Raises:
+      ValueError: an unknown loss, weights that are not one each, or numbers out of range.
+    """
+    known = (*LOSSES, KTO)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown loss_type {name!r}. Known: {', '.join(known)}.")
+    if not names or (KTO in names and len(names) > 1):
+        raise ValueError(
+            f"loss_type must name losses, and kto takes no other beside it, got {list(names)}."
+        )
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"loss_weights must be one per loss_type, got {len(weights)} for {len(names)}."
+        )
+    if beta <= 0 or not 0 <= label_smoothing < 0.5 or ("exo_pair" in names and not label_smoothing):
+        raise ValueError(
+            "beta must be above 0 and label_smoothing in [0, 0.5), above 0 for exo_pair, got "
+            f"{beta} and {label_smoothing}."
+        )
+    return tuple(weights or (1.0,) * len(names))
+
+
+def _per_answer(batch, values: jax.Array) -> jax.Array:
+    """Sums over the tokens of each answer, `[M]` -> `[N, 2]`."""
+    if "segment_ids" not in batch:
+        return values.reshape(batch["completion_ids"].shape).sum(axis=2)
+    B, K = batch["completion_lengths"].shape[:2]
+    values, segments = values.reshape(B, 1, -1), batch["segment_ids"][:, None, :]
+    # Sums by comparison, not by scattered additions: in the same order on every device.
+    mine = segments == jnp.arange(1, 2 * K + 1)[None, :, None]  # [B, 2K, T]
+    return jnp.where(mine, values, 0.0).sum(axis=2).reshape(B * K, 2)
+
+
+def _of_chosen(batch, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """States and targets of first answers; all other targets are ignored or left out."""
+    if "segment_ids" in batch:
+        is_first = (batch["segment_ids"] % 2 == 1).reshape(-1)
+        return hidden, jnp.where(is_first, targets, IGNORED)
+    B, _, C = batch["completion_ids"].shape
+    hidden = hidden.reshape(B, 2, C, -1)[:, 0].reshape(B * C, -1)
+    return hidden, targets.reshape(B, 2, C)[:, 0].reshape(-1)
+
+
+def _num_tokens(batch) -> jax.Array:
+    if "segment_ids" in batch:
+        return (batch["segment_ids"] > 0).sum().astype(jnp.int32)
+    lengths, prompts = batch["completion_lengths"], batch["prompt_lengths"][:, None]
+    return jnp.where(lengths > 0, prompts + lengths, 0).sum().astype(jnp.int32)
