@@ -131,10 +131,13 @@ def _measure(model_dir, rows, tokens, use_peft, settings) -> dict:
 
 
 def _model(name, dtype, gradient_checkpointing):
-    """The model and its parameters; without any for one that is random."""
+    """The model and its parameters."""
+    import flax.traverse_util
     import jax.numpy as jnp
+    import numpy as np
 
     from relax.models import Transformer, TransformerConfig, load_pretrained
+    from relax.models.tensors import leaf_shapes
 
     dtype = jnp.dtype(dtype)
     if name != "gemma3-270m":
@@ -162,7 +165,13 @@ def _model(name, dtype, gradient_checkpointing):
         layer_types=windows * 3,
         local_rope_theta=10000.0,
     )
-    return Transformer(config, dtype, gradient_checkpointing=gradient_checkpointing), None
+    rng = np.random.default_rng(0)  # takes no compiling, as the model's own initialisation would
+    params = {
+        path: jnp.asarray(0.02 * rng.standard_normal(shape, np.float32))
+        for path, shape in leaf_shapes(config).items()
+    }
+    model = Transformer(config, dtype, gradient_checkpointing=gradient_checkpointing)
+    return model, flax.traverse_util.unflatten_dict(params)
 
 
 if __name__ == "__main__":
