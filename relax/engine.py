@@ -346,7 +346,7 @@ class _Job:
             self.console.print(memory.table(sizes, there, memory.rows_of(batch)), markup=False)
         warning = remedies.check(sizes, there, remedies.of_run(self.config, trainer, state, batch))
         if warning is not None and sizes.activations:
-            warnings.warn(warning, stacklevel=1)
+            self.console.print(f"warning: {warning}", style="yellow", markup=False)
 
     def _show_plan(self, state, steps: int) -> None:
         trained, frozen = (

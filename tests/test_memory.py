@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import io
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import monitoring
+from rich.console import Console
+from runs import additions
 
 from relax import memory, remedies
 from relax.config import SFTConfig
 from relax.data import DataLoader
 from relax.data.examples import Encoded
+from relax.engine import TrainerEngine
 from relax.errors import ConfigError
 from relax.memory import Capacity, Sizes
 from relax.models import Transformer, TransformerConfig
@@ -304,3 +309,70 @@ def test_the_state_that_training_begins_with_has_the_shapes_it_was_judged_by():
     made = sft.create_train_state(jax.random.key(0))
     assert isinstance(made, TrainState)
     assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, template(sft))
+
+
+# In a job
+
+
+def started(output_dir, **fields) -> str:
+    """What a job of two rows per update prints before its first update."""
+    config = SFTConfig().replace(
+        **SFTConfig.embedded
+        | {"output_dir": str(output_dir), "per_device_train_batch_size": 2, "max_steps": 1}
+        | fields
+    )
+    console = Console(file=io.StringIO(), width=120)
+    try:
+        TrainerEngine(console).run_job(config, additions(4))
+    except Reached:
+        pass
+    return console.file.getvalue()
+
+
+class Reached(Exception):
+    """The first update is about to be made."""
+
+
+@pytest.fixture
+def big_update(monkeypatch):
+    """Updates need 5 GB and the machine has 4 GB, 3 of them free; training never begins."""
+    sizes = Sizes(MB, 0, MB, MB, 5000 * MB)
+    monkeypatch.setattr(memory, "update_sizes", lambda *_: sizes)
+    monkeypatch.setattr(memory, "capacity", lambda held=0: Capacity(4000 * MB, 3000 * MB, "cpu"))
+
+    def train(*_, **__):
+        raise Reached
+
+    monkeypatch.setattr(SFTTrainer, "train", train)
+
+
+def test_a_job_that_cannot_fit_ends_before_its_first_update_with_the_flag_that_helps(
+    big_update, tmp_path
+):
+    with pytest.raises(
+        ConfigError, match=r"needs 5\.00 GB, and cpu has 4\.00 GB\. By estimate --per_dev"
+    ):
+        started(tmp_path / "run")
+
+
+def test_a_job_whose_state_alone_cannot_fit_ends_before_that_is_made(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "capacity", lambda held=0: Capacity(9 * MB, 9 * MB, "cpu"))
+    with pytest.raises(
+        ConfigError, match=r"needs at least 13\.1 MB, and cpu has 9 MB\. By estimate"
+    ):
+        started(tmp_path / "run")
+
+
+def test_a_job_tells_its_attention_and_the_memory_of_an_update(big_update, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "capacity", lambda held=0: Capacity(9000 * MB, 3000 * MB, "cpu"))
+    said = started(tmp_path / "run")
+    assert "attention: xla (cpu)\n" in said
+    assert re.search(r"^memory of an update of 2 x \d+ tokens\n  parameters ", said, re.M)
+    assert "  together            5.00 GB of 9.00 GB on cpu, 3.00 GB free\n" in said
+    assert "warning: an update needs 5.00 GB, and 3.00 GB are free. Should memory run out: " in said
+
+
+def test_a_kernel_that_is_asked_for_on_another_device_is_refused(tmp_path):
+    for name in ("cudnn", "splash"):
+        with pytest.raises(ConfigError, match=f"attn_implementation {name} cannot be taken: "):
+            started(tmp_path / name, attn_implementation=name)
