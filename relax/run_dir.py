@@ -24,7 +24,7 @@ RUN_FILES = (
     "report.html",
     "bad_batch.jsonl",
 )
-RUN_FOLDERS = ("checkpoints", "final", "samples", "events")
+RUN_FOLDERS = ("checkpoints", "final", "samples", "completions", "events")
 STATE_FILE = "relax_state.json"
 
 _LOCK = ".lock"

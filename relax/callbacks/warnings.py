@@ -22,7 +22,7 @@ class RewardWarnings(Callback):
 
     def show(self, record: dict) -> None:
         """Takes a record of `MetricsLog`, as one of its listeners."""
-        if "reward" not in record:
+        if "frac_reward_zero_std" not in record:
             return
         entropy = record.get("entropy")
         if self._first_entropy is None:
@@ -35,10 +35,11 @@ class RewardWarnings(Callback):
 
     def _symptoms(self, record: dict, entropy: float | None):
         equal = record["frac_reward_zero_std"]
+        mean = f"{record['reward']:.2f}" if "reward" in record else "none"
         yield (
             "equal",
             equal > 0.95,
-            f"{equal:.0%} of the groups have equal rewards (mean {record['reward']:.2f}): there is "
+            f"{equal:.0%} of the groups have equal rewards (mean {mean}): there is "
             "next to nothing to learn from. Make the task easier or harder, or the reward finer.",
         )
         truncated = record["completions/truncated_ratio"]

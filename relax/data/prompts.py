@@ -17,7 +17,7 @@ class Prompts:
 
     Attributes:
       prompt_ids: the tokens of each.
-      rows: with all their columns, which reward functions read.
+      rows: with the columns of all of them, which reward functions read; None where one has none.
       conversational: prompts are lists of messages.
     """
 
@@ -30,9 +30,8 @@ class Prompts:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns that every row has."""
-        first, *others = self.rows
-        return tuple(name for name in first if all(name in row for row in others))
+        """Names of the columns."""
+        return tuple(self.rows[0])
 
     def report(self) -> str:
         """One line about them."""
@@ -96,7 +95,9 @@ def prepare_prompts(
     all_ids = tokenizer(texts, add_special_tokens=not conversational, verbose=False)["input_ids"]
     for i, ids in enumerate(all_ids):
         _check_ids(ids, rows.origin(i), vocab_size, max_prompt_length)
-    return Prompts(all_ids, rows.rows, conversational)
+    # Whatever rows come together, a reward function is given the same columns.
+    columns = dict.fromkeys(name for row in rows.rows for name in row)
+    return Prompts(all_ids, [dict.fromkeys(columns) | row for row in rows.rows], conversational)
 
 
 def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int | None) -> None:
@@ -143,7 +144,7 @@ class PromptLoader:
     ):
         if not 0 < prompts_per_item <= len(prompts) and not keep_last:
             raise DataError(
-                f"an update needs {prompts_per_item} prompts and the data set has {len(prompts)}. "
+                f"a rollout needs {prompts_per_item} prompts and the data set has {len(prompts)}. "
                 "Lower per_device_train_batch_size, or raise num_generations."
             )
         self.prompts, self.prompts_per_item = prompts, prompts_per_item
@@ -171,7 +172,8 @@ class PromptLoader:
             if self.spares:
                 # An order of its own, without the prompts that the item has already.
                 others = epoch_order(count, self.seed, count * (epoch + 1) + position).tolist()
-                others = [i for i in others if i not in set(chosen)]
+                taken = set(chosen)
+                others = [i for i in others if i not in taken]
                 item["spares"] = self._item(others[: self.spares])
             yield item
 

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax.losses.advantages import ADVANTAGES
-from relax.losses.kl import kl_estimate
+from relax.losses.kl import KL_ESTIMATORS, kl_estimate
 from relax.losses.masked import masked_mean, masked_sum
 from relax.losses.policy import LOSS_TYPES, RATIOS, Clip, clip_fractions, log_ratios, policy_loss
 from relax.models.trainable import merge
-from relax.trainers.rl_trainer import Collected, RLTrainer, is_truncated
-from relax.trainers.rollout import concatenate
+from relax.trainers.rl_trainer import RESAMPLING, Collected, RLTrainer
+from relax.trainers.rollout import concatenate, is_truncated
 from relax.trainers.state import TrainState
 from relax.trainers.update import LossOutput, Max, Mean, Min
 
@@ -91,6 +91,7 @@ class GRPOTrainer(RLTrainer):
             ("loss_type", loss_type, LOSS_TYPES),
             ("importance_sampling_level", importance_sampling_level, RATIOS),
             ("scale_rewards", scale_rewards, ADVANTAGES),
+            ("kl_estimator", kl_estimator, KL_ESTIMATORS),
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}. Known: {', '.join(known)}.")
@@ -112,7 +113,10 @@ class GRPOTrainer(RLTrainer):
         self.recompute_old_logprobs = recompute_old_logprobs
 
     def advantages(self, rewards: jax.Array) -> jax.Array:
-        """Each completion's reward against its group's: `[P, G]` -> `[P, G]`, NaN (none) -> 0."""
+        """Each completion's reward against its group's: `[P, G]` -> `[P, G]`.
+
+        A reward is NaN where no function applies; whatever is returned there counts as 0.
+        """
         return ADVANTAGES[self.scale_rewards](rewards)
 
     def collect(self, state: TrainState, item, key: jax.Array) -> Collected:
@@ -127,11 +131,11 @@ class GRPOTrainer(RLTrainer):
             fresh_item = {name: spares[name][first : first + len(flat)] for name in spares}
             if not fresh_item["rows"]:
                 break
-            key = jax.random.fold_in(key, attempt)
-            fresh = super().collect(state, fresh_item, key)
+            fresh_key = jax.random.fold_in(self._key(state, RESAMPLING), attempt)
+            fresh = super().collect(state, fresh_item, fresh_key)
             kept, count = _replace(kept, fresh, flat)
             replaced += count
-            for name in ("time/rollout", "time/reward"):
+            for name in ("time/rollout", "time/reward", "reward_errors"):
                 metrics[name] += fresh.metrics[name]
         if self.max_resample_rounds:
             metrics["resampled_groups"] = replaced
@@ -154,8 +158,8 @@ class GRPOTrainer(RLTrainer):
                 kl = kl_estimate(old_logprobs, ref_logprobs, rollout.mask, self.kl_estimator)
                 rewards = rewards - self.beta * np.asarray(kl).sum(axis=2)
             arrays["ref_logprobs"] = ref_logprobs
-        advantages = self.advantages(jnp.asarray(rewards, jnp.float32))
-        return arrays | {"advantages": np.asarray(advantages, np.float32)}
+        advantages = np.asarray(self.advantages(jnp.asarray(rewards, jnp.float32)), np.float32)
+        return arrays | {"advantages": np.where(np.isnan(rewards), np.float32(0), advantages)}
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         weights = merge(params, frozen or {})
@@ -165,7 +169,8 @@ class GRPOTrainer(RLTrainer):
         logprobs, entropy = logprobs.reshape(-1, C), entropy.reshape(-1, C)  # [B, C]
         mask, advantages = flat["mask"], batch["advantages"].reshape(-1)
         ratio = self.ratio(log_ratios(logprobs, flat["old_logprobs"], mask), mask)
-        penalty, metrics = -self.entropy_coef * entropy, {}
+        # No product with a coefficient of 0: the entropy's gradient is as dear as the loss's.
+        penalty, metrics = (-self.entropy_coef * entropy if self.entropy_coef else 0.0), {}
         if self.beta:
             ref_logprobs = batch["ref_logprobs"].reshape(-1, C)
             kl = kl_estimate(logprobs, ref_logprobs, mask, self.kl_estimator)

@@ -24,18 +24,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relax import fault
 from relax.losses import IGNORED
 from relax.losses.logprobs import TokenLogprobs, linear_logprobs
 from relax.models.groups import group_hidden_states
 from relax.models.trainable import merge
-from relax.rewards import RewardRunner
+from relax.rewards import RewardRunner, collect_columns
 from relax.sampling import SamplingConfig, generate
-from relax.trainers.rollout import Rollout, make_rollout, reward_metrics, rollout_metrics
+from relax.trainers.rollout import (
+    Rollout,
+    make_rollout,
+    reward_metrics,
+    rollout_metrics,
+    warn_of_missing,
+    with_end,
+)
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import Annotated, Trainer
 
-# Streams of random numbers, folded into the root key before the update's number.
-ROLLOUT, EVALUATION, ORDER = 101, 102, 103
+# Streams of random numbers, folded into the root key before the update's number. `train_step` folds
+# in that number alone, and no update has one of these.
+ROLLOUT, EVALUATION, ORDER, RESAMPLING = (np.uint32(2**31 + n) for n in range(4))
 
 
 class Collected(NamedTuple):
@@ -116,12 +125,13 @@ class RLTrainer(Trainer):
     ):
         super().__init__(model, optimizer, **options)
         given = isinstance(reward_funcs, RewardRunner)
+        if given and reward_weights is not None:
+            raise ValueError("a RewardRunner has its weights: leave reward_weights out.")
         self.rewards = reward_funcs if given else RewardRunner(reward_funcs, reward_weights)
         self.tokenizer = tokenizer
         sampling = dataclasses.replace(sampling or SamplingConfig(), n=num_generations)
-        if not sampling.eos_token_ids and tokenizer.eos_token_id is not None:
-            sampling = dataclasses.replace(sampling, eos_token_ids=(tokenizer.eos_token_id,))
-        self.sampling, self.eval_sampling = sampling, eval_sampling or sampling
+        self.sampling = with_end(sampling, tokenizer)
+        self.eval_sampling = with_end(eval_sampling or sampling, tokenizer)
         self.params, self.freeze, self.reference = params, freeze, reference
         self.num_generations, self.num_iterations = num_generations, num_iterations
         self.pass_reward, self.loss_chunk_size = pass_reward, loss_chunk_size
@@ -163,7 +173,9 @@ class RLTrainer(Trainer):
         start_s = time.monotonic()
         rollout = self.generate(state, item, key)
         rolled_s = time.monotonic()
+        fault.point("rollout")
         collected = self.score(rollout, int(state.step))
+        fault.point("reward")
         times = {"time/rollout": rolled_s - start_s, "time/reward": time.monotonic() - rolled_s}
         return collected._replace(metrics=collected.metrics | times)
 
@@ -189,16 +201,16 @@ class RLTrainer(Trainer):
             [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        names = [name for name in rows[0] if name != "prompt" and all(name in row for row in rows)]
         lengths = rollout.completion_lengths.reshape(-1)
         ids = rollout.completion_ids.reshape(len(rows), -1)
         scores = self.rewards.score(
             prompts,
             completions,
             completion_ids=[row[:n].tolist() for row, n in zip(ids, lengths, strict=True)],
-            columns={name: [row[name] for row in rows] for name in names},
+            columns=collect_columns(rows),
             trainer_state={"global_step": step},
         )
+        warn_of_missing(scores, texts)
         extras = {k: _objects(values).reshape(shape) for k, values in scores.extras.items()}
         return Collected(
             rollout,
@@ -260,8 +272,9 @@ class RLTrainer(Trainer):
 
     def _arrays(self, rollout: Rollout, extra: dict | None = None) -> dict[str, np.ndarray]:
         """Arrays with one row per prompt and g of its completions: `[P * G / g, ...]`."""
-        g = self.row_size or rollout.completion_ids.shape[1]
-        rows = rollout.completion_ids.shape[1] // g
+        P, G = rollout.completion_lengths.shape
+        g = self.row_size or math.gcd(P * G // self.gradient_accumulation_steps, G)
+        rows = G // g
         arrays = {
             name: np.repeat(getattr(rollout, name), rows, axis=0)
             for name in ("prompt_ids", "prompt_lengths")
@@ -320,7 +333,7 @@ class RLTrainer(Trainer):
         """Mean reward and pass@k over held-out prompts, of completions drawn as `eval_sampling`."""
         key = jax.random.fold_in(state.rng, EVALUATION)
         state = state.replace(params=state.eval_params)
-        rewards, by_function, lengths = [], [], []
+        rewards, by_function, lengths, errors = [], [], [], 0
         for i, item in enumerate(loader):
             if i == max_batches:
                 break
@@ -329,6 +342,7 @@ class RLTrainer(Trainer):
             rewards.append(collected.rewards)
             by_function.append(collected.by_function)
             lengths.append(rollout.completion_lengths)
+            errors += collected.metrics["reward_errors"]
         if not rewards:
             raise ValueError("the evaluation loader gave no prompts. Pass some, or no loader.")
         rewards, by_function = np.concatenate(rewards), np.concatenate(by_function)
@@ -336,7 +350,8 @@ class RLTrainer(Trainer):
         return reward_metrics(rewards, by_function, self.rewards.names) | {
             "pass@1": float(passed.mean()),
             f"pass@{passed.shape[1]}": float(passed.any(axis=1).mean()),
-            "completions/mean_length": float(np.concatenate(lengths).mean()),
+            "completions/mean_length": float(np.concatenate([x.ravel() for x in lengths]).mean()),
+            "reward_errors": errors,
         }
 
     def _key(self, state: TrainState, stream: int) -> jax.Array:
@@ -351,18 +366,6 @@ def _objects(values: list) -> np.ndarray:
     out = np.empty(len(values), object)
     out[:] = values
     return out
-
-
-def is_truncated(sampling: SamplingConfig) -> bool:
-    """Whether completions are drawn from another distribution than the policy's own."""
-    return bool(
-        sampling.top_k
-        or sampling.top_p < 1
-        or sampling.min_p
-        or sampling.repetition_penalty != 1
-        or sampling.logit_bias
-        or sampling.min_new_tokens
-    )
 
 
 def _updates(

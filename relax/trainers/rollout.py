@@ -4,9 +4,14 @@ Axes: P prompts, G completions of a group, L tokens of a prompt, C tokens of a c
 """
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from relax.rewards import RewardBatch
+from relax.sampling import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +123,39 @@ def padded(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
     return out
 
 
+def with_end(sampling: SamplingConfig, tokenizer) -> SamplingConfig:
+    """With the tokenizer's end token, where nothing else ends a completion."""
+    if sampling.eos_token_ids or tokenizer.eos_token_id is None:
+        return sampling
+    return dataclasses.replace(sampling, eos_token_ids=(tokenizer.eos_token_id,))
+
+
+def is_truncated(sampling: SamplingConfig) -> bool:
+    """Whether completions are drawn from another distribution than the policy's own."""
+    return bool(
+        sampling.top_k
+        or sampling.top_p < 1
+        or sampling.min_p
+        or sampling.repetition_penalty != 1
+        or sampling.logit_bias
+        or sampling.min_new_tokens
+    )
+
+
+def warn_of_missing(scores: RewardBatch, texts: list[str]) -> None:
+    """Tells of completions without a reward: of the first that failed, and how many have none."""
+    if scores.failures:
+        failed = f"{len(scores.failures)} rewards of {len(texts)} completions"
+        warnings.warn(f"{failed} could not be had; {scores.failures[0]}", stacklevel=2)
+    none = np.flatnonzero(np.isnan(scores.total))
+    if none.size:
+        warnings.warn(
+            f"{none.size} of {len(texts)} completions have no reward from any function, and so an "
+            f"advantage of 0, such as {texts[none[0]][:200]!r}",
+            stacklevel=2,
+        )
+
+
 def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
     """What TRL logs about completions; `clipped_ratio` is its name of the truncated share."""
     lengths, truncated = rollout.completion_lengths, rollout.truncated
@@ -137,7 +175,10 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
 def reward_metrics(
     rewards: np.ndarray, by_function: np.ndarray, names: Sequence[str]
 ) -> dict[str, float]:
-    """Statistics of rewards `[P, G]`, and of each function's `[P, G, F]`; NaN: not applicable."""
+    """Statistics of rewards `[P, G]`, and of each function's `[P, G, F]`; NaN: not applicable.
+
+    What applies to no completion is left out: a mean over several rollouts is of the others.
+    """
     metrics = {
         "reward": _mean(rewards),
         "reward_std": _std(rewards),
@@ -147,7 +188,7 @@ def reward_metrics(
     for i, name in enumerate(names):
         metrics[f"rewards/{name}/mean"] = _mean(by_function[..., i])
         metrics[f"rewards/{name}/std"] = _std(by_function[..., i])
-    return metrics
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def _mean(values: np.ndarray) -> float:

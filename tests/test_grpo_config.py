@@ -1,0 +1,202 @@
+"""The configuration of GRPO: its flags, what is refused, and that every option arrives."""
+
+import dataclasses
+import io
+from types import SimpleNamespace
+
+import optax
+import pytest
+from rich.console import Console
+from rl import Letters
+
+from relax.config import GRPOConfig, SFTConfig, options
+from relax.config.loader import ConfigLoader
+from relax.config.rl import GRPOSection, RolloutConfig
+from relax.errors import ConfigError
+from relax.recipes.grpo import GRPORecipe
+from relax.rewards import RewardRunner
+from relax.trainers import GRPOTrainer
+
+# Adding, renaming or removing a flag is a visible act: it changes this list.
+OWN_FLAGS = """
+beta delta entropy_coef epsilon epsilon_high eval_temperature importance_sampling_level
+kl_estimator kl_in_reward log_completions loss_type mask_truncated_completions
+max_completion_length max_resample_rounds max_reward_errors min_p num_completions_to_print
+num_generations num_generations_eval num_iterations pass_reward recompute_old_logprobs
+ref_model_mixup_alpha ref_model_sync_steps repetition_penalty reward_funcs reward_kwargs
+reward_timeout_s reward_weights reward_workers rollout_slots scale_rewards steps_per_generation
+sync_ref_model temperature top_k top_p
+""".split()
+SFT_ONLY = """
+assistant_only_loss completion_only_loss dataset_text_field eval_packing max_length packing
+packing_strategy pad_to_multiple_of truncation_mode
+""".split()
+
+GIVEN = {"dataset_name": "rows.jsonl", "reward_funcs": ["exact_match"]}
+SEVERAL = {"num_iterations": 2}
+
+
+def config(**fields) -> GRPOConfig:
+    return GRPOConfig().replace(**GIVEN | fields)
+
+
+def test_the_list_of_flags_is_frozen():
+    expected = (set(options(SFTConfig)) - set(SFT_ONLY)) | set(OWN_FLAGS)
+    assert set(options(GRPOConfig)) == expected
+    assert not set(OWN_FLAGS) & set(options(SFTConfig))
+
+
+def test_the_embedded_run_and_the_plainest_run_are_valid():
+    GRPOConfig().replace(**GRPOConfig.embedded).validate()
+    config().validate()
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path):
+    saved = config(loss_type="grpo", num_iterations=3, epsilon=0.1, reward_kwargs={"f": {"k": 2}})
+    (tmp_path / "config.json").write_text(saved.to_json())
+    assert ConfigLoader(tmp_path / "config.json", GRPOConfig).load() == saved
+
+
+REFUSED = [
+    ({"num_generations": 1}, "num_generations must be at least 2", "got 1"),
+    # numbers that do not divide
+    ({"per_device_train_batch_size": 6}, "num_generations 8", "per_device_train_batch_size 6",
+     "per_device_train_batch_size 8 would fit"),
+    ({"per_device_train_batch_size": 20}, "per_device_train_batch_size 16 or 24 would fit"),
+    ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
+     "per_device_train_batch_size 3 x 4 micro-batches", "2 or 4 would fit"),
+    ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}, "size 8 would fit"),
+    ({"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+     "steps_per_generation must be a multiple of gradient_accumulation_steps, got 3 and 2"),
+    # no reward, or not as many weights
+    ({"reward_funcs": []}, "reward_funcs must name what judges completions"),
+    ({"reward_weights": [1.0, 2.0]}, "reward_weights must be one per reward function, got 2 for 1"),
+    ({"reward_workers": 2}, "reward_workers has no effect: there are 1 functions"),
+    ({"num_completions_to_print": 3}, "num_completions_to_print has no effect", "log_completions"),
+    # no reference
+    ({"kl_estimator": "k1"}, "kl_estimator has no effect: beta is 0"),
+    ({"kl_in_reward": True}, "kl_in_reward has no effect: beta is 0"),
+    ({"sync_ref_model": True}, "sync_ref_model has no effect: beta is 0"),
+    ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, "sync_ref_model excludes use_peft"),
+    ({"sync_ref_model": True, "beta": 0.1, "freeze": "norm"}, "sync_ref_model excludes use_peft"),
+    ({"ref_model_sync_steps": 5, "beta": 0.1}, "ref_model_sync_steps has no effect"),
+    ({"ref_model_mixup_alpha": 0.5, "beta": 0.1}, "ref_model_mixup_alpha has no effect"),
+    # bounds of a ratio that is 1
+    ({"epsilon": 0.1}, "epsilon has no effect: a rollout is one update", "num_iterations"),
+    ({"epsilon_high": 0.28}, "epsilon_high has no effect: a rollout is one update"),
+    ({"delta": 2.0}, "delta has no effect: a rollout is one update"),
+    ({"loss_type": "cispo", "importance_sampling_level": "sequence"},
+     "importance_sampling_level has no effect: a rollout is one update"),
+    # bounds that an objective does not have
+    (SEVERAL | {"loss_type": "cispo", "delta": 2.0}, "delta has no effect: loss_type cispo"),
+    (SEVERAL | {"loss_type": "cispo_absolute", "epsilon": 0.1}, "epsilon has no effect",
+     "epsilon_high alone"),
+    (SEVERAL | {"delta": 1.1}, "delta has no effect: the ratio is bounded by 1.2 already"),
+    # sampling
+    ({"top_k": 5, "recompute_old_logprobs": True}, "recompute_old_logprobs has no effect: top_k"),
+    ({"eval_temperature": 0.5}, "eval_temperature has no effect: no row is held out"),
+    ({"num_generations_eval": 2}, "num_generations_eval has no effect: no row is held out"),
+    ({"pass_reward": 0.5}, "pass_reward has no effect: no row is held out"),
+    ({"test_size": 2, "eval_temperature": 0.0, "num_generations_eval": 4},
+     "eval_temperature 0 draws the same completion again"),
+    # ranges
+    ({"temperature": 0.0}, "temperature must be above 0"),
+    ({"beta": -0.1}, "beta must be at least 0"),
+    ({"max_reward_errors": 1.5}, "max_reward_errors must be at most 1"),
+    ({"loss_type": "dpo"}, "loss_type must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", REFUSED, ids=[" ".join(f"{k}={v}" for k, v in case[0].items()) for case in REFUSED]
+)
+def test_what_cannot_be_meant_is_refused_in_one_sentence(case):
+    fields, *parts = case
+    with pytest.raises(ConfigError) as caught:
+        config(**fields).validate()
+    said = str(caught.value)
+    assert all(part in said for part in parts), said
+    assert len(said.splitlines()) == 1, said
+
+
+FITTING = [
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    {"per_device_train_batch_size": 4, "steps_per_generation": 4, "epsilon_high": 0.28},
+    {"dtype": "bfloat16", "epsilon": 0.1},
+    {"use_peft": True, "lora_dropout": 0.1, "epsilon": 0.1},
+    {"test_size": 2, "eval_temperature": 0.0, "num_generations_eval": 1},
+    {"loss_type": "cispo_absolute", "epsilon_high": 5.0},
+    SEVERAL | {"delta": 1.5, "epsilon_high": 0.3},
+]
+
+
+@pytest.mark.parametrize(
+    "fields", FITTING, ids=lambda f: " ".join(f"{k}={v}" for k, v in f.items())
+)
+def test_what_has_an_effect_is_accepted(fields):
+    config(**fields).validate()
+
+
+def test_adapters_have_no_dropout_unless_asked_for():
+    """The sampler has none: with it the ratio of an update would be noise."""
+    assert GRPOConfig().peft.lora_dropout == 0.0 and SFTConfig().peft.lora_dropout == 0.05
+
+
+# Every option arrives at the trainer, another value than the default.
+
+OPTIONS = {
+    "beta": 0.1, "kl_estimator": "k2", "kl_in_reward": True, "loss_type": "grpo", "epsilon": 0.1,
+    "epsilon_high": 0.3, "delta": 1.5, "importance_sampling_level": "sequence",
+    "scale_rewards": "none", "mask_truncated_completions": True, "entropy_coef": 0.1,
+    "max_resample_rounds": 2, "sync_ref_model": True, "ref_model_mixup_alpha": 0.5,
+    "ref_model_sync_steps": 7, "loss_chunk_size": 9, "num_generations": 4,
+    "max_completion_length": 33, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1,
+    "repetition_penalty": 1.1, "steps_per_generation": 4, "num_iterations": 3,
+    "recompute_old_logprobs": True, "num_generations_eval": 6, "eval_temperature": 0.5,
+    "rollout_slots": 3, "pass_reward": 0.5,
+}  # fmt: skip
+
+
+def recipe_of(**fields) -> GRPORecipe:
+    """A recipe whose workers are never started: they are not what is asked about."""
+    recipe = GRPORecipe.__new__(GRPORecipe)
+    recipe.config, recipe.console = config(**fields), Console(file=io.StringIO())
+    recipe.rewards = RewardRunner([lambda completions: [0.0] * len(completions)])
+    return recipe
+
+
+def trainer_of(**fields) -> GRPOTrainer:
+    recipe = recipe_of(**fields)
+    trainer = recipe.trainer(SimpleNamespace(lora=None), Letters(), optax.sgd(1.0), ())
+    assert trainer.updates_per_item == recipe.updates_per_item
+    return trainer
+
+
+def told(trainer: GRPOTrainer) -> dict:
+    """All numbers of a trainer."""
+    plain = {k: v for k, v in vars(trainer).items() if isinstance(v, int | float | str | tuple)}
+    plain |= {"ratio": trainer.ratio, "clip": trainer.clip}
+    for name in ("sampling", "eval_sampling"):
+        sampling = dataclasses.asdict(getattr(trainer, name))
+        plain |= {f"{name}.{key}": value for key, value in sampling.items()}
+    return plain
+
+
+def test_every_option_arrives_at_the_trainer():
+    declared = {f.name for section in (GRPOSection, RolloutConfig)
+                for f in dataclasses.fields(section)} | {"pass_reward"}  # fmt: skip
+    assert declared == set(OPTIONS)
+    plain = {"beta": 0.3}  # so that there is a reference
+    default = told(trainer_of(**plain))
+    for name, value in OPTIONS.items():
+        found = told(trainer_of(**plain | {name: value}))
+        assert {k for k in found if found[k] != default[k]}, name
+
+
+def test_batch_sizes_count_completions():
+    """2 micro-batches of 4 make an update; a rollout is 4 of them: 2 prompts of 8, 2 updates."""
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(**sizes, steps_per_generation=4)
+    assert trainer.updates_per_item == 2 and trainer.row_size == 4
+    plan = recipe_of(**sizes, steps_per_generation=4).plan
+    assert plan == "8 completions (4 x 2), 2 per rollout of 2 prompts x 8"
