@@ -1,5 +1,6 @@
 """The configuration of a run: dataclasses, files and the strict command line. Imports no jax."""
 
+from relax.config.dpo import DPOConfig
 from relax.config.loader import ConfigLoader, create_default_config, from_dict
 from relax.config.options import option, options, resolve_steps, section
 from relax.config.rl import GRPOConfig
@@ -21,6 +22,7 @@ from relax.config.schema import (
 
 __all__ = [
     "ConfigLoader",
+    "DPOConfig",
     "DataConfig",
     "DebugConfig",
     "GRPOConfig",

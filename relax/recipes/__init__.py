@@ -3,11 +3,16 @@
 from rich.console import Console
 
 from relax.config import TrainerConfig
+from relax.recipes.dpo import DPORecipe
 from relax.recipes.grpo import GRPORecipe
 from relax.recipes.recipe import Datasets, Recipe
 from relax.recipes.sft import SFTRecipe
 
-RECIPES: dict[str, type[Recipe]] = {"sft": SFTRecipe, "grpo": GRPORecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "sft": SFTRecipe,
+    "dpo": DPORecipe,
+    "grpo": GRPORecipe,
+}
 
 __all__ = ["RECIPES", "Datasets", "Recipe", "recipe_of"]
 

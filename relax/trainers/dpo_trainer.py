@@ -115,7 +115,7 @@ class DPOTrainer(Trainer):
         self.params = ref_params if params is None else params
         self.ref_params, self.freeze = ref_params, freeze
         self.loss_chunk_size = loss_chunk_size
-        self._reference_logprobs = jax.jit(self._reference_logprobs)
+        self._answer_logprobs = jax.jit(self._answer_logprobs)
 
     def create_train_state(self, key: jax.Array) -> TrainState:
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
@@ -154,25 +154,21 @@ class DPOTrainer(Trainer):
             metrics["aux_loss"] = aux_loss
         return LossOutput(loss=loss, weight=is_real.sum(), metrics=metrics)
 
-    def reference_logprobs(self, frozen, batch) -> np.ndarray:
-        """`[N, 2]` log-probabilities of a batch's answers under the reference, as in the loss.
-
-        Args:
-          frozen: `state.frozen`, or `{"ref": params}`.
-        """
-        return np.asarray(self._reference_logprobs(frozen, batch))
+    def answer_logprobs(self, params, batch) -> np.ndarray:
+        """`[N, 2]` log-probabilities of a batch's answers under all parameters `params`."""
+        return np.asarray(self._answer_logprobs(params, batch))
 
     def _of_reference(self, frozen, batch, logprobs):
         if not self.needs_reference:
             return jnp.zeros_like(logprobs)
         given = batch.get("ref_logprobs")
-        given = self._reference_logprobs(frozen, batch) if given is None else given
+        if given is None:
+            given = self._answer_logprobs(reference_params(frozen), batch)
         return jax.lax.stop_gradient(given.reshape(-1, 2))
 
-    def _reference_logprobs(self, frozen, batch):
-        weights = reference_params(frozen)
-        hidden, targets, _ = self._states(weights, batch, None)
-        return _per_answer(batch, self._logprobs(weights, hidden, targets).logprobs)
+    def _answer_logprobs(self, params, batch):
+        hidden, targets, _ = self._states(params, batch, None)
+        return _per_answer(batch, self._logprobs(params, hidden, targets).logprobs)
 
     def _states(self, params, batch, rng):
         """The states before the answers' tokens `[M, D]`, those tokens `[M]`, and the aux loss."""

@@ -1,0 +1,105 @@
+"""The reference's log-probabilities, computed once for a whole data set and kept in files."""
+
+import os
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from relax import fault
+from relax.checkpoint_io import leaf_crc, named_leaves
+from relax.data.preference_loader import PreferenceLoader
+from relax.errors import CheckpointError
+from relax.trainers.callback import Callback, Event
+from relax.trainers.reference import reference_params
+
+SAVE_EVERY_S = 20.0
+
+
+class ReferenceLogprobs(Callback):
+    """Gives loaders their `ref_logprobs` before the first update, from a file where there is one.
+
+    A file holds `[N, 2]` float32 and is named after the checksums of the tokens, of the reference's
+    weights and of the model's configuration. What is not computed yet is NaN in it: after a kill
+    the rest is computed. The reference is the policy of the start, or the base under adapters.
+
+    Args:
+      loaders: by the name that is shown.
+      directory: of the files.
+      console: where it says what it does.
+    """
+
+    def __init__(self, loaders: dict[str, PreferenceLoader], directory: Path, console: Console):
+        self.loaders, self.directory, self.console = loaders, Path(directory), console
+        self.weights: str | None = None  # the reference's checksum: that of another run's start
+
+    def state_dict(self) -> dict:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.weights = state["weights"]
+
+    def on_train_begin(self, event: Event) -> None:
+        frozen = event.state.frozen
+        at_start = event.step == 0 or "base" in frozen and event.trainer.model.lora is not None
+        params = None
+        if at_start:
+            has_base = event.trainer.model.lora is not None
+            params = reference_params(frozen if has_base else frozen | {"ref": event.state.params})
+            self.weights = _digest(params, event.trainer.model)
+        for name, loader in self.loaders.items():
+            file = self.directory / f"{loader.preferences.digest:08x}-{self.weights}.npy"
+            loader.ref_logprobs = self._complete(event.trainer, params, name, loader, file)
+
+    def _complete(self, trainer, params, name, loader, file: Path) -> np.ndarray:
+        found = _read(file, len(loader.preferences))
+        missing = int(np.isnan(found).any(axis=1).sum())
+        if not missing:
+            self.console.print(f"reference log-probabilities of {name}: read from {file}")
+            return found
+        if params is None:
+            raise CheckpointError(
+                f"the reference's log-probabilities are to be read from '{file}', and {missing} of "
+                f"{len(found)} are not there. Restore the file, or begin the run again."
+            )
+        self.console.print(f"reference log-probabilities of {name}: computing {missing:,} pairs")
+        saved_s = time.monotonic()
+        for batch in loader.batches(0):
+            index = batch["index"].reshape(-1)
+            real = index >= 0
+            if np.isnan(found[index[real]]).any():
+                found[index[real]] = trainer.answer_logprobs(params, batch)[real]
+                if time.monotonic() - saved_s > SAVE_EVERY_S:
+                    _write(file, found)
+                    saved_s = time.monotonic()
+                fault.point("reference")
+        _write(file, found)
+        return found
+
+
+def _digest(params, model) -> str:
+    """A checksum of all weights, and of what is computed with them."""
+    crc = zlib.crc32(repr((model.config, str(model.dtype))).encode())
+    for name, leaf in sorted(named_leaves(params).items()):
+        crc = zlib.crc32(f"{name}:{leaf_crc(leaf)}".encode(), crc)
+    return f"{crc:08x}"
+
+
+def _read(file: Path, count: int) -> np.ndarray:
+    """What a file holds; NaN where there is none, or one of another kind."""
+    empty = np.full((count, 2), np.nan, np.float32)
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError):
+        return empty
+    return found if found.shape == empty.shape and found.dtype == empty.dtype else empty
+
+
+def _write(file: Path, values: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as stream:
+        np.save(stream, values, allow_pickle=False)
+    temporary.replace(file)
