@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,19 @@ import numpy as np
 import pytest
 
 from relax.losses.logprobs import linear_logprobs
-from relax.models import Transformer, load_pretrained
+from relax.models import load_pretrained
 from relax.sampling import SamplingConfig, generate
 from tests.families import FAMILY_NAMES, tiny_family
 
+V = 23  # of the tiny model
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [7], [2, 7, 1]]
 CONFIG = SamplingConfig(max_new_tokens=8)
 FAMILIES = (*FAMILY_NAMES, "llama-dynamic", "phi3-longrope")
 
 
 @pytest.fixture(scope="module")
-def llama():
-    return tiny_family("llama")
+def llama(tiny_model, tiny_params):
+    return tiny_model, tiny_params
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -69,9 +71,8 @@ def test_sampled_logprobs_equal_the_trainers_of_the_same_tokens(name):
 def test_sampled_logprobs_stay_those_of_the_trainer_while_the_cache_grows(llama):
     """A row of 62 tokens and one that passes the smallest cache's 64 columns."""
     model, params = llama
-    model = Transformer(dataclasses.replace(model.config, max_position_embeddings=256))
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 61, n).tolist() for n in (2, 62)]
+    prompts = [rng.integers(0, V, n).tolist() for n in (2, 62)]
     config = SamplingConfig(max_new_tokens=20, segment=3)
     out = generate(model, params, prompts, jax.random.key(1), config)
     expected = full_forward_logprobs(model, params, prompts, out, 1.0)
@@ -114,8 +115,8 @@ def test_fewer_slots_than_rows_give_the_same_tokens_as_one_batch(llama):
     """With ends at random places, so that slots are given to waiting rows at different times."""
     model, params = llama
     rng = np.random.default_rng(1)
-    prompts = [rng.integers(0, 61, rng.integers(1, 30)).tolist() for _ in range(8)]
-    config = SamplingConfig(max_new_tokens=24, eos_token_ids=tuple(range(6)), n=2, segment=4)
+    prompts = [rng.integers(0, V, rng.integers(1, 30)).tolist() for _ in range(8)]
+    config = SamplingConfig(max_new_tokens=24, eos_token_ids=(3, 8), n=2, segment=4)
     key = jax.random.key(2)
     at_once = generate(model, params, prompts, key, config)
     assert set(at_once.finish_reasons) == {"eos", "length"} and len(set(at_once.lengths)) > 4
@@ -253,7 +254,7 @@ def test_the_loop_ends_when_all_rows_have_ended(llama, monkeypatch):
         return out
 
     monkeypatch.setattr(step, "run_segment", watching)
-    config = SamplingConfig(max_new_tokens=40, segment=40, eos_token_ids=tuple(range(0, 61, 3)))
+    config = SamplingConfig(max_new_tokens=40, segment=40, eos_token_ids=tuple(range(0, V, 3)))
     out = generate(model, params, PROMPTS, jax.random.key(0), config)
     assert set(out.finish_reasons) == {"eos"} and out.lengths.max() < 30
     assert len(positions) <= 2  # the second, where the last row moved to a smaller cache
@@ -290,7 +291,7 @@ def test_a_second_call_of_the_same_buckets_compiles_nothing(llama):
         generate(model, params, prompts, key, config)
 
     call(PROMPTS, jax.random.key(0))
-    key = jax.random.key(1)
+    key = jax.random.key(1)  # made before anything is counted
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         # Other prompts and another number of them, another key, other values of the options.
@@ -301,6 +302,23 @@ def test_a_second_call_of_the_same_buckets_compiles_nothing(llama):
         assert compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_no_step_copies_the_cache(llama):
+    """In the compiled segment no instruction but the writes of new columns makes an array of it."""
+    from relax.sampling import step
+    from relax.sampling.distribution import Rules
+
+    model, params = llama
+    cache, slots = step.empty(model, keys_of(5), 5, 64, False)
+    ends = step.Ends(jnp.zeros((0,), jnp.int32), jnp.int32(0))
+    rules, never = Rules(temperature=jnp.float32(1)), jnp.zeros((5,), bool)
+    arguments = (model, params, cache, slots, never, rules, ends, jnp.int32(1), jnp.int32(5))
+    program = step.run_segment.lower(*arguments, top_k=0, N=4).compile().as_text()
+    shapes = ("f32[5,2,4,64]", "f32[5,2,64,4]")  # keys and values
+    assert all(shape in program for shape in shapes)
+    made = [line for line in program.splitlines() if re.search(r" = \S+ copy\(", line)]
+    assert made and not [line for line in made if any(shape in line for shape in shapes)]
 
 
 # --- a real model ---
