@@ -28,15 +28,26 @@ BANDWIDTH_FLOATS = 100_000_000
 MEAN, MOST = 40, 256
 
 
-def main(model_dir: str, dtype: str = "float32", repeats: int = 3, part: str = "") -> None:
-    """Prints a table, or with `--part 16` or `--part mixed` one JSON object for that part."""
+def main(
+    model_dir: str,
+    dtype: str = "float32",
+    repeats: int = 3,
+    mixed_prompts: int = 64,
+    part: str = "",
+) -> None:
+    """Prints a table, or with `--part 16` or `--part mixed` one JSON object for that part.
+
+    mixed_prompts: prompts of the mixed workload, and its slots.
+    """
+    if part == "mixed":
+        print(json.dumps(_mixed(model_dir, dtype, repeats, mixed_prompts)))
+        return
     if part:
-        measure = _mixed if part == "mixed" else _batch
-        print(json.dumps(measure(model_dir, dtype, repeats, part)))
+        print(json.dumps(_batch(model_dir, dtype, repeats, int(part))))
         return
     for part in (*map(str, BATCHES), "mixed"):
         command = [sys.executable, __file__, model_dir, f"--part={part}"]
-        command += [f"--dtype={dtype}", f"--repeats={repeats}"]
+        command += [f"--dtype={dtype}", f"--repeats={repeats}", f"--mixed_prompts={mixed_prompts}"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         print(f"{'' if part == 'mixed' else 'batch '}{part}, {dtype}, on {found.pop('device')}")
@@ -82,13 +93,12 @@ def _seconds(f):
     return time.perf_counter() - start
 
 
-def _batch(model_dir, dtype, repeats, part):
+def _batch(model_dir, dtype, repeats, rows):
     import jax
 
     from relax.sampling import SamplingConfig, generate
 
     model, params = _load(model_dir, dtype)
-    rows = int(part)
     prompts, config = _prompts(model, rows), SamplingConfig(max_new_tokens=NEW, slots=rows)
 
     def run(new):
@@ -130,15 +140,15 @@ def _weights(model, params):
     return sum(leaf.nbytes for leaf in leaves), sum(leaf.size for leaf in leaves if leaf.ndim > 1)
 
 
-def _mixed(model_dir, dtype, repeats, part):
+def _mixed(model_dir, dtype, repeats, count):
     import jax
     import numpy as np
 
     from relax.sampling import SamplingConfig, batch, generate
 
     model, params = _load(model_dir, dtype)
-    prompts, samples, slots = _prompts(model, 64), 8, 64
-    limits = np.random.default_rng(1).geometric(1 / MEAN, 64 * samples).clip(max=MOST)
+    prompts, samples, slots = _prompts(model, count), 8, count
+    limits = np.random.default_rng(1).geometric(1 / MEAN, count * samples).clip(max=MOST)
     config = SamplingConfig(max_new_tokens=MOST, n=samples, slots=slots)
 
     def continuous():
@@ -146,7 +156,7 @@ def _mixed(model_dir, dtype, repeats, part):
 
     def fixed():
         shrink, batch.SHRINK = batch.SHRINK, sys.maxsize  # a batch keeps all its slots to its end
-        for start in range(0, 64, slots // samples):
+        for start in range(0, count, slots // samples):
             some = slice(start, start + slots // samples)
             rows = slice(some.start * samples, some.stop * samples)
             key = jax.random.fold_in(jax.random.key(0), start)

@@ -102,10 +102,9 @@ def _cast(leaves, like):
 
 
 def _narrowed(params, dtype):
-    """Matrices in the dtype of the computation, once for all steps; the scales of norms stay."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(params)
-    wide = [i for i, (path, x) in enumerate(paths) if x.dtype != dtype and path[-1].key != "scale"]
-    leaves = [x for _, x in paths]
+    """Matrices in the dtype of the computation, once for all steps; norms and biases stay."""
+    leaves, structure = jax.tree.flatten(params)
+    wide = [i for i, leaf in enumerate(leaves) if leaf.ndim > 1 and leaf.dtype != dtype]
     if wide:
         cast = _cast([leaves[i] for i in wide], np.zeros((), dtype))
         for i, leaf in zip(wide, cast, strict=True):
