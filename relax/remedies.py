@@ -108,8 +108,15 @@ def of_run(config, trainer, state, batch=None) -> list[list[Remedy]]:
     return [group for group in groups if group]
 
 
+def _with_activations(sizes: Sizes, estimate: float) -> Sizes:
+    """Not less than the optimizer's own temporaries, which do not depend on the batch: measured on
+    CPUs they are clipped gradients and updates."""
+    least = min(2 * sizes.parameters, sizes.activations)
+    return dataclasses.replace(sizes, activations=int(max(estimate, least)))
+
+
 def _scaled(factor: float) -> Callable[[Sizes], Sizes]:
-    return lambda s: dataclasses.replace(s, activations=int(s.activations * factor))
+    return lambda sizes: _with_activations(sizes, sizes.activations * factor)
 
 
 def _keep_less(values, shape, tokens: int) -> list[Remedy]:
@@ -132,8 +139,7 @@ def _keep_less(values, shape, tokens: int) -> list[Remedy]:
         one_layer = now / L
         if on:
             one_layer = max(now - L * tokens * kept[policy], one_layer)
-        after = min(int(one_layer + L * tokens * kept[name]), now)
-        return dataclasses.replace(sizes, activations=after)
+        return _with_activations(sizes, min(one_layer + L * tokens * kept[name], now))
 
     def flags(name):
         first = [] if on else ["--gradient_checkpointing true"]
