@@ -7,11 +7,13 @@ A and B are leaves `lora_a` [D, r] and `lora_b` [r, F] beside `kernel` [D, F] in
 Language Models, 2021, section 4.1.
 """
 
+import functools
 import zlib
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from relax.errors import ConfigError
 from relax.models.config import LoRA
@@ -58,19 +60,21 @@ def init_adapters(key: jax.Array, params, lora: LoRA) -> dict:
       The adapters alone, in the nesting of `params`.
     """
     flat = flax.traverse_util.flatten_dict(params)
-    shapes = {path: flat[*path, "kernel"].shape for path in target_layers(params, lora)}
+    key, adapters = jax.random.fold_in(key, zlib.crc32(b"adapters")), {}
+    for path in target_layers(params, lora):
+        D, F = flat[*path, "kernel"].shape
+        place = np.uint32(zlib.crc32("/".join(path).encode()))
+        adapters[*path, "lora_a"] = _uniform(key, place, D, lora.r)
+        adapters[*path, "lora_b"] = jnp.zeros((lora.r, F), jnp.float32)
+    return flax.traverse_util.unflatten_dict(adapters)
 
-    @jax.jit
-    def make(key):
-        adapters = {}
-        for path, (D, F) in shapes.items():
-            own = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
-            a = jax.random.uniform(own, (D, lora.r), jnp.float32, -(D**-0.5), D**-0.5)
-            adapters[*path, "lora_a"] = a
-            adapters[*path, "lora_b"] = jnp.zeros((lora.r, F), jnp.float32)
-        return flax.traverse_util.unflatten_dict(adapters)
 
-    return make(jax.random.fold_in(key, zlib.crc32(b"adapters")))
+# Compiled once per shape: one program for all adapters of a deep model takes minutes to compile.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _uniform(key, place, D, r):
+    return jax.random.uniform(
+        jax.random.fold_in(key, place), (D, r), jnp.float32, -(D**-0.5), D**-0.5
+    )
 
 
 def merge_adapters(params, lora: LoRA) -> dict:
