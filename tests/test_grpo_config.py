@@ -19,13 +19,13 @@ from relax.trainers import GRPOTrainer
 
 # Adding, renaming or removing a flag is a visible act: it changes this list.
 OWN_FLAGS = """
-beta delta entropy_coef epsilon epsilon_high eval_temperature importance_sampling_level
-kl_estimator kl_in_reward log_completions loss_type mask_truncated_completions
-max_completion_length max_resample_rounds max_reward_errors min_p num_completions_to_print
-num_generations num_generations_eval num_iterations pass_reward recompute_old_logprobs
-ref_model_mixup_alpha ref_model_sync_steps repetition_penalty reward_funcs reward_kwargs
-reward_timeout_s reward_weights reward_workers rollout_slots scale_rewards steps_per_generation
-sync_ref_model temperature top_k top_p
+beta delta entropy_coef environment epsilon epsilon_high eval_temperature importance_sampling_level
+kl_estimator kl_in_reward log_completions loss_type mask_truncated_completions max_completion_length
+max_resample_rounds max_reward_errors min_p num_completions_to_print num_generations
+num_generations_eval num_iterations pass_reward recompute_old_logprobs ref_model_mixup_alpha
+ref_model_sync_steps repetition_penalty reward_funcs reward_kwargs reward_timeout_s reward_weights
+reward_workers rollout_slots scale_rewards steps_per_generation sync_ref_model temperature top_k
+top_p
 """.split()
 SFT_ONLY = """
 assistant_only_loss completion_only_loss dataset_text_field eval_packing max_length packing

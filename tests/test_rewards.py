@@ -284,7 +284,6 @@ def test_a_value_that_would_not_arrive_unchanged_is_refused(value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"functions": []}, "at least one reward function"),
         ({"functions": [3]}, "must be a name or a function, got a int"),
         ({"weights": [1.0, 2.0]}, "got 2 for 1"),
         ({"weights": [float("nan")]}, "must be finite"),

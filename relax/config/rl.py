@@ -53,6 +53,9 @@ class RewardConfig:
     reward_funcs: list[str] = option(
         [], "Shipped names, package.module.function, path/to/file.py:function."
     )
+    environment: str | None = option(
+        None, "What the model talks to: calculator, package.module.Class or path/to/file.py:Class."
+    )
     reward_weights: list[float] | None = option(None, "One per function; none = all 1.")
     reward_kwargs: dict = option({}, 'Parameters by function: {"name": {"parameter": value}}.')
     reward_timeout_s: float = option(30.0, "Seconds that one function may take.", above=0)
@@ -179,7 +182,7 @@ def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
 
 def _rewards(values: dict[str, Any], given: Given) -> Iterator[str]:
     functions, weights = values["reward_funcs"], values["reward_weights"]
-    if not functions:
+    if not functions and values["environment"] is None:
         yield "reward_funcs must name what judges completions, got none; see docs/rewards.md"
     if weights is not None and len(weights) != len(functions):
         yield (

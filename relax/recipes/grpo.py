@@ -12,7 +12,7 @@ from relax.errors import DataError
 from relax.models import TransformerConfig
 from relax.recipes.recipe import Datasets, Recipe
 from relax.recipes.warm_up import warm_up
-from relax.rewards import RewardRunner
+from relax.rewards import RewardRunner, load_environment
 from relax.sampling import SamplingConfig
 from relax.sampling.config import longest
 from relax.trainers import GRPOTrainer
@@ -55,6 +55,8 @@ class GRPORecipe(Recipe):
             max_errors=r.max_reward_errors,
             workers=r.reward_workers,
         )
+
+        self.environment = None if r.environment is None else load_environment(r.environment)
 
     def close(self) -> None:
         self.rewards.close()
@@ -126,6 +128,7 @@ class GRPORecipe(Recipe):
             optimizer,
             reward_funcs=self.rewards,
             tokenizer=tokenizer,
+            environment=self.environment,
             sampling=self._sampling(tokenizer),
             eval_sampling=self._eval_sampling(tokenizer),
             freeze=self.config.peft.freeze,

@@ -4,7 +4,7 @@ from relax.rewards.answers import get_exact_match, get_last_number_match
 from relax.rewards.batch import RewardBatch, RewardFailure, weighted_total
 from relax.rewards.environment import Environment, Episode, Observation
 from relax.rewards.lengths import get_repetition_penalty_reward, get_soft_overlong_punishment
-from relax.rewards.loading import SHIPPED, load_reward, reward_factory
+from relax.rewards.loading import SHIPPED, load_environment, load_reward, reward_factory
 from relax.rewards.mathematics import (
     accuracy_reward,
     get_cosine_scaled_reward,
@@ -33,6 +33,7 @@ __all__ = [
     "get_regex_match",
     "get_repetition_penalty_reward",
     "get_soft_overlong_punishment",
+    "load_environment",
     "load_reward",
     "reasoning_accuracy_reward",
     "reasoning_gym",

@@ -29,6 +29,8 @@ SHIPPED = {
     "think_format_reward": "relax.rewards.structure.think_format_reward",
 }
 
+ENVIRONMENTS = {"calculator": "relax.rewards.calculator.Calculator"}
+
 
 def reward_factory(factory: Callable) -> Callable:
     """Marks a function that makes a reward function from parameters.
@@ -128,7 +130,22 @@ def _stems() -> dict[str, str]:
     return {_stem(name): name for name in SHIPPED}
 
 
-def _find(spec: str):
+def load_environment(spec: str) -> Callable:
+    """Finds what makes an environment: `calculator`, a dotted path, or `path/to/file.py:Class`.
+
+    Raises:
+      ConfigError: there is no such class.
+
+    >>> load_environment("calculator")().stop
+    ('</calc>',)
+    """
+    found = _find(ENVIRONMENTS.get(spec, spec), "environment")
+    if not callable(found):
+        raise ConfigError(f"environment {spec!r} is a {type(found).__name__}, not a class.")
+    return found
+
+
+def _find(spec: str, what: str = "reward"):
     path, colon, name = spec.rpartition(":")
     if colon:
         return _attribute(_load_file(path, spec), name, spec)
@@ -136,6 +153,11 @@ def _find(spec: str):
         module, _, name = spec.rpartition(".")
         return _attribute(_load_module(module, spec), name, spec)
     shipped = _stems().get(_stem(spec))
+    if what == "environment":
+        raise ConfigError(
+            f"unknown environment {spec!r}. There are {', '.join(ENVIRONMENTS)}, "
+            "package.module.Class and path/to/file.py:Class."
+        )
     if shipped is None:
         raise ConfigError(
             f"unknown reward {spec!r}.{suggestion(spec, SHIPPED)} There are "

@@ -248,8 +248,6 @@ class PendingRewards:
 
 
 def _check_options(functions, weights, timeout_s, max_errors, workers) -> np.ndarray:
-    if not functions:
-        raise ConfigError("there must be at least one reward function, got none.")
     weights = [1.0] * len(functions) if weights is None else list(weights)
     if len(weights) != len(functions):
         raise ConfigError(

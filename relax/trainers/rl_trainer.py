@@ -17,8 +17,7 @@ import abc
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +28,14 @@ from relax.losses import IGNORED
 from relax.losses.logprobs import TokenLogprobs, linear_logprobs
 from relax.models.groups import group_hidden_states
 from relax.models.trainable import merge
-from relax.rewards import RewardRunner, collect_columns
+from relax.rewards import Environment, RewardRunner, collect_columns
 from relax.sampling import SamplingConfig, generate
+from relax.trainers.episodes import play
 from relax.trainers.rollout import (
+    Collected,
     Rollout,
+    collect_scores,
+    completion_records,
     make_rollout,
     reward_metrics,
     rollout_metrics,
@@ -47,36 +50,6 @@ from relax.trainers.trainer import Annotated, Trainer
 ROLLOUT, EVALUATION, ORDER, RESAMPLING = (np.uint32(2**31 + n) for n in range(4))
 
 
-class Collected(NamedTuple):
-    """Completions and their rewards.
-
-    Attributes:
-      rollout: the completions.
-      rewards: `[P, G]` float64, the weighted sums; NaN where no function applies.
-      by_function: `[P, G, F]` float64, NaN where a function does not apply or failed.
-      extras: `[P, G]` columns that reward functions logged, by name.
-      metrics: numbers to log.
-    """
-
-    rollout: Rollout
-    rewards: np.ndarray
-    by_function: np.ndarray
-    extras: dict[str, np.ndarray]
-    metrics: dict[str, float | int]
-
-    def take(self, prompts: Sequence[int]) -> "Collected":
-        """The groups of some prompts, in that order, with the same metrics."""
-        chosen = list(prompts)
-        extras = {name: values[chosen] for name, values in self.extras.items()}
-        return Collected(
-            self.rollout.take(chosen),
-            self.rewards[chosen],
-            self.by_function[chosen],
-            extras,
-            self.metrics,
-        )
-
-
 class RLTrainer(Trainer):
     """Base of the algorithms that learn from the rewards of their own completions.
 
@@ -89,6 +62,8 @@ class RLTrainer(Trainer):
       sampling: how completions are drawn; `n` is set to the size of a group.
       params: pretrained parameters to start from (copied); None initialises from the key.
       freeze: as for `SFTTrainer`.
+      environment: makes what the model talks to, one for each completion, which then has several
+        turns (`relax.rewards.Environment`); what it gives is added to the rewards.
       reward_weights: of the functions in the sum; None: 1 each.
       num_generations: G, completions per prompt.
       prompts_per_item: prompts of an item of the loader; None: all completions of an item make one
@@ -112,6 +87,7 @@ class RLTrainer(Trainer):
         sampling: SamplingConfig | None = None,
         params=None,
         freeze: str | None = None,
+        environment: Callable[[], Environment] | None = None,
         reward_weights: Sequence[float] | None = None,
         num_generations: int = 8,
         prompts_per_item: int | None = None,
@@ -125,10 +101,13 @@ class RLTrainer(Trainer):
     ):
         super().__init__(model, optimizer, **options)
         given = isinstance(reward_funcs, RewardRunner)
+        if not given and not reward_funcs and environment is None:
+            raise ValueError("reward_funcs must name what judges completions, got none.")
         if given and reward_weights is not None:
             raise ValueError("a RewardRunner has its weights: leave reward_weights out.")
         self.rewards = reward_funcs if given else RewardRunner(reward_funcs, reward_weights)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.environment = tokenizer, environment
+        self.reward_names = [*self.rewards.names, *(["environment"] if environment else [])]
         sampling = dataclasses.replace(sampling or SamplingConfig(), n=num_generations)
         self.sampling = with_end(sampling, tokenizer)
         self.eval_sampling = with_end(eval_sampling or sampling, tokenizer)
@@ -163,7 +142,7 @@ class RLTrainer(Trainer):
         experience = self.experience(state, collected)
         order_key = self._key(state, ORDER)
         metrics = self._metrics(collected) | {"time/reference": time.monotonic() - start_s}
-        records = self._records(collected, experience)
+        records = completion_records(collected, self.reward_names, experience.get("advantages"))
         for batch in self._split(collected.rollout, experience, order_key):
             yield Annotated(batch, metrics, records)
             metrics, records = {}, ()
@@ -185,10 +164,16 @@ class RLTrainer(Trainer):
         """A group of completions for each prompt, drawn by the current policy."""
         sampling = sampling or self.sampling
         params = merge(state.params, state.frozen)
-        output = generate(
-            self.model, params, item["prompt_ids"], key, sampling, decode=self._decode
-        )
-        return make_rollout(item, output, sampling, self._decode)
+        given = None
+        if self.environment is None:
+            prompts = item["prompt_ids"]
+            out = generate(self.model, params, prompts, key, sampling, decode=self._decode)
+        else:
+            texts = (self._encode, self._decode)
+            item, out, given = play(
+                self.model, params, item, key, sampling, self.environment, *texts
+            )
+        return make_rollout(item, out, sampling, self._decode, given)
 
     def score(self, rollout: Rollout, step: int = 0) -> Collected:
         """What the reward functions say of each completion."""
@@ -210,15 +195,9 @@ class RLTrainer(Trainer):
             columns=collect_columns(rows),
             trainer_state={"global_step": step},
         )
-        warn_of_missing(scores, texts)
-        extras = {k: _objects(values).reshape(shape) for k, values in scores.extras.items()}
-        return Collected(
-            rollout,
-            scores.total.reshape(shape),
-            scores.rewards.reshape(*shape, -1),
-            extras,
-            scores.metrics | {"reward_errors": len(scores.failures)},
-        )
+        if self.environment is None:
+            warn_of_missing(scores, texts)
+        return collect_scores(rollout, scores, with_given=self.environment is not None)
 
     def completion_logprobs(
         self, params, batch, rng: jax.Array | None = None
@@ -307,27 +286,8 @@ class RLTrainer(Trainer):
 
     def _metrics(self, collected: Collected) -> dict[str, float | int]:
         rollout, rewards, by_function, _, metrics = collected
-        rewards = reward_metrics(rewards, by_function, self.rewards.names)
+        rewards = reward_metrics(rewards, by_function, self.reward_names)
         return rollout_metrics(rollout) | rewards | metrics
-
-    def _records(self, collected: Collected, experience: dict) -> list[dict]:
-        """One per completion: what a table of completions shows."""
-        rollout, rewards, by_function, extras, _ = collected
-        names, advantages = self.rewards.names, experience.get("advantages")
-        records = []
-        for p, g in np.ndindex(*rewards.shape):
-            record = {
-                "prompt": rollout.rows[p]["prompt"],
-                "completion": rollout.texts[p][g],
-                "finish": str(rollout.finish[p, g]),
-                "tokens": int(rollout.completion_lengths[p, g]),
-                "rewards": dict(zip(names, by_function[p, g].tolist(), strict=True)),
-                "reward": float(rewards[p, g]),
-            } | {name: values[p, g] for name, values in extras.items()}
-            if advantages is not None and advantages.ndim == 2:
-                record["advantage"] = float(advantages[p, g])
-            records.append(record)
-        return records
 
     def _evaluate(self, state: TrainState, loader, max_batches: int | None) -> dict:
         """Mean reward and pass@k over held-out prompts, of completions drawn as `eval_sampling`."""
@@ -347,7 +307,7 @@ class RLTrainer(Trainer):
             raise ValueError("the evaluation loader gave no prompts. Pass some, or no loader.")
         rewards, by_function = np.concatenate(rewards), np.concatenate(by_function)
         passed = np.nan_to_num(rewards, nan=-math.inf) >= self.pass_reward
-        return reward_metrics(rewards, by_function, self.rewards.names) | {
+        return reward_metrics(rewards, by_function, self.reward_names) | {
             "pass@1": float(passed.mean()),
             f"pass@{passed.shape[1]}": float(passed.any(axis=1).mean()),
             "completions/mean_length": float(np.concatenate([x.ravel() for x in lengths]).mean()),
@@ -357,15 +317,11 @@ class RLTrainer(Trainer):
     def _key(self, state: TrainState, stream: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(state.rng, stream), state.step)
 
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def _decode(self, ids) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
-
-
-def _objects(values: list) -> np.ndarray:
-    """One object an item, lists included."""
-    out = np.empty(len(values), object)
-    out[:] = values
-    return out
 
 
 def _updates(

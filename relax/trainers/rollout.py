@@ -7,11 +7,12 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from relax.rewards import RewardBatch
-from relax.sampling import SamplingConfig
+from relax.rewards import RewardBatch, weighted_total
+from relax.sampling import SampleOutput, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +23,11 @@ class Rollout:
       rows: `[P]`, the data set's row of each prompt.
       prompt_ids, prompt_lengths: `[P, L]` and `[P]` int32.
       completion_ids, completion_lengths: `[P, G, C]` and `[P, G]` int32, the end token included.
-      logprobs: `[P, G, C]` float32, of each token under the distribution it was drawn from.
+      logprobs: `[P, G, C]` float32, of each token under the distribution it was drawn from; NaN
+        where it was not drawn but written by an environment.
       finish: `[P, G]` str, why each ended: `eos`, `stop` or `length`.
       texts: `[P][G]`, the completions without special tokens.
+      given: `[P, G]` float64, what an environment gave; NaN where there is none.
     """
 
     rows: list[dict]
@@ -35,6 +38,7 @@ class Rollout:
     logprobs: np.ndarray
     finish: np.ndarray
     texts: list[list[str]]
+    given: np.ndarray
 
     @property
     def truncated(self) -> np.ndarray:
@@ -43,9 +47,9 @@ class Rollout:
 
     @property
     def mask(self) -> np.ndarray:
-        """`[P, G, C]` bool: the real tokens."""
+        """`[P, G, C]` bool: the tokens that the policy wrote."""
         places = np.arange(self.completion_ids.shape[2])[None, None, :]
-        return places < self.completion_lengths[:, :, None]
+        return (places < self.completion_lengths[:, :, None]) & ~np.isnan(self.logprobs)
 
     def take(self, prompts: Sequence[int]) -> "Rollout":
         """The groups of some prompts, in that order."""
@@ -59,14 +63,51 @@ class Rollout:
         )
 
 
-def make_rollout(item: dict, output, sampling, decode: Callable[[Sequence[int]], str]) -> Rollout:
+class Collected(NamedTuple):
+    """Completions and their rewards.
+
+    Attributes:
+      rollout: the completions.
+      rewards: `[P, G]` float64, the weighted sums; NaN where no function applies.
+      by_function: `[P, G, F]` float64, NaN where a function does not apply or failed.
+      extras: `[P, G]` columns that reward functions logged, by name.
+      metrics: numbers to log.
+    """
+
+    rollout: Rollout
+    rewards: np.ndarray
+    by_function: np.ndarray
+    extras: dict[str, np.ndarray]
+    metrics: dict[str, float | int]
+
+    def take(self, prompts: Sequence[int]) -> "Collected":
+        """The groups of some prompts, in that order, with the same metrics."""
+        chosen = list(prompts)
+        extras = {name: values[chosen] for name, values in self.extras.items()}
+        return Collected(
+            self.rollout.take(chosen),
+            self.rewards[chosen],
+            self.by_function[chosen],
+            extras,
+            self.metrics,
+        )
+
+
+def make_rollout(
+    item: dict,
+    output: SampleOutput,
+    sampling: SamplingConfig,
+    decode: Callable[[Sequence[int]], str],
+    given: np.ndarray | None = None,
+) -> Rollout:
     """The rollout that an item's prompts and the sampler's output for them make.
 
     Args:
       item: `prompt_ids` and `rows` of P prompts.
-      output: a `relax.sampling.SampleOutput` of `P * sampling.n` completions.
+      output: of `P * sampling.n` completions.
       sampling: the `SamplingConfig` of `output`.
       decode: tokens to text.
+      given: `[P * G]`, of an environment.
     """
     prompts, G = item["prompt_ids"], sampling.n
     P = len(prompts)
@@ -83,6 +124,7 @@ def make_rollout(item: dict, output, sampling, decode: Callable[[Sequence[int]],
         logprobs=_pad(output.logprobs, C).reshape(P, G, C),
         finish=np.array(output.finish_reasons).reshape(P, G),
         texts=[texts[p * G : (p + 1) * G] for p in range(P)],
+        given=(np.full(P * G, np.nan) if given is None else given).reshape(P, G),
     )
 
 
@@ -95,7 +137,7 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
             joined[field.name] = [item for value in values for item in value]
         else:
             width = max(value.shape[-1] for value in values)
-            ragged = values[0].ndim > 1 and field.name not in ("completion_lengths", "finish")
+            ragged = field.name in ("prompt_ids", "completion_ids", "logprobs")
             padded = [_pad(value, width) for value in values] if ragged else values
             joined[field.name] = np.concatenate(padded)
     return Rollout(**joined)
@@ -145,8 +187,8 @@ def is_truncated(sampling: SamplingConfig) -> bool:
 def warn_of_missing(scores: RewardBatch, texts: list[str]) -> None:
     """Tells of completions without a reward: of the first that failed, and how many have none."""
     if scores.failures:
-        failed = f"{len(scores.failures)} rewards of {len(texts)} completions"
-        warnings.warn(f"{failed} could not be had; {scores.failures[0]}", stacklevel=2)
+        failed = f"{len({f.index for f in scores.failures})} of {len(texts)} completions"
+        warnings.warn(f"rewards could not be had for {failed}; {scores.failures[0]}", stacklevel=2)
     none = np.flatnonzero(np.isnan(scores.total))
     if none.size:
         warnings.warn(
@@ -154,6 +196,47 @@ def warn_of_missing(scores: RewardBatch, texts: list[str]) -> None:
             f"advantage of 0, such as {texts[none[0]][:200]!r}",
             stacklevel=2,
         )
+
+
+def collect_scores(rollout: Rollout, scores: RewardBatch, *, with_given: bool) -> Collected:
+    """The rewards of a rollout; what an environment gave is a function of its own, the last."""
+    shape = rollout.completion_lengths.shape
+    rewards, by_function = scores.total.reshape(shape), scores.rewards.reshape(*shape, -1)
+    if with_given:
+        by_function = np.concatenate([by_function, rollout.given[:, :, None]], axis=2)
+        both = np.stack([rewards, rollout.given], axis=2).reshape(-1, 2)
+        rewards = weighted_total(both, np.ones(2)).reshape(shape)
+    extras = {name: _objects(values).reshape(shape) for name, values in scores.extras.items()}
+    metrics = scores.metrics | {"reward_errors": len(scores.failures)}
+    return Collected(rollout, rewards, by_function, extras, metrics)
+
+
+def completion_records(
+    collected: Collected, names: Sequence[str], advantages: np.ndarray | None
+) -> list[dict]:
+    """One per completion: what a table of completions shows."""
+    rollout, rewards, by_function, extras, _ = collected
+    records = []
+    for p, g in np.ndindex(*rewards.shape):
+        record = {
+            "prompt": rollout.rows[p]["prompt"],
+            "completion": rollout.texts[p][g],
+            "finish": str(rollout.finish[p, g]),
+            "tokens": int(rollout.completion_lengths[p, g]),
+            "rewards": dict(zip(names, by_function[p, g].tolist(), strict=True)),
+            "reward": float(rewards[p, g]),
+        } | {name: values[p, g] for name, values in extras.items()}
+        if advantages is not None and advantages.ndim == 2:
+            record["advantage"] = float(advantages[p, g])
+        records.append(record)
+    return records
+
+
+def _objects(values: list) -> np.ndarray:
+    """One object an item, lists included."""
+    out = np.empty(len(values), object)
+    out[:] = values
+    return out
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
