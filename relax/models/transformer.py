@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         Args:
           tokens: `[B]`, the last token of each slot.
           positions: `[B]`, where it stands.
-          cache: per layer keys and values `[B, K, S, H]`, S > all positions.
+          cache: of `relax.models.cache`, with more columns than any position.
 
         Returns:
           Hidden states `[B, D]`, and the cache with the tokens' keys and values in it.
