@@ -161,6 +161,7 @@ def recipe_of(**fields) -> GRPORecipe:
     """A recipe whose workers are never started: they are not what is asked about."""
     recipe = GRPORecipe.__new__(GRPORecipe)
     recipe.config, recipe.console = config(**fields), Console(file=io.StringIO())
+    recipe.environment = None
     recipe.rewards = RewardRunner([lambda completions: [0.0] * len(completions)])
     return recipe
 

@@ -100,7 +100,8 @@ def test_a_reward_worker_never_outlives_its_run(job, tmp_path, busy):
     fields = job | {"reward_funcs": functions, "reward_weights": 1.0, "output_dir": tmp_path / "r"}
     child = start(*flags(**fields), fault=None if busy else "reward:1:sleep")
     deadline_s = time.monotonic() + 120
-    while not pids.read_text().endswith("\n") and time.monotonic() < deadline_s:
+    while not pids.read_text().endswith("\n") and child.process.poll() is None:
+        assert time.monotonic() < deadline_s
         time.sleep(0.1)
     workers = [int(pid) for pid in pids.read_text().split()]
     assert workers, (child.stdout, child.stderr)

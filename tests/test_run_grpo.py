@@ -126,7 +126,8 @@ def test_failures_are_told_and_too_many_stop_the_run_with_their_message(job, tmp
     assert call(**fields, output_dir=tmp_path / "one") == 0
     said = capsys.readouterr().out
     assert "warning: rewards could not be had for 1 of 8 completions; reward 'one_fails'" in said
-    assert lines(tmp_path / "one" / "metrics.jsonl")[0]["reward_errors"] == 1
+    evaluated, trained = lines(tmp_path / "one" / "metrics.jsonl")
+    assert trained["reward_errors"] == 1 and evaluated["eval_reward_errors"] == 1
     assert call(**fields, max_reward_errors=0.001, output_dir=tmp_path / "none") == 1
     said = capsys.readouterr().err
     assert "reward 'one_fails' has failed on 1 of 8" in said and "max_reward_errors=0.001" in said

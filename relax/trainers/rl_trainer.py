@@ -39,7 +39,8 @@ from relax.trainers.rollout import (
     make_rollout,
     reward_metrics,
     rollout_metrics,
-    warn_of_missing,
+    warn_of_failures,
+    warn_of_none,
     with_end,
 )
 from relax.trainers.state import TrainState, initial_state
@@ -195,8 +196,9 @@ class RLTrainer(Trainer):
             columns=collect_columns(rows),
             trainer_state={"global_step": step},
         )
-        if self.environment is None:
-            warn_of_missing(scores, texts)
+        warn_of_failures(scores, len(texts))
+        if self.environment is None:  # an episode that is cut short has no reward, as a rule
+            warn_of_none(scores, texts)
         return collect_scores(rollout, scores, with_given=self.environment is not None)
 
     def completion_logprobs(

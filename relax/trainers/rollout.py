@@ -184,11 +184,18 @@ def is_truncated(sampling: SamplingConfig) -> bool:
     )
 
 
-def warn_of_missing(scores: RewardBatch, texts: list[str]) -> None:
-    """Tells of completions without a reward: of the first that failed, and how many have none."""
-    if scores.failures:
-        failed = f"{len({f.index for f in scores.failures})} of {len(texts)} completions"
-        warnings.warn(f"rewards could not be had for {failed}; {scores.failures[0]}", stacklevel=2)
+def warn_of_failures(scores: RewardBatch, count: int) -> None:
+    """Tells how many of `count` completions a reward function failed on, and of the first."""
+    failed = len({failure.index for failure in scores.failures})
+    if failed:
+        warnings.warn(
+            f"rewards could not be had for {failed} of {count} completions; {scores.failures[0]}",
+            stacklevel=2,
+        )
+
+
+def warn_of_none(scores: RewardBatch, texts: Sequence[str]) -> None:
+    """Tells how many completions no function applies to."""
     none = np.flatnonzero(np.isnan(scores.total))
     if none.size:
         warnings.warn(
