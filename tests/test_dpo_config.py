@@ -9,7 +9,8 @@ from relax.losses.dpo import LOSSES
 
 
 def config(**fields) -> DPOConfig:
-    return create_default_config(config_class=DPOConfig, **fields)
+    named = {"model_path": "DIR", "dataset_path": "FILE"}  # else it is the embedded run's
+    return create_default_config(config_class=DPOConfig, **named, **fields)
 
 
 def test_the_configuration_names_the_losses_that_there_are():

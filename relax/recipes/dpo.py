@@ -141,20 +141,19 @@ class DPORecipe(Recipe):
 
 
 def with_wrong_sums(rows: list[dict]) -> list[dict]:
-    """The embedded rows as pairs: the sum is chosen, one that is off by 1 to 9 or 10 to 90 is not.
+    """The embedded rows as pairs: the sum is chosen, one that is off by 1 or by 10 is not.
 
     >>> from relax.data import arithmetic_rows
     >>> pair = with_wrong_sums(arithmetic_rows("test"))[0]
     >>> [m["content"] for name in ("prompt", "chosen", "rejected") for m in pair[name]]
-    ['78+97=', '175', '178']
+    ['53+1=', '54', '44']
     """
     # The raw stream of a bit generator is the same in every numpy version.
     words = np.random.PCG64(0).random_raw(len(rows)).tolist()
     pairs = []
     for row, word in zip(rows, words, strict=True):
-        right = int(row["completion"][0]["content"])
-        off = (1 + word % 9) * (1, 10)[word // 9 % 2] * (1, -1)[word // 18 % 2]
-        wrong = right + off if right + off >= 0 else right - off
+        right, off = int(row["completion"][0]["content"]), (1, 10)[word % 2]
+        wrong = right - off if word // 2 % 2 and right >= off else right + off
         rejected = [{"role": "assistant", "content": str(wrong)}]
         pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
     return pairs
