@@ -92,10 +92,10 @@ class DPOConfig(TrainerConfig):
         "warmup_steps": 20.0,
         "per_device_train_batch_size": 128,
         "pad_to_multiple_of": 4,
-        "max_steps": 240,
+        "max_steps": 300,
         "logging_steps": 20.0,
         "eval_strategy": "steps",
-        "eval_steps": 80.0,
+        "eval_steps": 100.0,
         "eval_on_start": True,
         "per_device_eval_batch_size": 250,
     }
