@@ -109,10 +109,10 @@ class GRPOConfig(TrainerConfig):
     algorithm: ClassVar[str] = "grpo"
     # What the run with no flags needs to learn addition from rewards in a few minutes.
     embedded: ClassVar[dict[str, Any]] = {
-        "learning_rate": 5e-4,
-        "lr_scheduler_type": "constant_with_warmup",
+        "learning_rate": 2e-4,
+        "warmup_steps": 30.0,
         "per_device_train_batch_size": 512,
-        "max_steps": 300,
+        "max_steps": 700,
         "logging_steps": 10.0,
         "max_completion_length": 6,
         "reward_funcs": ["exact_match"],
