@@ -119,7 +119,7 @@ def test_the_loss_before_the_first_update_is_ln_2_and_no_pair_is_right(tiny_mode
 def test_micro_batches_and_layouts_make_the_same_update(tiny_model, tiny_params, other_params):
     """With the sft loss, whose mean is over the tokens of the whole update."""
     states = {}
-    for packs, steps in ((False, 1), (False, 3), (True, 3)):
+    for packs, steps in ((False, 1), (True, 3)):
         dpo = trainer(
             tiny_model,
             other_params,
@@ -163,10 +163,8 @@ def test_what_stands_in_padding_changes_nothing(tiny_model, tiny_params, other_p
     places = np.arange(dirty["prompt_ids"].shape[1])
     dirty["prompt_ids"][places >= dirty["prompt_lengths"][:, None]] = 9
     frozen = {"ref": tiny_params}
-    one, other = (
-        jax.grad(lambda p, b=b: dpo.compute_loss(p, b, frozen=frozen).loss) for b in (batch, dirty)
-    )
-    assert bits(jax.jit(one)(other_params)) == bits(jax.jit(other)(other_params))
+    slope = jax.jit(jax.grad(lambda p, batch: dpo.compute_loss(p, batch, frozen=frozen).loss))
+    assert bits(slope(other_params, batch)) == bits(slope(other_params, dirty))
 
 
 def test_precomputed_numbers_give_the_same_loss_without_a_reference(
@@ -198,30 +196,27 @@ def test_without_adapters_a_lora_model_is_the_reference(tiny_model, tiny_params)
     assert bits(state.frozen) == before
 
 
-def test_the_reference_stays_or_moves_as_asked(tiny_model, tiny_params):
+def test_the_reference_moves_as_often_and_as_far_as_asked(tiny_model, tiny_params):
     moving = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 2}
-    for options in ({}, moving):
-        dpo = trainer(tiny_model, tiny_params, **options)
-        state = dpo.create_train_state(jax.random.key(0))
-        start = jax.tree.map(np.array, state.frozen["ref"])
-        state, _ = dpo.train_step(state, *loader())
-        assert bits(state.frozen["ref"]) == bits(start)
-        state, _ = dpo.train_step(state, *loader())
-        share = 0.25 if options else 0.0
-        for old, new, policy in zip(
-            *map(jax.tree.leaves, (start, state.frozen["ref"], state.params)), strict=True
-        ):
-            np.testing.assert_allclose(new, share * policy + (1 - share) * old, atol=1e-6)
+    dpo = trainer(tiny_model, tiny_params, **moving)
+    state = dpo.create_train_state(jax.random.key(0))
+    start = jax.tree.map(np.array, state.frozen["ref"])
+    state, _ = dpo.train_step(state, *loader())
+    assert bits(state.frozen["ref"]) == bits(start)
+    state, _ = dpo.train_step(state, *loader())
+    leaves = map(jax.tree.leaves, (start, state.frozen["ref"], state.params))
+    for old, new, policy in zip(*leaves, strict=True):
+        np.testing.assert_allclose(new, 0.25 * policy + 0.75 * old, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["simpo", "orpo"])
-def test_losses_without_a_reference_hold_none_and_learn(name, tiny_model, tiny_params):
-    dpo = trainer(tiny_model, tiny_params, loss_type=name, beta=1.0)
+def test_losses_without_a_reference_hold_none_and_learn(tiny_model, tiny_params):
+    dpo = trainer(tiny_model, tiny_params, loss_type=["simpo", "orpo"], beta=1.0)
     state = dpo.create_train_state(jax.random.key(0))
     assert not jax.tree.leaves(state.frozen)
     state, before = dpo.train_step(state, *loader())
     state, after = dpo.train_step(state, *loader())
-    assert after["loss"] < before["loss"]
+    for name in ("loss/simpo", "loss/orpo"):
+        assert after[name] < before[name]
     assert after["rewards/margins"] > before["rewards/margins"]
 
 
@@ -265,9 +260,9 @@ def test_kto_compares_with_the_answers_of_other_rows(tiny_model, tiny_params, ot
 
 
 def test_training_from_python_teaches_the_pairs(tiny_model, tiny_params):
-    data = loader(2)
+    data = loader(5)
     dpo = DPOTrainer(tiny_model, optax.adam(1e-2), ref_params=tiny_params, beta=0.5)
-    state = dpo.train(data, num_epochs=8, key=jax.random.key(0))
+    state = dpo.train(data, num_epochs=20, key=jax.random.key(0))
     metrics = dpo.validate(state, data)
     assert metrics["rewards/accuracies"] == 1 and metrics["loss"] < 0.3
     assert bits(state.frozen["ref"]) == bits(tiny_params)
