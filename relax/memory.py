@@ -187,6 +187,6 @@ def table(sizes: Sizes, capacity: Capacity, rows: tuple[int, int]) -> str:
 def shown(nbytes: int) -> str:
     """
     >>> shown(1_536_000_000), shown(12_000_000), shown(2_500)
-    ('1.54 GB', '12.0 MB', '0.0025 MB')
+    ('1.54 GB', '12 MB', '0.0025 MB')
     """
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"

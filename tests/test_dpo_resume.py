@@ -60,6 +60,7 @@ def start(job, output_dir, fault=None) -> Child:
     return Child([*script, f"--output_dir={output_dir}", "--resume=auto"], fault)
 
 
+@pytest.mark.timeout(1200)  # a dozen programs, one after the other
 def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(job, tmp_path):
     """Parameters, optimizer state, position, metrics and the exported model, bit for bit."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"

@@ -68,6 +68,7 @@ def kill_at_random_times(arguments, output_dir: Path) -> Path:
         hit += 1
 
 
+@pytest.mark.timeout(1200)  # a dozen programs, one after the other
 def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, tmp_path):
     """Parameters, optimizer state, position, counts, metrics and completions, bit for bit."""
     assert len(NAMED) + RANDOM_KILLS == 10

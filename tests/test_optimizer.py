@@ -329,7 +329,7 @@ def test_the_average_is_what_is_evaluated_and_other_optimizers_evaluate_their_pa
     assert eval_params(adamw(0.1).init(params), params) is params
 
     class Telling(SFTTrainer):
-        def _row_hits(self, params, batch):
+        def _row_hits(self, params, frozen, batch):
             return params["w"], jnp.int32(10)
 
     state = TrainState(jnp.int32(0), params, state, KEY)

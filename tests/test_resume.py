@@ -117,6 +117,7 @@ def kill_at_random_times(arguments, root: Path, kills: int) -> list[Path]:
         runs.append(root / str(len(runs)))
 
 
+@pytest.mark.timeout(1200)  # a dozen programs, one after the other
 def test_fifteen_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, tmp_path):
     """Parameters, optimizer state, position, metrics and the exported model, bit for bit."""
     arguments = flags(**job)
