@@ -39,8 +39,8 @@ def test_a_batch_holds_what_the_collator_of_trl_stacks():
 
 
 def test_a_packed_row_holds_pairs_as_documents_whose_targets_are_the_answers():
-    """Rows of twice the longest, 10 tokens; the pair of 4 has no place beside those of 9."""
-    (batch,) = loader([*TRL_CASE, ([14], [15], [16])], 3, shuffle=False, packs=True)
+    """In rows of 10 tokens the pair of 4 has no place beside those of 9."""
+    (batch,) = loader([*TRL_CASE, ([14], [15], [16])], 3, shuffle=False, packed_length=10)
     assert batch["input_ids"].tolist() == [
         [1, 2, 3, 4, 5, 1, 2, 3, 6, 0],
         [7, 8, 9, 10, 7, 8, 11, 12, 13, 0],
@@ -49,7 +49,7 @@ def test_a_packed_row_holds_pairs_as_documents_whose_targets_are_the_answers():
     assert batch["segment_ids"][0].tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 2, 0]
     assert batch["labels"][0].tolist() == [-100, -100, -100, 4, 5, -100, -100, -100, 6, -100]
     two = [([1, 2, 3, 4], [5], [6]), ([7], [8], [9]), ([10], [11], [12])]
-    (batch,) = loader(two, 2, shuffle=False, packs=True)
+    (batch,) = loader(two, 2, shuffle=False, packed_length=10)
     assert batch["input_ids"].tolist() == [
         [1, 2, 3, 4, 5, 1, 2, 3, 4, 6],
         [7, 8, 7, 9, 10, 11, 10, 12, 0, 0],
@@ -57,6 +57,8 @@ def test_a_packed_row_holds_pairs_as_documents_whose_targets_are_the_answers():
     assert batch["segment_ids"][1].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 0, 0]
     assert batch["index"].tolist() == [[0, -1], [1, 2]]
     assert batch["completion_lengths"].tolist() == [[[1, 1], [0, 0]], [[1, 1], [1, 1]]]
+    with pytest.raises(ConfigError, match="the longest pair, 10 tokens .*, got 9"):
+        loader(two, 2, packed_length=9)
 
 
 def test_the_last_batch_is_filled_with_empty_pairs_and_epochs_differ_in_order():

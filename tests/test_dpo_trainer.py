@@ -28,8 +28,13 @@ def preferences(count=5, is_paired=True, seed=0) -> Preferences:
 
 
 def loader(batch_size=5, packs=False, **options) -> PreferenceLoader:
+    length = 28 if packs else None
     return PreferenceLoader(
-        preferences(**options), batch_size, shuffle=False, packs=packs, pad_to_multiple_of=4
+        preferences(**options),
+        batch_size,
+        shuffle=False,
+        packed_length=length,
+        pad_to_multiple_of=4,
     )
 
 

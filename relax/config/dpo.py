@@ -42,7 +42,7 @@ class PreferenceConfig(RowsConfig):
         "keep_start", "Of a longer row: cut the answers' ends, the prompt's beginning, ..."
     )
     pack_pairs: bool = option(
-        False, "Several pairs to a row without padding; each answer then has a prompt of its own."
+        False, "Several pairs to a row of twice max_length; each answer has a prompt of its own."
     )
     pad_to_multiple_of: int | None = option(
         None, "Round the padded lengths up to a multiple; none = 8.", at_least=1
@@ -159,6 +159,8 @@ def _reference(values: dict[str, Any], given: Given) -> Iterator[str]:
 def _batches(values: dict[str, Any], given: Given) -> Iterator[str]:
     if given("truncation_mode") and values["max_length"] is None:
         yield unused("truncation_mode", "max_length is none, so no row is too long")
+    if values["pack_pairs"] and values["max_length"] is None:
+        yield "pack_pairs needs max_length: packed rows are twice that long"
     attention = values["attn_implementation"]
     if attention in ("cudnn", "splash") and not values["pack_pairs"]:
         yield unused(

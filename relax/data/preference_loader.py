@@ -35,7 +35,7 @@ class PreferenceLoader:
       batch_size: rows per update (per-device batch size times accumulation steps).
       seed: of the order, >= 0.
       shuffle: a new order each epoch; False keeps the given one.
-      packs: the packed layout, in rows of twice the longest prompt and answer.
+      packed_length: T of the packed layout, room for the longest pair; None: the plain layout.
       max_buckets: how many shapes of plain batches there may be.
       pad_to_multiple_of: lengths are multiples of it.
 
@@ -51,7 +51,7 @@ class PreferenceLoader:
         *,
         seed: int = 0,
         shuffle: bool = True,
-        packs: bool = False,
+        packed_length: int | None = None,
         max_buckets: int = 4,
         pad_to_multiple_of: int = 8,
     ):
@@ -60,14 +60,18 @@ class PreferenceLoader:
                 f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}."
             )
         self.preferences, self.batch_size = preferences, batch_size
-        self.seed, self.shuffle, self.packs = seed, shuffle, packs
+        self.seed, self.shuffle, self.packed_length = seed, shuffle, packed_length
         self.ref_logprobs: np.ndarray | None = None
         sizes = [(len(p.prompt), max(len(p.chosen), len(p.rejected))) for p in preferences.items]
         self.longest_row = max(map(sum, sizes))
-        if packs:
+        if packed_length is not None:
             doubles = [sum(map(len, p[:3])) + len(p.prompt) for p in preferences.items]
-            self.length = round_up(2 * self.longest_row, pad_to_multiple_of)
-            packed = pack(doubles, self.length)
+            if max(doubles) > packed_length:
+                raise ConfigError(
+                    f"a packed row must have room for the longest pair, {max(doubles)} tokens with "
+                    f"the prompt twice, got {packed_length}."
+                )
+            packed = pack(doubles, packed_length)
             self.rows = [[segment.document for segment in row] for row in packed]
             self.pairs_per_row = max(map(len, self.rows))
             self.num_tokens = sum(doubles)
@@ -82,7 +86,7 @@ class PreferenceLoader:
     @property
     def fill(self) -> float:
         """The share of a packed row's places that hold a token."""
-        return self.num_tokens / (len(self.rows) * self.length)
+        return self.num_tokens / (len(self.rows) * self.packed_length)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self.batches(0)
@@ -99,14 +103,14 @@ class PreferenceLoader:
 
     def _batch(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
         items = self.preferences.items
-        # [B] or [B, K], what holds for pairs
-        index = np.full((len(rows), self.pairs_per_row if self.packs else 1), -1, np.int32)
+        packs = self.packed_length is not None
+        index = np.full((len(rows), self.pairs_per_row if packs else 1), -1, np.int32)
         for i, row in enumerate(rows):
             index[i, : len(row)] = row
-        index = index if self.packs else index[:, 0]
+        index = index if packs else index[:, 0]  # [B, K] or [B]
         chosen = [[items[i] for i in row] for row in rows]
-        if self.packs:
-            batch = _packed(chosen, self.length, self.pairs_per_row)
+        if packs:
+            batch = _packed(chosen, self.packed_length, self.pairs_per_row)
         else:
             longest = [row[0] for row in chosen if row]
             L, C = next(

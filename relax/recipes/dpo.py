@@ -85,10 +85,10 @@ class DPORecipe(Recipe):
             self.console.rule(name, align="left", style="dim")
             for line in report.lines():
                 self.console.print(line, markup=False)
-            if self._loaders[name].packs:
-                loader = self._loaders[name]
+            loader = self._loaders[name]
+            if loader.packed_length is not None:
                 self.console.print(
-                    f"packing      {len(loader.rows):,} rows of {loader.length:,} tokens, "
+                    f"packing      {len(loader.rows):,} rows of {loader.packed_length:,} tokens, "
                     f"{loader.fill:.1%} full"
                 )
             if name == TRAINING and self.config.debug.print_examples:
@@ -135,7 +135,7 @@ class DPORecipe(Recipe):
             rows,
             seed=data_seed(self.config),
             shuffle=training and d.shuffle_dataset,
-            packs=d.pack_pairs,
+            packed_length=2 * d.max_length if d.pack_pairs else None,
             pad_to_multiple_of=d.pad_to_multiple_of or 8,
         )
 
