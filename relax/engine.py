@@ -28,7 +28,7 @@ from relax.checkpoint import (
 from relax.checkpoint_frozen import FrozenElsewhere
 from relax.config import ConfigLoader, TrainerConfig, resolve_steps
 from relax.errors import CheckpointError, ConfigError
-from relax.models import kernels, save_pretrained
+from relax.models import kernels
 from relax.models.lora import merge_adapters
 from relax.models.peft import save_adapter
 from relax.models.trainable import merge
@@ -146,9 +146,9 @@ class _Job:
         self._check_same_config()
         fault.point("data")
         tokenizer = assemble.make_tokenizer(config)
-        model, params = assemble.make_model(config, weights=self.start is None or self.freezes)
-        self.base = assemble.adapter_base(config)
         recipe = self.recipe
+        model, params = recipe.make_model(weights=self.start is None or self.freezes)
+        self.base = assemble.adapter_base(config)
         datasets = recipe.datasets(tokenizer, model.config, self.rows)
         recipe.show_data(datasets)
         updates = recipe.updates_per_item * len(datasets.train)  # of an epoch
@@ -323,9 +323,7 @@ class _Job:
             if model.lora is not None:
                 weights = merge_adapters(weights, model.lora)
             generation = assemble.generation_config(self.config.model.model_name_or_path)
-            return save_pretrained(
-                model_dir, model, weights, tokenizer, generation_config=generation
-            )
+            return self.recipe.save(model_dir, model, weights, tokenizer, generation)
         except (OSError, SafetensorError) as error:
             reason = full_disk(error) or str(error)
             raise CheckpointError(

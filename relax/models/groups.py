@@ -39,6 +39,26 @@ def group_hidden_states(
       `[P, G, C, D]`: entry t is the state before token t, the prompt's last one for t = 0; and the
       routers' load-balancing loss, or None without experts.
     """
+    prompt, completion, aux_loss = group_outputs(
+        model, prompt_ids, prompt_lengths, completion_ids, completion_lengths
+    )
+    last = jnp.take_along_axis(prompt, (prompt_lengths - 1)[:, None, None], axis=1)  # [P, 1, D]
+    P, G, _, D = completion.shape
+    first = jnp.broadcast_to(last[:, :, None], (P, G, 1, D))
+    return jnp.concatenate([first, completion[:, :, :-1]], axis=2), aux_loss
+
+
+def group_outputs(
+    model: Transformer,
+    prompt_ids: jax.Array,
+    prompt_lengths: jax.Array,
+    completion_ids: jax.Array,
+    completion_lengths: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The hidden states at each token: `[P, L, D]` of prompts, `[P, G, C, D]` of completions.
+
+    Arguments and the third result are those of `group_hidden_states`; a prompt may be empty here.
+    """
     config = model.config
     P, L = prompt_ids.shape
     G, C = completion_ids.shape[1:]
@@ -63,9 +83,7 @@ def group_hidden_states(
         routers.append(router)
     x = model.norm(x)
     prompt, completion = x[: P * L].reshape(P, L, -1), x[P * L :].reshape(P, G, C, -1)
-    last = jnp.take_along_axis(prompt, (prompt_lengths - 1)[:, None, None], axis=1)  # [P, 1, D]
-    first = jnp.broadcast_to(last[:, :, None], (P, G, 1, last.shape[-1]))
-    return jnp.concatenate([first, completion[:, :, :-1]], axis=2), total_aux_loss(routers)
+    return prompt, completion, total_aux_loss(routers)
 
 
 def _flat(prompt, completion, G):

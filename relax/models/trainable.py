@@ -13,6 +13,7 @@ import flax.traverse_util
 import jax
 
 from relax.errors import ConfigError
+from relax.models.heads import HEAD
 from relax.models.lora import init_adapters, is_adapter
 from relax.models.transformer import Transformer
 
@@ -41,7 +42,7 @@ def partition(
     """Cuts all parameters of a model into trained and frozen ones.
 
     Args:
-      model: with `lora`, its adapters are trained and all else is frozen.
+      model: with `lora`, its adapters and a head are trained and all else is frozen.
       params: all of them; adapters that are not among them are made.
       key: makes the adapters.
       freeze: a regular expression: a weight in whose path it is found is frozen.
@@ -58,8 +59,10 @@ def partition(
         return (params, {}) if freeze is None else _freeze(params, freeze)
     if freeze is not None:
         raise ConfigError("freeze has no effect: with adapters all other weights are frozen.")
-    adapters, base = split(params, is_adapter)
-    return adapters or init_adapters(key, base, model.lora), {"base": base}
+    trained, base = split(params, lambda path: is_adapter(path) or path[0] == HEAD)
+    if not any(map(is_adapter, flax.traverse_util.flatten_dict(trained))):
+        trained |= init_adapters(key, base, model.lora)
+    return trained, {"base": base}
 
 
 def split(params, is_chosen: Callable[[tuple[str, ...]], bool]) -> tuple[dict, dict]:

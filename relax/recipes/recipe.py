@@ -2,12 +2,14 @@
 
 import abc
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from relax import assemble
 from relax.config import TrainerConfig
-from relax.models import TransformerConfig
+from relax.models import TransformerConfig, save_pretrained
 from relax.trainers import Trainer, TrainState
 
 
@@ -78,6 +80,14 @@ class Recipe(abc.ABC):
     def has_constant_reference(self) -> bool:
         """Whether `state.frozen` holds a reference that can be had again from the model's files."""
         return False
+
+    def make_model(self, *, weights: bool):
+        """The model, and its parameters where it has any to begin with and `weights` asks."""
+        return assemble.make_model(self.config, weights=weights)
+
+    def save(self, path: Path, model, params, tokenizer, generation_config) -> Path:
+        """Writes the trained model, adapters merged, as a Hugging Face directory."""
+        return save_pretrained(path, model, params, tokenizer, generation_config=generation_config)
 
     def fresh_params(self, model, tokenizer):
         """Parameters to begin from where no model is named; None: those that the key makes."""
