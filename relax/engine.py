@@ -2,11 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
 import math
-import shlex
-import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,24 +12,18 @@ import jax
 from rich.console import Console
 from safetensors import SafetensorError
 
-from relax import assemble, fault, memory, remedies
+from relax import assemble, fault, job_checks, job_output, memory
 from relax.callbacks import MetricsLog, Progress
-from relax.checkpoint import (
-    Checkpointer,
-    check_space,
-    full_disk,
-    restore_checkpoint,
-    tree_bytes,
-)
+from relax.checkpoint import Checkpointer, full_disk, restore_checkpoint
 from relax.checkpoint_frozen import FrozenElsewhere
-from relax.config import ConfigLoader, TrainerConfig, resolve_steps
+from relax.config import TrainerConfig, resolve_steps
 from relax.errors import CheckpointError, ConfigError
 from relax.models import kernels
 from relax.models.lora import merge_adapters
 from relax.models.peft import save_adapter
 from relax.models.trainable import merge
 from relax.recipes import recipe_of
-from relax.run_dir import RunDir, check_same_config, write_json
+from relax.run_dir import RunDir
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 FROM_PYTHON = "rows from Python"
@@ -115,6 +105,22 @@ class TrainerEngine:
         self.console.print(f"warning: {message}", style="yellow", markup=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a run is made of.
+
+    `batch` has the shapes of the largest one, None where batches come to be in the run.
+    """
+
+    tokenizer: Any
+    model: Any
+    datasets: Any
+    trainer: Any
+    updates_per_epoch: int
+    steps: int
+    batch: Any
+
+
 class _Job:
     """One run, from its configuration to its model directory."""
 
@@ -142,38 +148,21 @@ class _Job:
         self.base: str | None = None  # what the exported adapter is for, if one is exported
 
     def run(self, interrupt: Interrupt) -> JobResult:
-        config = self.config
-        self._check_same_config()
-        fault.point("data")
-        tokenizer = assemble.make_tokenizer(config)
-        recipe = self.recipe
-        model, params = recipe.make_model(weights=self.start is None or self.freezes)
-        self.base = assemble.adapter_base(config)
-        datasets = recipe.datasets(tokenizer, model.config, self.rows)
-        recipe.show_data(datasets)
-        updates = recipe.updates_per_item * len(datasets.train)  # of an epoch
-        steps = assemble.total_steps(config, updates)
-        batch = memory.largest_batch(datasets.train, steps)
-        model, attention = kernels.settle(model, 2 if batch is None else memory.rows_of(batch)[1])
-        self.console.print(f"attention: {attention}", markup=False)
-        trainer = self._trainer(model, tokenizer, steps)
-        self._check_memory(trainer, batch)
-        if params is None and (self.start is None or self.freezes):
-            params = recipe.fresh_params(model, tokenizer)
+        config, recipe = self.config, self.recipe
+        parts, params = self._assemble()
+        trainer, datasets, steps = parts.trainer, parts.datasets, parts.steps
         state, progress = self._start_state(trainer, params)
         params = None  # the state has taken them over, and the first update reuses their memory
-        if config.output.overwrite_output_dir:  # not before: all that was read is as it should be
-            self.run_dir.clear(self.console.print)
-        self._check_space(state, steps)
-        self._show_plan(state, steps)
-        self._write_config(datasets)
+        self._begin(parts, state)
         if recipe.embedded and progress is None:
             self.metrics |= recipe.examine("before", trainer, state, datasets)
-        if int(state.step) < steps:
-            self._check_memory(trainer, batch, state)
+        if int(state.step) < steps and parts.batch is not None:
+            # Of batches that come to be in the run nothing is known yet.
+            self.progress.announce(parts.batch)
+            job_checks.check_update_memory(config, trainer, state, parts.batch, self.console)
         state = trainer.train(
             datasets.train,
-            num_epochs=math.ceil(steps / updates),
+            num_epochs=math.ceil(steps / parts.updates_per_epoch),
             state=state,
             progress=progress,
             max_steps=steps,
@@ -187,36 +176,66 @@ class _Job:
         if interrupt.requested is not None:
             raise Interrupted(interrupt.requested)
         fault.point("trained")
-        self.metrics |= self._last_evaluation()
+        self.metrics |= job_output.last_evaluation(self.run_dir.path / "metrics.jsonl")
         if recipe.embedded:
             self.metrics |= recipe.examine("after", trainer, state, datasets)
-        model_dir = self._export(model, state, tokenizer)
-        self._show_summary(model_dir)
+        model_dir = self._export(parts.model, state, parts.tokenizer)
+        paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
+        if config.output.save_strategy != "no":
+            paths["checkpoints"] = self.run_dir.checkpoints
+        seconds = time.monotonic() - self.start_s
+        job_output.show_summary(self.console, seconds, self.metrics, recipe.headline, paths)
         return JobResult(state, self.metrics, self.run_dir.path, model_dir)
 
-    def resume_command(self) -> str:
-        """What a person types to go on with this run."""
-        script = f"run_{self.config.algorithm}.py"
-        if Path(sys.argv[0]).name == script:
-            script = sys.argv[0]
-        python = "python" if shutil.which("python") == sys.executable else sys.executable
-        config = str(self.run_dir.path / "config.json")
-        return shlex.join([python, script, "--config", config, "--resume", "auto"])
+    def _assemble(self) -> tuple["_Parts", Any]:
+        """All that a run is made of, and the parameters to begin with, or None."""
+        config, recipe = self.config, self.recipe
+        if self.start is not None:
+            for line in job_checks.changed_fields(config, self._old_run()):
+                self.console.print(f"changed since the run began: {line}", markup=False)
+        fault.point("data")
+        tokenizer = assemble.make_tokenizer(config)
+        model, params = recipe.make_model(weights=self.start is None or self.freezes)
+        self.base = assemble.adapter_base(config)
+        datasets = recipe.datasets(tokenizer, model.config, self.rows)
+        recipe.show_data(datasets)
+        updates = recipe.updates_per_item * len(datasets.train)
+        steps = assemble.total_steps(config, updates)
+        batch = memory.largest_batch(datasets.train, steps)
+        model, attention = kernels.settle(model, 2 if batch is None else memory.rows_of(batch)[1])
+        self.console.print(f"attention: {attention}", markup=False)
+        trainer = self._trainer(model, tokenizer, steps)
+        job_checks.check_state_memory(config, trainer)
+        if params is None and (self.start is None or self.freezes):
+            params = recipe.fresh_params(model, tokenizer)
+        return _Parts(tokenizer, model, datasets, trainer, updates, steps, batch), params
+
+    def _begin(self, parts: "_Parts", state) -> None:
+        """Checks what is left to be checked, says what will be done, and marks the directory."""
+        config = self.config
+        if config.output.overwrite_output_dir:  # not before: all that was read is as it should be
+            self.run_dir.clear(self.console.print)
+        self._check_disk(state, parts.steps)
+        job_output.show_plan(self.console, config, state, parts.steps, self.recipe.plan)
+        if config.peft.use_peft and not (self.base or config.peft.merge_lora):
+            self.console.print("the adapter will be merged: its base is no directory to refer to")
+        if self.start is not None:
+            job_output.check_same_data(config, parts.datasets.digest, self._old_run())
+        job_output.write_config(config, self.run_dir.path, parts.datasets)
+        self.begun = True
 
     def show_how_to_go_on(self) -> None:
-        """Tells a person who has stopped the run what was saved, and the command that goes on."""
-        if not self.begun:
+        if self.begun:
+            steps = self.checkpointer.steps()
+            job_output.show_how_to_go_on(self.console, steps, self._resume_command())
+        else:
             self.console.print("stopped before the first update: the same command begins again")
-            return
-        steps = self.checkpointer.steps()
-        saved = f"step {steps[-1]} is saved" if steps else "nothing was saved"
-        self.console.print(f"stopped; {saved}. To {'go on' if steps else 'begin again'}:")
-        self.console.print(f"  {self.resume_command()}", markup=False)
 
     def how_to_recover(self) -> str:
-        steps = self.checkpointer.steps()
-        kept = f"Checkpoint {steps[-1]} is intact" if steps else "No checkpoint was saved"
-        return f"{kept}; make room and run: {self.resume_command()}"
+        return job_output.how_to_recover(self.checkpointer.steps(), self._resume_command())
+
+    def _resume_command(self) -> str:
+        return job_output.resume_command(self.config, self.run_dir.path)
 
     def _trainer(self, model, tokenizer, steps: int):
         config = self.config
@@ -231,16 +250,6 @@ class _Job:
         )
         optimizer = assemble.make_optimizer(config, steps)
         return self.recipe.trainer(model, tokenizer, optimizer, (log, progress, *others))
-
-    def _last_evaluation(self) -> dict[str, float]:
-        """From the file, since a resumed run may find its last evaluation done."""
-        lines = (self.run_dir.path / "metrics.jsonl").read_text().splitlines()
-        evaluations = [
-            found
-            for record in map(json.loads, lines)
-            if (found := {n: v for n, v in record.items() if n.startswith("eval_")})
-        ]
-        return evaluations[-1] if evaluations else {}
 
     def _start_state(self, trainer, params):
         """`(state, progress)`: fresh, or from the checkpoint to resume from."""
@@ -268,50 +277,17 @@ class _Job:
     def _old_run(self) -> Path:
         return self.run_dir.path if self.start == "auto" else Path(self.start).parent.parent
 
-    def _check_same_config(self) -> None:
-        file = None if self.start is None else self._old_run() / "config.json"
-        if file is None or not file.exists():
-            return
-        old = ConfigLoader(file, type(self.config)).load().flat()
-        allow = self.config.output.allow_config_change
-        for line in check_same_config(old, self.config.flat(), allow):
-            self.console.print(f"changed since the run began: {line}", markup=False)
-
-    def _write_config(self, datasets) -> None:
-        file = self.run_dir.path / "data.json"
-        if self.start is not None:
-            old = self._old_run() / "data.json"
-            digest = json.loads(old.read_text())["digest"] if old.exists() else datasets.digest
-            allowed = "dataset_name" in self.config.output.allow_config_change
-            if digest != datasets.digest and not allowed:
-                raise ConfigError(
-                    "a resumed run must see the data that it began with, and the tokens of "
-                    f"'{self.config.data.dataset_name or 'the embedded set'}' are others now "
-                    f"(digest {digest} -> {datasets.digest}). Restore the files, or pass "
-                    "--allow_config_change dataset_name to go on all the same."
-                )
-        reports = {name: report.to_dict() for name, report in datasets.reports.items()}
-        write_json(file, {"digest": datasets.digest, "reports": reports})
-        saved = self.config.replace(
-            resume="never", overwrite_output_dir=False, allow_config_change=[]
+    def _check_disk(self, state, steps: int) -> tuple[int, int, int]:
+        return job_checks.check_disk(
+            self.config,
+            self.run_dir.path,
+            state,
+            save_interval=assemble.save_interval(self.config, steps),
+            steps=steps,
+            saved_steps=len(self.checkpointer.steps()),
+            only_trained=self.freezes,
+            only_adapter=self.base is not None,
         )
-        write_json(self.run_dir.path / "config.json", saved.to_dict())
-        self.begun = True
-
-    def _check_space(self, state, steps: int) -> None:
-        """Room for the checkpoints that will exist at once, and for the model directory."""
-        output = self.config.output
-        every = assemble.save_interval(self.config, steps)
-        copies = 0
-        if output.save_strategy != "no":
-            copies = 1 + (steps // every if every else 0)
-            if output.save_total_limit is not None:
-                copies = min(copies, output.save_total_limit + 1)
-            # A resumed run has some of them on the disk already.
-            copies = max(copies - len(self.checkpointer.steps()), 1)
-        saved = state.replace(frozen={}) if self.freezes else state
-        model = state.params if self.base else merge(state.params, state.frozen)
-        check_space(self.run_dir.path, tree_bytes(saved), copies, others=tree_bytes(model))
 
     def _export(self, model, state, tokenizer) -> Path:
         model_dir = self.run_dir.path / "final"
@@ -329,44 +305,3 @@ class _Job:
             raise CheckpointError(
                 f"the model cannot be written to '{model_dir}': {reason}. {self.how_to_recover()}"
             ) from error
-
-    def _check_memory(self, trainer, batch, state=None) -> None:
-        """Refuses a state that cannot fit before it is made, and an update before the first one."""
-        there = memory.capacity(0 if state is None else tree_bytes(state))
-        if state is None:
-            state = jax.eval_shape(trainer.create_train_state, jax.random.key(0))
-            sizes = memory.state_sizes(state, trainer.gradient_accumulation_steps)
-        elif batch is None:
-            return  # of batches that come to be in the run nothing is known yet
-        else:
-            self.progress.announce(batch)
-            sizes = memory.update_sizes(trainer, state, batch)
-            self.console.print(memory.table(sizes, there, memory.rows_of(batch)), markup=False)
-        warning = remedies.check(sizes, there, remedies.of_run(self.config, trainer, state, batch))
-        if warning is not None and sizes.activations:
-            self.console.print(f"warning: {warning}", style="yellow", markup=False)
-
-    def _show_plan(self, state, steps: int) -> None:
-        trained, frozen = (
-            sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for tree in (state.params, state.frozen)
-        )
-        of_all = f"{trained:,} of {trained + frozen:,}" if frozen else f"{trained:,}"
-        self.console.print(
-            f"training {of_all} parameters for {steps:,} updates of {self.recipe.plan} on "
-            f"{jax.devices()[0].device_kind}, {self.config.model.dtype}"
-        )
-        if self.config.peft.use_peft and not (self.base or self.config.peft.merge_lora):
-            self.console.print("the adapter will be merged: its base is no directory to refer to")
-
-    def _show_summary(self, model_dir: Path) -> None:
-        seconds = time.monotonic() - self.start_s
-        self.console.print(f"done in {seconds:.0f} s")
-        for name in self.recipe.headline:
-            if name in self.metrics:
-                self.console.print(f"  {name:20} {self.metrics[name]:.4f}")
-        paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
-        if self.config.output.save_strategy != "no":
-            paths["checkpoints"] = self.run_dir.checkpoints
-        for name, path in paths.items():
-            self.console.print(f"  {name:20} {path}", markup=False)

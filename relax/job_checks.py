@@ -1,0 +1,91 @@
+"""What is checked before a job's first update: configuration, memory and disk against what is."""
+
+from pathlib import Path
+
+import jax
+
+from relax import memory, remedies
+from relax.checkpoint import check_space, tree_bytes
+from relax.config import ConfigLoader, TrainerConfig
+from relax.models.trainable import merge
+from relax.run_dir import check_same_config
+
+
+def changed_fields(config: TrainerConfig, old_run: Path) -> list[str]:
+    """What differs, and may, from the configuration of the run that is gone on with.
+
+    Raises:
+      ConfigError: something differs that may not.
+    """
+    file = old_run / "config.json"
+    if not file.exists():
+        return []
+    old = ConfigLoader(file, type(config)).load().flat()
+    return check_same_config(old, config.flat(), config.output.allow_config_change)
+
+
+def check_state_memory(config: TrainerConfig, trainer) -> None:
+    """Refuses a state that cannot fit, before it is made.
+
+    Raises:
+      ConfigError: with the flag that makes it fit by estimate.
+    """
+    state = jax.eval_shape(trainer.create_train_state, jax.random.key(0))
+    sizes = memory.state_sizes(state, trainer.gradient_accumulation_steps)
+    remedies.check(sizes, memory.capacity(), remedies.of_run(config, trainer, state))
+
+
+def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -> memory.Sizes:
+    """Compiles the update, shows what it needs, and refuses it where that is more than there is.
+
+    Args:
+      batch: the largest one, or its shapes.
+
+    Raises:
+      ConfigError: with the flag that makes it fit by estimate.
+    """
+    there = memory.capacity(tree_bytes(state))
+    sizes = memory.update_sizes(trainer, state, batch)
+    console.print(memory.table(sizes, there, memory.rows_of(batch)), markup=False)
+    warning = remedies.check(sizes, there, remedies.of_run(config, trainer, state, batch))
+    if warning is not None and sizes.activations:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    return sizes
+
+
+def check_disk(
+    config: TrainerConfig,
+    directory: Path,
+    state,
+    *,
+    save_interval: int | None,
+    steps: int,
+    saved_steps: int,
+    only_trained: bool,
+    only_adapter: bool,
+) -> tuple[int, int, int]:
+    """Room for the checkpoints that will exist at once, and for the model directory.
+
+    Args:
+      directory: where they go.
+      save_interval: updates between checkpoints; None or 0: one, at the end.
+      saved_steps: checkpoints that a run that is gone on with has on the disk already.
+      only_trained: checkpoints hold no frozen weights.
+      only_adapter: what is exported is an adapter.
+
+    Returns:
+      Checkpoints that will exist at once, bytes of one, and bytes of the model directory.
+
+    Raises:
+      CheckpointError: there is not enough.
+    """
+    output, copies = config.output, 0
+    if output.save_strategy != "no":
+        copies = 1 + (steps // save_interval if save_interval else 0)
+        if output.save_total_limit is not None:
+            copies = min(copies, output.save_total_limit + 1)
+        copies = max(copies - saved_steps, 1)
+    checkpoint = tree_bytes(state.replace(frozen={}) if only_trained else state)
+    model = tree_bytes(state.params if only_adapter else merge(state.params, state.frozen))
+    check_space(directory, checkpoint, copies, others=model)
+    return copies, checkpoint, model

@@ -1,0 +1,95 @@
+"""What a job says, and what it writes beside checkpoints and metrics."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+
+from relax.config import TrainerConfig
+from relax.errors import ConfigError
+from relax.run_dir import write_json
+
+
+def resume_command(config: TrainerConfig, directory: Path) -> str:
+    """What a person types to go on with the run in a directory."""
+    script = f"run_{config.algorithm}.py"
+    if Path(sys.argv[0]).name == script:
+        script = sys.argv[0]
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return shlex.join(
+        [python, script, "--config", str(directory / "config.json"), "--resume", "auto"]
+    )
+
+
+def show_how_to_go_on(console, steps: list[int], command: str) -> None:
+    """Tells a person who has stopped a run what was saved, and the command that goes on."""
+    saved = f"step {steps[-1]} is saved" if steps else "nothing was saved"
+    console.print(f"stopped; {saved}. To {'go on' if steps else 'begin again'}:")
+    console.print(f"  {command}", markup=False)
+
+
+def how_to_recover(steps: list[int], command: str) -> str:
+    """What is left of a run whose disk is full, in a sentence."""
+    kept = f"Checkpoint {steps[-1]} is intact" if steps else "No checkpoint was saved"
+    return f"{kept}; make room and run: {command}"
+
+
+def show_plan(console, config: TrainerConfig, state, steps: int, plan: str) -> None:
+    """What is trained, for how long, on what; `plan` is what an update consists of."""
+    trained, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen)
+    )
+    of_all = f"{trained:,} of {trained + frozen:,}" if frozen else f"{trained:,}"
+    console.print(
+        f"training {of_all} parameters for {steps:,} updates of {plan} on "
+        f"{jax.devices()[0].device_kind}, {config.model.dtype}"
+    )
+
+
+def show_summary(console, seconds: float, metrics: dict, headline, paths: dict[str, Path]) -> None:
+    """The end of a run: the metrics named in `headline`, and where things are."""
+    console.print(f"done in {seconds:.0f} s")
+    for name in headline:
+        if name in metrics:
+            console.print(f"  {name:20} {metrics[name]:.4f}")
+    for name, path in paths.items():
+        console.print(f"  {name:20} {path}", markup=False)
+
+
+def last_evaluation(metrics_file: Path) -> dict[str, float]:
+    """Metrics of the last evaluation, from the file: a resumed run may find it done already."""
+    records = map(json.loads, metrics_file.read_text().splitlines())
+    evaluations = [
+        found
+        for record in records
+        if (found := {n: v for n, v in record.items() if n.startswith("eval_")})
+    ]
+    return evaluations[-1] if evaluations else {}
+
+
+def check_same_data(config: TrainerConfig, digest: str, old_run: Path) -> None:
+    """Refuses to go on with a run on other tokens than it began with.
+
+    Raises:
+      ConfigError: with both digests.
+    """
+    old = old_run / "data.json"
+    before = json.loads(old.read_text())["digest"] if old.exists() else digest
+    if digest != before and "dataset_name" not in config.output.allow_config_change:
+        raise ConfigError(
+            "a resumed run must see the data that it began with, and the tokens of "
+            f"'{config.data.dataset_name or 'the embedded set'}' are others now "
+            f"(digest {before} -> {digest}). Restore the files, or pass "
+            "--allow_config_change dataset_name to go on all the same."
+        )
+
+
+def write_config(config: TrainerConfig, directory: Path, datasets) -> None:
+    """Writes config.json, which repeats the run, and data.json, what became of its rows."""
+    reports = {name: report.to_dict() for name, report in datasets.reports.items()}
+    write_json(directory / "data.json", {"digest": datasets.digest, "reports": reports})
+    saved = config.replace(resume="never", overwrite_output_dir=False, allow_config_change=[])
+    write_json(directory / "config.json", saved.to_dict())
