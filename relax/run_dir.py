@@ -24,7 +24,7 @@ RUN_FILES = (
     "report.html",
     "bad_batch.jsonl",
 )
-RUN_FOLDERS = ("checkpoints", "final", "samples", "completions", "events")
+RUN_FOLDERS = ("checkpoints", "best", "final", "samples", "completions", "events", "profile")
 STATE_FILE = "relax_state.json"
 
 _LOCK = ".lock"
@@ -34,7 +34,8 @@ _TMP_SUFFIX = ".tmp"
 # Fields that say where and when things are written, not what is computed.
 FREE_FIELDS = frozenset(
     "output_dir resume overwrite_output_dir allow_config_change config print_config "
-    "compilation_cache_dir grace_s print_examples".split()
+    "compilation_cache_dir grace_s print_examples dry_run "
+    "num_samples max_new_tokens report_to run_name profile_steps max_nonfinite_steps".split()
 )
 FREE_PREFIX = "save_"
 

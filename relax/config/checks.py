@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from relax.config import watching
 from relax.config.names import suggestion
 from relax.config.options import INT_MAX, Option
 from relax.config.values import check_value, shown
@@ -46,8 +47,9 @@ def problems(
         return value_problems(known, values)
     found = value_problems(known, values)
     given = given_by(known, values, embedded)
-    for rules in (_run, _optimizer, _peft, _data, _packing, _evaluation, _output):
+    for rules in (_run, _optimizer, _peft, _data, _packing, _profile, _evaluation, _output):
         found += rules(values, given)
+    found += watching.problems(values, given)
     found += _names(known, values)
     return found
 
@@ -187,6 +189,29 @@ def _packing(values: dict[str, Any], given: Given) -> Iterator[str]:
         )
     if given("pad_to_multiple_of"):
         yield unused("pad_to_multiple_of", "packed rows are max_length long")
+
+
+def profile_problems(values: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the name of a profile."""
+    if values["profile"] == "chat":
+        return
+    # Only where one is named: it takes numpy.
+    from relax.data.profiles import profile_problem
+
+    problem = profile_problem(values["profile"])
+    if problem is not None:
+        yield problem
+
+
+def _profile(values: dict[str, Any], given: Given) -> Iterator[str]:
+    yield from profile_problems(values)
+    samples = "max_completion_length" in values or values["num_samples"]
+    if values["stop_sequences"] is not None and not samples:
+        yield unused("stop_sequences", "the run samples nothing; give num_samples for previews")
+    for sequence in values["stop_sequences"] or ():
+        if values["stop_sequences"].count(sequence) > 1:
+            yield f"stop_sequences must name each text once, got {shown(sequence)} again"
+            return
 
 
 def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:

@@ -153,14 +153,29 @@ class DataConfig(RowsConfig):
 
 
 @dataclass(slots=True, kw_only=True)
-class ProfileConfig:
-    """How conversations are rendered."""
+class RenderingConfig:
+    """How conversations are made and rendered."""
 
+    name: str = option(
+        "chat",
+        "What prompts and answers look like: chat (as the data has them), emoji_think, regime3, "
+        "chain_of_thought, tool_use, a+b, auto, or path/to/file.py:Class; see docs/profiles.md.",
+        flag="profile",
+    )
     system_prompt: str | None = option(
         None, "Put before conversations that have no system message."
     )
     chat_template_path: str | None = option(
         None, "Tokenizer directory or .jinja file; none = the tokenizer's template."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class ProfileConfig(RenderingConfig):
+    """And where completions end."""
+
+    stop_sequences: list[str] | None = option(
+        None, "Texts that end sampled completions; none = the profile's."
     )
 
 
@@ -180,6 +195,10 @@ class InferenceConfig:
         None, "Evaluate on the first batches only; none = on all.", at_least=1
     )
     eval_on_start: bool = option(False, "Evaluate before the first update as well.")
+    num_samples: int = option(
+        0, "Held-out prompts answered at every evaluation, beside what is expected.", at_least=0
+    )
+    max_new_tokens: int = option(128, "Tokens of such an answer at most.", at_least=1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -200,6 +219,23 @@ class OutputConfig:
     save_total_limit: int | None = option(
         None, "Checkpoints to keep, the newest ones; none = all.", at_least=1
     )
+    metric_for_best_model: str | None = option(
+        None, "Of evaluations, such as eval_loss: keep the best state in best/."
+    )
+    greater_is_better: bool | None = option(
+        None, "Of that metric; none = unless its name ends in loss."
+    )
+    load_best_model_at_end: bool = option(False, "Write the best state to final/, not the last.")
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations without a better one; none = never.", at_least=1
+    )
+    early_stopping_threshold: float = option(
+        0.0, "A better evaluation is better by more than this.", at_least=0
+    )
+    report_to: list[str] = option(
+        [], "tensorboard, wandb, trackio or path/to/file.py:Class, besides metrics.jsonl."
+    )
+    run_name: str | None = option(None, "Of the run in trackers; none = the directory's name.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -210,6 +246,10 @@ class SystemConfig:
         None, "Directory where compiled steps are kept; none = not kept."
     )
     grace_s: float = option(25.0, "Seconds from SIGTERM to the end at the latest.", above=0)
+    max_nonfinite_steps: int = option(
+        3, "Stop when so many updates in a row were not finite; 0 = never.", at_least=0
+    )
+    callbacks: list[str] = option([], "Own callbacks, as path/to/file.py:Class or package.Class.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -220,6 +260,12 @@ class DebugConfig:
         1, "Rows shown, trained tokens marked, before the run.", at_least=0
     )
     debug_nans: bool = option(False, "Stop at the operation that makes a NaN (slow).")
+    dry_run: bool = option(
+        False, "Check everything, compile, take a step, and say what the run will need; no run."
+    )
+    profile_steps: str | None = option(
+        None, "Updates to trace, such as 10:15, for TensorBoard and Perfetto."
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -233,6 +279,9 @@ class SFTSection:
     loss_chunk_size: int = option(256, "Tokens whose logits exist at once.", at_least=1)
 
 
+ALGORITHMS: dict[str, type["Settings"]] = {}
+
+
 @dataclass(slots=True, kw_only=True)
 class Settings:
     """Sections of options, and what can be done with them: the base of every configuration."""
@@ -240,10 +289,14 @@ class Settings:
     algorithm: ClassVar[str] = ""
     embedded: ClassVar[dict[str, Any]] = {}
 
+    def __init_subclass__(cls) -> None:
+        if cls.__dict__.get("algorithm"):
+            ALGORITHMS[cls.algorithm] = cls
+
     def flat(self) -> dict[str, Any]:
         """All values by field name, without the sections."""
         known = options(type(self)).values()
-        return {o.name: getattr(getattr(self, o.section), o.name) for o in known}
+        return {o.name: getattr(getattr(self, o.section), o.field) for o in known}
 
     def to_dict(self) -> dict[str, Any]:
         """All values by section, as they are saved, with the name of the algorithm first."""
@@ -265,7 +318,7 @@ class Settings:
             raise ConfigError("\n".join(problems))
         new = copy.deepcopy(self)
         for name, value in fields.items():
-            setattr(getattr(new, known[name].section), name, value)
+            setattr(getattr(new, known[name].section), known[name].field, value)
         return new
 
     @classmethod
