@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from relax import data
 from relax.assemble import end_tokens, load_model, load_tokenizer
 from relax.config.sample import SampleConfig
+from relax.data.profiles import apply_profile, remaining_system_prompt, resolve_profile
 from relax.errors import ConfigError, DataError
 from relax.run_dir import atomic_write
 from relax.sampling import SamplingConfig, generate
@@ -25,16 +26,17 @@ def sample(config: SampleConfig) -> None:
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"output_file must be in a directory that exists, got '{output}'.")
     tokenizer = load_tokenizer(m.model_name_or_path, config.profile.chat_template_path)
-    rows = _rows(p, tokenizer)
+    profile, rows = _profiled(config, _rows(p, tokenizer))
     dtypes = {"param_dtype": jnp.dtype(m.param_dtype)}
     model, params = load_model(m.model_name_or_path, jnp.dtype(m.dtype), **dtypes)
     prompts = data.prepare_prompts(
         rows,
         tokenizer,
-        system_prompt=config.profile.system_prompt,
+        system_prompt=remaining_system_prompt(profile, config.profile.system_prompt),
         vocab_size=model.config.vocab_size,
     )
-    sampling = _sampling(config, end_tokens(m.model_name_or_path, tokenizer))
+    end = end_tokens(m.model_name_or_path, tokenizer)
+    sampling = _sampling(config, end, profile.get_stop_sequences())
     seed = config.sampling.seed
     if seed is None and sampling.temperature:
         seed = secrets.randbelow(2**31)
@@ -105,7 +107,18 @@ def _rows(p, tokenizer) -> list[dict]:
     ]
 
 
-def _sampling(config: SampleConfig, eos_token_ids: tuple[int, ...]) -> SamplingConfig:
+def _profiled(config: SampleConfig, rows: list[dict]):
+    """The profile, and the rows as it has them."""
+    rows = data.read_rows(rows)
+    profile, note = resolve_profile(config.profile.name, rows.rows)
+    if note is not None:
+        print(note, file=sys.stderr)
+    return profile, apply_profile(profile, rows, "prompts", config.profile.system_prompt)
+
+
+def _sampling(
+    config: SampleConfig, eos_token_ids: tuple[int, ...], stop: list[str]
+) -> SamplingConfig:
     s = config.sampling
     return SamplingConfig(
         max_new_tokens=s.max_new_tokens,
@@ -116,7 +129,7 @@ def _sampling(config: SampleConfig, eos_token_ids: tuple[int, ...]) -> SamplingC
         top_p=s.top_p,
         min_p=s.min_p,
         eos_token_ids=eos_token_ids,
-        stop=tuple(s.stop),
+        stop=tuple(stop if s.stop is None else s.stop),
         n=s.num_return_sequences,
         slots=s.slots,
         segment=8 if config.prompts.prompt is not None else 32,  # a person reads along

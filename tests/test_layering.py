@@ -17,21 +17,25 @@ LAYERS = {
     "relax.errors": 0,
     "relax.fault": 1,
     "relax.gguf_file": 1,
-    "relax.config.names": 1,
+    "relax.config.names": 0,
+    "relax.config.mesh": 1,
+    "relax.objects": 1,
     "relax.rewards": 2,
-    "relax.losses": 2,
+    "relax.parallel.__main__": 7,
+    "relax.parallel.plan": 7,
     "relax.parallel": 2,
-    "relax.models": 3,
-    "relax.sampling.__main__": 6,
-    "relax.sampling": 4,
-    "relax.trainers": 5,
+    "relax.losses": 3,
+    "relax.models": 4,
+    "relax.sampling.__main__": 7,
+    "relax.sampling": 5,
+    "relax.trainers": 6,
 }
-HOST = 6
+HOST = 7
 WITHOUT_JAX = ("relax.errors", "relax.run_dir", "relax.config", "relax.data", "relax.rewards")
-WITHOUT_JAX += ("relax.gguf_file",)
+WITHOUT_JAX += ("relax.gguf_file", "relax.objects")
 # Host modules that nothing below the engine may lean on.
 TOP = ("relax.engine", "relax.assemble", "relax.recipes", "relax.sample")
-TOP += ("relax.sampling.__main__",)
+TOP += ("relax.sampling.__main__", "relax.parallel.__main__", "relax.parallel.plan")
 
 
 def name_of(file: Path) -> str:

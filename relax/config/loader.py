@@ -1,5 +1,6 @@
 """Configurations from files and dicts: JSON or YAML, by section or flat, as strict as the flags."""
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from relax.config.files import read_file
 from relax.config.names import ALIASES, ratio_problem, suggestion, unknown
 from relax.config.options import options
 from relax.config.schema import Settings, SFTConfig
+from relax.config.settings import ALGORITHMS
 from relax.config.values import check_value
 from relax.errors import ConfigError
 
@@ -16,10 +18,11 @@ class ConfigLoader:
 
     Args:
       path: a .json, .yaml or .yml file, by section (as saved) or flat; None for no file.
-      config_class: the configuration of the algorithm.
+      config_class: the configuration of the algorithm; None: that of the file's `algorithm`, or
+        supervised fine-tuning.
     """
 
-    def __init__(self, path: str | Path | None, config_class: type[Settings] = SFTConfig):
+    def __init__(self, path: str | Path | None, config_class: type[Settings] | None = None):
         self.path = path
         self.config_class = config_class
 
@@ -31,24 +34,37 @@ class ConfigLoader:
         """
         return self.merge_with_cli_args({})
 
-    def merge_with_cli_args(self, args: dict[str, Any]) -> Settings:
-        """The values of `args` (by field name) over the file over the defaults, validated.
+    def merge_with_cli_args(self, args: dict[str, Any] | Namespace) -> Settings:
+        """The values of `args` over the file over the defaults, validated.
+
+        Args:
+          args: by field name; of an `argparse.Namespace` what is None was not given.
 
         Raises:
           ConfigError: names every problem, one a line.
         """
-        fields = {}
-        if self.path is not None:
-            fields = _fields(read_file(self.path), self.config_class, f"{self.path}: ")
-        return _make(self.config_class, fields | _fields(args, self.config_class, ""))
+        if isinstance(args, Namespace):
+            args = {name: value for name, value in vars(args).items() if value is not None}
+        data = {} if self.path is None else read_file(self.path)
+        config_class = self.config_class or _class_of(data)
+        fields = _fields(data, config_class, f"{self.path}: ")
+        return _make(config_class, fields | _fields(args, config_class, ""))
 
 
-def from_dict(data: dict[str, Any], config_class: type[Settings] = SFTConfig) -> Settings:
+def _class_of(data: dict[str, Any]) -> type[Settings]:
+    name = data.get("algorithm", SFTConfig.algorithm)
+    if name not in ALGORITHMS:
+        raise ConfigError(f"unknown algorithm {name!r}. There are {', '.join(sorted(ALGORITHMS))}.")
+    return ALGORITHMS[name]
+
+
+def from_dict(data: dict[str, Any], config_class: type[Settings] | None = None) -> Settings:
     """A validated configuration from a dict, by section (as `to_dict` gives it) or flat.
 
     >>> from_dict({"hyperparams": {"seed": 1}, "packing": True}).data.packing
     True
     """
+    config_class = config_class or _class_of(data)
     return _make(config_class, _fields(data, config_class, ""))
 
 
@@ -82,6 +98,8 @@ def _fields(data: dict[str, Any], config_class: type[Settings], where: str) -> d
     """The values of a dict by field name, checked; `where` stands before each problem."""
     known = options(config_class)
     sections = list(dict.fromkeys(option.section for option in known.values()))
+    # A file by section may call a field what the attribute is called.
+    flags = {(o.section, o.field): o.name for o in known.values()}
     found: dict[str, Any] = {}
     problems: list[str] = []
 
@@ -105,13 +123,14 @@ def _fields(data: dict[str, Any], config_class: type[Settings], where: str) -> d
             if value != config_class.algorithm:
                 ours = config_class.algorithm
                 problems.append(f"this is a configuration of {value!r}, not of {ours!r}")
-        elif key not in sections:
+        elif key not in sections or (key in known and not isinstance(value, dict)):
             take(str(key), value)
         elif not isinstance(value, dict):
             hint = suggestion(f"{key}_name", known)
             problems.append(f"{key} is a section and must hold fields, got {value!r}.{hint}")
         else:
             for name, inner in value.items():
+                name = flags.get((key, name), name)
                 if name in known and known[name].section != key:
                     problems.append(f"{name} belongs to section {known[name].section}, not {key}")
                 else:

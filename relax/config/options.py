@@ -9,9 +9,13 @@ INT_MAX = 2**31 - 1  # step counts and sizes are 32-bit integers on the accelera
 
 
 class Option(NamedTuple):
-    """One field of a configuration: a flag, a key of a file."""
+    """One field of a configuration: a flag, a key of a file.
+
+    `name` is that of the flag, and `field` that of the attribute, which as a rule is the same.
+    """
 
     name: str
+    field: str
     section: str
     type: Any
     default: Any
@@ -20,16 +24,19 @@ class Option(NamedTuple):
     steps: bool  # whole when >= 1, a ratio of a total when < 1
 
 
-def option(default: Any, help: str, *, steps: bool = False, **limits: float) -> Any:
+def option(
+    default: Any, help: str, *, steps: bool = False, flag: str | None = None, **limits: float
+) -> Any:
     """Declares a field: its default, one line of help, and the range that `validate` holds it to.
 
     Args:
       default: the default; a list or a dict is copied for each instance.
       help: one line, for `--help`.
       steps: the value counts something when it is 1 or more and is a ratio of it when below 1.
+      flag: its name on the command line, where the field's own says enough in its section only.
       **limits: any of `above`, `at_least`, `below`, `at_most`.
     """
-    metadata = {"help": help, "limits": limits, "steps": steps}
+    metadata = {"help": help, "limits": limits, "steps": steps, "flag": flag}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,10 +60,12 @@ def options(config_class: type) -> dict[str, Option]:
         values = getattr(defaults, part.name)
         types = typing.get_type_hints(type(values))
         for field in dataclasses.fields(values):
-            if field.name in found:
-                raise TypeError(f"{config_class.__name__} has two fields named {field.name!r}")
-            found[field.name] = Option(
-                name=field.name,
+            name = field.metadata["flag"] or field.name
+            if name in found:
+                raise TypeError(f"{config_class.__name__} has two fields named {name!r}")
+            found[name] = Option(
+                name=name,
+                field=field.name,
                 section=part.name,
                 type=types[field.name],
                 default=getattr(values, field.name),

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from relax.config.checks import Given, given_by, unused
+from relax.config.checks import Given, given_by, profile_problems, unused
 from relax.config.options import option, options, section
-from relax.config.schema import Dtype, ProfileConfig, Settings
+from relax.config.schema import Dtype, RenderingConfig, Settings
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,7 +47,9 @@ class SamplingSection:
         0.0, "Draw from tokens this share as likely as the likeliest.", at_least=0, at_most=1
     )
     repetition_penalty: float = option(1.0, "Divides the logits of tokens seen; 1 = off.", above=0)
-    stop: list[str] = option([], "Texts that end a completion.")
+    stop: list[str] | None = option(
+        None, "Texts that end a completion; none = those of the profile."
+    )
     num_return_sequences: int = option(1, "Completions per prompt.", at_least=1)
     seed: int | None = option(None, "Of the draws; none = another one each time.", at_least=0)
     slots: int = option(64, "Completions that are decoded at a time.", at_least=1)
@@ -60,7 +62,7 @@ class SampleConfig(Settings):
     algorithm: ClassVar[str] = "sample"
 
     model: SampleModelConfig = section(SampleModelConfig)
-    profile: ProfileConfig = section(ProfileConfig)
+    profile: RenderingConfig = section(RenderingConfig)
     prompts: PromptConfig = section(PromptConfig)
     sampling: SamplingSection = section(SamplingSection)
 
@@ -87,6 +89,7 @@ def _problems(values: dict[str, Any], given: Given) -> Iterator[str]:
             f"min_new_tokens {values['min_new_tokens']} is more than max_new_tokens "
             f"{values['max_new_tokens']}"
         )
-    for name in ("system_prompt", "chat_template_path"):
+    yield from profile_problems(values)
+    for name in ("profile", "system_prompt", "chat_template_path"):
         if values["chat"] is False and given(name):
             yield unused(name, "chat is false")

@@ -1,18 +1,15 @@
 """Reward functions by name: shipped ones, `package.module.function`, `path/to/file.py:function`."""
 
 import functools
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from relax.config.names import suggestion
 from relax.errors import ConfigError
+from relax.objects import load_object
 
 # Where each shipped function or factory is.
 SHIPPED = {
@@ -147,11 +144,13 @@ def load_environment(spec: str) -> Callable:
 
 def _find(spec: str, what: str = "reward"):
     path, colon, name = spec.rpartition(":")
-    if colon:
-        return _attribute(_load_file(path, spec), name, spec)
-    if "." in spec:
-        module, _, name = spec.rpartition(".")
-        return _attribute(_load_module(module, spec), name, spec)
+    if spec.startswith("model:"):
+        raise ConfigError(
+            f"{what} {spec!r} is a model, which runs beside the policy: name it on the command "
+            "line, or give relax.reward_model.ModelReward(DIR, tokenizer)."
+        )
+    if colon or "." in spec:
+        return load_object(spec, what)
     shipped = _stems().get(_stem(spec))
     if what == "environment":
         raise ConfigError(
@@ -165,55 +164,6 @@ def _find(spec: str, what: str = "reward"):
         )
     module, _, name = SHIPPED[shipped].rpartition(".")
     return getattr(importlib.import_module(module), name)
-
-
-def _load_module(name: str, spec: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        missing = getattr(error, "name", None) or ""
-        if missing and (name == missing or name.startswith(missing + ".")):
-            raise ConfigError(
-                f"reward {spec!r}: there is no module {missing!r}. Is it installed, and is this "
-                "the directory to start from?"
-            ) from error
-        raise ConfigError(f"reward {spec!r}: {name!r} cannot be imported: {error}") from error
-
-
-def _load_file(path: str, spec: str):
-    file = Path(path)
-    if file.suffix != ".py" or not file.is_file():
-        raise ConfigError(
-            f"reward {spec!r}: {path!r} is not a Python file. Write path/to/file.py:function."
-        )
-    # Two files of one name must not become one module.
-    name = f"reward_{hashlib.sha1(str(file.resolve()).encode()).hexdigest()[:12]}_{file.stem}"
-    if name not in sys.modules:
-        module_spec = importlib.util.spec_from_file_location(name, file)
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[name] = module
-        try:
-            module_spec.loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[name]
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"reward {spec!r}: {path!r} cannot be loaded: {reason}") from error
-    return sys.modules[name]
-
-
-def _attribute(module, name: str, spec: str):
-    if not hasattr(module, name):
-        functions = [
-            key
-            for key, value in vars(module).items()
-            if callable(value) and not key.startswith("_")
-        ]
-        shown = ", ".join(functions) or "no function"
-        raise ConfigError(
-            f"reward {spec!r}: there is no {name!r} in it.{suggestion(name, functions)} "
-            f"It has {shown}."
-        )
-    return getattr(module, name)
 
 
 def _check_parameters(spec: str, function: Callable, given: dict, partly: bool = False) -> None:
