@@ -52,10 +52,15 @@ def write(columns: Keys | Values, new: jax.Array, positions: jax.Array) -> Keys 
     place = (slot, head, positions[:, None])
     if isinstance(columns, Keys):
         place = (slot, head, slice(None), positions[:, None])
-    written = old.at[place].set(
-        new.astype(old.dtype), unique_indices=True, mode="promise_in_bounds"
-    )
-    return type(columns)(written)
+    new = new.astype(old.dtype)
+    if old.dtype == jnp.bfloat16:  # as bits: on CPUs XLA would widen the whole cache, and back
+        bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
+        return type(columns)(jax.lax.bitcast_convert_type(_set(*bits, place), old.dtype))
+    return type(columns)(_set(old, new, place))
+
+
+def _set(old, new, place):
+    return old.at[place].set(new, unique_indices=True, mode="promise_in_bounds")
 
 
 def put(cache: Cache, prefilled, slot: jax.Array, source: jax.Array) -> Cache:

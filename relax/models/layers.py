@@ -49,7 +49,7 @@ class Linear(nn.Module):
     def __call__(self, x):  # [M, D]
         init = nn.initializers.normal(self.stddev)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = matmul(x, kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             # In float32, and so is its gradient: a sum over all tokens.
@@ -70,4 +70,36 @@ class Linear(nn.Module):
             x = jnp.where(mask, x / kept, 0).astype(x.dtype)
         a = self.get_variable("params", "lora_a").astype(self.dtype)
         b = self.get_variable("params", "lora_b").astype(self.dtype)
-        return (x @ a) @ b * (self.lora.alpha / self.lora.r)
+        return matmul(matmul(x, a), b) * (self.lora.alpha / self.lora.r)
+
+
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x `[M, D]` times w `[D, F]`, both of one dtype, which is also the result's.
+
+    A bfloat16 product for a CPU is written as a float32 one of the same inputs, then rounded: XLA
+    would widen the weights first, and take two to three times as long.
+    """
+    if w.dtype != jnp.bfloat16:
+        return x @ w
+    return jax.lax.platform_dependent(x, w, cpu=_matmul_rounded, default=jnp.matmul)
+
+
+@jax.custom_vjp
+def _matmul_rounded(x, w):
+    if x.shape[0] == 1:  # a product of one row widens the weights all the same
+        return _dot(jnp.repeat(x, 2, axis=0), w, 1, 0)[:1]
+    return _dot(x, w, 1, 0)
+
+
+def _matmul_rounded_bwd(inputs, d_y):
+    x, w = inputs
+    return _dot(d_y, w, 1, 1), _dot(x, d_y, 0, 0)
+
+
+_matmul_rounded.defvjp(lambda x, w: (_matmul_rounded(x, w), (x, w)), _matmul_rounded_bwd)
+
+
+def _dot(a, b, axis_a, axis_b):
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
+    y = jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return y.astype(a.dtype)

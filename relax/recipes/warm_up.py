@@ -11,8 +11,8 @@ from relax.recipes.sft import SFTRecipe
 from relax.trainers import SFTTrainer
 from relax.trainers.optimizer import adamw, learning_rate_schedule
 
-SHARE = 0.35  # of sums that are right when the warm-up ends
-CHUNK, MOST = 20, 800  # updates between two looks, and at most
+SHARE = 0.5  # of sums that are right when the warm-up ends
+CHUNK, MOST = 10, 800  # updates between two looks, and at most
 LOOKED_AT = 500  # training rows
 
 
