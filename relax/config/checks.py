@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from relax.config import watching
+from relax.config import machines, watching
 from relax.config.names import suggestion
 from relax.config.options import INT_MAX, Option
 from relax.config.values import check_value, shown
@@ -50,6 +50,7 @@ def problems(
     for rules in (_run, _optimizer, _peft, _data, _packing, _profile, _evaluation, _output):
         found += rules(values, given)
     found += watching.problems(values, given)
+    found += machines.problems(values, given)
     found += _names(known, values)
     return found
 

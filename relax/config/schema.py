@@ -118,7 +118,9 @@ class RowsConfig:
     dataset_kwargs: dict = option({}, "Options of a reasoning_gym task.")
     dataset_train_split: str = option("train", "Split to train on.")
     dataset_test_split: str = option("test", "Split to evaluate on.")
-    eval_dataset_name: str | None = option(None, "Rows to evaluate on, as in dataset_name.")
+    eval_dataset_name: str | None = option(
+        None, "Rows to evaluate on, as in dataset_name; or name=FILE,... for several sets."
+    )
     test_size: float = option(
         0.0,
         "Training rows held out for evaluation, or a fraction when below 1.",
@@ -242,6 +244,20 @@ class SystemConfig:
         None, "Directory where compiled steps are kept; none = not kept."
     )
     grace_s: float = option(25.0, "Seconds from SIGTERM to the end at the latest.", above=0)
+    mesh: str | None = option(
+        None, "Devices per axis, such as data=2,fsdp=4,tensor=1; auto = all along fsdp; none = one."
+    )
+    sharding_rules: str | None = option(
+        None, "File of rules of how weights are cut, before the built-in ones."
+    )
+    coordinator: str | None = option(
+        None, "HOST:PORT of process 0 of several; auto = from SLURM, MPI, GKE or a TPU pod."
+    )
+    num_processes: int | None = option(None, "How many processes there are.", at_least=1)
+    process_id: int | None = option(None, "Which of them this is, from 0.", at_least=0)
+    heartbeat_s: int = option(
+        100, "Seconds without a sign of a process after which the others end.", at_least=5
+    )
     max_nonfinite_steps: int = option(
         3, "Stop when so many updates in a row were not finite; 0 = never.", at_least=0
     )
