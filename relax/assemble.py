@@ -58,10 +58,13 @@ def load_tokenizer(path: str, chat_template_path: str | None = None, eos_token: 
     return data.load_tokenizer(directory, *changes)
 
 
-def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, dict | None]:
+def make_model(
+    config: TrainerConfig, *, weights: bool, load=None
+) -> tuple[Transformer, dict | None]:
     """The model, and its parameters where it has any to begin with and `weights` asks for them.
 
     A directory with an adapter stands for the model that it belongs to, with the adapter merged.
+    `load` takes the place of `load_model`.
     """
     path = config.model.model_name_or_path
     options = {
@@ -73,7 +76,7 @@ def make_model(config: TrainerConfig, *, weights: bool) -> tuple[Transformer, di
         model = Transformer(EMBEDDED_MODEL, dtype, **options)
     else:
         if weights:
-            model, params = load_model(path, dtype, **options)
+            model, params = (load or load_model)(path, dtype, **options)
         else:
             shape = read_pretrained_config(_of_model(find_directory(path)))
             model = Transformer(shape, dtype, **options)

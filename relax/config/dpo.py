@@ -115,7 +115,7 @@ class DPOConfig(TrainerConfig):
             return found
         known, values = options(type(self)), self.flat()
         given = given_by(known, values, self.embedded)
-        return [*_losses(values, given), *_reference(values, given), *_batches(values, given)]
+        return [*_losses(values, given), *_reference(values, given), *batch_problems(values, given)]
 
 
 def _losses(values: dict[str, Any], given: Given) -> Iterator[str]:
@@ -156,7 +156,8 @@ def _reference(values: dict[str, Any], given: Given) -> Iterator[str]:
         yield "sync_ref_model excludes use_peft and freeze: the reference is the frozen base"
 
 
-def _batches(values: dict[str, Any], given: Given) -> Iterator[str]:
+def batch_problems(values: dict[str, Any], given: Given) -> Iterator[str]:
+    """What is wrong with how pairs become batches."""
     if given("truncation_mode") and values["max_length"] is None:
         yield unused("truncation_mode", "max_length is none, so no row is too long")
     if values["pack_pairs"] and values["max_length"] is None:

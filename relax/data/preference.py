@@ -6,6 +6,9 @@ Three kinds of rows, told by the first:
                                           answers begin with
     {"prompt", "completion", "label"}     one answer, good or bad by itself
     {"prompt_ids", "chosen_ids", "rejected_ids"}
+
+Reward models read `margin` beside a pair, by how much the scores should differ, and their pairs may
+have no prompt: they judge the whole text.
 """
 
 import dataclasses
@@ -18,12 +21,14 @@ import numpy as np
 
 from relax.data.encode import render_template
 from relax.data.formats import Format, FormatOptions, check_row, conversation
+from relax.data.preference_report import PreferenceReport
 from relax.data.reading import Rows, read_rows
 from relax.data.report import percentiles
 from relax.errors import ConfigError, DataError
 
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 PAIRED, UNPAIRED = ("chosen", "rejected"), ("completion",)
+MARGIN = "margin"
 UNPAIRED_NAME = "unpaired preference"
 _CHUNK = 1000  # rows tokenised in one call: fast tokenizers work on them in parallel
 
@@ -38,57 +43,7 @@ class Preference(NamedTuple):
     chosen: np.ndarray
     rejected: np.ndarray
     is_desirable: bool = True  # the first answer; of a pair it always is
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferenceReport:
-    """What became of the rows.
-
-    Attributes:
-      format: of the rows, and `columns` of theirs that were read.
-      unused_columns: of theirs that were not.
-      num_rows, num_examples: read, and trained on.
-      dropped: rows left out, by reason.
-      truncated: rows of which something was cut.
-      merged: rows whose prompt is cut short, see `prepare_preferences`.
-      lengths, answer_lengths: percentiles of prompt and longer answer, and of answers, in tokens.
-      num_tokens: of all prompts and answers, prompts counted per answer.
-      example: one of them as text: prompt, first and second answer.
-    """
-
-    format: str
-    columns: tuple[str, ...]
-    unused_columns: tuple[str, ...]
-    num_rows: int
-    num_examples: int
-    dropped: dict[str, int]
-    truncated: int
-    merged: int
-    lengths: dict[int, int]
-    answer_lengths: dict[int, int]
-    num_tokens: int
-    example: tuple[str, str, str]
-
-    def to_dict(self) -> dict:
-        """The report as JSON types, without the example."""
-        fields = dataclasses.asdict(self)
-        del fields["example"]
-        return fields
-
-    def lines(self) -> Iterator[str]:
-        """What a person reads before training."""
-        yield f"format       {self.format} ({', '.join(self.columns)})"
-        if self.unused_columns:
-            yield f"not used     {', '.join(self.unused_columns)}"
-        yield f"rows         {self.num_rows:,} read, {self.num_examples:,} trained on"
-        if self.dropped:
-            reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-            yield f"dropped      {sum(self.dropped.values()):,} ({reasons})"
-        yield f"truncated    {self.truncated:,}"
-        if self.merged:
-            yield f"merged       {self.merged:,} rows whose prompt ends before the template's does"
-        for name, n in (("tokens", self.lengths), ("answers", self.answer_lengths)):
-            yield f"{name:12} min {n[0]:,}, median {n[50]:,}, 99 % {n[99]:,}, max {n[100]:,}"
+    margin: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +52,19 @@ class Preferences:
 
     items: list[Preference]
     is_paired: bool
+    has_margins: bool = False
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
     def digest(self) -> int:
-        """A checksum of every token, where answers begin, and the labels."""
+        """A checksum of every token, where answers begin, the labels and the margins."""
         crc = 0
-        for *parts, is_desirable in self.items:
+        for *parts, is_desirable, margin in self.items:
             for part in parts:
                 crc = zlib.crc32(part.tobytes(), zlib.crc32(len(part).to_bytes(8, "big"), crc))
-            crc = zlib.crc32(bytes([is_desirable]), crc)
+            crc = zlib.crc32(bytes([is_desirable]) + np.float64(margin).tobytes(), crc)
         return crc
 
 
@@ -117,6 +73,7 @@ def prepare_preferences(
     tokenizer,
     *,
     unpaired: bool = False,
+    judges: bool = False,
     system_prompt: str | None = None,
     eos_token: str | None = None,
     max_length: int | None = None,
@@ -133,6 +90,7 @@ def prepare_preferences(
       rows: what `read_rows` returns, or takes.
       tokenizer: a Hugging Face tokenizer.
       unpaired: a pair becomes two rows, one desirable and one not (for KTO).
+      judges: the pairs are for a reward model, see above.
       system_prompt: put before conversations that have no system message.
       eos_token: ends a plain text, if not the tokenizer's own end token.
       max_length: tokens of prompt and answer; None: any number.
@@ -148,13 +106,14 @@ def prepare_preferences(
     rows = rows if isinstance(rows, Rows) else read_rows(rows)
     if not rows.rows:
         raise DataError("the data set has no rows.")
-    maker = _Maker(rows, tokenizer, system_prompt, eos_token)
+    maker = _Maker(rows, tokenizer, system_prompt, eos_token, judges)
     if not maker.is_pair and not unpaired:
+        kto = "rows" if judges else "--loss_type kto, or rows"
         raise ConfigError(
-            f"{rows.origin(0)}: rows with 'completion' and 'label' are no pairs: use "
-            "--loss_type kto, or rows with 'chosen' and 'rejected'."
+            f"{rows.origin(0)}: rows with 'completion' and 'label' are no pairs: use {kto} with "
+            "'chosen' and 'rejected'."
         )
-    cutter = _Cutter(rows, maker.is_pair, max_length, truncation_mode, vocab_size)
+    cutter = _Cutter(rows, maker, max_length, truncation_mode, vocab_size)
     items = [kept for i, item in enumerate(maker) if (kept := cutter(item, i)) is not None]
     if unpaired and maker.is_pair:
         items = [
@@ -166,21 +125,27 @@ def prepare_preferences(
         reasons = "; ".join(f"{count} {reason}" for reason, count in cutter.dropped.items())
         raise DataError(f"no row of {len(rows)} can be trained on ({reasons}).")
     report = _report(maker, cutter, items, tokenizer)
-    return Preferences(_with_partners(items) if unpaired else items, not unpaired), report
+    items = _with_partners(items) if unpaired else items
+    return Preferences(items, not unpaired, maker.has_margins), report
 
 
 class _Maker:
     """Iterates over what rows are in tokens, nothing cut."""
 
-    def __init__(self, rows: Rows, tokenizer, system_prompt: str | None, eos_token: str | None):
-        self.rows, self.tokenizer = rows, tokenizer
-        self.format = find_format(rows.rows[0], rows.origin(0))
+    def __init__(
+        self, rows: Rows, tokenizer, system_prompt: str | None, eos_token: str | None, judges: bool
+    ):
+        self.rows, self.tokenizer, self.judges = rows, tokenizer, judges
+        self.format = find_format(rows.rows[0], rows.origin(0), judges)
+        self.has_margins = judges and rows.rows[0].get(MARGIN) is not None
         self.options = FormatOptions(system_prompt=system_prompt)
         self.eos = eos_token or tokenizer.eos_token
         self.is_pair = self.format.name != UNPAIRED_NAME
         self.merged = 0
         for i, row in enumerate(rows.rows):
             _check(row, self.format, rows.origin(i))
+            if self.has_margins:
+                _check_margin(row, rows.origin(i))
         if self.format.conversational and not tokenizer.chat_template:
             raise DataError(
                 "messages need a chat template and the tokenizer has none: give one with "
@@ -197,7 +162,12 @@ class _Maker:
     def __iter__(self) -> Iterator[Preference]:
         if self.format.name == "tokens":
             for row in self.rows.rows:
-                yield Preference(*(np.asarray(row[name], np.int32) for name in TOKENS))
+                parts = row
+                if "prompt_ids" not in self.format.columns:
+                    split = split_prompt(row["chosen_ids"], row["rejected_ids"], may_be_empty=True)
+                    parts = {f"{name}_ids": ids for name, ids in split.items()}
+                parts = (np.asarray(parts[name], np.int32) for name in TOKENS)
+                yield Preference(*parts, margin=self._margin(row))
             return
         for first in range(0, len(self.rows), _CHUNK):
             places = range(first, min(first + _CHUNK, len(self.rows)))
@@ -212,11 +182,14 @@ class _Maker:
         """The prompt, and the prompt with each answer."""
         columns = PAIRED if self.is_pair else UNPAIRED
         if "prompt" not in self.format.columns:
-            row = row | split_prompt(row["chosen"], row["rejected"], where)
+            row = row | split_prompt(row["chosen"], row["rejected"], where, self.judges)
         if not self.format.conversational:
             answers = [row[name] for name in columns]
             answers = [a if a.endswith(self.eos) else a + self.eos for a in answers]
             return [row["prompt"], *(row["prompt"] + answer for answer in answers)]
+        if not row["prompt"]:
+            wholes = [conversation(row, name, self.options) for name in columns]
+            return ["", *(render_template(self.tokenizer, whole, row, where) for whole in wholes)]
         prompt = conversation(row, "prompt", self.options)
         return [
             render_template(self.tokenizer, prompt, row, where, add_generation_prompt=True),
@@ -228,15 +201,20 @@ class _Maker:
         length = min(_common(prompt, whole) for whole in wholes)
         self.merged += length < len(prompt)
         answers = [np.array(whole[length:], np.int32) for whole in wholes]
-        label = self.is_pair or self.rows.rows[i]["label"]
-        return Preference(np.array(prompt[:length], np.int32), answers[0], answers[-1], label)
+        row, prompt = self.rows.rows[i], np.array(prompt[:length], np.int32)
+        label = self.is_pair or row["label"]
+        return Preference(prompt, answers[0], answers[-1], label, self._margin(row))
+
+    def _margin(self, row: dict) -> float:
+        return float(row[MARGIN]) if self.has_margins else 0.0
 
 
 class _Cutter:
     """Checks, cuts, drops and counts."""
 
-    def __init__(self, rows: Rows, is_pair: bool, max_length, mode: str, vocab_size):
-        self.rows, self.is_pair, self.vocab_size = rows, is_pair, vocab_size
+    def __init__(self, rows: Rows, maker: _Maker, max_length, mode: str, vocab_size):
+        self.rows, self.is_pair, self.vocab_size = rows, maker.is_pair, vocab_size
+        self.may_be_empty = ("prompt",) if maker.judges else ()
         self.max_length, self.mode = max_length, mode
         self.dropped: Counter[str] = Counter()
         self.truncated = 0
@@ -281,7 +259,7 @@ class _Cutter:
 
     def _check(self, item: Preference, i: int) -> None:
         for part, what in zip(item, ("prompt", "chosen answer", "rejected answer"), strict=False):
-            if not len(part):
+            if not len(part) and what not in self.may_be_empty:
                 raise DataError(
                     f"{self.rows.origin(i)}: the {what} has no token: a prompt needs one for the "
                     "answer to follow, and an answer one to be judged by."
@@ -294,15 +272,15 @@ class _Cutter:
                 )
 
 
-def find_format(row: dict, where: str) -> Format:
-    """Recognises the kind of the first row.
+def find_format(row: dict, where: str, judges: bool = False) -> Format:
+    """Recognises the kind of the first row; for `judges` tokens may come without a prompt.
 
     >>> find_format({"chosen": "a b", "rejected": "a c"}, "a.jsonl:1").name
     'preference'
     """
     present = [name for name, value in row.items() if value is not None]
     if "chosen_ids" in present:
-        return Format("tokens", TOKENS)
+        return Format("tokens", TOKENS[judges and "prompt_ids" not in present :])
     extra = tuple(name for name in ("tools", "chat_template_kwargs") if name in present)
     if "chosen" in present or "rejected" in present:
         prompt = ("prompt",) if "prompt" in present else ()
@@ -321,7 +299,7 @@ def find_format(row: dict, where: str) -> Format:
 
 def _check(row: dict, found: Format, where: str) -> None:
     if found.name == "tokens":
-        for name in TOKENS:
+        for name in found.columns:
             value = row.get(name)
             value = value.tolist() if hasattr(value, "tolist") else value
             if not isinstance(value, list) or not all(
@@ -334,10 +312,17 @@ def _check(row: dict, found: Format, where: str) -> None:
         raise DataError(f"{where}: 'label' must be true or false, it is {row.get('label')!r}.")
 
 
-def split_prompt(chosen, rejected, where: str = "row") -> dict:
+def _check_margin(row: dict, where: str) -> None:
+    value = row.get(MARGIN)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise DataError(f"{where}: 'margin' must be a number in every row, it is {value!r}.")
+
+
+def split_prompt(chosen, rejected, where: str = "row", may_be_empty: bool = False) -> dict:
     """The prompt that two answers begin with, strings or messages, and what is left of them.
 
-    A space before the first difference belongs to the answers.
+    A space before the first difference belongs to the answers. Only a prompt that may be empty is
+    taken from messages that do not begin alike.
 
     >>> split_prompt("The sky is blue.", "The sky is green.")
     {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'}
@@ -345,6 +330,8 @@ def split_prompt(chosen, rejected, where: str = "row") -> dict:
     common = _common(chosen, rejected)
     if isinstance(chosen, str):
         common -= chosen[:common].endswith(" ")
+    elif may_be_empty:
+        common = common if common < min(len(chosen), len(rejected)) else 0
     elif not 0 < common < min(len(chosen), len(rejected)):
         raise DataError(
             f"{where}: without 'prompt' the messages of 'chosen' and 'rejected' must begin alike "
@@ -380,6 +367,7 @@ def _with_partners(items: list[Preference]) -> list[Preference]:
 def _report(maker: _Maker, cutter: _Cutter, items, tokenizer) -> PreferenceReport:
     rows, used = maker.rows, {*maker.format.columns}
     used |= set() if maker.is_pair else {"label"}
+    used |= {MARGIN} if maker.has_margins else set()
     return PreferenceReport(
         format=maker.format.name + (", conversational" if maker.format.conversational else ""),
         columns=tuple(sorted(used)),

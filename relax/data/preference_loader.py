@@ -28,7 +28,8 @@ class PreferenceLoader:
     `positions` and `segment_ids` [B, T], the documents of pair k being segments 2k + 1 and 2k + 2,
     and `completion_lengths` [B, K, 2]. An empty pair has answers of length 0. Both hold `index`,
     which pair of the data set each is (-1: none), and `mean_chosen_length`, a number for each row;
-    unpaired ones `is_desirable`; and `ref_logprobs` [..., 2] where the loader has been given them.
+    unpaired ones `is_desirable`; those with margins `margin`; and `ref_logprobs` [..., 2] where the
+    loader has been given them.
 
     Args:
       preferences: of `prepare_preferences`.
@@ -125,6 +126,9 @@ class PreferenceLoader:
         if not self.preferences.is_paired:
             labels = np.array([item.is_desirable for item in items])
             batch["is_desirable"] = np.where(index >= 0, labels[index], False)
+        if self.preferences.has_margins:
+            margins = np.array([item.margin for item in items], np.float32)
+            batch["margin"] = np.where(index >= 0, margins[index], np.float32(0))
         if self.ref_logprobs is not None:
             batch["ref_logprobs"] = np.where(
                 (index >= 0)[..., None], self.ref_logprobs[index], np.float32(0)

@@ -12,6 +12,7 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
+from relax.errors import ModelLoadError
 from relax.gguf_file import is_gguf
 from relax.models.config import TransformerConfig
 from relax.models.directories import find_directory, new_directory, read_json, some, write_json
@@ -24,6 +25,7 @@ from relax.models.transformer import Transformer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERATION = "generation_config.json"
+CLASSIFIER = "ForSequenceClassification"
 
 
 def load_pretrained(
@@ -58,12 +60,17 @@ def load_pretrained(
 
 def _load_directory(directory: Path, param_dtype) -> tuple[TransformerConfig, dict]:
     family, config = read_config(directory)
+    if is_classifier(directory):
+        raise ModelLoadError(
+            f"'{directory}' holds a sequence classifier, which scores texts and writes none. Give "
+            "a language model here; a reward model is named by --reward_funcs model:DIR."
+        )
     files = tensor_files(directory, ignored=FOLLOWING)
     if config.tie_word_embeddings and are_equal(
         directory, "lm_head.weight", "model.embed_tokens.weight", files
     ):
         del files["lm_head.weight"]  # Qwen 3 holds the matrix twice
-    expected = _expected_in(files, family, config)
+    expected = expected_in(files, family, config)
     check_tensors(directory, {name: shape_of(parts) for name, parts in expected.items()}, files)
     return config, assemble(expected, read_tensors(directory, expected, files), param_dtype)
 
@@ -98,8 +105,27 @@ def save_pretrained(
       ValueError: `params` are not those of the model, or its family has no such model.
     """
     family = family_of(model.config.model_type)
-    config = family.to_hugging_face(model.config)
+    fields = family.to_hugging_face(model.config)
+    generation = _generation_config(tokenizer, dict(generation_config or {}))
+    # Null where there is none, since transformers takes 1 and 2 for absent ones.
+    fields |= {name: generation.get(name) for name in TOKEN_IDS}
     expected = expected_tensors(family, model.config)
+    return write_model(path, fields, expected, params, tokenizer, dtype, generation)
+
+
+def write_model(
+    path: str | os.PathLike,
+    fields: dict,
+    expected: Tensors,
+    params,
+    tokenizer=None,
+    dtype=None,
+    generation: dict | None = None,
+) -> Path:
+    """Writes a directory whose config.json holds `fields`, and its files the tensors `expected`.
+
+    The other arguments and what is raised are those of `save_pretrained`.
+    """
     flat = flax.traverse_util.flatten_dict(params)
     _check_leaves(expected, flat)
     if dtype is None:  # one that holds every leaf exactly: transformers loads all in this one
@@ -110,11 +136,9 @@ def save_pretrained(
         write_shards(directory, sizes, lambda name: disassemble(expected[name], flat, dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        generation = _generation_config(tokenizer, dict(generation_config or {}))
-        # Null where there is none, since transformers takes 1 and 2 for absent ones.
-        ids = {name: generation.get(name) for name in TOKEN_IDS}
-        write_json(directory / "config.json", config | {"dtype": dtype.name} | ids)
-        write_json(directory / GENERATION, generation)
+        write_json(directory / "config.json", fields | {"dtype": dtype.name})
+        if generation is not None:
+            write_json(directory / GENERATION, generation)
     return path
 
 
@@ -132,6 +156,12 @@ def read_generation_config(path: str | os.PathLike) -> dict:
     return read_json(directory, GENERATION) if (directory / GENERATION).exists() else {}
 
 
+def is_classifier(directory: Path) -> bool:
+    """Whether the config.json of a directory says that it holds a sequence classifier."""
+    names = read_json(directory, "config.json").get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(CLASSIFIER) for name in names)
+
+
 def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
     """From config.json."""
     fields = read_json(directory, "config.json")
@@ -140,7 +170,7 @@ def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
     return family, family.from_hugging_face(fields, where)
 
 
-def _expected_in(files: Mapping, family: Family, config: TransformerConfig) -> Tensors:
+def expected_in(files: Mapping, family: Family, config: TransformerConfig) -> Tensors:
     """What should be in the files, under those of the family's names that they use."""
     for also in family.also_named:
         expected = expected_tensors(family, config, also)

@@ -6,11 +6,13 @@ from relax.config import TrainerConfig
 from relax.recipes.dpo import DPORecipe
 from relax.recipes.grpo import GRPORecipe
 from relax.recipes.recipe import Datasets, Recipe
+from relax.recipes.reward import RewardRecipe
 from relax.recipes.sft import SFTRecipe
 
 RECIPES: dict[str, type[Recipe]] = {
     "sft": SFTRecipe,
     "dpo": DPORecipe,
+    "reward": RewardRecipe,
     "grpo": GRPORecipe,
 }
 

@@ -11,6 +11,7 @@ from relax.callbacks.warnings import RewardWarnings
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.errors import DataError
 from relax.models import TransformerConfig
+from relax.recipes.judges import reward_functions_of, shortest
 from relax.recipes.recipe import Datasets, Recipe
 from relax.recipes.warm_up import warm_up
 from relax.rewards import RewardRunner, load_environment
@@ -48,8 +49,9 @@ class RLRecipe(Recipe):
     def __init__(self, config, console):
         super().__init__(config, console)
         r = config.reward
+        self.functions = reward_functions_of(config)
         self.rewards = RewardRunner(
-            r.reward_funcs,
+            self.functions,
             r.reward_weights,
             parameters=r.reward_kwargs,
             timeout_s=r.reward_timeout_s,
@@ -116,7 +118,7 @@ class RLRecipe(Recipe):
 
     def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
         train_rows, eval_rows = source_rows(self.config, rows)
-        positions, which = longest(shape)
+        positions, which = shortest(self.functions, *longest(shape))
         room = positions - self.config.rollout.max_completion_length
         if room < 1:
             raise DataError(

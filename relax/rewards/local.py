@@ -23,6 +23,8 @@ def reference_of(function: Callable) -> dict | None:
     >>> reference_of(lambda completions: []) is None
     True
     """
+    if runs_here(function):
+        return None
     if reference := getattr(function, "reference", None):
         spec, parameters = reference
     else:
@@ -34,6 +36,14 @@ def reference_of(function: Callable) -> dict | None:
     except DataError:
         return None
     return None if spec is None else {"spec": spec, "parameters": parameters}
+
+
+def runs_here(function: Callable) -> bool:
+    """Whether it says that it is a part of the trainer's process, as a reward model is.
+
+    Nothing but its own code runs then: it is called as it is, without a time limit.
+    """
+    return getattr(function, "runs_here", False)
 
 
 def _path_of(function) -> str | None:
@@ -48,6 +58,8 @@ def score_here(function: Callable, info: RewardInfo, batch: Batch, timeout_s: fl
     """Scores a batch in this process, with the same results and failures as in a worker."""
 
     def call(indices: list[int]) -> Scores:
+        if runs_here(function):
+            return invoke(function, info, batch, indices)
         return _in_thread(functools.partial(invoke, function, info, batch, indices), timeout_s)
 
     return score(call, len(batch["prompts"]))

@@ -14,7 +14,7 @@ from relax.rewards.batch import RewardBatch, Tally, failures_of, gather
 from relax.rewards.host_process import HostProcess
 from relax.rewards.isolation import Scores, scores_of
 from relax.rewards.loading import parameters_by_reward
-from relax.rewards.local import reference_of, score_here
+from relax.rewards.local import reference_of, runs_here, score_here
 from relax.rewards.protocol import (
     RewardInfo,
     check_columns,
@@ -30,7 +30,8 @@ class RewardRunner:
 
     Functions that are named, or can be imported by name, run in worker processes: one that hangs
     is killed, one that ends its process ends nothing else. Others (lambdas, closures, what a
-    notebook defines) run in a thread of this process, which `notes` says.
+    notebook defines) run in a thread of this process, which `notes` says. An object that says
+    `runs_here`, as a reward model does, is called as it is.
 
     Args:
       functions: names (see `load_reward`) or functions, one or several.
@@ -90,8 +91,10 @@ class RewardRunner:
         self.notes = [
             f"reward {self.names[i]!r} is no function of a module: it runs inside this process and "
             "cannot be killed when it hangs. Put it into a file to isolate it."
-            for i in self._local
+            for i, function in self._local.items()
+            if not runs_here(function)
         ]
+        self.notes += [f.note for f in self._local.values() if getattr(f, "note", None)]
         self.tally = Tally(max_errors)
         self._pending: PendingRewards | None = None
 

@@ -31,6 +31,7 @@ from relax.losses.masked import masked_mean
 from relax.models.forward import hidden_states
 from relax.models.groups import group_hidden_states
 from relax.models.trainable import merge
+from relax.trainers.pairs import num_tokens
 from relax.trainers.reference import reference_params, synced
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import Trainer
@@ -265,7 +266,7 @@ class DPOTrainer(Trainer):
             "logits/rejected": Mean(means[1], counts[1]),
             "entropy": Mean(entropy.sum() / jnp.maximum(counts.sum(), 1), counts.sum()),
             "mean_token_accuracy": Mean(hits / jnp.maximum(num_chosen, 1), num_chosen),
-            "num_tokens": Sum(_num_tokens(batch)),
+            "num_tokens": Sum(num_tokens(batch)),
         }
 
 
@@ -314,10 +315,3 @@ def _of_chosen(batch, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array,
     B, _, C = batch["completion_ids"].shape
     hidden = hidden.reshape(B, 2, C, -1)[:, 0].reshape(B * C, -1)
     return hidden, targets.reshape(B, 2, C)[:, 0].reshape(-1)
-
-
-def _num_tokens(batch) -> jax.Array:
-    if "segment_ids" in batch:
-        return (batch["segment_ids"] > 0).sum().astype(jnp.int32)
-    lengths, prompts = batch["completion_lengths"], batch["prompt_lengths"][:, None]
-    return jnp.where(lengths > 0, prompts + lengths, 0).sum().astype(jnp.int32)

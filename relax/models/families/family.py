@@ -37,7 +37,7 @@ HARMLESS = frozenset(
     bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
     forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_scores
     remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature
     top_k top_p typical_p
     """.split()

@@ -1,0 +1,185 @@
+"""A reward model as a reward function: `--reward_funcs model:DIR`.
+
+    score = ModelReward("outputs/reward/final", tokenizer)
+    GRPOTrainer(model, optimizer, reward_funcs=[score, length_penalty], tokenizer=tokenizer)
+
+It reads prompts and completions as they are trained on: prompts as the chat template renders them,
+completions token for token as the policy drew them, and behind an end of turn what the template
+puts there. Where the policy's tokenizer has other tokens, the text is tokenised again. It runs in
+the trainer's process, compiled, beside the policy.
+
+Axes: N completions, B of them at once, T tokens of prompt and completion.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relax.data import load_tokenizer
+from relax.data.encode import render_template
+from relax.errors import ConfigError
+from relax.models.classifiers import load_classifier
+from relax.models.directories import find_directory
+from relax.models.heads import scores
+from relax.rewards.protocol import text_of
+
+PREFIX = "model:"
+TOKENS = 8192  # in one batch, about: rows times length
+
+
+class ModelReward:
+    """Scores completions with a sequence classifier of one label.
+
+    Args:
+      path: its directory, with its tokenizer.
+      tokenizer: the policy's.
+      end_ids: ids that end a turn of the policy; None: the end token of `tokenizer`.
+      dtype, param_dtype: of the computation and of the parameters.
+
+    Attributes:
+      note: what a person should know about how it reads completions; None: nothing.
+    """
+
+    runs_here = True  # see `relax.rewards.runner`
+
+    def __init__(
+        self,
+        path,
+        tokenizer,
+        end_ids: Sequence[int] | None = None,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+    ):
+        directory = find_directory(path)
+        self.__name__ = Path(path).name or directory.resolve().name
+        self.model, self.params = load_classifier(directory, dtype, param_dtype=param_dtype)
+        self.tokenizer = load_tokenizer(directory)
+        self.end_ids = frozenset([tokenizer.eos_token_id] if end_ids is None else end_ids)
+        self.reads_tokens = self.tokenizer.get_vocab() == tokenizer.get_vocab()
+        self.note = None
+        if not self.reads_tokens:
+            self.note = (
+                f"reward model {self.__name__!r} has other tokens than the policy: it tokenises "
+                "the text of prompts and completions anew."
+            )
+        self._suffix: list[int] | None = None
+        self._scores = jax.jit(self._scores)
+
+    def __call__(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list | None = None,
+        tools: list | None = None,
+        chat_template_kwargs: list | None = None,
+    ) -> list[float]:
+        """One score each, of texts or lists of messages; the other columns are the template's."""
+        none = [None] * len(prompts)
+        columns = zip(tools or none, chat_template_kwargs or none, strict=True)
+        rows = [
+            self.encode(*row, {"tools": tool, "chat_template_kwargs": how})
+            for *row, (tool, how) in zip(
+                prompts, completions, completion_ids or none, columns, strict=True
+            )
+        ]
+        longest, limit = max(map(len, rows)), self.model.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(
+                f"prompt and completion have {longest} tokens, and the reward model "
+                f"{self.__name__!r} has {limit} positions: lower max_completion_length"
+            )
+        out = np.zeros(len(rows), np.float32)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        while order:
+            T = _bucket(len(rows[order[-1]]), limit)
+            size = min(max(TOKENS // T, 1), _bucket(len(order)))
+            chosen, order = order[-size:], order[:-size]
+            ids = np.zeros((size, T), np.int32)
+            lengths = np.ones(size, np.int32)  # of a filler too: there must be a last token
+            for row, i in enumerate(chosen):
+                ids[row, : len(rows[i])] = rows[i]
+                lengths[row] = len(rows[i])
+            out[chosen] = np.asarray(self._scores(self.params, ids, lengths))[: len(chosen)]
+        return out.tolist()
+
+    def encode(
+        self,
+        prompt,
+        completion,
+        completion_ids: Sequence[int] | None = None,
+        row: dict | None = None,
+    ) -> list[int]:
+        """The tokens of prompt and completion; without ids the completion counts as ended."""
+        row = row or {}
+        ended = completion_ids is None or (
+            len(completion_ids) > 0 and completion_ids[-1] in self.end_ids
+        )
+        if completion_ids is not None and self.reads_tokens:
+            if not isinstance(prompt, list):
+                return [*self._ids(prompt, special=True), *completion_ids]
+            before = self._ids(self._render(prompt, row, add_generation_prompt=True))
+            return [*before, *completion_ids, *(self._after_end() if ended else ())]
+        if not isinstance(prompt, list):
+            end = (self.tokenizer.eos_token or "") if ended else ""
+            return self._ids(prompt + text_of(completion) + end, special=True)
+        if ended:
+            return self._ids(self._render([*prompt, *completion], row))
+        before = self._render(prompt, row, add_generation_prompt=True)
+        return self._ids(before + text_of(completion))
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        # Templates write the special tokens themselves.
+        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    def _render(self, messages: list[dict], row: dict, **how) -> str:
+        where = f"reward model {self.__name__!r}"
+        return render_template(self.tokenizer, messages, row, where, **how)
+
+    def _after_end(self) -> list[int]:
+        """What the template puts behind the end of an answer, a line break say."""
+        if self._suffix is None:
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            _, end, rest = self._render(turns, {}).rpartition(self.tokenizer.eos_token or "\0")
+            self._suffix = self._ids(rest) if end and rest else []
+        return self._suffix
+
+    def _scores(self, params, ids, lengths):
+        segment_ids = (jnp.arange(ids.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
+        hidden = self.model.apply(
+            {"params": params}, ids, None, segment_ids, method="hidden_states"
+        )
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
+        return scores(params, last)[:, 0]
+
+
+def reward_functions(specs: list, tokenizer, end_ids, **dtypes) -> list:
+    """Names of reward functions as they are, and `model:DIR` as a `ModelReward`."""
+    return [
+        ModelReward(_directory(spec), tokenizer, end_ids, **dtypes)
+        if isinstance(spec, str) and spec.startswith(PREFIX)
+        else spec
+        for spec in specs
+    ]
+
+
+def _directory(spec: str) -> str:
+    path = spec.removeprefix(PREFIX)
+    if not path:
+        raise ConfigError(f"reward {spec!r} names no directory: write {PREFIX}DIR.")
+    return path
+
+
+def _bucket(length: int, limit: int | None = None) -> int:
+    """A size of few: powers of two from 8 on.
+
+    >>> [_bucket(n) for n in (1, 9, 100)], _bucket(100, 120)
+    ([8, 16, 128], 120)
+    """
+    size = 8
+    while size < length:
+        size *= 2
+    return size if limit is None else min(size, limit)

@@ -1,0 +1,135 @@
+"""Reward models: a number that says how good an answer is, learned from pairs of answers.
+
+1. A batch holds prompts, a chosen and a rejected answer to each.
+2. The model reads prompt and answer; its head scores the last real token.
+3. The loss widens the difference of the two scores.
+
+    r(x, y) = h(x, y)_last · w
+    L = - log σ(r_chosen - r_rejected - margin) [+ c (r_chosen + r_rejected)²]
+
+Ouyang et al., Training language models to follow instructions with human feedback, 2022, eq. 1.
+
+Where it departs from TRL: means are over all pairs of an update, however micro-batches share them;
+the two answers share their prompt, which is computed once; rows that are too long are cut or
+dropped as in DPO, and counted.
+
+Axes: B rows, L tokens of a prompt, C tokens of an answer, T tokens of a packed row, K pairs of a
+packed row; N = B or B * K pairs, D model.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from relax.losses.masked import masked_mean
+from relax.losses.reward import bradley_terry_loss, centering_loss
+from relax.models.forward import hidden_states
+from relax.models.groups import group_outputs
+from relax.models.heads import HEAD, init_head, scores, trunk, with_head
+from relax.models.trainable import merge
+from relax.trainers.pairs import num_tokens
+from relax.trainers.state import TrainState, initial_state
+from relax.trainers.trainer import Trainer
+from relax.trainers.update import LossOutput, Max, Min, Sum
+
+
+class RewardTrainer(Trainer):
+    """Learns to score answers from pairs of them.
+
+    Batches are those of `relax.data.PreferenceLoader`.
+
+    Args:
+      model, optimizer: as for `Trainer`; a `relax.models.Transformer`, whose output matrix, if it
+        has one of its own, is left out.
+      params: pretrained parameters to start from (copied): of a language model, which gets a fresh
+        head, or with a head; None: fresh ones.
+      freeze: as for `SFTTrainer`; the head is `score/kernel`. With adapters it is trained as well.
+      center_rewards_coefficient: c; None: the level of the scores is left open.
+
+    Metrics, with TRL's names: `accuracy`, the share of pairs with r_chosen > r_rejected, `margin`,
+    the mean difference, `min_reward`, `mean_reward` and `max_reward` over all answers,
+    `num_tokens`, prompts per answer.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        *,
+        params=None,
+        freeze: str | None = None,
+        center_rewards_coefficient: float | None = None,
+        **options,
+    ):
+        super().__init__(trunk(model), optimizer, **options)
+        if center_rewards_coefficient is not None and center_rewards_coefficient <= 0:
+            raise ValueError(
+                "center_rewards_coefficient must be above 0, or None for no centering, got "
+                f"{center_rewards_coefficient}."
+            )
+        self.params, self.freeze = params, freeze
+        self.center_rewards_coefficient = center_rewards_coefficient
+
+    def create_train_state(self, key: jax.Array) -> TrainState:
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        if params is None:
+            params = jax.jit(self.model.init)(key, jnp.zeros((1, 8), jnp.int32))["params"]
+        if HEAD not in params:
+            params = with_head(
+                params, init_head(key, self.model.config, dtype=self.model.param_dtype)
+            )
+        return initial_state(self.model, self.optimizer, key, params, self.freeze)
+
+    def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
+        rewards, aux_loss = self._rewards(merge(params, frozen or {}), batch, rng)
+        chosen, rejected = rewards.T
+        is_real = (batch["completion_lengths"].reshape(-1, 2) > 0).all(axis=1)
+        margin = batch["margin"].reshape(-1) if "margin" in batch else 0.0
+        losses = bradley_terry_loss(chosen, rejected, margin)
+        if self.center_rewards_coefficient is not None:
+            losses += self.center_rewards_coefficient * centering_loss(chosen, rejected)
+        loss = masked_mean(losses, is_real)
+        metrics = {
+            "accuracy": masked_mean(chosen > rejected, is_real),
+            "margin": masked_mean(chosen - rejected, is_real),
+            "min_reward": Min(jnp.where(is_real[:, None], rewards, jnp.inf).min()),
+            "mean_reward": masked_mean(rewards.mean(axis=1), is_real),
+            "max_reward": Max(jnp.where(is_real[:, None], rewards, -jnp.inf).max()),
+            "num_tokens": Sum(num_tokens(batch)),
+        }
+        if aux_loss is not None:
+            loss += self.model.config.router_aux_loss_coef * aux_loss
+            metrics["aux_loss"] = aux_loss
+        return LossOutput(loss=loss, weight=is_real.sum(), metrics=metrics)
+
+    def _rewards(self, params, batch, rng) -> tuple[jax.Array, jax.Array | None]:
+        """Scores `[N, 2]` of answers at their last token, and the routers' loss or None."""
+        if "segment_ids" in batch:
+            hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)  # [B, T, D]
+            last = _last_places(batch["segment_ids"], batch["completion_lengths"].shape[1])
+            hidden = jnp.take_along_axis(hidden, last[:, :, None], axis=1)  # [B, 2K, D]
+        else:
+            ids, lengths = batch["completion_ids"], batch["completion_lengths"]
+            dropout = rng is not None and self.model.lora is not None and self.model.lora.dropout
+            _, hidden, aux_loss = self.model.apply(
+                {"params": params},
+                batch["prompt_ids"],
+                batch["prompt_lengths"],
+                ids,
+                lengths,
+                rngs={"dropout": rng} if dropout else None,
+                method=group_outputs,
+            )
+            last = jnp.maximum(lengths - 1, 0)[:, :, None, None]
+            hidden = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]  # [B, 2, D]
+        return scores(params, hidden).reshape(-1, 2), aux_loss
+
+
+def _last_places(segment_ids: jax.Array, K: int) -> jax.Array:
+    """Where each document of packed rows ends, `[B, T]` -> `[B, 2K]`; 0 for those that are not.
+
+    >>> _last_places(jnp.array([[1, 1, 2, 3, 0]]), 2).tolist()
+    [[1, 2, 3, 0]]
+    """
+    documents = jnp.arange(1, 2 * K + 1)[None, :, None]
+    places = jnp.arange(segment_ids.shape[1])[None, None, :]
+    return jnp.where(segment_ids[:, None, :] == documents, places, 0).max(axis=2)
