@@ -17,6 +17,18 @@ class ConfigError(RelaxError, ValueError):
     exit_code = 2
 
 
+class Problems(ConfigError):
+    """Several things are wrong, each in a sentence of its own.
+
+    Args:
+      problems: the sentences.
+    """
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
 class DataError(RelaxError, ValueError):
     """A data set cannot be read, or a row of it cannot be trained on."""
 
@@ -35,3 +47,7 @@ class CheckpointError(RelaxError, ValueError):
 
 class RewardError(RelaxError, RuntimeError):
     """Reward functions fail more often than is allowed, or cannot be run at all."""
+
+
+class NonFiniteError(RelaxError, FloatingPointError):
+    """Loss or gradient of several updates in a row were not finite."""

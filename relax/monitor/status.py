@@ -1,0 +1,124 @@
+"""The status of a run: one small JSON file that is, whenever it is read, whole and recent."""
+
+import json
+import math
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+MOST_WARNINGS = 20
+ENDED = ("finished", "stopped", "failed")  # phases after which nothing follows
+
+
+class TrainingStatusWriter:
+    """Keeps a JSON file that says where a run is.
+
+    Its fields are what `update` was given, and `version`, `pid`, `host`, `started_at`,
+    `updated_at` (UTC, ISO 8601) and `warnings`, the last twenty. A run gives `phase` (`starting`,
+    `compiling`, `training`, `evaluating`, `finishing`, then `finished`, `stopped` or `failed`),
+    `algorithm`, `step`, `total_steps`, `epoch`, `loss`, `learning_rate`, `tokens_per_second`,
+    `time_left_s`, `last_checkpoint`, `last_preview`, `metrics` (the last line of metrics.jsonl),
+    `evaluation` (the last one), `seconds` by phase, and `error` where it failed. What is not known
+    is null.
+
+    The file is replaced by a rename, so a reader never sees half of one. Where it cannot be
+    written the run goes on: `problem` says why.
+
+    Args:
+      path: of the file; its directory is made.
+      every_s: seconds between two writes, but for those that are forced.
+
+    Example:
+      >>> import tempfile
+      >>> writer = TrainingStatusWriter(tempfile.mkdtemp() + "/training_status.json")
+      >>> writer.update(phase="training", step=3)
+      >>> read_status(writer.path)["step"]
+      3
+    """
+
+    def __init__(self, path: str | Path, every_s: float = 1.0):
+        self.path, self.every_s = Path(path), every_s
+        self.problem: str | None = None
+        self.fields: dict[str, Any] = {}
+        self.begin()
+
+    def begin(self, **fields: Any) -> None:
+        """Forgets the run before: another one begins."""
+        self.fields = {
+            "version": VERSION,
+            "phase": "starting",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started_at": _now(),
+            "warnings": [],
+        } | fields
+        self._written_s = -math.inf
+
+    def update(self, force: bool = False, **fields: Any) -> None:
+        """Takes new values over, and writes them if it is time or the phase is another."""
+        force = force or fields.get("phase", self.fields["phase"]) != self.fields["phase"]
+        self.fields |= fields
+        if force or time.monotonic() - self._written_s >= self.every_s:
+            self.write()
+
+    def warn(self, text: str) -> None:
+        """Adds a warning, with the step that it came at."""
+        warning = {"step": self.fields.get("step"), "text": text}
+        self.fields["warnings"] = [*self.fields["warnings"], warning][-MOST_WARNINGS:]
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file now."""
+        self._written_s = time.monotonic()
+        text = json.dumps(finite(self.fields | {"updated_at": _now()}), indent=1, default=str)
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)
+            self.problem = None
+        except OSError as error:  # a full disk ends a run where checkpoints are written, not here
+            self.problem = str(error)
+
+
+def read_status(path: str | Path) -> dict[str, Any] | None:
+    """What a status file says, or None where there is none that can be read."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def is_alive(status: dict[str, Any]) -> bool | None:
+    """Whether the process that wrote a status still runs; None: it is on another machine."""
+    if status.get("host") != socket.gethostname():
+        return None
+    try:
+        os.kill(int(status["pid"]), 0)
+    except PermissionError:
+        return True
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def finite(value: Any) -> Any:
+    """The same value without NaN and infinities, which JSON does not have: null in their place.
+
+    >>> finite({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,286 @@
+"""Curves as inline SVG, drawn from numbers alone."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 560, 250
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 30  # margins round the plot
+SMOOTHED_FROM = 40  # points from which on a curve is also shown smoothed
+COLOURS = 8  # of the palette, --c0 to --c7
+
+
+class Series(NamedTuple):
+    """A curve: finite ascending `xs`; `ys` with NaN where there is no number."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    points: bool = False  # few measurements, such as evaluations: each is marked
+    colour: int | None = None
+
+
+def thin(xs: Sequence[float], ys: Sequence[float], most: int) -> tuple[list[float], list[float]]:
+    """At most about `most` points that look the same: of each stretch its least and its largest.
+
+    A stretch without a number keeps one NaN, so that the gap stays.
+
+    >>> thin([0, 1, 2, 3, 4, 5, 6, 7], [0, 9, 1, 1, 1, -5, 1, 2], 4)
+    ([0, 1, 5, 7], [0, 9, -5, 2])
+    """
+    n, stretches = len(xs), max(most // 2, 1)
+    if n <= most:
+        return list(xs), list(ys)
+    kept = []
+    for s in range(stretches):
+        stretch = range(s * n // stretches, (s + 1) * n // stretches)
+        real = [i for i in stretch if math.isfinite(ys[i])]
+        if real:
+            chosen = {min(real, key=ys.__getitem__), max(real, key=ys.__getitem__)}
+            if len(real) < len(stretch) and len(real) <= len(stretch) // 2:
+                chosen.add(next(i for i in stretch if not math.isfinite(ys[i])))
+            kept += sorted(chosen)
+        elif stretch:
+            kept.append(stretch[0])
+    return [xs[i] for i in kept], [ys[i] for i in kept]
+
+
+def smooth(ys: Sequence[float], span: float) -> list[float]:
+    """An exponential mean over about `span` points, without the bias of its beginning.
+
+    >>> [round(y, 3) for y in smooth([1.0, 1.0, float("nan"), 4.0], 1.0)]
+    [1.0, 1.0, nan, 2.714]
+    """
+    decay, mean, weight, out = span / (span + 1), 0.0, 0.0, []
+    for y in ys:
+        if not math.isfinite(y):
+            out.append(math.nan)
+            continue
+        mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
+        out.append(mean / weight)
+    return out
+
+
+def is_noisy(ys: Sequence[float]) -> bool:
+    """Whether a curve has many points and goes up and down: all its ways make many times its range.
+
+    >>> is_noisy([1.0, 2.0] * 50), is_noisy([i / 100 for i in range(100)])
+    (True, False)
+    """
+    real = [y for y in ys if math.isfinite(y)]
+    if len(real) < SMOOTHED_FROM:
+        return False
+    way = sum(abs(b - a) for a, b in zip(real, real[1:], strict=False))
+    return way > 4 * (max(real) - min(real))
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers over a range.
+
+    >>> ticks(0, 1), ticks(3, 97)
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [20.0, 40.0, 60.0, 80.0])
+    """
+    span = high - low
+    if not span > 0 or not math.isfinite(span):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= count)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def label(value: float) -> str:
+    """A number for an axis or a caption: four digits at most.
+
+    >>> [label(v) for v in (0, 12345, 0.00002, 0.25, 1.5e7, -3)]
+    ['0', '12.3k', '2e-05', '0.25', '15M', '-3']
+    """
+    if not math.isfinite(value):
+        return "–"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{value:.4g}"
+
+
+def limits(series: Sequence[Series]) -> tuple[float, float] | None:
+    """The range of the vertical axis; a few points far outside of the rest are left out of it."""
+    values = sorted(y for s in series for y in s.ys if math.isfinite(y))
+    if not values:
+        return None
+    low, high = values[0], values[-1]
+    if len(values) >= 20:
+        p2, p98 = values[len(values) // 50], values[-1 - len(values) // 50]
+        spread = p98 - p2
+        high = high if high - p98 <= 2 * spread or spread == 0 else p98 + spread / 4
+        low = low if p2 - low <= 2 * spread or spread == 0 else p2 - spread / 4
+    if low == high:
+        pad = abs(low) * 0.1 or 1.0
+        return low - pad, high + pad
+    pad = (high - low) * 0.06
+    # An axis that begins at 0 reads more easily than one that begins a little below.
+    return (0.0 if 0 <= low < pad * 4 else low - pad), high + pad
+
+
+def chart(title: str, series: Sequence[Series], most: int = 400, note: str = "") -> str:
+    """A titled curve chart with axes, a legend and its numbers; '' where there is nothing to draw.
+
+    Args:
+      title: over it.
+      series: what is drawn; one without any number is left out.
+      most: points of a curve.
+      note: a line below.
+    """
+    series = [s for s in series if any(math.isfinite(y) for y in s.ys)]
+    bounds = limits(series)
+    if bounds is None:
+        return ""
+    x0, x1 = min(s.xs[0] for s in series), max(s.xs[-1] for s in series)
+    frame = _Frame(x0, x1 if x1 > x0 else x0 + 1, *bounds)
+    if x1 == x0:  # one point stands in the middle
+        frame = _Frame(x0 - 1, x0 + 1, *bounds)
+    drawn, legend = [], []
+    for i, s in enumerate(series):
+        colour = (i if s.colour is None else s.colour) % COLOURS
+        drawn.append(_curve(s, frame, colour, most))
+        legend.append(_legend(s, colour))
+    gaps = sum(1 for s in series for y in s.ys if not math.isfinite(y))
+    notes = [note] if note else []
+    notes += [f"{gaps} values are not finite"] if gaps else []
+    outside = sum(1 for s in series for y in s.ys if math.isfinite(y) and not frame.holds(y))
+    notes += [f"{outside} beyond the axis"] if outside else []
+    name = escape(title)
+    return (
+        f'<figure class="card"><figcaption>{name}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}" '
+        f'data-x="{frame.x0:.6g} {frame.x1:.6g}">'
+        f"{_axes(frame)}{''.join(drawn)}<g class='cursor'></g></svg>"
+        f'<div class="legend">{"".join(legend)}</div>'
+        + (f'<p class="note">{escape("; ".join(notes))}</p>' if notes else "")
+        + "</figure>"
+    )
+
+
+class _Frame(NamedTuple):
+    """From values to places in the picture."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        height = HEIGHT - TOP - BOTTOM
+        place = TOP + (self.y1 - value) / (self.y1 - self.y0) * height
+        return min(max(place, TOP - 4.0), HEIGHT - BOTTOM + 4.0)  # beyond the axis: at its edge
+
+    def holds(self, value: float) -> bool:
+        return self.y0 <= value <= self.y1
+
+
+def _axes(frame: _Frame) -> str:
+    parts = []
+    for value in ticks(frame.y0, frame.y1):
+        y = frame.y(value)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}">{label(value)}</text>')
+    bottom = HEIGHT - BOTTOM
+    for value in ticks(frame.x0, frame.x1, 6):
+        if value == int(value):  # updates are whole
+            x = frame.x(value)
+            parts.append(
+                f'<text class="tick x" x="{x:.1f}" y="{bottom + 19}">{label(value)}</text>'
+            )
+    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
+    return "".join(parts)
+
+
+def _curve(series: Series, frame: _Frame, colour: int, most: int) -> str:
+    xs, ys = thin(series.xs, series.ys, most)
+    values = " ".join(f"{x:.6g},{y:.5g}" for x, y in zip(xs, ys, strict=True) if math.isfinite(y))
+    head = f'<g class="s" style="--c:var(--c{colour})" data-n="{escape(series.name)}" '
+    head += f'data-v="{values}">'
+    points = series.points or sum(map(math.isfinite, ys)) <= 2
+    smoothed = not points and is_noisy(series.ys)
+    kind = "raw" if smoothed else "line"
+    out = f'<path class="{kind}" d="{_path(xs, ys, frame)}"/>'
+    if smoothed:
+        means = smooth(series.ys, max(len(series.ys) / 40, 2.0))
+        out += f'<path class="line" d="{_path(*thin(series.xs, means, most // 2), frame)}"/>'
+    if points and len(xs) <= 60:
+        out += "".join(
+            f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"/>'
+            for x, y in zip(xs, ys, strict=True)
+            if math.isfinite(y)
+        )
+    return f"{head}{out}</g>"
+
+
+def _path(xs: Sequence[float], ys: Sequence[float], frame: _Frame) -> str:
+    """Straight lines through the points, broken where there is no number."""
+    parts, pen = [], "M"
+    for x, y in zip(xs, ys, strict=True):
+        if not math.isfinite(y):
+            pen = "M"
+            continue
+        parts.append(f"{pen}{frame.x(x):.1f} {frame.y(y):.1f}")
+        pen = "L"
+    return "".join(parts)
+
+
+def _legend(series: Series, colour: int) -> str:
+    real = [y for y in series.ys if math.isfinite(y)]
+    return (
+        f'<span style="--c:var(--c{colour})"><i></i>{escape(series.name)} '
+        f"<b>{label(real[-1])}</b> <small>{label(min(real))} … {label(max(real))}</small></span>"
+    )
+
+
+def bar(parts: dict[str, float]) -> str:
+    """Shares of a whole as one bar with a legend; `parts` are seconds by name."""
+    total = sum(parts.values())
+    if total <= 0:
+        return ""
+    drawn, legend, x = [], [], 0.0
+    for i, (name, value) in enumerate(parts.items()):
+        share = value / total
+        drawn.append(
+            f'<rect style="--c:var(--c{i % COLOURS})" x="{x * 1000:.1f}" y="0" '
+            f'width="{max(share * 1000 - 2, 0.5):.1f}" height="22" rx="3"/>'
+        )
+        x += share
+        legend.append(
+            f'<span style="--c:var(--c{i % COLOURS})"><i></i>{escape(name)} <b>{share:.1%}</b> '
+            f"<small>{duration(value)}</small></span>"
+        )
+    return (
+        '<svg class="bar" viewBox="0 0 1000 22" preserveAspectRatio="none" role="img" '
+        f'aria-label="shares of time">{"".join(drawn)}</svg>'
+        f'<div class="legend">{"".join(legend)}</div>'
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words.
+
+    >>> [duration(s) for s in (0.0312, 42.4, 3725, 93600, None)]
+    ['0.03 s', '42 s', '1 h 2 min', '1 d 2 h', '–']
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,129 @@
+"""What lies in the directory of a run, read for people: its numbers, texts and circumstances."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from relax.errors import DataError
+from relax.monitor.status import read_status
+
+TIME = "time/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, as its directory tells it.
+
+    Attributes:
+      name: of its directory.
+      config: by section, as saved; {} where there is none.
+      data: the data report, as saved.
+      status: as saved.
+      series: by metric, its steps and values; NaN where a value was not finite.
+      previews: lines of `samples/`, by step.
+      completions: lines of `completions/`, by step.
+    """
+
+    name: str
+    config: dict[str, Any]
+    data: dict[str, Any]
+    status: dict[str, Any]
+    series: dict[str, tuple[list[float], list[float]]]
+    previews: dict[int, list[dict]]
+    completions: dict[int, list[dict]]
+
+    @property
+    def algorithm(self) -> str:
+        return str(self.config.get("algorithm") or self.status.get("algorithm") or "")
+
+    def last(self, name: str) -> float | None:
+        """The last finite value of a metric."""
+        values = [v for v in self.series.get(name, ((), ()))[1] if math.isfinite(v)]
+        return values[-1] if values else None
+
+
+def read_run(directory: str | Path, texts: int = 8) -> Run:
+    """Reads the directory of a run.
+
+    Args:
+      directory: of the run.
+      texts: steps whose previews and completions are read, spread over those that there are.
+
+    Raises:
+      DataError: there is no run in the directory.
+    """
+    directory = Path(directory)
+    metrics, status = directory / "metrics.jsonl", read_status(directory / "status.json")
+    if status is None and not metrics.is_file() and not (directory / "config.json").is_file():
+        raise DataError(
+            f"'{directory}' must be the output_dir of a run, and has no status.json, config.json "
+            "or metrics.jsonl. Name the directory that --output_dir named."
+        )
+    return Run(
+        directory.resolve().name,
+        _json(directory / "config.json"),
+        _json(directory / "data.json"),
+        status or {},
+        read_series(metrics),
+        _texts(directory / "samples", texts),
+        _texts(directory / "completions", texts),
+    )
+
+
+def read_series(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
+    """The metrics of a metrics.jsonl, each with the steps that have it.
+
+    A line that is no record, such as one being written, is left out.
+    """
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for record in _lines(Path(path)):
+        step = record.pop("step", None)
+        if not _is_number(step):
+            continue
+        for name, value in record.items():
+            if value is not None and not _is_number(value):
+                continue
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(math.nan if value is None else value)
+    return series
+
+
+def _texts(directory: Path, most: int) -> dict[int, list[dict]]:
+    """Lines by step of the files `step_<step>.jsonl`: the first, the last, and some between."""
+    files = {}
+    for path in directory.glob("step_*.jsonl"):
+        digits = path.stem.removeprefix("step_")
+        if digits.isdecimal():
+            files[int(digits)] = path
+    steps = sorted(files)
+    if len(steps) > most:
+        chosen = {round(i * (len(steps) - 1) / (most - 1)) for i in range(most)}
+        steps = [steps[i] for i in sorted(chosen)]
+    return {step: _lines(files[step]) for step in steps}
+
+
+def _lines(path: Path) -> list[dict]:
+    records = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict):
+                    records.append(record)
+    except OSError:
+        pass
+    return records
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_status(path) or {}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
