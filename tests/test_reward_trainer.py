@@ -19,7 +19,7 @@ from relax.trainers import RewardTrainer
 V = 23
 PAIRS = [  # prompt, chosen, rejected; one has no prompt
     ([5, 6, 7], [1, 2], [3]),
-    ([], [4, 8, 9], [10, 2, 2]),
+    ([], [10, 2, 2], [4, 8, 9]),
     ([1], [2], [3, 4, 5, 6]),
     ([9, 8], [7, 7], [6, 1]),
     ([12], [13, 1], [1]),

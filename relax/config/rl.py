@@ -51,7 +51,7 @@ class RewardConfig:
     """What judges completions."""
 
     reward_funcs: list[str] = option(
-        [], "Shipped names, package.module.function, path/to/file.py:function."
+        [], "Shipped names, package.module.function, path/to/file.py:function, model:DIR."
     )
     environment: str | None = option(
         None, "What the model talks to: calculator, package.module.Class or path/to/file.py:Class."
