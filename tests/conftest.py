@@ -2,7 +2,9 @@
 
 The environment is set before jax is imported anywhere, and child processes inherit it: a program
 that one test has compiled is read back by every other. A program from the cache gives the same bits
-as one just compiled. Shapes must agree without silent broadcasting (`numpy_rank_promotion`).
+as one just compiled. LLVM optimises little here, since most of the time would go into compiling;
+`.ci/run` runs the tests with all optimisations. Shapes must agree without silent broadcasting
+(`numpy_rank_promotion`).
 """
 
 import os
@@ -10,6 +12,7 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _cache = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.mkdtemp(prefix="relax-tests-jax-")
@@ -32,6 +35,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config):
     # A child that a test killed may leave half an entry, which jax then compiles again.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
+
+
+# One process may still run the last file when the other has ended: these take the longest.
+LONG = ("test_resume.py", "test_grpo_resume.py", "test_dpo_resume.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_unconfigure(config):

@@ -1,7 +1,6 @@
 """Runs of `run_grpo.py` for the tests: a tiny model, rewards in a file, a job of a few updates."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 import jax
@@ -94,8 +93,8 @@ def questions(count: int) -> list[dict]:
 
 
 def start(*args: str, fault: str | None = None) -> runs.Child:
-    """Starts `python run_grpo.py ...`."""
-    return runs.Child([sys.executable, str(SCRIPT), *args], fault)
+    """Starts `run_grpo.py ...` in a forked process."""
+    return runs.fork(*args, fault=fault, script=SCRIPT)
 
 
 def call(**fields) -> int:

@@ -1,14 +1,18 @@
-"""Runs of `run_sft.py` for the tests: started as a user starts them, and compared byte for byte."""
+"""Runs of the scripts for the tests: started as a user starts them, or forked from one process that
+has imported what a run imports, where many must start; and compared byte for byte."""
 
 import hashlib
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+from relax import fault as faults
 from relax.callbacks.metrics import CLOCK_FIELDS
 from relax.checkpoint_io import read_arrays
 from relax.config import SFTConfig, cli
@@ -43,6 +47,63 @@ def environment(fault: str | None = None) -> dict[str, str]:
     return env | {"PYTHONPATH": str(ROOT)} | ({"RELAX_FAULT": fault} if fault else {})
 
 
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["preloaded"])
+
+
+class Forked:
+    """`python script args...`, begun where its imports end: the part of Popen that `Child` needs.
+
+    It is forked from a process without jax's threads, runs the script from its first line and dies
+    for itself.
+
+    Args:
+      before: called first, to change what the script will find.
+    """
+
+    def __init__(self, script: Path, *args: str, fault: str | None = None, before=None):
+        (out, out_end), (err, err_end) = (_forks.Pipe(duplex=False) for _ in range(2))
+        self._process = _forks.Process(
+            target=_become, args=(str(script), args, environment(fault), before, out_end, err_end)
+        )
+        self._process.start()
+        out_end.close(), err_end.close()
+        self.pid = self._process.pid
+        self.stdout, self.stderr = (os.fdopen(os.dup(end.fileno())) for end in (out, err))
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout_s: float) -> int:
+        self._process.join(timeout_s)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked run", timeout_s)
+        return self.returncode
+
+
+def _become(script: str, args, env: dict[str, str], before, out, err) -> None:
+    """What a forked process does: all that the start of a script would."""
+    os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+    out.close(), err.close()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = [script, *args]
+    faults._wanted = faults._parse(env.get("RELAX_FAULT"))
+    if before is not None:
+        before()
+    runpy.run_path(script, run_name="__main__")
+
+
 _running: list["Child"] = []
 
 
@@ -53,13 +114,19 @@ def end_all() -> None:
 
 
 class Child:
-    """A process whose output is read as it comes, so that a test can wait for a line."""
+    """A process whose output is read as it comes, so that a test can wait for a line.
+
+    Args:
+      command: to start, or a `Forked` that is running.
+    """
 
     def __init__(self, command, fault: str | None = None, shell: bool = False, cwd=ROOT):
-        self.process = subprocess.Popen(
-            command, shell=shell, cwd=cwd, env=environment(fault), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        self.process = command
+        if not isinstance(command, Forked):
+            self.process = subprocess.Popen(
+                command, shell=shell, cwd=cwd, env=environment(fault), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
         _running.append(self)
         self._parts = {"stdout": [], "stderr": []}
         self._changed = threading.Condition()
@@ -110,14 +177,19 @@ class Child:
         return code
 
 
-def start(*args: str, fault: str | None = None) -> Child:
+def start(*args: str, fault: str | None = None, script: Path = SCRIPT) -> Child:
     """Starts `python run_sft.py ...`."""
-    return Child([sys.executable, str(SCRIPT), *args], fault)
+    return Child([sys.executable, str(script), *args], fault)
 
 
-def finish(*args: str) -> str:
+def fork(*args: str, fault: str | None = None, script: Path = SCRIPT, before=None) -> Child:
+    """The same in a forked process, which starts in a moment."""
+    return Child(Forked(script, *args, fault=fault, before=before))
+
+
+def finish(*args: str, script: Path = SCRIPT) -> str:
     """Runs `python run_sft.py ...` to its end and returns what it printed."""
-    child = start(*args)
+    child = start(*args, script=script)
     assert child.end() == 0, child.stdout + child.stderr
     return child.stdout
 

@@ -1,11 +1,10 @@
 """A DPO run that is killed anywhere and started again ends as one that never was."""
 
-import sys
-
 import pytest
 from golden.trl_cases import write_tiny_llama
-from runs import ROOT, Child, end_all, flags, killed, metrics, outcome, write_rows
+from runs import ROOT, end_all, finish, flags, fork, killed, metrics, outcome, write_rows
 
+SCRIPT = ROOT / "run_dpo.py"
 STEPS = 12
 JOB = {
     "test_size": 4,
@@ -55,25 +54,19 @@ def job(tmp_path_factory) -> list[str]:
     return flags(**JOB, dataset_name=rows, model_name_or_path=model)
 
 
-def start(job, output_dir, fault=None) -> Child:
-    script = [sys.executable, str(ROOT / "run_dpo.py"), *job]
-    return Child([*script, f"--output_dir={output_dir}", "--resume=auto"], fault)
-
-
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
 def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(job, tmp_path):
     """Parameters, optimizer state, position, metrics and the exported model, bit for bit."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    child = start(job, unbroken)
-    assert child.end() == 0, child.stdout + child.stderr
+    finish(*job, f"--output_dir={unbroken}", script=SCRIPT)
     records = metrics(unbroken)
     assert abs(records[0]["loss"] - 0.6931) < 0.05 and "eval_rewards/accuracies" in records[-1]
     assert [r["step"] for r in records if "loss" in r] == list(range(2, STEPS + 1, 2))
     assert len(KILLS) == 10
+    arguments = [*job, f"--output_dir={broken}", "--resume=auto"]
     for fault in KILLS:
-        child = start(job, broken, fault)
+        child = fork(*arguments, fault=fault, script=SCRIPT)
         assert killed(child), (fault, child.stdout, child.stderr)
-    child = start(job, broken)
-    assert child.end() == 0, child.stdout + child.stderr
-    assert "reference log-probabilities of training pairs: read from" in child.stdout
+    printed = finish(*arguments, script=SCRIPT)
+    assert "reference log-probabilities of training pairs: read from" in printed
     assert outcome(broken) == outcome(unbroken)

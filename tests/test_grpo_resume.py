@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from grpo_runs import call, make_job, outcome, start
-from runs import end_all, flags, killed
+from grpo_runs import SCRIPT, call, make_job, outcome, start
+from runs import end_all, finish, flags, killed
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +48,7 @@ def kill_at_named_points(arguments, output_dir: Path) -> Path:
     for fault in NAMED:
         child = start(*arguments, fault=fault)
         assert killed(child), (fault, child.stdout, child.stderr)
-    child = start(*arguments)
-    assert child.end() == 0, child.stderr
+    finish(*arguments, script=SCRIPT)
     return output_dir
 
 

@@ -1,10 +1,10 @@
 """A run that is killed or stopped anywhere and started again ends as one that never was."""
 
+import hashlib
 import json
 import random
 import shutil
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +17,7 @@ from runs import (
     end_all,
     finish,
     flags,
+    fork,
     killed,
     metrics,
     model_bytes,
@@ -26,6 +27,7 @@ from runs import (
 )
 
 from relax.run_dir import list_steps
+from relax.trainers import Trainer
 
 STEPS = 36
 # Log lines average over steps 4 to 6, 10 to 12, ...: windows that lie across the checkpoints.
@@ -91,7 +93,7 @@ RANDOM_KILLS = 5
 
 def kill_at_named_points(arguments, output_dir: Path) -> list[Path]:
     for fault in NAMED:
-        child = start(*arguments, f"--output_dir={output_dir}", "--resume=auto", fault=fault)
+        child = fork(*arguments, f"--output_dir={output_dir}", "--resume=auto", fault=fault)
         assert killed(child), (fault, child.stdout, child.stderr)
     finish(*arguments, f"--output_dir={output_dir}", "--resume=auto")
     return [output_dir]
@@ -102,7 +104,7 @@ def kill_at_random_times(arguments, root: Path, kills: int) -> list[Path]:
     rng = random.Random(0)
     runs, hit = [root / "0"], 0
     while True:
-        child = start(*arguments, f"--output_dir={runs[-1]}", "--resume=auto")
+        child = fork(*arguments, f"--output_dir={runs[-1]}", "--resume=auto")
         if hit < kills:
             if hit % 3:
                 child.wait_for("compiled for")
@@ -163,33 +165,27 @@ def test_stopped_runs_print_the_command_that_goes_on_to_the_same_bytes(job, unbr
 
 # What a test does to the program where no fault point is: a minute spent in native code, as in
 # XLA's compiler, where no signal handler runs; or in an evaluation.
-PATCHED = """
-import hashlib, sys, time
-from relax.trainers.trainer import Trainer
-from relax.config import SFTConfig
-from relax.config.cli import run
-from run_sft import main
+def compiling():
+    def train_step(self, state, batch):
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
 
-def compiling(self, state, batch):
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
+    Trainer.train_step = train_step
 
-def evaluating(self, *_):
-    print("evaluating", flush=True)
-    time.sleep(60)
 
-if sys.argv[1] == "compile":
-    Trainer.train_step = compiling
-else:
-    Trainer._evaluate = evaluating
-run(SFTConfig, main, sys.argv[2:])
-"""
+def evaluating():
+    def evaluate(self, *_):
+        print("evaluating", flush=True)
+        time.sleep(60)
 
-# Where the process hangs -> (fault, or the patch; what tells that it is there).
+    Trainer._evaluate = evaluate
+
+
+# Where the process hangs -> (the fault or the change; what tells that it is there).
 PHASES = {
     "data": ("data:1:sleep", None),
-    "compile": (None, "compiling the train step"),
+    "compile": (compiling, "compiling the train step"),
     "step": ("step:1:sleep", "one step taken"),
-    "evaluate": (None, "evaluating"),
+    "evaluate": (evaluating, "evaluating"),
     "export": ("export:1:sleep", "evaluation loss"),
 }
 
@@ -202,12 +198,9 @@ def short_job(job) -> dict:
 
 def hang(phase: str, arguments: list[str], output_dir: Path) -> Child:
     """Starts a run that stays in one phase, and waits until it is there."""
-    fault, sign = PHASES[phase]
-    arguments = [*arguments, f"--output_dir={output_dir}"]
-    if fault:
-        child = start(*arguments, fault=fault)
-    else:
-        child = Child([sys.executable, "-c", PATCHED, phase, *arguments])
+    way, sign = PHASES[phase]
+    way = {"before": way} if callable(way) else {"fault": way}
+    child = fork(*arguments, f"--output_dir={output_dir}", **way)
     if sign is None:
         while not (output_dir / ".lock").exists():
             time.sleep(0.05)
