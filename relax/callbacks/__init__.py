@@ -1,7 +1,31 @@
 """What composes with a trainer. A user's own callbacks derive from `Callback`."""
 
+from relax.callbacks.guards import LearningMonitor, NonFiniteGuard
 from relax.callbacks.metrics import MetricsLog
+from relax.callbacks.previews import Previews
+from relax.callbacks.profiler import Profiler
 from relax.callbacks.progress import Progress
+from relax.callbacks.report import Report
+from relax.callbacks.status import Status
+from relax.callbacks.stopping import BestCheckpoint, EarlyStopping
+from relax.callbacks.trackers import Trackers
+from relax.monitor.status import TrainingStatusWriter
 from relax.trainers.callback import Callback, Event, StopTraining
 
-__all__ = ["Callback", "Event", "MetricsLog", "Progress", "StopTraining"]
+__all__ = [
+    "BestCheckpoint",
+    "Callback",
+    "EarlyStopping",
+    "Event",
+    "LearningMonitor",
+    "MetricsLog",
+    "NonFiniteGuard",
+    "Previews",
+    "Profiler",
+    "Progress",
+    "Report",
+    "Status",
+    "StopTraining",
+    "Trackers",
+    "TrainingStatusWriter",
+]

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from relax.run_dir import atomic_write
 from relax.trainers.callback import Callback, Event
 
 # Fields that depend on the clock: everything else is the same in every run of a configuration.
@@ -22,7 +23,8 @@ class MetricsLog(Callback):
 
     Floating-point metrics are means over the window's updates, but for the learning rate, which is
     the last update's; integer ones are counts, summed over the whole run. `elapsed_s` counts from
-    the beginning of `train`. A resumed run cuts the file back to where its checkpoint was taken.
+    the beginning of `train`. A checkpoint holds all records up to it: a resumed run cuts the file
+    back to them, or writes them into a new one.
 
     Where a trainer gives seconds of its phases, as `time/...`, a line has their means per update,
     `time/update` (the compiled steps), `time/other`, and `step_time`, which is their sum.
@@ -31,6 +33,9 @@ class MetricsLog(Callback):
       path: the file, written over if it is there; None: nothing is written.
       logging_steps: updates per line (>= 1).
       listeners: each is called with every record, a dict of numbers.
+
+    Attributes:
+      history: the records so far, as the file has them.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class MetricsLog(Callback):
         self.logging_steps = logging_steps
         self.listeners = listeners
         self.counts: dict[str, int] = {}
+        self.history: list[dict] = []
         self._window: list[dict] = []  # metrics of updates since the last line
         self._timed: list[bool] = []  # which of them the tokens per second are made of
         self._offset = 0  # bytes of the file that belong to this run
@@ -55,7 +61,7 @@ class MetricsLog(Callback):
             self.counts, self._window = {}, []
         self._timed = [False] * len(self._window)
         self._start_clock()
-        self._write(b"")
+        self._restore()
 
     def on_batch_begin(self, event: Event) -> None:
         # Compiling, like evaluating and saving, is kept out of the tokens per second.
@@ -96,10 +102,10 @@ class MetricsLog(Callback):
 
     def state_dict(self) -> dict:
         self._settle()
-        return {"counts": self.counts, "window": self._window, "offset": self._offset}
+        return {"counts": self.counts, "history": list(self.history), "window": self._window}
 
     def load_state_dict(self, state: dict) -> None:
-        self.counts, self._offset = dict(state["counts"]), state["offset"]
+        self.counts, self.history = dict(state["counts"]), list(state["history"])
         self._window = list(state["window"])
 
     def _start_clock(self) -> None:
@@ -154,9 +160,22 @@ class MetricsLog(Callback):
         record |= metrics | {"elapsed_s": time.monotonic() - self._start_s}
         # JSON has no NaN; a value that is not finite is written as null.
         plain = {n: v if math.isfinite(v) else None for n, v in record.items()}
-        self._write(json.dumps(plain, allow_nan=False).encode() + b"\n")
+        self.history.append(plain)
+        self._write(_line(plain))
         for listener in self.listeners:
             listener(record)
+
+    def _restore(self) -> None:
+        """Makes the file hold the history, and nothing behind it."""
+        lines = b"".join(map(_line, self.history))
+        self._offset = len(lines)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        there = self.path.read_bytes()[: len(lines)] if self.path.exists() else b""
+        if there != lines:
+            atomic_write(self.path, lines)
+        self._write(b"")
 
     def _write(self, line: bytes) -> None:
         """Appends to what this run has written; what lies behind that is cut off."""
@@ -167,3 +186,7 @@ class MetricsLog(Callback):
             file.seek(file.truncate(min(self._offset, os.path.getsize(self.path))))
             file.write(line)
             self._offset = file.tell()
+
+
+def _line(record: dict) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from relax.callbacks.questions import Question, is_right
-from relax.models.trainable import merge
 from relax.sampling import SamplingConfig, generate
 from relax.sampling.config import longest
 from relax.trainers.callback import Callback, Event
@@ -31,6 +30,7 @@ class Previews(Callback):
       tokenizer: to tell what the tokens of an answer say.
       sampling: how answers are drawn.
       console: where they are shown; None: nowhere.
+      listener: is given the lines of each file.
 
     Attributes:
       last: the lines of the last file.
@@ -43,7 +43,9 @@ class Previews(Callback):
         tokenizer,
         sampling: SamplingConfig,
         console: Console | None = None,
+        listener: Callable[[list[dict]], None] | None = None,
     ):
+        self.listener = listener
         self.questions, self.directory = list(questions), Path(directory)
         self.tokenizer, self.console = tokenizer, console
         self.sampling = dataclasses.replace(
@@ -66,6 +68,8 @@ class Previews(Callback):
             return
         self.last = self.answers(event)
         self._keep(event.step)
+        if self.listener is not None:
+            self.listener(self.last)
         if self.console is not None:
             self.console.print(table(self.last, f"held-out prompts after step {event.step}"))
 
@@ -76,7 +80,7 @@ class Previews(Callback):
         prompts = [q.prompt_ids for q in self.questions]
         out = generate(
             model,
-            merge(state.eval_params, state.frozen),
+            event.trainer.model_params(state.eval_params, state.frozen),
             prompts,
             jax.random.key(0),  # greedy answers draw nothing
             self.sampling,

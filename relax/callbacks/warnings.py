@@ -1,5 +1,7 @@
 """Plain words about a reinforcement-learning run that goes wrong."""
 
+from collections.abc import Callable
+
 from rich.console import Console
 
 from relax.trainers.callback import Callback, Event
@@ -12,10 +14,14 @@ class RewardWarnings(Callback):
 
     Args:
       console: where to.
+
+    Attributes:
+      also_say: is told each sentence as well, where there is one.
     """
 
     def __init__(self, console: Console):
         self.console = console
+        self.also_say: Callable[[str], None] | None = None
         self._streaks: dict[str, int] = {}
         self._first_entropy: float | None = None
         self._said: set[str] = set()
@@ -32,6 +38,8 @@ class RewardWarnings(Callback):
             if self._streaks[name] >= PATIENCE and name not in self._said:
                 self._said.add(name)
                 self.console.print(f"warning: {text}", style="yellow", markup=False)
+                if self.also_say is not None:
+                    self.also_say(text)
 
     def _symptoms(self, record: dict, entropy: float | None):
         equal = record["frac_reward_zero_std"]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import time
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from typing import Any
 
 VERSION = 1
 MOST_WARNINGS = 20
+_SECRET = re.compile(r"(?<=://)[^/\s@\"]+(?=@)|\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})\b")
 ENDED = ("finished", "stopped", "failed")  # phases after which nothing follows
 
 
@@ -74,7 +76,8 @@ class TrainingStatusWriter:
     def write(self) -> None:
         """Writes the file now."""
         self._written_s = time.monotonic()
-        text = json.dumps(finite(self.fields | {"updated_at": _now()}), indent=1, default=str)
+        fields = finite(self.fields | {"updated_at": _now()})
+        text = without_secrets(json.dumps(fields, indent=1, default=str))
         temporary = self.path.with_name(self.path.name + ".tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def without_secrets(text: str) -> str:
+    """A text without passwords in addresses and without access tokens.
+
+    >>> without_secrets("https://me:pass@host/rows.jsonl hf_abcdefghijklmnopqrst")
+    'https://***@host/rows.jsonl ***'
+    """
+    return _SECRET.sub("***", text)
 
 
 def _now() -> str:

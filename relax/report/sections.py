@@ -8,6 +8,7 @@ from typing import Any
 
 from relax.config import options
 from relax.config.schema import TrainerConfig
+from relax.monitor.status import without_secrets
 from relax.report.curves import Series, bar, chart, duration, label
 from relax.report.run import TIME, Run
 
@@ -33,7 +34,6 @@ CHARTS = (
     ("Seconds per update", rf"{TIME}.+"),
 )
 UNDRAWN = ("epoch", "elapsed_s", "num_tokens", "step_time")
-_SECRET = re.compile(r"(?<=://)[^/\s@]+@|hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}")
 
 
 def head(run: Run) -> str:
@@ -280,7 +280,7 @@ def text(value: Any, most: int = 200) -> str:
     shown = "" if value is None else str(value)
     if len(shown) > most:
         shown = f"{shown[: most // 2]} … {shown[-most // 2 :]}"
-    return escape(_SECRET.sub("***", shown))
+    return escape(without_secrets(shown))
 
 
 def _mark(right: Any) -> str:

@@ -1,0 +1,44 @@
+"""The report page of a run, written anew at every save."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from relax.report import write_report
+from relax.trainers.callback import Callback, Event
+
+_SHARE = 0.05  # of the time since the last page that making the next one may take
+
+
+class Report(Callback):
+    """Writes `report.html` at every save, but where that would take a twentieth of the run's time.
+
+    A page that cannot be written is no reason to end a run: it is told once.
+
+    Args:
+      directory: of the run.
+      say: is told what went wrong.
+    """
+
+    def __init__(self, directory: str | Path, say: Callable[[str], None]):
+        self.directory, self.say = Path(directory), say
+        self._cost_s, self._written_s = 0.0, time.monotonic()
+        self._said = False
+
+    def on_save(self, event: Event) -> None:
+        if self._cost_s <= _SHARE * (time.monotonic() - self._written_s):
+            self.write()
+
+    def write(self) -> Path | None:
+        """Writes the page now; None where that failed."""
+        start_s = time.monotonic()
+        try:
+            return write_report(self.directory)
+        except Exception as error:
+            if not self._said:
+                self._said = True
+                self.say(f"the report cannot be written: {type(error).__name__}: {error}")
+            return None
+        finally:
+            self._written_s = time.monotonic()
+            self._cost_s = self._written_s - start_s

@@ -1,0 +1,215 @@
+"""Everything that watches a job, made of its configuration."""
+
+import copy
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+import relax
+from relax.callbacks.guards import LearningMonitor, NonFiniteGuard
+from relax.callbacks.loading import make
+from relax.callbacks.previews import Previews
+from relax.callbacks.profiler import Profiler
+from relax.callbacks.questions import questions_of
+from relax.callbacks.report import Report
+from relax.callbacks.status import Status
+from relax.callbacks.stopping import BestCheckpoint, EarlyStopping
+from relax.callbacks.trackers import Trackers, tracker_makers
+from relax.callbacks.warnings import RewardWarnings
+from relax.checkpoint import Checkpointer
+from relax.checkpoint_frozen import FrozenElsewhere
+from relax.config import TrainerConfig
+from relax.config.watching import best_metric, is_greater_better, keeps_best, profile_window
+from relax.errors import ConfigError, RelaxError
+from relax.monitor.status import TrainingStatusWriter, read_status
+from relax.sampling import SamplingConfig
+from relax.trainers.callback import Callback
+from relax.trainers.interrupt import Interrupted
+
+STATUS_FILE = "status.json"
+
+
+class Watch:
+    """Status, report, previews, trackers, guards and own callbacks of one job; a context.
+
+    The order of callbacks is: metrics and progress, the recipe's, then these: guard, monitor,
+    trackers, previews, early stopping, profiler, those of `--callbacks`, the best checkpoint (which
+    saves the state of all before it), status, report.
+
+    Nothing is written into the run's directory before `begin`, so that a job that is refused leaves
+    no trace there; a writer that was given is told from the start.
+
+    Args:
+      config: of the job.
+      directory: of the run.
+      console: where warnings are shown.
+      writer: a status writer besides that of the run's directory.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        directory: Path,
+        console: Console,
+        writer: TrainingStatusWriter | None = None,
+    ):
+        self.config, self.directory, self.console = config, Path(directory), console
+        self.begun = False
+        self.values = config.flat()
+        self.status = Status([] if writer is None else [writer], self.directory / "checkpoints")
+        self.report = Report(self.directory, self.warn)
+        self.best: BestCheckpoint | None = None
+        self.own = [make(spec, "callbacks") for spec in config.system.callbacks]
+        for spec, callback in zip(config.system.callbacks, self.own, strict=True):
+            if not isinstance(callback, Callback):
+                raise ConfigError(f"callbacks {spec!r} must derive from relax.callbacks.Callback.")
+        self.makers = tracker_makers(
+            config.output.report_to, self.directory, config.output.run_name, config.to_dict()
+        )
+
+    def __enter__(self) -> "Watch":
+        for writer in self.status.writers:
+            writer.begin(**self._circumstances())
+            writer.write()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            self.status.enter("stopped")
+        elif error is not None:
+            told = str(error) if isinstance(error, RelaxError) else f"{kind.__name__}: {error}"
+            notes = getattr(error, "__notes__", ())
+            self.status.enter("failed", error="\n".join([told, *notes]))
+        else:
+            self.status.enter("finished", time_left_s=0.0)
+        if self.begun:
+            self.report.write()
+
+    def begin(self, resumed: bool = False) -> None:
+        """The run has a directory from here on: its status is kept there.
+
+        Args:
+          resumed: an earlier part of the run has left warnings and seconds there, which stay.
+        """
+        self.begun = True
+        writer = TrainingStatusWriter(self.directory / STATUS_FILE)
+        old = read_status(writer.path) if resumed else None
+        writer.begin(**self._circumstances())
+        if old:
+            writer.fields["warnings"] = old.get("warnings") or []
+            for phase, seconds in (old.get("seconds") or {}).items():
+                self.status.seconds[phase] = self.status.seconds.get(phase, 0.0) + seconds
+        self.status.writers.append(writer)
+        self.status.enter("compiling")
+
+    def warn(self, text: str) -> None:
+        """Shows a warning, and keeps it."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Keeps a warning that is shown already."""
+        for writer in self.status.writers:
+            writer.warn(text)
+
+    def callbacks(self, others: tuple, tokenizer, eval_loader, **ends) -> tuple:
+        """The callbacks of the run, in order, behind metrics and progress.
+
+        Args:
+          others: the recipe's.
+          tokenizer: the model's.
+          eval_loader: what the run evaluates on, or several by name, or None.
+          **ends: what ends an answer: `eos_token_ids` and `stop` of a `SamplingConfig`.
+        """
+        for other in others:
+            if isinstance(other, RewardWarnings):
+                other.also_say = self.note
+        v = self.values
+        made: list[Callback] = [*others]
+        if v["max_nonfinite_steps"]:
+            path = self.directory / "bad_batch.jsonl"
+            made.append(NonFiniteGuard(v["max_nonfinite_steps"], path))
+        made.append(LearningMonitor(self.warn))
+        if self.makers:
+            made.append(Trackers(self.makers, self.warn))
+        if v["num_samples"]:
+            made.append(self._previews(tokenizer, eval_loader, ends))
+        metric = best_metric(v, self.config.algorithm)
+        mode = "max" if is_greater_better(v, metric) else "min"
+        if v["early_stopping_patience"] is not None:
+            patience, delta = v["early_stopping_patience"], v["early_stopping_threshold"]
+            made.append(EarlyStopping(metric, patience, delta, mode))
+        if v["profile_steps"] is not None:
+            window = profile_window(v["profile_steps"])
+            made.append(Profiler(self.directory / "profile", *window, self.console))
+        made += self.own
+        if keeps_best(v):
+            self.best = BestCheckpoint(self.directory / "best", metric, mode)
+            made.append(self.best)
+        return (*made, self.status, self.report)
+
+    def save_best_as(self, saver) -> None:
+        """The best state is saved as checkpoints are: without what is frozen elsewhere."""
+        if self.best is not None and isinstance(saver, FrozenElsewhere):
+            self.best.saver = copy.copy(saver)
+            self.best.saver.checkpointer = Checkpointer(self.best.directory, save_total_limit=1)
+
+    def best_state(self, state):
+        """The state to export: the best one where that was asked for, else the last, as given."""
+        if not self.values["load_best_model_at_end"] or self.best is None:
+            return state
+        store = Checkpointer(self.best.directory)
+        if self.best.step is None or self.best.step not in store.steps():
+            self.warn("no evaluation had a best state to go back to: the last one is written")
+            return state
+        frozen = state.frozen
+        without = isinstance(self.best.saver, FrozenElsewhere)
+        template = jax.eval_shape(lambda s: s, state.replace(frozen={}) if without else state)
+        found, _, step = store.restore(template)
+        self.console.print(f"going back to the best state, of step {step}")
+        return found.replace(frozen=frozen) if without else found
+
+    def _previews(self, tokenizer, eval_loader, ends: dict) -> Previews:
+        loaders = list(eval_loader.values()) if isinstance(eval_loader, dict) else [eval_loader]
+        count = self.values["num_samples"]
+        shares = [(count + i) // len(loaders) for i in range(len(loaders))]
+        questions = [
+            question
+            for loader, share in zip(loaders, reversed(shares), strict=True)
+            for question in questions_of(loader, tokenizer, share)
+        ]
+        if not questions or self.config.algorithm == "reward":
+            raise ConfigError(
+                "num_samples has no effect: this run has no held-out prompt that its model could "
+                "answer. Leave it out."
+            )
+        most = self.values.get("max_completion_length", self.values["max_new_tokens"])
+        sampling = SamplingConfig(max_new_tokens=most, **ends)
+        directory = self.directory / "samples"
+        return Previews(questions, directory, tokenizer, sampling, self.console, self._told)
+
+    def _told(self, records: list[dict]) -> None:
+        self.status.update(force=True, last_preview=records[0])
+
+    def _circumstances(self) -> dict[str, Any]:
+        device = jax.devices()[0]
+        kinds = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+        return {
+            "algorithm": self.config.algorithm,
+            "output_dir": str(self.directory),
+            "environment": {
+                "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+                "relax": relax.__version__,
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "devices": kinds,
+                "cores": os.cpu_count(),
+                "platform": platform.platform(),
+            },
+        }

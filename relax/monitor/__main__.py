@@ -1,0 +1,57 @@
+"""`python -m relax.monitor OUTPUT_DIR`: watch a run from another terminal, or compare runs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from relax.errors import RelaxError
+from relax.monitor.view import watch
+from relax.report import write_comparison, write_report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0; 1 where the run that was watched failed or was killed; 2 of bad usage."""
+    options = _parser().parse_args(arguments)
+    console = Console(highlight=False)
+    try:
+        if options.compare:
+            if len(options.compare) < 2 or options.output_dir is not None:
+                _parser().error("--compare takes two runs or more, and no other one")
+            page = write_comparison(options.compare, options.output or "comparison.html")
+            console.print(f"the comparison is in '{page}'", markup=False)
+            return 0
+        if options.output_dir is None:
+            _parser().error("name the output_dir of a run, or --compare several")
+        if options.output is not None:
+            page = write_report(options.output_dir, options.output)
+            console.print(f"the report is in '{page}'", markup=False)
+            return 0
+        if not Path(options.output_dir).is_dir():
+            _parser().error(f"there is no directory '{options.output_dir}'")
+        phase = watch(options.output_dir, console, once=options.once, interval_s=options.interval)
+        return 1 if phase in ("failed", "killed") else 0
+    except RelaxError as error:
+        console.print(str(error), style="red", markup=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m relax.monitor", description="Watches a run in another process."
+    )
+    parser.add_argument("output_dir", nargs="?", help="directory of the run")
+    parser.add_argument("--once", action="store_true", help="show it as it is now, and end")
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between two looks")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="DIR", help="write a page about several runs"
+    )
+    parser.add_argument("-o", "--output", help="write the report to this file, and end")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The last lines of a metrics file that grows, read as they come."""
+
+import json
+import math
+from pathlib import Path
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class Tail:
+    """Reads a metrics.jsonl on from where it stopped, and keeps the last values of each metric.
+
+    Args:
+      path: of the file, which need not be there yet.
+      most: values that are kept of each metric.
+    """
+
+    def __init__(self, path: str | Path, most: int = 400):
+        self.path, self.most = Path(path), most
+        self._clear()
+
+    def _clear(self) -> None:
+        self.series: dict[str, list[float]] = {}
+        self._offset = 0
+
+    def read(self) -> dict[str, list[float]]:
+        """Takes what has come, and gives the values by metric. A resumed run cuts its file back."""
+        try:
+            if self.path.stat().st_size < self._offset:
+                self._clear()
+            with open(self.path, "rb") as file:
+                file.seek(self._offset)
+                lines = file.read().splitlines(keepends=True)
+        except OSError:
+            return self.series
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break  # is being written
+            self._offset += len(line)
+            self._take(line)
+        return self.series
+
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        for name, value in record.items() if isinstance(record, dict) else ():
+            if value is None or isinstance(value, int | float):
+                values = self.series.setdefault(name, [])
+                values.append(math.nan if value is None else value)
+                del values[: -self.most]
+
+
+def sparkline(values: list[float], width: int = 24) -> str:
+    """A curve of one line of text: means of stretches, from the least to the largest.
+
+    >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7]), sparkline([2.0, 2.0]), sparkline([float("nan")])
+    ('▁▂▃▄▅▆▇█', '▁▁', ' ')
+    """
+    n = len(values)
+    width = min(width, n)
+    means = []
+    for i in range(width):
+        stretch = values[i * n // width : (i + 1) * n // width]
+        real = [v for v in stretch if math.isfinite(v)]
+        means.append(sum(real) / len(real) if real else math.nan)
+    real = [v for v in means if math.isfinite(v)]
+    if not real:
+        return " " * width
+    low, span = min(real), (max(real) - min(real)) or 1.0
+    top = len(SPARKS) - 1
+    return "".join(
+        SPARKS[round((v - low) / span * top)] if math.isfinite(v) else " " for v in means
+    )
