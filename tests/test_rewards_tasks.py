@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -42,6 +43,7 @@ def test_the_rows_are_those_of_the_library_and_plain_json(chain_sum):
     import reasoning_gym
 
     task = {key: value for key, value in CHAIN_SUM.items() if key != "test_size"}
+    task |= {"seed": 1 + 5}  # the first five are held out
     entries = list(reasoning_gym.create_dataset("chain_sum", **task))
     assert [row["answer"] for row in chain_sum.rows] == [entry["answer"] for entry in entries]
     assert json.loads(json.dumps(chain_sum.rows)) == chain_sum.rows
@@ -127,8 +129,19 @@ def test_options_of_the_rows_are_checked_before_a_process_starts(options, messag
 def test_a_task_without_enough_new_questions_is_refused():
     pytest.importorskip("reasoning_gym")
     few = {"max_terms": 1, "min_terms": 1, "max_digits": 1, "size": 100}
-    with pytest.raises(ConfigError, match="only 0 are new ones, test_size=100 are asked for"):
+    with pytest.raises(ConfigError, match="400 draws give 10 different questions, test_size=100"):
         make_rows("chain_sum", "test", few)
+    with pytest.raises(ConfigError, match="of 400 draws only 0 are not among the 10 that are held"):
+        make_rows("chain_sum", "train", few | {"test_size": 10, "size": 100})
+
+
+def test_held_out_questions_are_as_easy_as_the_task_gives_them():
+    pytest.importorskip("reasoning_gym")
+    options = CHAIN_SUM | {"size": 2000, "test_size": 200, "min_digits": 1}
+    rows = make_rows("chain_sum", "test", options)
+    numbers = [re.search(r"\d+", row["prompt"][0]["content"])[0] for row in rows]
+    # Half of the draws have one digit, and 2,000 training rows would hold nearly all of these.
+    assert 70 <= sum(len(number) == 1 for number in numbers) <= 130
 
 
 def test_options_for_what_is_no_task_are_refused():

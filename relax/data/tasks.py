@@ -18,6 +18,7 @@ PREFIX = "reasoning_gym/"
 
 # Options of the rows, beside those of the task itself.
 _OWN = {"size": 500, "test_size": 100, "seed": 42, "prompt": "{question}", "conversational": True}
+ROUNDS = 4  # draws of so many times the rows asked for, at most
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from relax.data import tasks; "
 
 
@@ -29,7 +30,7 @@ def is_task(dataset) -> bool:
 def task_rows(name: str, split: str = "train", options: Mapping | None = None) -> list[dict]:
     """Rows of a task: `prompt`, `answer`, and `task`, which the reward `reasoning_gym` reads.
 
-    The `test` split begins where the random numbers of `train` end, and has no question of it.
+    The `test` split holds the first different questions of the task, and `train` none of them.
     Where a task has too few different questions for that, it is refused.
 
     Args:
@@ -93,28 +94,45 @@ def make_rows(name: str, split: str, options: dict) -> list[dict]:
     """The rows, made in this process."""
     own = _OWN | {key: value for key, value in options.items() if key in _OWN}
     of_task = {key: value for key, value in options.items() if key not in _OWN}
-    size, seed = own["size"], own["seed"]
-    entries = _entries(name, of_task | {"size": size, "seed": seed})
-    if split == "test":
-        entries = _unseen(name, of_task, own, {entry["question"] for entry in entries})
+    entries, start = _held_out(name, of_task, own)
+    if split == "train":
+        entries = _others(name, of_task, own, {entry["question"] for entry in entries}, start)
     return [_row(name, entry, of_task, own) for entry in entries]
 
 
-def _unseen(name: str, of_task: dict, own: dict, seen: set[str]) -> list[dict]:
-    """The first `test_size` questions behind the training rows' that are not among `seen`."""
-    wanted = own["test_size"]
+def _held_out(name: str, of_task: dict, own: dict) -> tuple[list[dict], int]:
+    """The first `test_size` different questions of a task, and the seed that comes after them.
+
+    They are drawn first so that they are what the task gives: the questions that training rows
+    leave over would be the ones of which there are most, and those are the hardest.
+    """
+    wanted, start = own["test_size"], own["seed"]
     found: dict[str, dict] = {}
-    start = own["seed"] + own["size"]  # item i of a task is drawn with seed + i
-    for _ in range(4):
+    for _ in range(ROUNDS):
         for entry in _entries(name, of_task | {"size": wanted, "seed": start}):
-            if entry["question"] not in seen:
-                found.setdefault(entry["question"], entry)
+            found.setdefault(entry["question"], entry)
+        start += wanted  # item i of a task is drawn with seed + i
+        if len(found) >= wanted:
+            return list(found.values())[:wanted], start
+    raise ConfigError(
+        f"reasoning_gym/{name}: {ROUNDS * wanted} draws give {len(found)} different questions, "
+        f"test_size={wanted} are asked for: lower test_size, or widen the task's options."
+    )
+
+
+def _others(name: str, of_task: dict, own: dict, held_out: set[str], start: int) -> list[dict]:
+    """`size` draws whose questions are not held out."""
+    wanted, found = own["size"], []
+    for _ in range(ROUNDS):
+        entries = _entries(name, of_task | {"size": wanted, "seed": start})
+        found += [entry for entry in entries if entry["question"] not in held_out]
         start += wanted
         if len(found) >= wanted:
-            return list(found.values())[:wanted]
+            return found[:wanted]
     raise ConfigError(
-        f"reasoning_gym/{name}: of {4 * wanted} further questions only {len(found)} are new ones, "
-        f"test_size={wanted} are asked for: lower size or test_size, or widen the task's options."
+        f"reasoning_gym/{name}: of {ROUNDS * wanted} draws only {len(found)} are not among the "
+        f"{len(held_out)} that are held out, size={wanted} are asked for: lower test_size or "
+        "size, or widen the task's options."
     )
 
 
