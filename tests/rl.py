@@ -13,7 +13,7 @@ import optax
 
 from relax.losses.logprobs import TokenLogprobs
 from relax.sampling import SamplingConfig
-from relax.trainers import GRPOTrainer
+from relax.trainers import GRPOTrainer, PPOTrainer
 from relax.trainers.rollout import Rollout
 
 V, EOS = 23, 22
@@ -29,8 +29,8 @@ class Letters:
         return "".join(chr(97 + i) for i in ids if i != EOS)
 
 
-class TableTrainer(GRPOTrainer):
-    """GRPO of the table: all is the trainer's own but the model and the sampler."""
+class Table:
+    """What takes the place of model and sampler in a trainer."""
 
     def __init__(self, optimizer=None, *, reward_funcs=None, **options):
         options = {
@@ -39,7 +39,9 @@ class TableTrainer(GRPOTrainer):
             "params": {"table": TABLE},
         } | options
         super().__init__(
-            SimpleNamespace(lora=None, config=None),
+            SimpleNamespace(
+                lora=None, config=SimpleNamespace(hidden_size=V), param_dtype=np.float32
+            ),
             optimizer or optax.sgd(1.0),
             reward_funcs=reward_funcs or [lambda completions: [float(len(c)) for c in completions]],
             tokenizer=Letters(),
@@ -56,13 +58,28 @@ class TableTrainer(GRPOTrainer):
 
         sampling = sampling or self.sampling
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-        table = np.asarray(state.params["table"], np.float64)
+        table = np.asarray(self.model_params(state.params, state.frozen)["table"], np.float64)
         p = np.exp(table - table.max())
         G, C = sampling.n, sampling.max_new_tokens
         ids = rng.choice(V, (len(item["rows"]), G, C), p=p / p.sum())
         is_end = ids == EOS
         lengths = np.where(is_end.any(axis=2), is_end.argmax(axis=2) + 1, C)
         return rollout_of(ids, lengths, item["rows"])
+
+
+class TableTrainer(Table, GRPOTrainer):
+    """GRPO of the table: all is the trainer's own but the model and the sampler."""
+
+
+class TablePPO(Table, PPOTrainer):
+    """PPO of the table; the critic is a second one: token v is worth `kernel[v]`."""
+
+    def evaluate(self, params, frozen, tokens, rng=None):
+        logprobs, _ = self.completion_logprobs(self.model_params(params, frozen), tokens)
+        return logprobs, self.completion_values(params, frozen, tokens), {}
+
+    def completion_values(self, params, frozen, tokens):
+        return params["value"]["score"]["kernel"][tokens["completion_ids"], 0]
 
 
 def rollout_of(ids, lengths, rows=None, logprobs=None, seed=0) -> Rollout:

@@ -3,6 +3,7 @@
 from relax.config.dpo import DPOConfig
 from relax.config.loader import ConfigLoader, create_default_config, from_dict
 from relax.config.options import option, options, resolve_steps, section
+from relax.config.ppo import PPOConfig
 from relax.config.reward import RewardModelConfig
 from relax.config.rl import GRPOConfig
 from relax.config.schema import (
@@ -31,6 +32,7 @@ __all__ = [
     "InferenceConfig",
     "ModelConfig",
     "OutputConfig",
+    "PPOConfig",
     "ProfileConfig",
     "RewardModelConfig",
     "RowsConfig",

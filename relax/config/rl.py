@@ -16,8 +16,8 @@ from relax.config.schema import (
 
 
 @dataclass(slots=True, kw_only=True)
-class RolloutConfig:
-    """How completions are drawn, and how many."""
+class CompletionsConfig:
+    """How completions are drawn, and how many of a prompt."""
 
     num_generations: int = option(8, "Completions per prompt.", at_least=1)
     max_completion_length: int = option(512, "Tokens of a completion at most.", at_least=1)
@@ -28,12 +28,6 @@ class RolloutConfig:
         0.0, "Draw from tokens this share as likely as the likeliest.", at_least=0, at_most=1
     )
     repetition_penalty: float = option(1.0, "Divides the logits of tokens seen; 1 = off.", above=0)
-    steps_per_generation: int | None = option(
-        None,
-        "Micro-batches per rollout; none = gradient_accumulation_steps.",
-        at_least=1,
-    )
-    num_iterations: int = option(1, "Passes over the completions of a rollout.", at_least=1)
     recompute_old_logprobs: bool = option(
         False, "By a forward pass, not the sampler's; so it is where top_k and kin are on."
     )
@@ -44,6 +38,18 @@ class RolloutConfig:
         None, "Of evaluation; 0 = greedy; none = as temperature.", at_least=0
     )
     rollout_slots: int = option(64, "Completions that are decoded at a time.", at_least=1)
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutConfig(CompletionsConfig):
+    """How completions are drawn, and how often they are trained on."""
+
+    steps_per_generation: int | None = option(
+        None,
+        "Micro-batches per rollout; none = gradient_accumulation_steps.",
+        at_least=1,
+    )
+    num_iterations: int = option(1, "Passes over the completions of a rollout.", at_least=1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,7 +147,8 @@ class GRPOConfig(TrainerConfig):
             return found
         known, values = options(type(self)), self.flat()
         given = given_by(known, values, self.embedded)
-        rules = (_rollout, _evaluation, _rewards, _grpo, _on_policy)
+        rules = (_rollout, sampling_problems, evaluation_problems, reward_problems)
+        rules += (_grpo, _on_policy)
         return [problem for rule in rules for problem in rule(values, given)]
 
 
@@ -155,21 +162,31 @@ def _rollout(values: dict[str, Any], given: Given) -> Iterator[str]:
             f"{steps} and {accumulation}"
         )
     elif rows * steps % G:
-        below = rows * steps // G * G
-        fits = " or ".join(
-            str(n // steps) for n in (below, below + G) if n and n % steps == 0
-        ) or str(G)
-        yield (
-            f"the completions of a rollout must be whole groups, and num_generations {G} does not "
-            f"divide per_device_train_batch_size {rows} x {steps} micro-batches; "
-            f"per_device_train_batch_size {fits} would fit"
-        )
+        yield broken_groups(G, rows, steps)
+
+
+def broken_groups(num_generations: int, rows: int, micro_batches: int) -> str:
+    """The sentence that refuses a rollout of broken groups, with sizes that would do."""
+    below = rows * micro_batches // num_generations * num_generations
+    fits = " or ".join(
+        str(n // micro_batches)
+        for n in (below, below + num_generations)
+        if n and n % micro_batches == 0
+    ) or str(num_generations)
+    return (
+        "the completions of a rollout must be whole groups, and num_generations "
+        f"{num_generations} does not divide per_device_train_batch_size {rows} x {micro_batches} "
+        f"micro-batches; per_device_train_batch_size {fits} would fit"
+    )
+
+
+def sampling_problems(values: dict[str, Any], given: Given) -> Iterator[str]:
     narrowed = [name for name in ("top_k", "top_p", "min_p", "repetition_penalty") if given(name)]
     if given("recompute_old_logprobs") and narrowed:
         yield unused("recompute_old_logprobs", f"{narrowed[0]} has them computed in any case")
 
 
-def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
+def evaluation_problems(values: dict[str, Any], given: Given) -> Iterator[str]:
     asked = values["eval_strategy"] != "no" or values["eval_on_start"]
     held_out = given("eval_dataset_name") or given("test_size") or values["dataset_name"] is None
     if not asked and not held_out:
@@ -180,7 +197,7 @@ def _evaluation(values: dict[str, Any], given: Given) -> Iterator[str]:
         yield "eval_temperature 0 draws the same completion again; make num_generations_eval 1"
 
 
-def _rewards(values: dict[str, Any], given: Given) -> Iterator[str]:
+def reward_problems(values: dict[str, Any], given: Given) -> Iterator[str]:
     functions, weights = values["reward_funcs"], values["reward_weights"]
     if not functions and values["environment"] is None:
         yield "reward_funcs must name what judges completions, got none; see docs/rewards.md"

@@ -20,6 +20,7 @@ class Settings:
     """Sections of options, and what can be done with them: the base of every configuration."""
 
     algorithm: ClassVar[str] = ""
+    script: ClassVar[str] = ""  # where it is not run_ALGORITHM.py
     embedded: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:

@@ -2,6 +2,7 @@
 
 import jax
 
+from relax.models.groups import group_hidden_states
 from relax.models.transformer import Transformer
 
 
@@ -28,4 +29,23 @@ def hidden_states(
         batch.get("segment_ids"),
         rngs={"dropout": rng} if dropout else None,
         method="hidden_states_and_aux_loss",
+    )
+
+
+def completion_states(
+    model: Transformer, params, batch, rng: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The states before each token of groups of completions, `[P, G, C, D]`.
+
+    Args:
+      params, rng: as for `hidden_states`, as is the second result.
+      batch: the arguments of `group_hidden_states` by name.
+    """
+    dropout = rng is not None and model.lora is not None and model.lora.dropout > 0
+    names = ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths")
+    return model.apply(
+        {"params": params},
+        *(batch[name] for name in names),
+        rngs={"dropout": rng} if dropout else None,
+        method=group_hidden_states,
     )

@@ -5,6 +5,7 @@ from rich.console import Console
 from relax.config import TrainerConfig
 from relax.recipes.dpo import DPORecipe
 from relax.recipes.grpo import GRPORecipe
+from relax.recipes.ppo import PPORecipe
 from relax.recipes.recipe import Datasets, Recipe
 from relax.recipes.reward import RewardRecipe
 from relax.recipes.sft import SFTRecipe
@@ -14,6 +15,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "dpo": DPORecipe,
     "reward": RewardRecipe,
     "grpo": GRPORecipe,
+    "ppo": PPORecipe,
 }
 
 __all__ = ["RECIPES", "Datasets", "Recipe", "recipe_of"]

@@ -3,6 +3,7 @@
 from relax.trainers.callback import Callback, Event, StopTraining
 from relax.trainers.dpo_trainer import DPOTrainer
 from relax.trainers.grpo_trainer import GRPOTrainer
+from relax.trainers.ppo_trainer import PPOTrainer
 from relax.trainers.reward_trainer import RewardTrainer
 from relax.trainers.rl_trainer import RLTrainer
 from relax.trainers.sft_trainer import SFTTrainer
@@ -20,6 +21,7 @@ __all__ = [
     "Mean",
     "Min",
     "OrderedLoader",
+    "PPOTrainer",
     "RLTrainer",
     "RewardTrainer",
     "SFTTrainer",

@@ -27,11 +27,11 @@ import numpy as np
 
 from relax.losses.advantages import ADVANTAGES
 from relax.losses.kl import KL_ESTIMATORS, kl_estimate
-from relax.losses.masked import masked_mean, masked_sum
+from relax.losses.masked import masked_mean
 from relax.losses.policy import LOSS_TYPES, RATIOS, Clip, clip_fractions, log_ratios, policy_loss
-from relax.models.trainable import merge
-from relax.trainers.rl_trainer import RESAMPLING, Collected, RLTrainer
-from relax.trainers.rollout import concatenate, is_truncated
+from relax.trainers.reference import reference_params, synced
+from relax.trainers.rl_trainer import RESAMPLING, Collected, RLTrainer, difference_metrics
+from relax.trainers.rollout import concatenate
 from relax.trainers.state import TrainState
 from relax.trainers.update import LossOutput, Max, Mean, Min
 
@@ -54,8 +54,6 @@ class GRPOTrainer(RLTrainer):
         fresh prompts, from the item's `spares` (DAPO's dynamic sampling); 0: never.
       sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every so many updates the
         reference becomes alpha times the policy plus (1 - alpha) times itself.
-      recompute_old_logprobs: by a forward pass, in place of the sampler's. Done in any case where
-        the sampler drew from a truncated distribution, which is not the policy's.
     """
 
     def __init__(
@@ -78,7 +76,6 @@ class GRPOTrainer(RLTrainer):
         sync_ref_model: bool = False,
         ref_model_mixup_alpha: float = 0.6,
         ref_model_sync_steps: int = 512,
-        recompute_old_logprobs: bool = False,
         **options,
     ):
         super().__init__(model, optimizer, reference=beta != 0, **options)
@@ -110,7 +107,6 @@ class GRPOTrainer(RLTrainer):
         self.sync_ref_model = sync_ref_model
         self.ref_model_mixup_alpha = ref_model_mixup_alpha
         self.ref_model_sync_steps = ref_model_sync_steps
-        self.recompute_old_logprobs = recompute_old_logprobs
 
     def advantages(self, rewards: jax.Array) -> jax.Array:
         """Each completion's reward against its group's: `[P, G]` -> `[P, G]`.
@@ -146,13 +142,10 @@ class GRPOTrainer(RLTrainer):
         mask = rollout.mask
         if self.mask_truncated_completions:
             mask = mask & ~rollout.truncated[:, :, None]
-        arrays = {"mask": mask, "old_logprobs": rollout.logprobs}
+        arrays = {"mask": mask, "old_logprobs": self.old_logprobs(state, rollout)}
         arrays["sampling_logprobs"] = rollout.logprobs
-        if self.recompute_old_logprobs or is_truncated(self.sampling):
-            params = merge(state.params, state.frozen)
-            arrays["old_logprobs"] = self.token_logprobs(params, rollout)
         if self.beta:
-            ref_logprobs = self.token_logprobs(self.reference_params(state.frozen), rollout)
+            ref_logprobs = self.token_logprobs(reference_params(state.frozen), rollout)
             if self.kl_in_reward:
                 old_logprobs = arrays["old_logprobs"]
                 kl = kl_estimate(old_logprobs, ref_logprobs, rollout.mask, self.kl_estimator)
@@ -162,7 +155,7 @@ class GRPOTrainer(RLTrainer):
         return arrays | {"advantages": np.where(np.isnan(rewards), np.float32(0), advantages)}
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
-        weights = merge(params, frozen or {})
+        weights = self.model_params(params, frozen or {})
         (logprobs, entropy), aux_loss = self.completion_logprobs(weights, batch, rng)
         C = logprobs.shape[-1]
         flat = {name: batch[name].reshape(-1, C) for name in ("mask", "old_logprobs")}
@@ -192,18 +185,14 @@ class GRPOTrainer(RLTrainer):
             metrics["aux_loss"] = aux_loss
         metrics |= self._clip_metrics(ratio, advantages, mask)
         sampled = batch["sampling_logprobs"].reshape(-1, C)
-        metrics |= _difference_metrics(logprobs, sampled, mask)
+        metrics |= difference_metrics(logprobs, sampled, mask)
         return LossOutput(loss=loss, weight=weight, metrics=metrics)
 
     def update_frozen(self, frozen, params, step):
         if not self.sync_ref_model or "ref" not in frozen:
             return frozen
-        alpha = jnp.where(step % self.ref_model_sync_steps == 0, self.ref_model_mixup_alpha, 0.0)
-
-        def mix(old, new):
-            return jnp.where(alpha > 0, alpha * new + (1 - alpha) * old, old).astype(old.dtype)
-
-        return frozen | {"ref": jax.tree.map(mix, frozen["ref"], params)}
+        every = self.ref_model_sync_steps
+        return synced(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
 
     def _clip_metrics(self, ratio, advantages, mask) -> dict:
         tokens, clipped = mask.sum(), clip_fractions(ratio, advantages, mask, self.clip)
@@ -216,17 +205,6 @@ class GRPOTrainer(RLTrainer):
             "clip_ratio/high_max": Max(shares["high"].max()),
             "clip_ratio/region_mean": Mean(masked_mean(region, mask), tokens),
         }
-
-
-def _difference_metrics(logprobs, sampled, mask) -> dict:
-    """How far the trainer's log-probabilities are from the sampler's."""
-    difference = jnp.abs(log_ratios(logprobs, sampled, mask))
-    return {
-        "sampling/logp_difference/mean": Mean(
-            masked_sum(difference, mask) / jnp.maximum(mask.sum(), 1), mask.sum()
-        ),
-        "sampling/logp_difference/max": Max(jnp.where(mask, difference, 0.0).max()),
-    }
 
 
 def _is_flat(rewards: np.ndarray) -> np.ndarray:

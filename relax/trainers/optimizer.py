@@ -11,6 +11,7 @@ Every optimizer here is made as `adamw(schedule, weight_decay=0.1)`, is optax's,
 
 import functools
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,8 @@ def eval_params(opt_state, params):
     def is_average(node):
         return isinstance(node, optax.contrib.ScheduleFreeState)
 
+    if isinstance(opt_state, dict):  # of `by_key`
+        return {name: eval_params(opt_state[name], part) for name, part in params.items()}
     nodes = jax.tree.leaves(opt_state, is_leaf=is_average)
     averages = [node for node in nodes if is_average(node)]
     return _average(averages[0], params) if averages else params
@@ -106,6 +109,55 @@ def eval_params(opt_state, params):
 def _average(state, params):
     average = optax.contrib.schedule_free_eval_params(state, params)
     return jax.tree.map(lambda x, y: x.astype(y.dtype), average, params)
+
+
+def learning_rate(opt_state) -> jax.Array | None:
+    """The rate of the last update, where an optimizer tells one."""
+    found = optax.tree.get_all_with_path(
+        opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
+    )
+    return found[0][1] if len(found) == 1 else None
+
+
+def by_key(optimizers: dict[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """An optimizer for each part of parameters that are a dict of parts, by the part's name."""
+
+    def init(params):
+        return {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
+
+    def update(updates, state, params):
+        both = {
+            name: optimizer.update(updates[name], state[name], params[name])
+            for name, optimizer in optimizers.items()
+        }
+        return tuple({name: pair[i] for name, pair in both.items()} for i in (0, 1))
+
+    return optax.GradientTransformation(init, update)
+
+
+class DelayedState(NamedTuple):
+    """State of `delayed`: that of the optimizer within, and the updates left out."""
+
+    inner: Any
+    waited: jax.Array
+
+
+def delayed(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    """Begins after so many updates; until then parameters and the optimizer's state stay."""
+    if not steps:
+        return optimizer
+
+    def init(params):
+        return DelayedState(optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params):
+        moves, inner = optimizer.update(updates, state.inner, params)
+        waits = state.waited < steps
+        moves = jax.tree.map(lambda move: jnp.where(waits, 0, move), moves)
+        inner = jax.tree.map(lambda new, old: jnp.where(waits, old, new), inner, state.inner)
+        return moves, DelayedState(inner, state.waited + waits)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _matrices(params):

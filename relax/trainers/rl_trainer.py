@@ -26,8 +26,9 @@ import numpy as np
 from relax import fault
 from relax.losses import IGNORED
 from relax.losses.logprobs import TokenLogprobs, linear_logprobs
-from relax.models.groups import group_hidden_states
-from relax.models.trainable import merge
+from relax.losses.masked import masked_mean
+from relax.losses.policy import log_ratios
+from relax.models.forward import completion_states
 from relax.rewards import Environment, RewardRunner, collect_columns
 from relax.sampling import SamplingConfig, generate
 from relax.trainers.episodes import play
@@ -36,6 +37,7 @@ from relax.trainers.rollout import (
     Rollout,
     collect_scores,
     completion_records,
+    is_truncated,
     make_rollout,
     reward_metrics,
     rollout_metrics,
@@ -45,6 +47,7 @@ from relax.trainers.rollout import (
 )
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import Annotated, Trainer
+from relax.trainers.update import Max, Mean
 
 # Streams of random numbers, folded into the root key before the update's number. `train_step` folds
 # in that number alone, and no update has one of these.
@@ -73,6 +76,8 @@ class RLTrainer(Trainer):
       num_iterations: passes over the completions of an item.
       reference: hold the weights of the start, for a KL penalty. With adapters that is the model
         without them, and costs nothing.
+      recompute_old_logprobs: by a forward pass, in place of the sampler's. Done in any case where
+        the sampler drew from a truncated distribution, which is not the policy's.
       eval_sampling: how completions are drawn in evaluation; None: as in training.
       pass_reward: the reward from which on a completion passes, for pass@k.
       loss_chunk_size: tokens whose logits exist at once.
@@ -95,6 +100,7 @@ class RLTrainer(Trainer):
         completions_per_update: int | None = None,
         num_iterations: int = 1,
         reference: bool = False,
+        recompute_old_logprobs: bool = False,
         eval_sampling: SamplingConfig | None = None,
         pass_reward: float = 1.0,
         loss_chunk_size: int = 256,
@@ -114,6 +120,7 @@ class RLTrainer(Trainer):
         self.eval_sampling = with_end(eval_sampling or sampling, tokenizer)
         self.params, self.freeze, self.reference = params, freeze, reference
         self.num_generations, self.num_iterations = num_generations, num_iterations
+        self.recompute_old_logprobs = recompute_old_logprobs
         self.pass_reward, self.loss_chunk_size = pass_reward, loss_chunk_size
         self._updates_per_pass, self.row_size = _updates(
             num_generations,
@@ -126,6 +133,10 @@ class RLTrainer(Trainer):
     @abc.abstractmethod
     def experience(self, state: TrainState, collected: Collected) -> dict[str, np.ndarray]:
         """What `compute_loss` needs of each prompt's group: arrays with leading axes `[P, G]`."""
+
+    def model_params(self, params, frozen) -> dict:
+        """All parameters of the policy, from what is trained and what is frozen."""
+        return merge(params, frozen)
 
     @property
     def updates_per_item(self) -> int:
@@ -142,11 +153,16 @@ class RLTrainer(Trainer):
         start_s = time.monotonic()
         experience = self.experience(state, collected)
         order_key = self._key(state, ORDER)
-        metrics = self._metrics(collected) | {"time/reference": time.monotonic() - start_s}
+        metrics = self._metrics(collected) | self.experience_metrics(collected, experience)
+        metrics["time/reference"] = time.monotonic() - start_s
         records = completion_records(collected, self.reward_names, experience.get("advantages"))
         for batch in self._split(collected.rollout, experience, order_key):
             yield Annotated(batch, metrics, records)
             metrics, records = {}, ()
+
+    def experience_metrics(self, collected: Collected, experience: dict) -> dict:
+        """Numbers to log about the experience of an item; here none."""
+        return {}
 
     def collect(self, state: TrainState, item, key: jax.Array) -> Collected:
         """Completions of an item's prompts, and their rewards."""
@@ -164,7 +180,7 @@ class RLTrainer(Trainer):
     ) -> Rollout:
         """A group of completions for each prompt, drawn by the current policy."""
         sampling = sampling or self.sampling
-        params = merge(state.params, state.frozen)
+        params = self.model_params(state.params, state.frozen)
         given = None
         if self.environment is None:
             prompts = item["prompt_ids"]
@@ -208,16 +224,11 @@ class RLTrainer(Trainer):
 
         Also gives the routers' load-balancing loss, or None. `params` are all parameters.
         """
-        dropout = rng is not None and self.model.lora is not None and self.model.lora.dropout > 0
-        hidden, aux_loss = self.model.apply(
-            {"params": params},
-            batch["prompt_ids"],
-            batch["prompt_lengths"],
-            batch["completion_ids"],
-            batch["completion_lengths"],
-            rngs={"dropout": rng} if dropout else None,
-            method=group_hidden_states,
-        )
+        hidden, aux_loss = completion_states(self.model, params, batch, rng)
+        return self.logprobs_of(params, hidden, batch), aux_loss
+
+    def logprobs_of(self, params, hidden: jax.Array, batch) -> TokenLogprobs:
+        """As `completion_logprobs`, from the states `[P, g, C, D]` before the tokens."""
         ids, lengths = batch["completion_ids"], batch["completion_lengths"]
         real = jnp.arange(ids.shape[2])[None, None, :] < lengths[:, :, None]
         out = linear_logprobs(
@@ -228,14 +239,21 @@ class RLTrainer(Trainer):
             softcap=self.model.config.final_logit_softcapping,
             chunk_size=self.loss_chunk_size,
         )
-        return TokenLogprobs(*(x.reshape(ids.shape) for x in out)), aux_loss
+        return TokenLogprobs(*(x.reshape(ids.shape) for x in out))
 
-    def reference_params(self, frozen) -> dict:
-        """All parameters of the reference policy."""
-        return merge(frozen["ref"], frozen) if "ref" in frozen else frozen["base"]
+    def old_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
+        """`[P, G, C]` of a rollout's completions under the policy that drew them."""
+        if self.recompute_old_logprobs or is_truncated(self.sampling):
+            params = self.model_params(state.params, state.frozen)
+            return self.token_logprobs(params, rollout)
+        return rollout.logprobs
 
     def token_logprobs(self, params, rollout: Rollout) -> np.ndarray:
-        """`[P, G, C]` of a rollout's completions under all parameters `params`, no gradient.
+        """`[P, G, C]` of a rollout's completions under all parameters `params`, no gradient."""
+        return self.per_token(rollout, lambda batch: self._token_logprobs(params, batch))
+
+    def per_token(self, rollout: Rollout, function: Callable) -> np.ndarray:
+        """What a function of batches gives for each token of a rollout, `[P, G, C]`.
 
         Rows go through the model as they do in an update, as many at once.
         """
@@ -245,7 +263,7 @@ class RLTrainer(Trainer):
         parts = []
         for first in range(0, rows, size):
             batch = {name: value[first : first + size] for name, value in arrays.items()}
-            parts.append(np.asarray(self._token_logprobs(params, batch)))
+            parts.append(np.asarray(function(batch)))
         return np.concatenate(parts).reshape(rollout.completion_ids.shape)
 
     def _token_logprobs(self, params, batch):
@@ -277,14 +295,21 @@ class RLTrainer(Trainer):
                 f"an item must hold prompts_per_item prompts, whose {self._updates_per_pass} "
                 f"updates divide its rows, got {rows} rows. Drop the last, shorter item."
             )
-        size = rows // self._updates_per_pass
+        size, buffer = rows // self._updates_per_pass, self.buffer(arrays)
         for iteration in range(self.num_iterations):
             order = np.arange(rows)
             if self.updates_per_item > 1:
                 order = np.asarray(jax.random.permutation(jax.random.fold_in(key, iteration), rows))
             for first in range(0, rows, size):
-                chosen = order[first : first + size]
-                yield {name: value[chosen] for name, value in arrays.items()}
+                yield self.take(buffer, order[first : first + size])
+
+    def buffer(self, arrays: dict[str, np.ndarray]):
+        """Where the rows of an item stay while they are trained on; here as they are."""
+        return arrays
+
+    def take(self, buffer, rows: np.ndarray):
+        """The batch of some rows."""
+        return {name: value[rows] for name, value in buffer.items()}
 
     def _metrics(self, collected: Collected) -> dict[str, float | int]:
         rollout, rewards, by_function, _, metrics = collected
@@ -324,6 +349,15 @@ class RLTrainer(Trainer):
 
     def _decode(self, ids) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def difference_metrics(logprobs: jax.Array, sampled: jax.Array, mask: jax.Array) -> dict:
+    """How far the trainer's log-probabilities are from the sampler's."""
+    difference = jnp.abs(log_ratios(logprobs, sampled, mask))
+    return {
+        "sampling/logp_difference/mean": Mean(masked_mean(difference, mask), mask.sum()),
+        "sampling/logp_difference/max": Max(jnp.where(mask, difference, 0.0).max()),
+    }
 
 
 def _updates(

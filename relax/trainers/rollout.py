@@ -143,6 +143,15 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(**joined)
 
 
+def with_place_behind(rollout: Rollout, most: int) -> Rollout:
+    """Padded so that there is a place behind every completion of fewer tokens than `most`."""
+    width = bucket(int(rollout.completion_lengths.max()) + 1, most)
+    if width <= rollout.completion_ids.shape[2]:
+        return rollout
+    wider = {n: _pad(getattr(rollout, n), width) for n in ("completion_ids", "logprobs")}
+    return dataclasses.replace(rollout, **wider)
+
+
 def bucket(length: int, limit: int | None = None) -> int:
     """A length to pad to, of few: powers of two from 8 on and what lies halfway between them.
 
@@ -199,8 +208,8 @@ def warn_of_none(scores: RewardBatch, texts: Sequence[str]) -> None:
     none = np.flatnonzero(np.isnan(scores.total))
     if none.size:
         warnings.warn(
-            f"{none.size} of {len(texts)} completions have no reward from any function, and so an "
-            f"advantage of 0, such as {texts[none[0]][:200]!r}",
+            f"{none.size} of {len(texts)} completions have no reward from any function, and teach "
+            f"nothing, such as {texts[none[0]][:200]!r}",
             stacklevel=2,
         )
 

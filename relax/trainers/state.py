@@ -21,6 +21,8 @@ class TrainState:
       opt_state: the optimizer's state.
       rng: the root key; it never changes.
       frozen: weights that the loss reads and nothing updates; empty by default.
+      control: numbers that an algorithm steers itself by, such as a KL coefficient that follows
+        what is measured; empty by default.
     """
 
     step: jax.Array
@@ -28,6 +30,7 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     frozen: Any = flax.struct.field(default_factory=dict)
+    control: Any = flax.struct.field(default_factory=dict)
 
     @classmethod
     def create(cls, *, params, optimizer, rng, frozen=None) -> "TrainState":
@@ -65,6 +68,18 @@ def initial_state(
 
     Args:
       optimizer: an optax transformation, for what is trained.
+      others: those of `initial_weights`.
+    """
+    trained, frozen = initial_weights(model, key, params, freeze, reference)
+    return TrainState.create(params=trained, optimizer=optimizer, rng=key, frozen=frozen)
+
+
+def initial_weights(
+    model, key: jax.Array, params=None, freeze: str | None = None, reference: bool = False
+) -> tuple[dict, dict]:
+    """What is trained of a `relax.models.Transformer`, and what is frozen.
+
+    Args:
       key: makes what is to be made.
       params: all parameters, taken over; None: fresh ones.
       freeze: see `relax.models.trainable.partition`.
@@ -76,4 +91,4 @@ def initial_state(
     trained, frozen = partition(model, params, key, freeze)
     if reference and model.lora is None:
         frozen = frozen | {"ref": jax.tree.map(jnp.copy, trained)}
-    return TrainState.create(params=trained, optimizer=optimizer, rng=key, frozen=frozen)
+    return trained, frozen

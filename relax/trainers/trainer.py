@@ -22,7 +22,9 @@ import jax.numpy as jnp
 import optax
 
 from relax import fault
+from relax.models.trainable import merge
 from relax.trainers import callback as hooks
+from relax.trainers import optimizer as optimizers
 from relax.trainers.callback import Event
 from relax.trainers.interrupt import Interrupt
 from relax.trainers.state import TrainState
@@ -125,6 +127,10 @@ class Trainer(abc.ABC):
         """What `state.frozen` is after update `step`, inside the compiled step; here the same."""
         return frozen
 
+    def model_params(self, params, frozen):
+        """All parameters of the model that is trained, from a state's: what writes and is saved."""
+        return merge(params, frozen)
+
     def train_step(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update. Compiled once per batch shape; `state` is donated.
 
@@ -149,11 +155,8 @@ class Trainer(abc.ABC):
             self.optimizer, gradients, state.params, state.opt_state, finite, scale
         )
         metrics |= {"grad_norm": grad_norm, "skipped_steps": 1 - finite.astype(jnp.int32)}
-        rates = optax.tree.get_all_with_path(
-            opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
-        )
-        if len(rates) == 1:
-            metrics["learning_rate"] = rates[0][1]
+        if (rate := optimizers.learning_rate(opt_state)) is not None:
+            metrics["learning_rate"] = rate
         step = state.step + 1
         frozen = self.update_frozen(state.frozen, params, step)
         return state.replace(step=step, params=params, opt_state=opt_state, frozen=frozen), metrics

@@ -1,0 +1,187 @@
+"""Experience: what PPO learns from in the updates of a rollout.
+
+The score of a completion and a KL penalty per token become rewards, rewards and values become
+advantages and returns:
+
+    r_t = - kl_coef kl_t,   r_e += score,   δ_t = r_t + γ V_{t+1} - V_t,   Â_t = δ_t + γ λ Â_{t+1}
+
+Axes: P prompts, G completions of a group, g of them in a row, C tokens of a completion;
+B = P * G completions of a rollout, N = B / g rows.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relax.losses.advantages import generalised_advantages
+from relax.losses.masked import masked_whiten
+
+LAST_TOKEN, AFTER_EOS = "last_token", "after_eos"
+REWARD_AT = (LAST_TOKEN, AFTER_EOS)
+
+
+@flax.struct.dataclass
+class Experience:
+    """The rows of a rollout, or some of them, on the device.
+
+    Attributes:
+      tokens: `prompt_ids` `[N, L]`, `prompt_lengths` `[N]`, `completion_ids` `[N, g, C]` and
+        `completion_lengths` `[N, g]`.
+      sampling_logprobs: `[N, g, C]`, of the sampler.
+      old_logprobs: `[N, g, C]`, of the policy that drew the completions.
+      values: `[N, g, C]`, of the critic before the first update; entry t is of the state that
+        token t was drawn in.
+      advantages: `[N, g, C]`, white over the rollout.
+      returns: `[N, g, C]`, what values are to become.
+      mask: `[N, g, C]` bool, the tokens that the policy wrote.
+      value_mask: `[N, g, C]` bool, the states whose values are learned.
+      kl: `[N]`, the same in every row: the rollout's mean KL of a completion, nats.
+      value_share: `[N]`, the same in every row: tokens over states, of the rows of an update.
+    """
+
+    tokens: dict[str, jax.Array]
+    sampling_logprobs: jax.Array
+    old_logprobs: jax.Array
+    values: jax.Array
+    advantages: jax.Array
+    returns: jax.Array
+    mask: jax.Array
+    value_mask: jax.Array
+    kl: jax.Array
+    value_share: jax.Array
+
+
+@jax.jit
+def take(experience: Experience, rows: jax.Array) -> Experience:
+    """Some rows, in that order, as one update."""
+    part = jax.tree.map(lambda leaf: leaf[rows], experience)
+    share = part.mask.sum() / jnp.maximum(part.value_mask.sum(), 1)
+    return part.replace(value_share=jnp.full_like(part.value_share, share))
+
+
+def token_rewards(
+    scores: jax.Array,
+    kl: jax.Array,
+    mask: jax.Array,
+    lengths: jax.Array,
+    *,
+    kl_coef: jax.Array | float,
+    reward_at: str = LAST_TOKEN,
+) -> tuple[jax.Array, jax.Array]:
+    """Rewards per token, and the states that have a value.
+
+    Args:
+      scores: `[B]`.
+      kl: `[B, C]`, estimates per token.
+      mask: `[B, C]` bool, the tokens that the policy wrote; a completion without any has no reward.
+      lengths: `[B]`, of completions, from 1 to C.
+      kl_coef: of the penalty.
+      reward_at: `last_token`: the score is given for the last token that the policy wrote;
+        `after_eos`: one place behind the completion, for the state that has seen all of it, where
+        C has that place, and for the last token where not. That state has a value as well.
+
+    Returns:
+      `[B, C]` rewards, 0 elsewhere, and `[B, C]` bool, the places of values.
+    """
+    places = jnp.arange(mask.shape[1])[None, :]
+    has_any = mask.any(axis=1)[:, None]
+    last = jnp.where(mask, places, -1).max(axis=1)
+    if reward_at == AFTER_EOS:
+        last = jnp.where(lengths < mask.shape[1], lengths, last)
+    is_scored = (places == last[:, None]) & has_any
+    rewards = jnp.where(mask, -kl_coef * kl, 0.0) + jnp.where(is_scored, scores[:, None], 0.0)
+    return rewards, mask | is_scored
+
+
+@functools.partial(jax.jit, static_argnames=("reward_at", "whiten_rewards", "gamma", "lam"))
+def estimate(
+    scores: jax.Array,
+    kl: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    lengths: jax.Array,
+    kl_coef: jax.Array | float,
+    *,
+    reward_at: str = LAST_TOKEN,
+    whiten_rewards: bool = False,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> dict[str, jax.Array]:
+    """Advantages and returns of a rollout.
+
+    Args:
+      values: `[B, C]`, entry t of the state that token t was drawn in.
+      whiten_rewards: the rewards of the rollout get variance 1, and keep their mean.
+      gamma, lam: of `generalised_advantages`.
+      others: those of `token_rewards`.
+
+    Returns:
+      `[B, C]` each: `rewards`, `returns`, `advantages` (returns less values, then white over all
+      tokens of the rollout, 0 elsewhere), and the bool `value_mask`.
+    """
+    rewards, value_mask = token_rewards(
+        scores, kl, mask, lengths, kl_coef=kl_coef, reward_at=reward_at
+    )
+    if whiten_rewards:
+        rewards = masked_whiten(rewards, value_mask, shift_mean=False)
+    advantages, returns = generalised_advantages(rewards, values, value_mask, gamma=gamma, lam=lam)
+    return {
+        "rewards": rewards,
+        "returns": returns,
+        "advantages": masked_whiten(advantages, mask),
+        "value_mask": value_mask,
+    }
+
+
+def followed(
+    kl_coef: jax.Array, kl: jax.Array, *, target: float, horizon: float, count: int
+) -> jax.Array:
+    """The coefficient after a rollout, moved so that the KL comes to a target.
+
+        kl_coef ← kl_coef (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
+
+    Args:
+      kl: mean of completions, nats.
+      target: nats (> 0).
+      horizon: completions in which it changes by a fifth at most.
+      count: n, completions of the rollout.
+
+    Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, section 2.2.
+    """
+    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    return kl_coef * (1.0 + error * count / horizon)
+
+
+def per_completion(values: np.ndarray, score: np.ndarray) -> float:
+    """The mean over completions with a score of the sums over their tokens; 0 where none has."""
+    sums = values.sum(axis=-1)[~np.isnan(score)]
+    return float(sums.mean()) if sums.size else 0.0
+
+
+def experience_metrics(experience: dict[str, np.ndarray]) -> dict[str, float | int]:
+    """TRL's numbers about a rollout, over completions that have a score and their real tokens.
+
+    `objective/...` are means over completions, the first three of sums over tokens;
+    `val/explained_variance` is 1 - Var(R - V) / Var(R) over states, left out where all returns are
+    equal.
+    """
+    e, score = experience, experience["score"]
+    kl_coef, kl = float(e["kl_coef"].flat[0]), per_completion(e["kl"], score)
+    mean_score = float(score[~np.isnan(score)].mean()) if (~np.isnan(score)).any() else 0.0
+    metrics = {
+        "episode": int(score.size),
+        "objective/kl": kl,
+        "objective/entropy": per_completion(np.where(e["mask"], -e["old_logprobs"], 0.0), score),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/kl_coef": kl_coef,
+        "objective/scores": mean_score,
+        "objective/rlhf_reward": mean_score - kl_coef * kl,
+    }
+    returns, values = (e[name][e["value_mask"]] for name in ("returns", "values"))
+    if returns.size and returns.var() > 0:
+        left = float((returns - values).var() / returns.var())
+        metrics["val/explained_variance"] = 1.0 - left
+    return metrics

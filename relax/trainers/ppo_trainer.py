@@ -1,0 +1,386 @@
+"""Proximal policy optimisation with a critic.
+
+1. `generate`: every prompt gets completions (`RLTrainer`).
+2. `score`: reward functions judge them (`RLTrainer`).
+3. `experience`: a KL penalty per token and the score become rewards; the critic's values and
+   generalised advantage estimation make advantages and returns of them.
+4. `compute_loss`, for every mini-batch of every epoch: the clipped losses of policy and values.
+
+    ρ_t = π_θ(y_t) / π_old(y_t)
+    L = - Σ_t min(ρ_t Â_t, clip(ρ_t, 1 - ε, 1 + ε) Â_t) / #tokens
+        + vf_coef Σ_t ½ max((V_t - R_t)², (clip(V_t, V_old ± ε_v) - R_t)²) / #states
+        - entropy_coef H
+
+Schulman et al., Proximal Policy Optimization Algorithms, 2017, eq. 7 and 9; Ziegler et al.,
+Fine-Tuning Language Models from Human Preferences, 2019, section 2.2 (the penalty in the reward).
+
+What is trained is `params = {"policy": ..., "value": ...}`. The critic is a head on the policy's
+trunk, or a model of its own with one; values are of the state that a token is drawn in.
+
+Axes: P prompts, G completions of a group, g of them in a row, C tokens of a completion;
+B completions of a batch.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from relax.losses.kl import kl_estimate
+from relax.losses.logprobs import TokenLogprobs
+from relax.losses.masked import masked_mean, masked_sum
+from relax.losses.policy import Clip, clip_fractions, log_ratios, policy_loss
+from relax.losses.value import value_losses
+from relax.models.forward import completion_states
+from relax.models.heads import HEAD, init_head, scores, trunk, with_head
+from relax.models.lora import merge_adapters
+from relax.models.trainable import merge
+from relax.trainers.experience import (
+    AFTER_EOS,
+    REWARD_AT,
+    Experience,
+    estimate,
+    experience_metrics,
+    followed,
+    per_completion,
+    take,
+)
+from relax.trainers.optimizer import by_key, delayed, learning_rate
+from relax.trainers.reference import reference_params
+from relax.trainers.rl_trainer import Collected, RLTrainer, difference_metrics
+from relax.trainers.rollout import Rollout, with_place_behind
+from relax.trainers.state import TrainState, initial_weights
+from relax.trainers.update import (
+    LossOutput,
+    Mean,
+    as_loss_output,
+    reduce_metrics,
+    split_micro_batches,
+)
+
+COPY = "policy"  # a critic that begins as a copy of the policy
+
+
+class PPOTrainer(RLTrainer):
+    """PPO.
+
+    Args:
+      model, optimizer, reward_funcs, tokenizer, **options: as for `RLTrainer`; `optimizer` is the
+        policy's.
+      value_model: the critic: None: a head on the policy's trunk; "policy": a copy of the policy's
+        trunk with a head; or a `Transformer` whose trunk has one.
+      value_params: of a critic of its own (copied), with or without a head; None: from the key.
+      critic_optimizer: None: another of the same as the policy's.
+      critic_warmup_steps: the policy stands still for so many updates.
+      num_ppo_epochs: passes over the completions of an item, each in another order.
+      kl_coef: of the penalty; 0 holds no reference.
+      kl_estimator: `k1` or `k3`.
+      kl_target: nats of a completion that the coefficient follows; None: it stays.
+      kl_horizon: completions in which it then changes by a fifth at most.
+      reward_at: `last_token` or `after_eos`, see `token_rewards`.
+      missing_eos_penalty: taken off the score of a completion that did not end by itself.
+      whiten_rewards: the rewards of a rollout get variance 1.
+      gamma, lam: of the advantages.
+      cliprange, dual_clip: bounds of the ratio: [1 - cliprange, 1 + cliprange], and dual_clip where
+        the advantage is negative (Ye et al., 2020, eq. 5); None: none.
+      cliprange_value: how far a value may go from that of the rollout; None: any way.
+      vf_coef: of the value loss.
+      entropy_coef: of the tokens' entropy.
+      target_kl: an update that finds the policy further than this from that of the rollout, in
+        nats a token, is left out, and so are the others of the rollout.
+    """
+
+    def __init__(
+        self,
+        model,
+        optimizer,
+        *,
+        value_model=None,
+        value_params=None,
+        critic_optimizer=None,
+        critic_warmup_steps: int = 0,
+        num_ppo_epochs: int = 4,
+        num_generations: int = 1,
+        kl_coef: float = 0.05,
+        kl_estimator: str = "k1",
+        kl_target: float | None = None,
+        kl_horizon: float = 10000,
+        reward_at: str = "last_token",
+        missing_eos_penalty: float | None = None,
+        whiten_rewards: bool = False,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        cliprange: float = 0.2,
+        dual_clip: float | None = None,
+        cliprange_value: float | None = 0.2,
+        vf_coef: float = 0.1,
+        entropy_coef: float = 0.0,
+        target_kl: float | None = None,
+        **options,
+    ):
+        critic_optimizer = critic_optimizer or optimizer
+        parts = {"policy": delayed(optimizer, critic_warmup_steps), "value": critic_optimizer}
+        super().__init__(
+            model,
+            by_key(parts),
+            num_generations=num_generations,
+            num_iterations=num_ppo_epochs,
+            reference=kl_coef != 0,
+            **options,
+        )
+        for name, value, known in (
+            ("kl_estimator", kl_estimator, ("k1", "k3")),
+            ("reward_at", reward_at, REWARD_AT),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}. Known: {', '.join(known)}.")
+        self.copies_policy = value_model == COPY
+        if value_params is not None and (value_model is None or self.copies_policy):
+            raise ValueError(
+                "value_params need a value_model that they belong to, and it has none."
+            )
+        own = trunk(model).clone(lora=None) if self.copies_policy else value_model
+        self.value_model, self.value_params = own and trunk(own), value_params
+        self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
+        self.kl_target, self.kl_horizon = kl_target, kl_horizon
+        self.reward_at, self.missing_eos_penalty = reward_at, missing_eos_penalty
+        self.whiten_rewards, self.gamma, self.lam = whiten_rewards, gamma, lam
+        self.clip = Clip(cliprange, cliprange, dual_clip)
+        self.cliprange_value = cliprange_value
+        self.vf_coef, self.entropy_coef, self.target_kl = vf_coef, entropy_coef, target_kl
+        self._values = jax.jit(self.completion_values)
+
+    def create_train_state(self, key: jax.Array) -> TrainState:
+        return self.start(key, *(_copy(tree) for tree in (self.params, self.value_params)))
+
+    def start(self, key: jax.Array, params=None, value_params=None) -> TrainState:
+        """The state before the first update; the parameters are taken over."""
+        policy, frozen = initial_weights(self.model, key, params, self.freeze, self.reference)
+        value = self._initial_critic(key, merge(policy, frozen), value_params)
+        state = TrainState.create(
+            params={"policy": policy, "value": value},
+            optimizer=self.optimizer,
+            rng=key,
+            frozen=frozen,
+        )
+        control = {}
+        if self.kl_target is not None:
+            control["kl_coef"] = jnp.float32(self.kl_coef)
+        if self.target_kl is not None:
+            control["stopped"] = jnp.zeros((), bool)
+        return state.replace(control=control)
+
+    def _initial_critic(self, key, policy, params) -> dict:
+        model = self.value_model or self.model
+        # All values are 0 at first: a random head would push the trunk about for nothing.
+        head = init_head(key, model.config, std=0.0, dtype=model.param_dtype)
+        if self.value_model is None:
+            return {HEAD: head}
+        if self.copies_policy:
+            lora = self.model.lora
+            params = _copy(policy if lora is None else merge_adapters(policy, lora))
+        elif params is None:
+            key = jax.random.fold_in(key, 1)
+            params, _ = initial_weights(self.value_model, key)
+        return params if HEAD in params else with_head(params, head)
+
+    def model_params(self, params, frozen) -> dict:
+        return merge(params["policy"], frozen)
+
+    def generate(self, state: TrainState, item, key: jax.Array, sampling=None) -> Rollout:
+        rollout = super().generate(state, item, key, sampling)
+        if self.reward_at == AFTER_EOS:
+            most = (sampling or self.sampling).max_new_tokens
+            rollout = with_place_behind(rollout, most)
+        return rollout
+
+    def experience(self, state: TrainState, collected: Collected) -> dict[str, np.ndarray]:
+        rollout, score = collected.rollout, collected.rewards
+        shape = rollout.completion_ids.shape
+        if self.missing_eos_penalty is not None:
+            score = score - self.missing_eos_penalty * rollout.truncated
+        # Without a score there is nothing to learn, not even to stay near the reference.
+        mask = rollout.mask & ~np.isnan(score)[:, :, None]
+        old_logprobs = self.old_logprobs(state, rollout)
+        values = self.per_token(
+            rollout, lambda batch: self._values(state.params, state.frozen, batch)
+        )
+        kl = np.zeros(shape, np.float32)
+        if self.kl_coef:
+            ref_logprobs = self.token_logprobs(reference_params(state.frozen), rollout)
+            kl = np.asarray(kl_estimate(old_logprobs, ref_logprobs, mask, self.kl_estimator))
+        kl_coef = np.float32(state.control.get("kl_coef", self.kl_coef))
+        rows = (np.float32(np.nan_to_num(score)), kl, values, mask, rollout.completion_lengths)
+        found = estimate(
+            *(row.reshape(-1, *row.shape[2:]) for row in rows),
+            kl_coef,
+            reward_at=self.reward_at,
+            whiten_rewards=self.whiten_rewards,
+            gamma=self.gamma,
+            lam=self.lam,
+        )
+        return {name: np.asarray(value).reshape(shape) for name, value in found.items()} | {
+            "mask": mask,
+            "sampling_logprobs": rollout.logprobs,
+            "old_logprobs": old_logprobs,
+            "values": values,
+            "kl": kl,
+            "kl_coef": np.broadcast_to(kl_coef, shape[:2]),
+            "score": score,
+        }
+
+    def experience_metrics(self, collected: Collected, experience: dict) -> dict:
+        return experience_metrics(experience) | {
+            "val/num_eos_tokens": float((~collected.rollout.truncated).sum())
+        }
+
+    def buffer(self, arrays: dict[str, np.ndarray]) -> Experience:
+        kept = ("sampling_logprobs", "old_logprobs", "values", "advantages", "returns")
+        rows = len(arrays["prompt_ids"])
+        return jax.device_put(
+            Experience(
+                tokens={name: arrays[name] for name in TOKENS},
+                **{name: arrays[name] for name in (*kept, "mask", "value_mask")},
+                kl=np.full(rows, per_completion(arrays["kl"], arrays["score"]), np.float32),
+                value_share=np.ones(rows, np.float32),
+            )
+        )
+
+    def take(self, buffer: Experience, rows: np.ndarray) -> Experience:
+        return take(buffer, rows)
+
+    def evaluate(
+        self, params, frozen, tokens, rng: jax.Array | None = None
+    ) -> tuple[TokenLogprobs, jax.Array, dict[str, tuple]]:
+        """What policy and critic say of completions.
+
+        Args:
+          params: `{"policy": ..., "value": ...}`.
+          tokens: of `Experience`.
+
+        Returns:
+          Log-probabilities and entropies `[N, g, C]`, values `[N, g, C]`, and by name the routers'
+          losses with the configurations that weigh them.
+        """
+        weights, aux = self.model_params(params, frozen), {}
+        hidden, loss = completion_states(self.model, weights, tokens, rng)
+        if loss is not None:
+            aux["aux_loss"] = (loss, self.model.config)
+        logprobs = self.logprobs_of(weights, hidden, tokens)
+        if self.value_model is not None:
+            hidden, loss = completion_states(self.value_model, params["value"], tokens)
+            if loss is not None:
+                aux["critic_aux_loss"] = (loss, self.value_model.config)
+        return logprobs, scores(params["value"], hidden), aux
+
+    def completion_values(self, params, frozen, tokens) -> jax.Array:
+        """The values of `evaluate` alone."""
+        model, weights = self.value_model, params["value"]
+        if model is None:
+            model, weights = self.model, self.model_params(params, frozen)
+        return scores(params["value"], completion_states(model, weights, tokens)[0])
+
+    def compute_loss(self, params, batch: Experience, rng=None, frozen=None) -> LossOutput:
+        (logprobs, entropy), values, aux = self.evaluate(params, frozen or {}, batch.tokens, rng)
+        C = values.shape[-1]
+        logprobs, entropy, values = (x.reshape(-1, C) for x in (logprobs, entropy, values))
+        names = ("sampling_logprobs", "old_logprobs", "advantages", "mask")
+        sampled, old_logprobs, advantages, mask = (getattr(batch, n).reshape(-1, C) for n in names)
+        log_ratio = log_ratios(logprobs, old_logprobs, mask)
+        ratio = jnp.exp(log_ratio)
+        policy, weight = policy_loss(logprobs, ratio, advantages, mask, clip=self.clip)
+        value_mask = batch.value_mask.reshape(-1, C)
+        value, is_held = value_losses(
+            values,
+            *(x.reshape(-1, C) for x in (batch.values, batch.returns)),
+            value_mask,
+            clip=self.cliprange_value,
+        )
+        # The loss is weighed by tokens: so that micro-batches add up, states count as tokens do.
+        per_token = masked_sum(value, value_mask) / jnp.maximum(weight, 1)
+        loss = policy + self.vf_coef * batch.value_share[0] * per_token
+        mean_entropy = masked_mean(entropy, mask)
+        if self.entropy_coef:  # the entropy's gradient is as dear as the loss's
+            loss -= self.entropy_coef * mean_entropy
+        for aux_loss, config in aux.values():
+            loss += config.router_aux_loss_coef * aux_loss
+        states = value_mask.sum()
+        metrics = {name: aux_loss for name, (aux_loss, _) in aux.items()} | {
+            "loss/policy_avg": Mean(policy, weight),
+            "loss/value_avg": Mean(masked_mean(value, value_mask), states),
+            "val/clipfrac_avg": Mean(masked_mean(is_held, value_mask), states),
+            "policy/entropy_avg": Mean(mean_entropy, weight),
+        }
+        metrics |= self._ratio_metrics(ratio, log_ratio, advantages, mask)
+        metrics |= difference_metrics(logprobs, sampled, mask)
+        return LossOutput(loss=loss, weight=weight, metrics=metrics)
+
+    def _ratio_metrics(self, ratio, log_ratio, advantages, mask) -> dict:
+        clipped = clip_fractions(ratio, advantages, mask, self.clip)
+        of = {
+            "policy/approxkl_avg": jnp.square(log_ratio) / 2,
+            "policy/clipfrac_avg": clipped["low"] | clipped["high"],
+            "val/ratio": ratio,
+            "val/ratio_var": jnp.square(ratio - 1.0),
+        }
+        return {name: Mean(masked_mean(x, mask), mask.sum()) for name, x in of.items()}
+
+    def train_step(self, state: TrainState, batch: Experience):
+        """As `Trainer.train_step`; then what the algorithm steers itself by."""
+        if self.target_kl is None:
+            state, metrics = super().train_step(state, batch)
+        else:
+            state, metrics = self._step_or_stop(state, batch)
+        for name, part in (("learning_rate", "policy"), ("critic_learning_rate", "value")):
+            if (rate := learning_rate(state.opt_state[part])) is not None:
+                metrics[name] = rate
+        control = dict(state.control)
+        ends = state.step % self.updates_per_item == 0
+        if "kl_coef" in control:
+            count = batch.mask.shape[0] * batch.mask.shape[1] * self._updates_per_pass
+            options = {"target": self.kl_target, "horizon": self.kl_horizon, "count": count}
+            after = followed(control["kl_coef"], batch.kl[0], **options)
+            control["kl_coef"] = jnp.where(ends, after, control["kl_coef"])
+        if "stopped" in control:
+            control["stopped"] &= ~ends
+        return state.replace(control=control), metrics
+
+    def _step_or_stop(self, state: TrainState, batch: Experience):
+        """An update, unless the policy is further than `target_kl` from that of the rollout."""
+        update = super().train_step
+
+        def go_on(state):
+            new, metrics = update(state, batch)
+            metrics.pop("learning_rate", None)
+            far = metrics["policy/approxkl_avg"] > self.target_kl
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(far, old, new),
+                (new.params, new.opt_state),
+                (state.params, state.opt_state),
+            )
+            new = new.replace(
+                params=kept[0], opt_state=kept[1], control=state.control | {"stopped": far}
+            )
+            return new, metrics
+
+        def stay(state):
+            """The same numbers, without a gradient."""
+            parts = split_micro_batches(batch, self.gradient_accumulation_steps)
+            outputs = jax.lax.map(
+                lambda part: as_loss_output(
+                    self.compute_loss(state.params, part, frozen=state.frozen)
+                ),
+                parts,
+            )
+            none = {"grad_norm": jnp.float32(0), "skipped_steps": jnp.int32(0)}
+            return state.replace(step=state.step + 1), reduce_metrics(outputs) | none
+
+        state, metrics = jax.lax.cond(state.control["stopped"], stay, go_on, state)
+        metrics["skipped_minibatches"] = state.control["stopped"].astype(jnp.int32)
+        return state, metrics
+
+
+TOKENS = ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths")
+
+
+def _copy(tree):
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
