@@ -1,11 +1,13 @@
 """The parts of a run, made from its configuration: tokenizer, model, data, optimizer, trainer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from relax import data
+from relax.collect import Collector
 from relax.config import TrainerConfig, resolve_steps
 from relax.config.checks import OPTIMIZER_FIELDS
 from relax.data.loader import epoch_order
@@ -88,6 +90,14 @@ def make_model(
         gradient_checkpointing_policy=config.hyperparams.gradient_checkpointing_policy,
         attn_implementation=config.model.attn_implementation,
     ), params
+
+
+def shape_of(config: TrainerConfig) -> TransformerConfig:
+    """The sizes of the model of a job, without its weights."""
+    path = config.model.model_name_or_path
+    if path is None:
+        return EMBEDDED_MODEL
+    return read_pretrained_config(_of_model(find_directory(path)))
 
 
 def load_model(path: str, dtype, **options) -> tuple[Transformer, dict]:
@@ -173,7 +183,7 @@ def save_interval(config: TrainerConfig, steps: int) -> int | None:
 
 
 def source_rows(config: TrainerConfig, given=None):
-    """Rows to train on, and rows to evaluate on or None.
+    """Rows to train on; and rows to evaluate on, several sets by name, or None.
 
     `given` are the two, in place of the named ones.
     """
@@ -181,10 +191,19 @@ def source_rows(config: TrainerConfig, given=None):
     if given is None and d.dataset_name is None:
         return data.arithmetic_rows("train"), data.arithmetic_rows("test")
     train_source, eval_source = given or (d.dataset_name, d.eval_dataset_name)
-    options = d.dataset_kwargs
-    train = data.read_rows(train_source, d.dataset_train_split, d.dataset_config, options)
+    options, split = d.dataset_kwargs, d.dataset_test_split
+    found, train, sets = Collector(), None, {}
+    with found.noting():
+        train = data.read_rows(train_source, d.dataset_train_split, d.dataset_config, options)
     if eval_source is not None:
-        return train, data.read_rows(eval_source, d.dataset_test_split)
+        with found.noting():
+            named = named_sets(eval_source, split)
+            for name, source in ({"": eval_source} if named is None else named).items():
+                with found.noting():
+                    sets[name] = data.read_rows(source, split)
+    found.raise_all()
+    if sets:
+        return train, sets[""] if list(sets) == [""] else sets
     if d.test_size:
         return _split(train, resolve_steps(d.test_size, len(train)), data_seed(config))
     if config.inference.eval_strategy == "no" and not config.inference.eval_on_start:
@@ -194,7 +213,36 @@ def source_rows(config: TrainerConfig, given=None):
             "eval_strategy and eval_on_start need rows to evaluate on: pass --eval_dataset_name "
             "FILE, or --test_size 0.1 to hold out a tenth of the rows."
         )
-    return train, data.read_rows(d.dataset_name, d.dataset_test_split, d.dataset_config, options)
+    return train, data.read_rows(d.dataset_name, split, d.dataset_config, options)
+
+
+def named_sets(source, split: str) -> dict | None:
+    """Several evaluation sets by name; None where `source` is a single one.
+
+    Args:
+      source: `easy=a.jsonl,hard=b.jsonl`, or a mapping of names to rows; one that has the split is
+        a single data set, of splits.
+
+    Raises:
+      ConfigError: a name stands twice, or is no word.
+
+    >>> named_sets("easy=a.jsonl,hard=b.jsonl", "test")
+    {'easy': 'a.jsonl', 'hard': 'b.jsonl'}
+    """
+    if isinstance(source, Mapping):
+        return None if split in source else dict(source)
+    if not isinstance(source, str) or "=" not in source or Path(source).exists():
+        return None
+    sets: dict[str, str] = {}
+    for part in source.split(","):
+        name, equals, path = part.partition("=")
+        if not (name.isidentifier() and equals and path) or name in sets:
+            raise ConfigError(
+                "eval_dataset_name must be a data set, or name=FILE of several with commas "
+                f"between, each name once and a word, got {source!r}."
+            )
+        sets[name] = path
+    return sets
 
 
 def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]:

@@ -1,12 +1,16 @@
-"""What is checked before a job's first update: configuration, memory and disk against what is."""
+"""What is checked before a job's first update: its parts against each other and the machine."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 
-from relax import memory, remedies
+from relax import assemble, machines, memory, parallel, remedies
 from relax.checkpoint import check_space, tree_bytes
+from relax.collect import Collector
 from relax.config import ConfigLoader, TrainerConfig
+from relax.errors import DataError, RelaxError
+from relax.models import TransformerConfig
 from relax.models.trainable import merge
 from relax.run_dir import check_same_config
 
@@ -21,7 +25,48 @@ def changed_fields(config: TrainerConfig, old_run: Path) -> list[str]:
     if not file.exists():
         return []
     old = ConfigLoader(file, type(config)).load().flat()
-    return check_same_config(old, config.flat(), config.output.allow_config_change)
+    old, new = (machines.comparable(fields) for fields in (old, config.flat()))
+    return check_same_config(old, new, config.output.allow_config_change)
+
+
+def read_datasets(recipe, tokenizer, shape: TransformerConfig, rows, found: Collector):
+    """The data of a job, checked against its model; None where something is wrong with it.
+
+    Where it is, the rows are looked at again as if for a model that takes any token, any length,
+    and both, so that one problem does not hide the next.
+
+    Args:
+      rows: as for `Recipe.datasets`.
+      found: where problems are noted.
+    """
+    with found.noting():
+        check_tokens(recipe.config, tokenizer, shape)
+    try:
+        return recipe.datasets(tokenizer, shape, rows)
+    except RelaxError as error:
+        found.note(error)
+    vocabulary, positions = {"vocab_size": 2**31 - 1}, {"max_position_embeddings": 2**31 - 1}
+    for limits in (vocabulary, positions, vocabulary | positions):
+        with found.noting():
+            recipe.datasets(tokenizer, dataclasses.replace(shape, **limits), rows)
+    return None
+
+
+def check_tokens(config: TrainerConfig, tokenizer, shape: TransformerConfig) -> None:
+    """Refuses tokens that begin or end a text and are no tokens of the model.
+
+    Raises:
+      DataError: names them.
+    """
+    ends = assemble.end_tokens(config.model.model_name_or_path, tokenizer)
+    ids = {*ends, tokenizer.bos_token_id} - {None}
+    wrong = sorted(i for i in ids if not 0 <= i < shape.vocab_size)
+    if wrong:
+        raise DataError(
+            f"tokens that begin or end a text must be of the {shape.vocab_size} of the model, got "
+            f"{', '.join(f'{i} ({tokenizer.convert_ids_to_tokens(i)!r})' for i in wrong)}: is the "
+            "tokenizer this model's?"
+        )
 
 
 def check_state_memory(config: TrainerConfig, trainer) -> None:
@@ -31,6 +76,7 @@ def check_state_memory(config: TrainerConfig, trainer) -> None:
       ConfigError: with the flag that makes it fit by estimate.
     """
     state = jax.eval_shape(trainer.create_train_state, jax.random.key(0))
+    state = parallel.sharded_shapes(state)
     sizes = memory.state_sizes(state, trainer.gradient_accumulation_steps)
     remedies.check(sizes, memory.capacity(), remedies.of_run(config, trainer, state))
 
@@ -44,7 +90,7 @@ def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -
     Raises:
       ConfigError: with the flag that makes it fit by estimate.
     """
-    there = memory.capacity(tree_bytes(state))
+    there = memory.capacity(parallel.bytes_per_device(state))
     sizes = memory.update_sizes(trainer, state, batch)
     console.print(memory.table(sizes, there, memory.rows_of(batch)), markup=False)
     warning = remedies.check(sizes, there, remedies.of_run(config, trainer, state, batch))

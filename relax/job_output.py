@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 
 from relax.config import TrainerConfig
+from relax.config.watching import best_metric, is_greater_better
 from relax.errors import ConfigError
-from relax.run_dir import write_json
+from relax.run_dir import list_steps, write_json
 
 
 def resume_command(config: TrainerConfig, directory: Path) -> str:
     """What a person types to go on with the run in a directory."""
-    script = f"run_{config.algorithm}.py"
+    script = config.script or f"run_{config.algorithm}.py"
     if Path(sys.argv[0]).name == script:
         script = sys.argv[0]
     python = "python" if shutil.which("python") == sys.executable else sys.executable
@@ -68,6 +69,31 @@ def last_evaluation(metrics_file: Path) -> dict[str, float]:
         if (found := {n: v for n, v in record.items() if n.startswith("eval_")})
     ]
     return evaluations[-1] if evaluations else {}
+
+
+def best_checkpoint(config: TrainerConfig, directory: Path) -> Path | None:
+    """The checkpoint with the best evaluation; without one the newest; None: none was saved.
+
+    It is the one that the run has kept as its best, or else the best of those that are there and
+    were evaluated at their step.
+    """
+    kept = list_steps(directory / "best")
+    if kept:
+        return directory / "best" / str(kept[-1])
+    saved = list_steps(directory / "checkpoints")
+    values = config.flat()
+    metric = best_metric(values, config.algorithm)
+    file = directory / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = {
+        record["step"]: record[metric]
+        for record in map(json.loads, lines)
+        if record.get(metric) is not None and record["step"] in saved
+    }
+    if found:
+        pick = max if is_greater_better(values, metric) else min
+        saved = [pick(found, key=found.get)]
+    return directory / "checkpoints" / str(saved[-1]) if saved else None
 
 
 def check_same_data(config: TrainerConfig, digest: str, old_run: Path) -> None:

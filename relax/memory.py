@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.checkpoint import tree_bytes
+from relax import parallel
 from relax.cpu import release_freed_memory
 from relax.data.loader import DataLoader, epoch_order
 
@@ -61,11 +61,20 @@ class Capacity:
 
 def state_sizes(state, accumulation: int) -> Sizes:
     """What follows from a `TrainState` (or its shapes) alone: all but the activations."""
-    parameters = tree_bytes(state.params)
+    parameters, frozen, optimizer = map(
+        parallel.bytes_per_device, (state.params, state.frozen, state.opt_state)
+    )
     gradients = parameters
     if accumulation > 1:  # the sums are float32, and the micro-batch's own gradient comes on top
-        gradients += 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return Sizes(parameters, tree_bytes(state.frozen), gradients, tree_bytes(state.opt_state))
+        gradients += parallel.bytes_per_device(
+            jax.tree.map(_in_float32, state.params, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+        )
+    return Sizes(parameters, frozen, gradients, optimizer)
+
+
+def _in_float32(leaf):
+    where = getattr(leaf, "sharding", None)
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=where)
 
 
 def update_sizes(trainer, state, batch) -> Sizes:
@@ -74,16 +83,25 @@ def update_sizes(trainer, state, batch) -> Sizes:
     Returns:
       The sizes, whose total is XLA's own.
     """
+    batch = parallel.batch_shapes(batch)
     account = trainer.train_step.lower(state, batch).compile().memory_analysis()
     release_freed_memory()  # compiling took much of it
-    sizes = state_sizes(state, trainer.gradient_accumulation_steps)
-    total = (
+    return with_activations(state_sizes(state, trainer.gradient_accumulation_steps), account)
+
+
+def total_bytes(account) -> int:
+    """What a program needs at once, by XLA's account of it."""
+    return (
         account.argument_size_in_bytes
         + account.output_size_in_bytes
         - account.alias_size_in_bytes
         + account.temp_size_in_bytes
     )
-    rest = total - sizes.total
+
+
+def with_activations(sizes: Sizes, account) -> Sizes:
+    """Sizes of an update's state, and what XLA plans for beside it."""
+    rest = total_bytes(account) - sizes.total
     # Gradients that are used up one by one never exist together.
     return dataclasses.replace(
         sizes, gradients=sizes.gradients + min(rest, 0), activations=max(rest, 0)
@@ -106,8 +124,11 @@ def largest_batch(loader, steps: int):
 
 
 def rows_of(batch) -> tuple[int, int]:
-    """Rows and tokens of a row."""
-    return batch["input_ids"].shape
+    """Rows and tokens of a row; completions of one prompt count as a row each."""
+    if "input_ids" in batch:
+        return batch["input_ids"].shape
+    rows, per_prompt, length = batch["completion_ids"].shape
+    return rows * per_prompt, batch["prompt_ids"].shape[1] + length
 
 
 def capacity(held: int = 0) -> Capacity:
@@ -122,11 +143,13 @@ def capacity(held: int = 0) -> Capacity:
         limit = stats.get("bytes_limit")
         free = None if limit is None else limit - stats.get("bytes_in_use", 0) + held
         return Capacity(limit, free, device.device_kind)
-    totals, frees = zip(*_host_memory(), strict=True)
-    known = [free for free in frees if free is not None]
+    totals, frees = (
+        [n for n in numbers if n is not None] for numbers in zip(*_host_memory(), strict=True)
+    )
+    devices = 1 if parallel.layout() is None else jax.local_device_count()  # share it
     return Capacity(
-        min((total for total in totals if total is not None), default=None),
-        min(known) + held if known else None,
+        min(totals) // devices if totals else None,
+        min(frees) // devices + held if frees else None,
         device.device_kind,
     )
 

@@ -163,9 +163,42 @@ class RunDir:
           ConfigError: the directory is not empty and nothing said what to do with it; the path is
             not a checkpoint; or the arguments contradict each other.
         """
-        resume = "never" if resume is None else resume
         if self._lock_fd is None:
             raise RuntimeError("RunDir.lock() must come before RunDir.prepare()")
+        start = self._decide(resume, overwrite)
+        if overwrite and clear:
+            self.clear(say)
+        self._sign(_LOCK_MARK)
+        return self._told(start, say)
+
+    def look(
+        self,
+        resume: str | Path | None = "never",
+        overwrite: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> Path | Literal["auto"] | None:
+        """What `lock` and `prepare` would decide or refuse; nothing is written and nobody kept out.
+
+        Raises:
+          ConfigError: as theirs.
+        """
+        self._refuse_foreign()
+        existing = self.existing()
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise ConfigError(
+                f"output_dir must be a directory that can be written, got '{self.path}'. Choose "
+                "another --output_dir."
+            )
+        return self._told(self._decide(resume, overwrite), say)
+
+    def existing(self) -> Path:
+        """The directory, or the nearest one above it that is there."""
+        path = self.path.absolute()
+        return next(place for place in (path, *path.parents) if os.path.lexists(place))
+
+    def _decide(self, resume, overwrite: bool):
+        """Where to start; refuses what contradicts itself, and a directory in use."""
+        resume = "never" if resume is None else resume
         if resume == "auto" and overwrite:
             raise ConfigError(
                 "--resume auto and --overwrite_output_dir contradict each other: the one goes on "
@@ -173,11 +206,11 @@ class RunDir:
             )
         start = resume if resume in ("auto", "never") else self._checkpoint(Path(resume), overwrite)
         inside = isinstance(start, Path) and self._holds(start)
-        if overwrite and clear:
-            self.clear(say)
-        elif not overwrite and not inside and start != "auto":
+        if not overwrite and not inside and start != "auto":
             self._refuse_used()
-        self._sign(_LOCK_MARK)
+        return start
+
+    def _told(self, start, say: Callable[[str], None]):
         if start == "auto" and not list_steps(self.checkpoints):
             say(f"resume auto: no checkpoint in '{self.checkpoints}', starting from the beginning")
             return None

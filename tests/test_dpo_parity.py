@@ -34,7 +34,7 @@ def run(model_dir, rows, output_dir, settings) -> list[dict]:
         str(model_dir), str(rows), str(output_dir), config_class=DPOConfig, **fields
     )
     with open(os.devnull, "w") as null:
-        TrainerEngine(Console(file=null)).run_job(config)
+        TrainerEngine(console=Console(file=null)).run_job(config)
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

@@ -13,8 +13,9 @@ from runs import additions, write_rows
 
 from relax.callbacks import Callback, StopTraining
 from relax.config import create_default_config
-from relax.engine import JobResult, TrainerEngine, _Job
+from relax.engine import JobResult, TrainerEngine
 from relax.errors import ConfigError
+from relax.job import Job
 from relax.models import load_pretrained
 
 ROWS = additions(12)
@@ -47,7 +48,7 @@ def job(model_dir, tmp_path):
         )
         console = Console(file=open(output_dir.with_suffix(".txt"), "w+"), width=120)
         with console.file:
-            result = TrainerEngine(console).run_job(config)
+            result = TrainerEngine(console=console).run_job(config)
             console.file.seek(0)
             said = console.file.read()
         lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
@@ -146,14 +147,14 @@ def test_a_callback_that_stops_the_run_ends_it_in_order(job, monkeypatch):
         def on_batch_end(self, event):
             raise StopTraining
 
-    make = _Job._trainer
+    make = Job._trainer
 
     def with_stop(self, *args):
         trainer = make(self, *args)
         trainer.callbacks += (StopAtOne(),)
         return trainer
 
-    monkeypatch.setattr(_Job, "_trainer", with_stop)
+    monkeypatch.setattr(Job, "_trainer", with_stop)
     result, losses, said = job(ROWS)
     assert int(result.state.step) == 1
     assert len(losses) == 1 and "done in" in said
@@ -173,7 +174,7 @@ def test_rows_from_python_train_as_the_same_rows_of_a_file_do(job, model_dir, tm
         save_strategy="no",
     )
     with open(tmp_path / "said.txt", "w") as file:
-        engine = TrainerEngine(Console(file=file))
+        engine = TrainerEngine(console=Console(file=file))
         result = engine.run_job(config, ROWS, ROWS[:4])
     lines = map(json.loads, (tmp_path / "python" / "metrics.jsonl").read_text().splitlines())
     assert [record["loss"] for record in lines if "loss" in record] == expected

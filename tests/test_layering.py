@@ -21,6 +21,7 @@ LAYERS = {
     "relax.config.mesh": 1,
     "relax.objects": 1,
     "relax.rewards": 2,
+    "relax.distributed": 1,
     "relax.parallel.__main__": 7,
     "relax.parallel.plan": 7,
     "relax.parallel": 2,
@@ -34,7 +35,16 @@ HOST = 7
 WITHOUT_JAX = ("relax.errors", "relax.run_dir", "relax.config", "relax.data", "relax.rewards")
 WITHOUT_JAX += ("relax.gguf_file", "relax.objects")
 # Host modules that nothing below the engine may lean on.
-TOP = ("relax.engine", "relax.assemble", "relax.recipes", "relax.sample")
+TOP = (
+    "relax.engine",
+    "relax.job",
+    "relax.job_checks",
+    "relax.machines",
+    "relax.dry_run",
+    "relax.assemble",
+    "relax.recipes",
+    "relax.sample",
+)
 TOP += ("relax.sampling.__main__", "relax.parallel.__main__", "relax.parallel.plan")
 
 

@@ -51,7 +51,7 @@ def train(model_dir, rows):
             str(model), str(rows), str(output_dir), **(defaults | fields)
         )
         with open(output_dir.with_suffix(".txt"), "a+") as file:
-            result = TrainerEngine(Console(file=file, width=200)).run_job(config)
+            result = TrainerEngine(console=Console(file=file, width=200)).run_job(config)
             file.seek(0)
             return result, file.read()
 

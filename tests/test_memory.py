@@ -323,7 +323,7 @@ def started(output_dir, **fields) -> str:
     )
     console = Console(file=io.StringIO(), width=120)
     try:
-        TrainerEngine(console).run_job(config, additions(4))
+        TrainerEngine(console=console).run_job(config, additions(4))
     except Reached:
         pass
     return console.file.getvalue()

@@ -455,7 +455,7 @@ def test_the_saved_model_is_the_average_of_a_schedule_free_run(tmp_path):
         save_strategy="no",
     )
     with open(tmp_path / "said.txt", "w") as file:
-        result = TrainerEngine(Console(file=file)).run_job(config, additions(8))
+        result = TrainerEngine(console=Console(file=file)).run_job(config, additions(8))
     _, saved = load_pretrained(result.model_dir)
     jax.tree.map(np.testing.assert_array_equal, saved, result.state.eval_params)
     assert np.abs(saved["embed_tokens"] - result.state.params["embed_tokens"]).max() > 1e-4

@@ -175,7 +175,7 @@ def test_evaluation_draws_as_asked_and_changes_nothing():
     metrics = trainer.validate(state, items_of(2))
     assert "pass@5" in metrics and metrics["completions/mean_length"] <= 3
     np.testing.assert_array_equal(state.params["table"], TABLE)
-    with pytest.raises(ValueError, match="gave no prompts"):
+    with pytest.raises(ValueError, match="gave no batch"):
         trainer.validate(state, [])
 
 

@@ -48,7 +48,7 @@ def run(model_dir, rows, output_dir, **fields) -> tuple[JobResult, list[dict]]:
     """Runs a job in this process: its result and the lines of metrics.jsonl."""
     config = create_default_config(str(model_dir), str(rows), str(output_dir), **fields)
     with open(os.devnull, "w") as null:
-        result = TrainerEngine(Console(file=null)).run_job(config)
+        result = TrainerEngine(console=Console(file=null)).run_job(config)
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
     return result, [json.loads(line) for line in lines]
 

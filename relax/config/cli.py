@@ -82,7 +82,8 @@ def _call(main: Callable[[Any], object], config: Settings) -> None:
     try:
         main(config)
     except RelaxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for problem in getattr(error, "problems", [error]):
+            print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)

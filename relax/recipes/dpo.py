@@ -47,6 +47,11 @@ class DPORecipe(PairsRecipe):
             **options,
         )
 
+    def complete(self, item):
+        if not self.config.dpo.precompute_ref_log_probs:
+            return item
+        return item | {"ref_logprobs": np.zeros((*item["index"].shape, 2), np.float32)}
+
     def callbacks(self, run_dir, logging_steps: int) -> tuple:
         if not self.config.dpo.precompute_ref_log_probs:
             return ()

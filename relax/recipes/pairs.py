@@ -2,15 +2,14 @@
 
 import numpy as np
 
-from relax.assemble import data_seed, source_rows
+from relax.assemble import data_seed
+from relax.collect import Collector
 from relax.data import PreferenceLoader, Preferences, prepare_preferences
 from relax.errors import DataError
 from relax.models import TransformerConfig
 from relax.recipes.recipe import Datasets, Recipe
-from relax.recipes.warm_up import warm_up
+from relax.recipes.warm_up import CHUNK, MOST, warm_up
 from relax.trainers.interrupt import Interrupt, Interrupted
-
-TRAINING, EVALUATION = "training pairs", "evaluation pairs"
 
 
 class PairsRecipe(Recipe):
@@ -19,6 +18,8 @@ class PairsRecipe(Recipe):
     Attributes:
       loaders: by the name under which each is shown.
     """
+
+    what, kind = "pairs", "preferences"
 
     def __init__(self, config, console):
         super().__init__(config, console)
@@ -31,29 +32,33 @@ class PairsRecipe(Recipe):
 
     def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
         d, reports, digest = self.config.data, {}, ""
-        for name, part in zip((TRAINING, EVALUATION), source_rows(self.config, rows), strict=True):
-            if part is None:
-                continue
-            preferences, reports[name] = prepare_preferences(
-                with_wrong_sums(part) if self.embedded else part,
-                tokenizer,
-                **self.reading,
-                system_prompt=self.config.profile.system_prompt,
-                eos_token=d.eos_token,
-                max_length=d.max_length,
-                truncation_mode=d.truncation_mode,
-                vocab_size=shape.vocab_size,
-            )
-            loader = self._loader(preferences, training=name == TRAINING)
-            if loader.longest_row > shape.max_position_embeddings:
-                raise DataError(
-                    f"{name}: rows are up to {loader.longest_row} tokens long, and the model has "
-                    f"{shape.max_position_embeddings} positions. "
-                    f"Pass --max_length {shape.max_position_embeddings}."
+        found = Collector()
+        for name, part in self.sources(rows).items():
+            with found.noting():
+                preferences, reports[name] = prepare_preferences(
+                    part,
+                    tokenizer,
+                    **self.reading,
+                    system_prompt=self.system_prompt,
+                    eos_token=d.eos_token,
+                    max_length=d.max_length,
+                    truncation_mode=d.truncation_mode,
+                    vocab_size=shape.vocab_size,
                 )
-            self.loaders[name] = loader
-            digest += f"{preferences.digest:08x}"
-        return Datasets(self.loaders[TRAINING], self.loaders.get(EVALUATION), reports, digest)
+                loader = self._loader(preferences, training=name == self.training)
+                if loader.longest_row > shape.max_position_embeddings:
+                    raise DataError(
+                        f"{name}: rows are up to {loader.longest_row} tokens long, and the model "
+                        f"has {shape.max_position_embeddings} positions. "
+                        f"Pass --max_length {shape.max_position_embeddings}."
+                    )
+                self.loaders[name] = loader
+                digest += f"{preferences.digest:08x}"
+        found.raise_all()
+        return self.gathered(self.loaders, reports, digest)
+
+    def embedded_rows(self, rows):
+        return with_wrong_sums(rows)
 
     def show_data(self, datasets: Datasets) -> None:
         for name, report in datasets.reports.items():
@@ -66,13 +71,16 @@ class PairsRecipe(Recipe):
                     f"packing      {len(loader.rows):,} rows of {loader.packed_length:,} tokens, "
                     f"{loader.fill:.1%} full"
                 )
-            if name == TRAINING and self.config.debug.print_examples:
+            if name == self.training and self.config.debug.print_examples:
                 prompt, first, second = report.example
                 self.console.print(f"{prompt}«{first}»«{second}»", markup=False)
 
     def fresh_params(self, model, tokenizer):
+        seed = self.config.hyperparams.seed
         with Interrupt() as interrupt:
-            params = warm_up(model, tokenizer, self.config.hyperparams.seed, self.console)
+            params = warm_up(
+                model, tokenizer, seed, self.console, CHUNK if self.config.debug.dry_run else MOST
+            )
             if interrupt.requested is not None:  # half a warm-up is nothing to go on from
                 raise Interrupted(interrupt.requested)
         return params

@@ -9,7 +9,10 @@ from rich.console import Console
 
 from relax import assemble
 from relax.config import TrainerConfig
+from relax.data import Rows, profiles
+from relax.errors import ConfigError
 from relax.models import TransformerConfig, save_pretrained
+from relax.models.trainable import merge
 from relax.trainers import Trainer, TrainState
 
 
@@ -19,7 +22,7 @@ class Datasets:
 
     Attributes:
       train: the loader of items to train on.
-      eval: the loader to evaluate on, or None.
+      eval: the loader to evaluate on, several by name, or None.
       reports: by the name under which each is shown; they have `to_dict()`.
       digest: of all that is trained on: a resumed run must find the same.
     """
@@ -40,9 +43,82 @@ class Recipe(abc.ABC):
 
     # Metrics of the summary, in this order, where there are any.
     headline: tuple[str, ...] = ("eval_loss",)
+    # What rows are called, and what they are for, see `relax.data.profiles.apply_profile`.
+    what: str = "data"
+    kind: profiles.Kind = "completions"
 
     def __init__(self, config: TrainerConfig, console: Console):
         self.config, self.console = config, console
+        self.profile: profiles.DataProfile | None = None  # known once rows have been looked at
+        self._evaluations: dict[str, str] = {}  # names of evaluation sets, by how they are shown
+        if self.embedded and config.profile.name != profiles.DEFAULT:
+            raise ConfigError(
+                f"profile {config.profile.name} needs rows of your own: the embedded task is plain "
+                "sums. Pass --dataset_name."
+            )
+
+    @property
+    def training(self) -> str:
+        """The name under which what is trained on is shown."""
+        return f"training {self.what}"
+
+    def sources(self, given=None) -> dict[str, Rows]:
+        """Rows by the name under which they are shown, as the profile has them.
+
+        What is trained on comes first; `given` is as for `datasets`.
+        """
+        train, evaluation = assemble.source_rows(self.config, given)
+        if not isinstance(evaluation, dict):
+            evaluation = {} if evaluation is None else {"": evaluation}
+        self._evaluations = {
+            f"evaluation {self.what}" + f" ({name})" * bool(name): name for name in evaluation
+        }
+        parts = {self.training: train}
+        parts |= zip(self._evaluations, evaluation.values(), strict=True)
+        if self.embedded:
+            self.profile = profiles.load_profile(profiles.DEFAULT)
+            return {name: self.embedded_rows(rows) for name, rows in parts.items()}
+        name, base = self.config.profile.name, self.config.profile.system_prompt
+        self.profile, note = profiles.resolve_profile(name, train.rows)
+        made = {
+            name: profiles.apply_profile(self.profile, rows, self.kind, base)
+            for name, rows in parts.items()
+        }
+        self._tell_of_profile(note, made[self.training])
+        return made
+
+    def _tell_of_profile(self, note: str | None, rows: Rows) -> None:
+        if note is not None:
+            self.console.print(note, markup=False)
+        for stop, count in profiles.early_stops(rows.rows, self.stop_sequences).items():
+            self.console.print(
+                f"note: {count} of {len(rows)} answers hold the stop sequence {stop!r} before "
+                "their end, where sampled ones end; --stop_sequences sets others",
+                style="yellow",
+                markup=False,
+            )
+
+    def embedded_rows(self, rows):
+        """The embedded rows, in the form that the algorithm takes."""
+        return rows
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What rows are to get that the profile has not given them."""
+        base = self.config.profile.system_prompt
+        return profiles.remaining_system_prompt(self.profile, base)
+
+    @property
+    def stop_sequences(self) -> tuple[str, ...]:
+        """Texts that end sampled completions."""
+        asked = self.config.profile.stop_sequences
+        return tuple(self.profile.get_stop_sequences() if asked is None else asked)
+
+    def gathered(self, loaders: dict[str, Any], reports: dict, digest: str) -> Datasets:
+        """Data sets from loaders by the names of `sources`."""
+        sets = {name: loaders[title] for title, name in self._evaluations.items()}
+        evaluation = sets[""] if list(sets) == [""] else sets or None
+        return Datasets(loaders[self.training], evaluation, reports, digest)
 
     @abc.abstractmethod
     def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
@@ -88,6 +164,22 @@ class Recipe(abc.ABC):
     def save(self, path: Path, model, params, tokenizer, generation_config) -> Path:
         """Writes the trained model, adapters merged, as a Hugging Face directory."""
         return save_pretrained(path, model, params, tokenizer, generation_config=generation_config)
+
+    def complete(self, item):
+        """An item of the train loader, with what callbacks would have added to it by then."""
+        return item
+
+    def optimizer(self, steps: int):
+        """What `trainer` gets as its optimizer, for a run of so many updates."""
+        return assemble.make_optimizer(self.config, steps)
+
+    def start(self, trainer: Trainer, params) -> TrainState:
+        """The state before the first update; `params` (or None: fresh ones) are taken over."""
+        return assemble.make_state(trainer, params, self.config.hyperparams.seed)
+
+    def exported(self, params, frozen) -> dict:
+        """All parameters of the model that is saved, of those of a state."""
+        return merge(params, frozen)
 
     def fresh_params(self, model, tokenizer):
         """Parameters to begin from where no model is named; None: those that the key makes."""

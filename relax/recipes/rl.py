@@ -5,21 +5,20 @@ import dataclasses
 import json
 import zlib
 
-from relax.assemble import data_seed, end_tokens, source_rows
+from relax.assemble import data_seed, end_tokens
 from relax.callbacks.completions import Completions, RewardCounters
 from relax.callbacks.warnings import RewardWarnings
+from relax.collect import Collector
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.errors import DataError
 from relax.models import TransformerConfig
 from relax.recipes.judges import reward_functions_of, shortest
 from relax.recipes.recipe import Datasets, Recipe
-from relax.recipes.warm_up import warm_up
+from relax.recipes.warm_up import CHUNK, MOST, warm_up
 from relax.rewards import RewardRunner, load_environment
 from relax.sampling import SamplingConfig
 from relax.sampling.config import longest
 from relax.trainers.interrupt import Interrupt, Interrupted
-
-TRAINING, EVALUATION = "training prompts", "evaluation prompts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,7 @@ class RLRecipe(Recipe):
     """Prompts, reward functions in processes of their own, and their completions on the screen."""
 
     headline = ("eval_reward", "eval_pass@1")
+    what, kind = "prompts", "prompts"
     spare_rounds = 0  # items' worth of prompts that an item holds to replace its own
 
     def __init__(self, config, console):
@@ -117,8 +117,8 @@ class RLRecipe(Recipe):
         }
 
     def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
-        train_rows, eval_rows = source_rows(self.config, rows)
-        positions, which = shortest(self.functions, *longest(shape))
+        parts = self.sources(rows)
+        positions, which = shortest(self.functions, *self.positions(shape))
         room = positions - self.config.rollout.max_completion_length
         if room < 1:
             raise DataError(
@@ -126,26 +126,37 @@ class RLRecipe(Recipe):
                 f"for a prompt in the {positions} positions {which}. Lower it."
             )
         loaders, reports, digest = {}, {}, 0
-        for name, rows in {TRAINING: train_rows, EVALUATION: eval_rows}.items():
-            if rows is None:
-                continue
-            prompts = prepare_prompts(
-                with_answers(rows) if self.embedded else rows,
-                tokenizer,
-                system_prompt=self.config.profile.system_prompt,
-                vocab_size=shape.vocab_size,
-                max_prompt_length=room,
-            )
-            self.rewards.check_rows(prompts.rows)
-            loaders[name] = self._loader(prompts, training=name == TRAINING)
-            reports[name] = PromptReport(prompts, loaders[name].num_left_out)
-            told = json.dumps([prompts.prompt_ids, prompts.rows], default=str)
-            digest = zlib.crc32(told.encode(), digest)
-        return Datasets(loaders[TRAINING], loaders.get(EVALUATION), reports, f"{digest:08x}")
+        found = Collector()
+        for name, part in parts.items():
+            with found.noting():
+                prompts = prepare_prompts(
+                    part,
+                    tokenizer,
+                    system_prompt=self.system_prompt,
+                    vocab_size=shape.vocab_size,
+                    max_prompt_length=room,
+                )
+                self.rewards.check_rows(prompts.rows)
+                loaders[name] = self._loader(prompts, training=name == self.training)
+                reports[name] = PromptReport(prompts, loaders[name].num_left_out)
+                told = json.dumps([prompts.prompt_ids, prompts.rows], default=str)
+                digest = zlib.crc32(told.encode(), digest)
+        found.raise_all()
+        return self.gathered(loaders, reports, f"{digest:08x}")
+
+    def positions(self, shape: TransformerConfig) -> tuple[int, str]:
+        """The positions that prompt and completion have together, and whose they are."""
+        return longest(shape)
+
+    def embedded_rows(self, rows):
+        return with_answers(rows)
 
     def show_data(self, datasets: Datasets) -> None:
         for note in self.rewards.notes:
             self.console.print(f"note: {note}", style="yellow", markup=False)
+        if self.stop_sequences:
+            ends = ", ".join(map(repr, self.stop_sequences))
+            self.console.print(f"completions end at {ends}, too", markup=False)
         for name, report in datasets.reports.items():
             self.console.rule(name, align="left", style="dim")
             self.console.print(report.prompts.report(), markup=False)
@@ -154,7 +165,7 @@ class RLRecipe(Recipe):
                     f"{report.left_out} prompts of each epoch are left out: they do not fill a "
                     f"rollout of {self._prompts_per_item} prompts",
                 )
-        shown = datasets.reports[TRAINING].prompts.rows[: self.config.debug.print_examples]
+        shown = datasets.reports[self.training].prompts.rows[: self.config.debug.print_examples]
         for row in shown:
             text = json.dumps(row, ensure_ascii=False, default=str)
             self.console.print(text[:2000], markup=False)
@@ -169,8 +180,11 @@ class RLRecipe(Recipe):
         )
 
     def fresh_params(self, model, tokenizer):
+        seed = self.config.hyperparams.seed
         with Interrupt() as interrupt:
-            params = warm_up(model, tokenizer, self.config.hyperparams.seed, self.console)
+            params = warm_up(
+                model, tokenizer, seed, self.console, CHUNK if self.config.debug.dry_run else MOST
+            )
             if interrupt.requested is not None:  # half a warm-up is nothing to go on from
                 raise Interrupted(interrupt.requested)
         return params
@@ -185,6 +199,7 @@ class RLRecipe(Recipe):
             min_p=r.min_p,
             repetition_penalty=r.repetition_penalty,
             eos_token_ids=end_tokens(self.config.model.model_name_or_path, tokenizer),
+            stop=self.stop_sequences,
             slots=r.rollout_slots,
         )
 

@@ -3,42 +3,48 @@
 import zlib
 
 from relax import data
-from relax.assemble import data_seed, source_rows
+from relax.assemble import data_seed
+from relax.collect import Collector
 from relax.errors import DataError
 from relax.models import TransformerConfig
 from relax.recipes.recipe import Datasets, Recipe
 from relax.trainers import SFTTrainer
 
-TRAINING, EVALUATION = "training data", "evaluation data"
-
 
 class SFTRecipe(Recipe):
     """Rows with labelled tokens; on the embedded task the share of sums written without a fault."""
 
-    headline = ("eval_loss", "exact_match_before", "exact_match")
+    _has_answers = False  # rows are trained on in part
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        matches = ("exact_match_before", "exact_match") if self.embedded else ("eval_exact_match",)
+        return ("eval_loss", *matches)
 
     def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
-        train_rows, eval_rows = source_rows(self.config, rows)
         loaders, reports, digest = {}, {}, 0
-        for name, rows in {TRAINING: train_rows, EVALUATION: eval_rows}.items():
-            if rows is None:
-                continue
-            strategy = self._packing(training=name == TRAINING)
-            options = self._format_options(strategy)
-            examples, reports[name] = data.prepare(rows, tokenizer, options, shape.vocab_size)
-            loaders[name] = self._loader(examples, strategy, training=name == TRAINING)
-            if strategy:
-                reports[name] = reports[name].with_packing(strategy, loaders[name])
-            for array in (examples.input_ids, examples.labels, examples.offsets):
-                digest = zlib.crc32(array.tobytes(), digest)
-            longest = max(loaders[name].bucket_lengths)
-            if longest > shape.max_position_embeddings:
-                raise DataError(
-                    f"{name}: batches are up to {longest} tokens long, and the model has "
-                    f"{shape.max_position_embeddings} positions. "
-                    f"Pass --max_length {shape.max_position_embeddings}."
-                )
-        return Datasets(loaders[TRAINING], loaders.get(EVALUATION), reports, f"{digest:08x}")
+        found = Collector()
+        for name, part in self.sources(rows).items():
+            with found.noting():
+                strategy = self._packing(training=name == self.training)
+                options = self._format_options(strategy)
+                examples, reports[name] = data.prepare(part, tokenizer, options, shape.vocab_size)
+                loaders[name] = self._loader(examples, strategy, training=name == self.training)
+                if strategy:
+                    reports[name] = reports[name].with_packing(strategy, loaders[name])
+                for array in (examples.input_ids, examples.labels, examples.offsets):
+                    digest = zlib.crc32(array.tobytes(), digest)
+                longest = max(loaders[name].bucket_lengths)
+                if longest > shape.max_position_embeddings:
+                    raise DataError(
+                        f"{name}: batches are up to {longest} tokens long, and the model has "
+                        f"{shape.max_position_embeddings} positions. "
+                        f"Pass --max_length {shape.max_position_embeddings}."
+                    )
+        found.raise_all()
+        # Of whole texts no two are the same, and looking would cost time.
+        self._has_answers = reports[self.training].trained_on != "every token"
+        return self.gathered(loaders, reports, f"{digest:08x}")
 
     def trainer(self, model, tokenizer, optimizer, callbacks: tuple) -> SFTTrainer:
         h = self.config.hyperparams
@@ -47,6 +53,7 @@ class SFTRecipe(Recipe):
             optimizer,
             freeze=self.config.peft.freeze,
             loss_chunk_size=self.config.sft.loss_chunk_size,
+            exact_matches=self._has_answers,
             gradient_accumulation_steps=h.gradient_accumulation_steps,
             max_grad_norm=h.max_grad_norm,
             callbacks=callbacks,
@@ -54,7 +61,7 @@ class SFTRecipe(Recipe):
 
     def show_data(self, datasets: Datasets) -> None:
         for name, report in datasets.reports.items():
-            examples = self.config.debug.print_examples if name == TRAINING else 0
+            examples = self.config.debug.print_examples if name == self.training else 0
             data.render(report, self.console, examples, title=name)
 
     def examine(self, when: str, trainer, state, datasets: Datasets) -> dict:
@@ -75,7 +82,7 @@ class SFTRecipe(Recipe):
             text_field=d.dataset_text_field,
             completion_only_loss=sft.completion_only_loss,
             assistant_only_loss=sft.assistant_only_loss,
-            system_prompt=self.config.profile.system_prompt,
+            system_prompt=self.system_prompt,
             eos_token=d.eos_token,
             max_length=None if splits else d.max_length,
             truncation_mode=d.truncation_mode,

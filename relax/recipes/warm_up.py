@@ -16,7 +16,7 @@ CHUNK, MOST = 10, 800  # updates between two looks, and at most
 LOOKED_AT = 500  # training rows
 
 
-def warm_up(model, tokenizer, seed: int, console: Console):
+def warm_up(model, tokenizer, seed: int, console: Console, most: int = MOST):
     """Parameters after supervised updates on the embedded task, up to where it is half learned.
 
     From there on rewards can teach: a model that is always wrong has nothing to compare.
@@ -34,7 +34,7 @@ def warm_up(model, tokenizer, seed: int, console: Console):
     optimizer = adamw(schedule, b2=0.95, weight_decay=0.1)
     trainer = SFTTrainer(model.clone(lora=None), optimizer, max_grad_norm=1.0)
     state, share, steps = trainer.create_train_state(jax.random.key(seed)), 0.0, 0
-    while share < SHARE and steps < MOST:
+    while share < SHARE and steps < most:
         steps += CHUNK
         state = trainer.train(datasets.train, num_epochs=100, state=state, max_steps=steps)
         share = trainer.exact_match(state, recipe.plain_loader(looked_at.eval.examples))

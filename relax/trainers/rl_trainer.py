@@ -15,6 +15,7 @@ completion, D model, F reward functions.
 
 import abc
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax import fault
+from relax import fault, parallel
 from relax.losses import IGNORED
 from relax.losses.logprobs import TokenLogprobs, linear_logprobs
 from relax.losses.masked import masked_mean
@@ -45,6 +46,7 @@ from relax.trainers.rollout import (
     warn_of_none,
     with_end,
 )
+from relax.trainers.sharing import shared_scores
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import Annotated, Trainer
 from relax.trainers.update import Max, Mean
@@ -134,10 +136,6 @@ class RLTrainer(Trainer):
     def experience(self, state: TrainState, collected: Collected) -> dict[str, np.ndarray]:
         """What `compute_loss` needs of each prompt's group: arrays with leading axes `[P, G]`."""
 
-    def model_params(self, params, frozen) -> dict:
-        """All parameters of the policy, from what is trained and what is frozen."""
-        return merge(params, frozen)
-
     @property
     def updates_per_item(self) -> int:
         return self.num_iterations * self._updates_per_pass
@@ -194,6 +192,10 @@ class RLTrainer(Trainer):
 
     def score(self, rollout: Rollout, step: int = 0) -> Collected:
         """What the reward functions say of each completion."""
+        judge = functools.partial(self._score, step=step)
+        return shared_scores(judge, rollout, everywhere=self.rewards.runs_here)
+
+    def _score(self, rollout: Rollout, step: int) -> Collected:
         shape = rollout.completion_lengths.shape
         G = shape[1]
         rows = [row for row in rollout.rows for _ in range(G)]
@@ -263,7 +265,7 @@ class RLTrainer(Trainer):
         parts = []
         for first in range(0, rows, size):
             batch = {name: value[first : first + size] for name, value in arrays.items()}
-            parts.append(np.asarray(function(batch)))
+            parts.append(parallel.to_host(function(parallel.place_batch(batch))))
         return np.concatenate(parts).reshape(rollout.completion_ids.shape)
 
     def _token_logprobs(self, params, batch):
@@ -273,6 +275,9 @@ class RLTrainer(Trainer):
         """Arrays with one row per prompt and g of its completions: `[P * G / g, ...]`."""
         P, G = rollout.completion_lengths.shape
         g = self.row_size or math.gcd(P * G // self.gradient_accumulation_steps, G)
+        if (shards := parallel.batch_shards()) > 1:  # each device has whole rows
+            passes = self._updates_per_pass * self.gradient_accumulation_steps
+            g = math.gcd(P * G // (passes * shards), G)
         rows = G // g
         arrays = {
             name: np.repeat(getattr(rollout, name), rows, axis=0)
@@ -316,29 +321,28 @@ class RLTrainer(Trainer):
         rewards = reward_metrics(rewards, by_function, self.reward_names)
         return rollout_metrics(rollout) | rewards | metrics
 
-    def _evaluate(self, state: TrainState, loader, max_batches: int | None) -> dict:
-        """Mean reward and pass@k over held-out prompts, of completions drawn as `eval_sampling`."""
-        key = jax.random.fold_in(state.rng, EVALUATION)
-        state = state.replace(params=state.eval_params)
-        rewards, by_function, lengths, errors = [], [], [], 0
-        for i, item in enumerate(loader):
-            if i == max_batches:
-                break
-            rollout = self.generate(state, item, jax.random.fold_in(key, i), self.eval_sampling)
-            collected = self.score(rollout, int(state.step))
-            rewards.append(collected.rewards)
-            by_function.append(collected.by_function)
-            lengths.append(rollout.completion_lengths)
-            errors += collected.metrics["reward_errors"]
-        if not rewards:
-            raise ValueError("the evaluation loader gave no prompts. Pass some, or no loader.")
+    def evaluate_item(self, state: TrainState, params, item, index: int) -> tuple:
+        """Held-out prompts, completed as `eval_sampling` says, and what that is worth."""
+        key = jax.random.fold_in(jax.random.fold_in(state.rng, EVALUATION), index)
+        state = state.replace(params=params)
+        collected = self.score(self.generate(state, item, key, self.eval_sampling), int(state.step))
+        return (
+            collected.rewards,
+            collected.by_function,
+            collected.rollout.completion_lengths,
+            collected.metrics["reward_errors"],
+        )
+
+    def reduce_evaluation(self, parts: list[tuple]) -> dict[str, float]:
+        """Mean reward and pass@k."""
+        rewards, by_function, lengths, errors = zip(*parts, strict=True)
         rewards, by_function = np.concatenate(rewards), np.concatenate(by_function)
         passed = np.nan_to_num(rewards, nan=-math.inf) >= self.pass_reward
         return reward_metrics(rewards, by_function, self.reward_names) | {
             "pass@1": float(passed.mean()),
             f"pass@{passed.shape[1]}": float(passed.any(axis=1).mean()),
             "completions/mean_length": float(np.concatenate([x.ravel() for x in lengths]).mean()),
-            "reward_errors": errors,
+            "reward_errors": sum(errors),
         }
 
     def _key(self, state: TrainState, stream: int) -> jax.Array:

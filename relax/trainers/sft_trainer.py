@@ -16,12 +16,13 @@ Axes: B batch, T tokens, D model.
 import jax
 import jax.numpy as jnp
 
+from relax import parallel
 from relax.losses import IGNORED, linear_cross_entropy, next_token_targets, target_hits
 from relax.models.forward import hidden_states
 from relax.models.trainable import merge
 from relax.trainers.state import initial_state
 from relax.trainers.trainer import Trainer, TrainState
-from relax.trainers.update import LossOutput, Sum
+from relax.trainers.update import LossOutput, Mean, Sum
 
 
 class SFTTrainer(Trainer):
@@ -36,6 +37,8 @@ class SFTTrainer(Trainer):
         the model has `lora`, only its adapters are trained.
       freeze: a regular expression of weights that are not trained, see `relax.models.trainable`.
       loss_chunk_size: tokens whose logits exist at once.
+      exact_matches: evaluation tells `exact_match` as well, see there. It costs a second pass over
+        the vocabulary.
       **options: of `Trainer`.
 
     Metrics, over trained tokens: `loss` (nats), `mean_token_accuracy` (share of argmax hits),
@@ -51,9 +54,12 @@ class SFTTrainer(Trainer):
         params=None,
         freeze: str | None = None,
         loss_chunk_size: int = 256,
+        exact_matches: bool = False,
         **options,
     ):
         super().__init__(model, optimizer, **options)
+        self._document_hits = jax.jit(self._document_hits)
+        self.exact_matches = exact_matches
         self.params = params
         self.freeze = freeze
         self.loss_chunk_size = loss_chunk_size
@@ -85,24 +91,32 @@ class SFTTrainer(Trainer):
             metrics["aux_loss"] = aux_loss
         return LossOutput(loss=loss, weight=sums.weight, metrics=metrics)
 
+    def eval_step(self, params, frozen, batch) -> LossOutput:
+        output = super().eval_step(params, frozen, batch)
+        if not self.exact_matches:
+            return output
+        exact, counted = self._document_hits(params, frozen, batch)
+        share = Mean(exact / jnp.maximum(counted, 1), counted)
+        return output.replace(metrics=output.metrics | {"exact_match": share})
+
     def exact_match(self, state: TrainState, loader) -> float:
-        """The share of rows whose trained tokens greedy decoding would write, every one of them.
+        """The share of documents whose trained tokens greedy decoding would write, every one.
 
         Decoding writes what it is given to continue, so it meets the reference answer to the end
         exactly where each of its tokens is the argmax after the ones before it.
 
         Args:
           state: its `eval_params` are read.
-          loader: an iterable of batches of one document a row; rows without a target are left out.
+          loader: an iterable of batches; documents without a target are left out.
         """
-        hits, params = jax.jit(self._row_hits), state.eval_params
-        right = rows = 0
+        params, right, documents = state.eval_params, 0, 0
         for batch in loader:
-            exact, counted = hits(params, state.frozen, batch)
-            right, rows = right + int(exact), rows + int(counted)
-        return right / max(rows, 1)
+            batch = parallel.place_batch(batch)
+            exact, counted = self._document_hits(params, state.frozen, batch)
+            right, documents = right + int(exact), documents + int(counted)
+        return right / max(documents, 1)
 
-    def _row_hits(self, params, frozen, batch):
+    def _document_hits(self, params, frozen, batch):
         weights = merge(params, frozen)
         targets = next_token_targets(batch["labels"])  # [B, T]
         hidden, _ = hidden_states(self.model, weights, batch)
@@ -112,9 +126,20 @@ class SFTTrainer(Trainer):
             targets.reshape(-1),
             **self._vocabulary(),
         ).reshape(targets.shape)
-        counted = (targets != IGNORED).any(axis=1)  # [B]
-        exact = counted & (hits | (targets == IGNORED)).all(axis=1)
-        return exact.sum(), counted.sum()
+        B, T = targets.shape
+        # Of packed rows each segment is a document; a target is of the segment it is read from.
+        segments = batch.get("segment_ids", jnp.zeros_like(targets))
+        documents = jnp.arange(B)[:, None] * (T + 1) + segments
+
+        def any_of(flags):
+            found = jax.ops.segment_max(
+                flags.astype(jnp.int32).reshape(-1), documents.reshape(-1), B * (T + 1)
+            )
+            return found > 0  # empty segments are below
+
+        trained = targets != IGNORED
+        counted = any_of(trained)
+        return (counted & ~any_of(trained & ~hits)).sum(), counted.sum()
 
     def _vocabulary(self):
         """How hidden states become logits."""

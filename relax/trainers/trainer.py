@@ -12,6 +12,7 @@ update n is `fold_in(state.rng, n)`, and no attribute of a trainer changes while
 import abc
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator
@@ -19,11 +20,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from relax import fault
+from relax import fault, parallel
 from relax.models.trainable import merge
 from relax.trainers import callback as hooks
+from relax.trainers import evaluation
 from relax.trainers import optimizer as optimizers
 from relax.trainers.callback import Event
 from relax.trainers.interrupt import Interrupt
@@ -159,7 +162,8 @@ class Trainer(abc.ABC):
             metrics["learning_rate"] = rate
         step = state.step + 1
         frozen = self.update_frozen(state.frozen, params, step)
-        return state.replace(step=step, params=params, opt_state=opt_state, frozen=frozen), metrics
+        state = state.replace(step=step, params=params, opt_state=opt_state, frozen=frozen)
+        return parallel.pinned(state), metrics
 
     def eval_step(self, params, frozen, batch) -> LossOutput:
         """The loss of one batch without a gradient."""
@@ -168,19 +172,22 @@ class Trainer(abc.ABC):
     def _loss(self, params, batch, **extras):
         return self.compute_loss(params, batch, **{name: extras[name] for name in self._extras})
 
-    def validate(self, state: TrainState, loader, max_batches: int | None = None) -> dict:
+    def validate(
+        self, state: TrainState, loader, max_batches: int | None = None
+    ) -> evaluation.Evaluation:
         """Loss and metrics over a loader, weighted by items; no gradient, no dropout.
 
         Args:
           state: its `eval_params` are read, nothing is changed or donated.
-          loader: an iterable of batches.
-          max_batches: stop after so many; None takes all.
+          loader: an iterable of batches, or several by name, whose metrics are then given by name
+            (`hard_loss`) and overall (`loss`).
+          max_batches: stop after so many of a loader; None takes all.
 
         Returns:
-          Numbers by name, `loss` among them.
+          Numbers by name, `loss` among them; its attribute `batches` has those of every batch.
 
         Raises:
-          ValueError: if the loader gave no batch.
+          ValueError: if a loader gave no batch.
         """
         event = Event(self, state, int(state.step))
         hooks.call(self.callbacks, "on_validation_begin", event)
@@ -189,18 +196,17 @@ class Trainer(abc.ABC):
         hooks.call(self.callbacks, "on_validation_end", event)
         return metrics
 
-    def _evaluate(self, state: TrainState, loader, max_batches: int | None) -> dict:
-        params = state.eval_params
-        outputs = [
-            jax.device_get(self.eval_step(params, state.frozen, batch))
-            for batch in itertools.islice(_items(loader, 0, 0), max_batches)
-        ]
-        if not outputs:
-            raise ValueError(
-                "the evaluation loader gave no batch. Pass something that can be iterated anew for "
-                "every evaluation, such as a list; a generator runs out."
-            )
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    def _evaluate(self, state: TrainState, loader, max_batches: int | None):
+        items = functools.partial(_items, epoch=0, start=0)
+        return evaluation.evaluate(self, state, loader, max_batches, items)
+
+    def evaluate_item(self, state: TrainState, params, item, index: int) -> Any:
+        """What an item of an evaluation loader gives; `params` are the state's `eval_params`."""
+        return jax.device_get(self.eval_step(params, state.frozen, parallel.place_batch(item)))
+
+    def reduce_evaluation(self, parts: list) -> dict[str, float]:
+        """The metrics of all that `evaluate_item` gave."""
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
         return {name: value.item() for name, value in reduce_metrics(stacked).items()}
 
     def test(self, state: TrainState, loader, max_batches: int | None = None) -> dict:
@@ -344,7 +350,8 @@ class _Run:
             note = given if isinstance(given, Annotated) else Annotated(given)
             event = dataclasses.replace(event, batch=note.batch, records=note.records)
             event = self._call("on_batch_begin", event)
-            state, metrics = self.trainer.train_step(event.state, note.batch)
+            rows = parallel.place_batch(note.batch)
+            state, metrics = self.trainer.train_step(event.state, rows)
             metrics |= note.metrics
             event = dataclasses.replace(event, state=state, step=event.step + 1, metrics=metrics)
             event = self._call("on_batch_end", event)

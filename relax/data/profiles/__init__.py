@@ -1,6 +1,6 @@
 """Profiles: what prompts ask for, what answers look like, and where they end. Imports no jax."""
 
-from relax.data.profiles.apply import apply_profile, early_stops, remaining_system_prompt
+from relax.data.profiles.apply import Kind, apply_profile, early_stops, remaining_system_prompt
 from relax.data.profiles.auto import choose_profile, resolve_profile
 from relax.data.profiles.base import DataProfile, Rewriting, messages_of
 from relax.data.profiles.combined import CombinedProfile
@@ -20,6 +20,7 @@ __all__ = [
     "PROFILES",
     "CombinedProfile",
     "DataProfile",
+    "Kind",
     "Rewriting",
     "apply_profile",
     "choose_profile",

@@ -1,0 +1,58 @@
+"""Evaluation: over one loader or several by name, of every batch and overall."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Evaluation(dict):
+    """Numbers by name, over all batches.
+
+    Attributes:
+      parts: what each batch gave, by the name of its set ("" of the only one).
+    """
+
+    def __init__(self, metrics: dict, parts: dict[str, list], reduce: Callable[[list], dict]):
+        super().__init__(metrics)
+        self.parts, self._reduce = parts, reduce
+
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        """The same numbers of each batch; of several sets, with the name of its `set`."""
+        return [
+            ({"set": name} if name else {}) | self._reduce([part])
+            for name, some in self.parts.items()
+            for part in some
+        ]
+
+
+def evaluate(trainer, state, loader, max_batches: int | None, items) -> Evaluation:
+    """What `Trainer.validate` returns.
+
+    Args:
+      loader: of batches, or a mapping of names to such loaders: then a metric of a set is called
+        `set_metric`, and `metric` alone is over all sets together.
+      max_batches: of each loader; None: all.
+      items: what gives a loader's items.
+
+    Raises:
+      ValueError: a loader gave no batch.
+    """
+    sets = loader if isinstance(loader, Mapping) else {"": loader}
+    params, parts, found = state.eval_params, {}, {}
+    for name, one in sets.items():
+        parts[name] = [
+            trainer.evaluate_item(state, params, item, i)
+            for i, item in enumerate(itertools.islice(items(one), max_batches))
+        ]
+        if not parts[name]:
+            which = f" of {name!r}" if name else ""
+            raise ValueError(
+                f"the evaluation loader{which} gave no batch. Pass something that can be iterated "
+                "anew for every evaluation, such as a list; a generator runs out."
+            )
+        if len(sets) > 1:
+            whole = trainer.reduce_evaluation(parts[name])
+            found |= {f"{name}_{metric}": value for metric, value in whole.items()}
+    overall = trainer.reduce_evaluation([part for some in parts.values() for part in some])
+    return Evaluation(overall | found, parts, trainer.reduce_evaluation)
