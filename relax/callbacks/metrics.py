@@ -14,7 +14,7 @@ from relax.run_dir import atomic_write
 from relax.trainers.callback import Callback, Event
 
 # Fields that depend on the clock: everything else is the same in every run of a configuration.
-CLOCK_FIELDS = ("tokens_per_second", "elapsed_s", "step_time")
+CLOCK_FIELDS = ("tokens_per_second", "elapsed_s", "step_time", "eps")
 PHASE = "time/"  # metrics of this name are seconds, and clock fields as well
 
 
@@ -27,7 +27,8 @@ class MetricsLog(Callback):
     back to them, or writes them into a new one.
 
     Where a trainer gives seconds of its phases, as `time/...`, a line has their means per update,
-    `time/update` (the compiled steps), `time/other`, and `step_time`, which is their sum.
+    `time/update` (the compiled steps), `time/other`, and `step_time`, which is their sum; and where
+    one counts episodes, `eps`, those of a second.
 
     Args:
       path: the file, written over if it is there; None: nothing is written.
@@ -152,6 +153,8 @@ class MetricsLog(Callback):
             step_s = (now_s - self._window_s) / len(self._window)
             self._window_s = now_s
             record |= {f"{PHASE}other": max(step_s - sum(phases), 0.0), "step_time": step_s}
+            if episodes := sum(metrics.get("episode", 0) for metrics in self._window):
+                record["eps"] = episodes / (step_s * len(self._window))
 
     def _emit(self, event: Event, metrics: dict) -> None:
         record = {"step": event.step}

@@ -85,6 +85,7 @@ class Progress(Callback):
             "skipped_steps": "{} skipped",
             "reward": "reward {:.3f}",
             "kl": "kl {:.4f}",
+            "objective/kl": "kl {:.3f}",
             "completions/mean_length": "length {:.1f}",
             "eval_loss": "evaluation loss {:.4f}",
             "eval_reward": "evaluation reward {:.4f}",

@@ -28,9 +28,9 @@ class RewardWarnings(Callback):
 
     def show(self, record: dict) -> None:
         """Takes a record of `MetricsLog`, as one of its listeners."""
-        if "frac_reward_zero_std" not in record:
+        if "completions/truncated_ratio" not in record:
             return
-        entropy = record.get("entropy")
+        entropy = record.get("entropy", record.get("policy/entropy_avg"))
         if self._first_entropy is None:
             self._first_entropy = entropy
         for name, holds, text in self._symptoms(record, entropy):
@@ -42,7 +42,8 @@ class RewardWarnings(Callback):
                     self.also_say(text)
 
     def _symptoms(self, record: dict, entropy: float | None):
-        equal = record["frac_reward_zero_std"]
+        # A group of one has no spread of its own.
+        equal = record.get("frac_reward_zero_std", float(record.get("reward_std", 1.0) < 1e-6))
         mean = f"{record['reward']:.2f}" if "reward" in record else "none"
         yield (
             "equal",

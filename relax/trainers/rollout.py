@@ -276,14 +276,17 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Statistics of rewards `[P, G]`, and of each function's `[P, G, F]`; NaN: not applicable.
 
-    What applies to no completion is left out: a mean over several rollouts is of the others.
+    What applies to no completion is left out: a mean over several rollouts is of the others. So are
+    the statistics of groups where a group is a single completion.
     """
     metrics = {
         "reward": _mean(rewards),
         "reward_std": _std(rewards),
-        "reward_group_std": _mean(np.array([_std(group) for group in rewards])),
-        "frac_reward_zero_std": float(np.mean([_std(group) < 1e-6 for group in rewards])),
     }
+    if rewards.shape[1] > 1:
+        spread = np.array([_std(group) for group in rewards])
+        metrics["reward_group_std"] = _mean(spread)
+        metrics["frac_reward_zero_std"] = float((spread < 1e-6).mean())
     for i, name in enumerate(names):
         metrics[f"rewards/{name}/mean"] = _mean(by_function[..., i])
         metrics[f"rewards/{name}/std"] = _std(by_function[..., i])
