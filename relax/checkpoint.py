@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from relax import fault
+from relax import distributed, fault, parallel
 from relax.checkpoint_io import (
     DamagedError,
     check_structure,
@@ -32,6 +32,7 @@ from relax.checkpoint_io import (
     named_leaves,
     place,
     read_arrays,
+    read_leaf,
     read_manifests,
     shorten,
     tree_bytes,
@@ -130,19 +131,24 @@ class Checkpointer:
         fault.point("before_write")
         temporary = self.directory / f"tmp-{step}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self.sweep()
+            if distributed.is_main():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self.sweep()
             write(temporary, step, leaves, progress)
             fault.point("before_rename")
-            self._remove_later(step)
-            self._commit(temporary, step)
+            if distributed.is_main():
+                self._remove_later(step)
+                self._commit(temporary, step)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if distributed.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, CheckpointError) or not isinstance(error, Exception):
                 raise
             raise CheckpointError(self._why_not_written(step, state, error)) from error
         fault.point("after_rename")
-        self._keep_newest()
+        if distributed.is_main():
+            self._keep_newest()
+        distributed.barrier("checkpoint saved")
         return self.path(step)
 
     def restore(self, template, step: int | None = None) -> tuple[object, dict, int]:
@@ -229,9 +235,10 @@ def restore_checkpoint(
     want = named_leaves(template)
     check_structure(path, want, sums["leaves"])
     bad_files = [name for name, crc in sums["files"].items() if file_crc(path / name) != crc]
+    arrays, bad_leaves = None, []
     if bad_files:
-        arrays, bad_leaves = {}, damaged_leaves(path, sums["leaves"])
-    else:
+        bad_leaves = damaged_leaves(path, sums["leaves"])
+    elif parallel.layout() is None:
         arrays, bad_leaves = read_arrays(path, sums["leaves"])
     if bad_files or bad_leaves:
         what = [f"file {name}" for name in bad_files] + [f"leaf {name}" for name in bad_leaves]
@@ -239,10 +246,20 @@ def restore_checkpoint(
     changed = fingerprint_diff(info["fingerprint"], fingerprint())
     if changed:
         warn(f"bit-identity with the run that saved step {info['step']} is not promised: {changed}")
-    # Each leaf leaves the dict as it is placed: two copies of the whole state never exist at once.
-    placed = [place(arrays.pop(name), leaf) for name, leaf in want.items()]
+    if arrays is None:  # on a mesh a whole leaf is read and cut at a time, and never all of them
+        placed = [_read_placed(path, n, sums["leaves"][n], leaf) for n, leaf in want.items()]
+    else:
+        # Each leaf leaves the dict as it is placed: two copies of the state never exist at once.
+        placed = [place(arrays.pop(name), leaf) for name, leaf in want.items()]
     state = jax.tree.unflatten(jax.tree.structure(template), placed)
     return state, info["progress"], info["step"]
+
+
+def _read_placed(path: Path, name: str, spec: dict, like):
+    array = read_leaf(path, name, spec)
+    if array is None:
+        raise DamagedError(f"checkpoint '{path}' is damaged: leaf {name}.")
+    return place(array, like)
 
 
 def read_info(path: str | Path) -> dict:

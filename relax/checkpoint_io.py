@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from relax import fault
+from relax import distributed, fault, parallel
 from relax.errors import CheckpointError
 from relax.run_dir import STATE_FILE, fsync_path
 
@@ -83,13 +83,43 @@ def place(array: np.ndarray, like):
     sharding = like.sharding if getattr(like, "committed", True) else None
     if "key" in (spec := _spec(like)):
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=spec["key"])
-        return key if sharding is None else jax.device_put(key, sharding)
+        return key if sharding is None else parallel.put(key, sharding)
     # The copy is not made yet, and holds on to the array until it is: wait, to hold one at a time.
-    return jax.block_until_ready(jax.device_put(array, sharding))
+    return jax.block_until_ready(
+        jax.device_put(array) if sharding is None else parallel.put(array, sharding)
+    )
+
+
+def leaf_sums(leaves: dict) -> dict[str, dict]:
+    """What tells each leaf's bytes: `crc32` of all, or, of a leaf that lies in several processes,
+    `parts`: of every part its bounds, `[[start, stop], ...]`, and its crc32.
+    """
+    cut = {n: a for n, a in leaves.items() if isinstance(a, jax.Array)}
+    cut = {n: a for n, a in cut.items() if not a.is_fully_addressable}
+    mine = {name: [_part_sum(array, s) for s in _firsts(array)] for name, array in cut.items()}
+    parts = distributed.gather(mine)
+    return {
+        name: {"parts": [part for told in parts for part in told[name]]}
+        if name in cut
+        else {"crc32": leaf_crc(array)}
+        for name, array in leaves.items()
+    }
+
+
+def _firsts(array: jax.Array) -> list:
+    """The parts of an array that this process, of all that hold them, is the one to tell of."""
+    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
+
+
+def _part_sum(array: jax.Array, shard) -> list:
+    bounds = [s.indices(n)[:2] for s, n in zip(shard.index, array.shape, strict=True)]
+    return [bounds, leaf_crc(shard.data)]
 
 
 def leaf_crc(array) -> int:
     """crc32 of an array's bytes."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = parallel.to_host(array)
     if isinstance(array, jax.Array) and any(d.platform != "cpu" for d in array.devices()):
         # A jax array keeps the host copy that it was read through: read through a passing one.
         array = jnp.copy(array)
@@ -115,15 +145,21 @@ def write(directory: Path, step: int, leaves: dict, progress: dict) -> None:
         info_bytes = json.dumps(info, indent=1).encode()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the progress of a run must be JSON: {error}") from error
-    directory.mkdir()
+    if distributed.is_main():
+        directory.mkdir()
+    distributed.barrier("checkpoint directory")
     stored = {name: _stored(leaf) for name, leaf in leaves.items()}
-    sums = {n: _spec(leaf) | {"crc32": leaf_crc(stored[n])} for n, leaf in leaves.items()}
+    sums = leaf_sums(stored)
+    sums = {name: _spec(leaf) | sums[name] for name, leaf in leaves.items()}
     # Orbax refuses arrays without elements; their shape, in the checksums, is all there is to them.
     full = {name: array for name, array in stored.items() if array.size}
     in_flight = max([_IN_FLIGHT_BYTES, *(array.nbytes for array in full.values())])
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight / 1e9 + 0.001)
     with _quiet(), ocp.Checkpointer(handler) as orbax:
         orbax.save(directory / _ARRAYS, full)
+    distributed.barrier("checkpoint arrays")
+    if not distributed.is_main():
+        return
     fault.point("mid_write")
     (directory / STATE_FILE).write_bytes(info_bytes)
     fault.point("before_checksums")
@@ -192,23 +228,24 @@ def read_arrays(path: Path, specs: dict) -> tuple[dict, list[str]]:
     return arrays, [name for name, spec in specs.items() if not _intact(arrays.get(name), spec)]
 
 
-def damaged_leaves(path: Path, specs: dict) -> list[str]:
-    """Names the leaves that damaged files have hit, by reading one after the other.
+def read_leaf(path: Path, name: str, spec: dict) -> np.ndarray | None:
+    """One leaf, below orbax, which reads all or none; None: it is not what was written."""
+    if not math.prod(spec["shape"]):
+        return np.empty(spec["shape"], jnp.dtype(spec["dtype"]))
+    store = {"driver": "ocdbt", "base": f"file://{path / _ARRAYS}/", "path": name}
+    try:
+        opened = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+        if list(opened.shape) == spec["shape"]:
+            array = opened.read().result()
+            return array if _intact(array, spec) else None
+    except ValueError:  # what tensorstore raises for anything that it cannot make sense of
+        pass
+    return None
 
-    Below orbax, which gives up on all leaves when one cannot be read and leaves futures behind.
-    """
-    bad = []
-    for name, spec in specs.items():
-        store = {"driver": "ocdbt", "base": f"file://{path / _ARRAYS}/", "path": name}
-        try:
-            opened = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
-            if list(opened.shape) == spec["shape"] and _intact(opened.read().result(), spec):
-                continue
-        except ValueError:  # what tensorstore raises for anything that it cannot make sense of
-            pass
-        if math.prod(spec["shape"]):
-            bad.append(name)
-    return bad
+
+def damaged_leaves(path: Path, specs: dict) -> list[str]:
+    """Names the leaves that damaged files have hit, by reading one after the other."""
+    return [name for name, spec in specs.items() if read_leaf(path, name, spec) is None]
 
 
 def _intact(array: np.ndarray | None, spec: dict) -> bool:
@@ -216,8 +253,15 @@ def _intact(array: np.ndarray | None, spec: dict) -> bool:
         array is not None
         and list(array.shape) == spec["shape"]
         and str(array.dtype) == spec["dtype"]
-        and leaf_crc(array) == spec["crc32"]
+        and all(leaf_crc(part) == crc for part, crc in _summed(array, spec))
     )
+
+
+def _summed(array: np.ndarray, spec: dict):
+    """Parts of a leaf, and what was the crc32 of each when it was written."""
+    if "parts" not in spec:
+        return [(array, spec["crc32"])]
+    return [(array[tuple(slice(*b) for b in bounds)], crc) for bounds, crc in spec["parts"]]
 
 
 def check_structure(path: Path, want: dict, have: dict) -> None:

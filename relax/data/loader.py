@@ -80,19 +80,29 @@ class DataLoader:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self.batches(0)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch from position `start`; those before it are never made."""
+    def batches(
+        self, epoch: int, start: int = 0, places: np.ndarray | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of one epoch from position `start`; those before it are never made.
+
+        `places` are the rows of a batch to make, where other processes make the others.
+        """
         order = np.arange(len(self.rows))
         if self.shuffle:
             order = epoch_order(len(self.rows), self.seed, epoch)
         for position in range(start, len(self)):
             first = position * self.batch_size
-            yield self._batch(order[first : first + self.batch_size])
+            yield self._batch(order[first : first + self.batch_size], places)
 
-    def _batch(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        rows = [[self._piece(segment) for segment in self.rows[i]] for i in chosen]
-        rows += [[]] * (self.batch_size - len(rows))
+    def _batch(self, chosen: np.ndarray, places: np.ndarray | None) -> dict[str, np.ndarray]:
         longest = self.row_lengths[chosen].max()
+        places = range(self.batch_size) if places is None else places
+        rows = [
+            [self._piece(segment) for segment in self.rows[chosen[place]]]
+            if place < len(chosen)
+            else []
+            for place in places
+        ]
         return collate(rows, next(n for n in self.bucket_lengths if n >= longest))
 
     def _piece(self, segment: Segment) -> Encoded:

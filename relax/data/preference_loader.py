@@ -92,15 +92,21 @@ class PreferenceLoader:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self.batches(0)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch from position `start`; those before it are never made."""
+    def batches(
+        self, epoch: int, start: int = 0, places: np.ndarray | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of one epoch from position `start`; those before it are never made.
+
+        `places` are the rows of a batch to give, where other processes have the others.
+        """
         order = np.arange(len(self.rows))
         if self.shuffle:
             order = epoch_order(len(self.rows), self.seed, epoch)
         for position in range(start, len(self)):
             first = position * self.batch_size
             rows = [self.rows[i] for i in order[first : first + self.batch_size]]
-            yield self._batch(rows + [[]] * (self.batch_size - len(rows)))
+            batch = self._batch(rows + [[]] * (self.batch_size - len(rows)))
+            yield batch if places is None else {n: array[places] for n, array in batch.items()}
 
     def _batch(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
         items = self.preferences.items

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from relax import parallel
+
 IGNORED = -100  # a label that is no target: prompts, padding, the first token of a document
 
 
@@ -70,8 +72,15 @@ def linear_cross_entropy(
     Raises:
       ValueError: there is no token, or `chunk_size` is below 1.
     """
-    chunk_size = _checked(hidden, chunk_size)
-    return TokenSums(*_sums(hidden, matrix, targets, chunk_size, softcap))
+
+    def sums(hidden, matrix, targets):
+        parts = _sums(hidden, matrix, targets, _checked(hidden, chunk_size), softcap)
+        return tuple(part[None] for part in parts)
+
+    _checked(hidden, chunk_size)
+    # Each device goes through the chunks of its own tokens.
+    run = parallel.local(sums, (("batch",), None, ("batch",)), (("batch",),) * 4, auto=True)
+    return TokenSums(*(part.sum() for part in run(hidden, matrix, targets)))
 
 
 def target_hits(
@@ -83,13 +92,18 @@ def target_hits(
     softcap: float | None = None,
 ) -> jax.Array:
     """`[M]` bool: whether the most likely token is the target; see `linear_cross_entropy`."""
-    matrix = matrix.astype(hidden.dtype)
 
-    def hits(row):
-        logits = jnp.einsum("D,VD->V", row[0], matrix, preferred_element_type=jnp.float32)
-        return _capped(logits, softcap)[0].argmax() == row[1]
+    def hits(hidden, matrix, targets):
+        matrix = matrix.astype(hidden.dtype)
 
-    return jax.lax.map(hits, (hidden, targets), batch_size=_checked(hidden, chunk_size))
+        def hit(row):
+            logits = jnp.einsum("D,VD->V", row[0], matrix, preferred_element_type=jnp.float32)
+            return _capped(logits, softcap)[0].argmax() == row[1]
+
+        return jax.lax.map(hit, (hidden, targets), batch_size=_checked(hidden, chunk_size))
+
+    run = parallel.local(hits, (("batch",), None, ("batch",)), ("batch",), auto=True)
+    return run(hidden, matrix, targets)
 
 
 def _checked(hidden, chunk_size):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from relax import parallel
 from relax.losses.cross_entropy import IGNORED
 
 
@@ -67,13 +68,19 @@ def linear_logprobs(
             "log-probabilities need at least one token, a chunk_size of at least 1 and a "
             f"temperature above 0, got {hidden.shape[0]} tokens, {chunk_size} and {temperature}."
         )
-    chunk_size, targets = min(chunk_size, hidden.shape[0]), jnp.asarray(targets)
-    order = jnp.argsort(targets == IGNORED, stable=True)
-    real = (targets != IGNORED)[:, None]
-    # An ignored row may hold NaN, which times a zero gradient would still reach the matrix.
-    ordered = jnp.where(real, hidden, 0)[order]
-    out = _ordered(ordered, matrix, targets[order], temperature, softcap, chunk_size)
-    return TokenLogprobs(*(jnp.zeros_like(x).at[order].set(x, unique_indices=True) for x in out))
+
+    def of_part(hidden, matrix, targets):
+        chunk = min(chunk_size, hidden.shape[0])
+        order = jnp.argsort(targets == IGNORED, stable=True)
+        real = (targets != IGNORED)[:, None]
+        # An ignored row may hold NaN, which times a zero gradient would still reach the matrix.
+        ordered = jnp.where(real, hidden, 0)[order]
+        out = _ordered(ordered, matrix, targets[order], temperature, softcap, chunk)
+        return tuple(jnp.zeros_like(x).at[order].set(x, unique_indices=True) for x in out)
+
+    # Each device goes through the chunks of its own tokens.
+    run = parallel.local(of_part, (("batch",), None, ("batch",)), (("batch",),) * 2, auto=True)
+    return TokenLogprobs(*run(hidden, matrix, jnp.asarray(targets)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

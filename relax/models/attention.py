@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from relax import parallel
+
 SAVED = "attention"  # the name under which a checkpoint policy finds what attention keeps
 BLOCK = 256  # queries and keys whose scores exist at once, in rows that are longer
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # far from −inf, so that no row becomes NaN
@@ -52,6 +54,17 @@ def attend(
     Returns:
       `[B, T, K, G, H]`.
     """
+    heads = ("batch", None, "heads")
+    # Rows and heads are merged below, which XLA cannot cut along both: each device has its own.
+    run = parallel.local(
+        functools.partial(_attend_part, multiplier=multiplier, softcap=softcap, block=block),
+        (heads, heads, heads, ("batch",)),
+        heads,
+    )
+    return run(q, k, v, mask)
+
+
+def _attend_part(q, k, v, mask, *, multiplier, softcap, block):
     B, T, K, G, H = q.shape
     # Merged axes give XLA plain batched matrix products; einsums over [B, T, K, G, H] compile to
     # strided ones that take twice the time on CPUs, backward pass included.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from relax.errors import ModelLoadError
 from relax.models.config import TransformerConfig
+from relax.models.cut import read_params
 from relax.models.directories import find_directory, read_json
 from relax.models.families import Family, family_of
 from relax.models.families.family import FOLLOWING
@@ -25,8 +26,8 @@ from relax.models.pretrained import (
     read_config,
     write_model,
 )
-from relax.models.shards import check_tensors, read_tensors, tensor_files
-from relax.models.tensors import Part, Tensors, assemble, expected_tensors, shape_of
+from relax.models.shards import check_tensors, tensor_files
+from relax.models.tensors import Part, Tensors, expected_tensors, shape_of
 from relax.models.transformer import Transformer
 
 TENSOR = "score.weight"
@@ -64,7 +65,7 @@ def load_classifier(
     body = {name: file for name, file in files.items() if name != TENSOR}
     expected = {**expected_in(body, family, config), **_head(config)}
     check_tensors(directory, {name: shape_of(parts) for name, parts in expected.items()}, files)
-    params = assemble(expected, read_tensors(directory, expected, files), param_dtype)
+    params = read_params(directory, expected, files, param_dtype)
     model = Transformer(config, jnp.dtype(dtype), jnp.dtype(param_dtype), gradient_checkpointing)
     return model, params
 

@@ -6,7 +6,7 @@ P prompts of L tokens and G completions of C tokens in P · (L + G · C) tokens 
 P · G · (L + C).
 
 Axes: P prompts, L tokens of a prompt, G completions of a group, C tokens of a completion, D model,
-K key-value heads, H head; M = P * L + P * G * C tokens.
+K key-value heads, H head; M = P * (L + G * C) tokens: a prompt's, then those of its completions.
 """
 
 import jax
@@ -63,11 +63,13 @@ def group_outputs(
     P, L = prompt_ids.shape
     G, C = completion_ids.shape[1:]
     after = prompt_lengths[:, None, None] + jnp.arange(C)[None, None, :]  # [P, 1, C]
-    positions = _flat(jnp.broadcast_to(jnp.arange(L)[None, :], (P, L)), after, G)
-    ids = jnp.concatenate([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
-    real_prompt = jnp.arange(L)[None, :] < prompt_lengths[:, None]
-    real_completion = jnp.arange(C)[None, None, :] < completion_lengths[:, :, None]
-    real = jnp.concatenate([real_prompt.reshape(-1), real_completion.reshape(-1)])
+    after = jnp.broadcast_to(after, (P, G, C))
+    positions = _joined(jnp.broadcast_to(jnp.arange(L)[None, :], (P, L)), after)
+    ids = _joined(prompt_ids, completion_ids)
+    real = _joined(
+        jnp.arange(L)[None, :] < prompt_lengths[:, None],
+        jnp.arange(C)[None, None, :] < completion_lengths[:, :, None],
+    )
 
     R = config.rotary_dim or config.head_dim
     angles, masks = {None: None}, {}
@@ -81,15 +83,19 @@ def group_outputs(
     for layer, kind in zip(model.layers, config.layer_kinds, strict=True):
         x, router = model.run(layer, x, (angles[kind.rope], masks[kind.window], real), _over_groups)
         routers.append(router)
-    x = model.norm(x)
-    prompt, completion = x[: P * L].reshape(P, L, -1), x[P * L :].reshape(P, G, C, -1)
-    return prompt, completion, total_aux_loss(routers)
+    prompt, completion = _parted(model.norm(x), P, L)
+    return prompt, completion.reshape(P, G, C, -1), total_aux_loss(routers)
 
 
-def _flat(prompt, completion, G):
-    """`[P, L]` and `[P, 1, C]` -> `[M]`, the second for each of G completions."""
-    completion = jnp.broadcast_to(completion, (completion.shape[0], G, completion.shape[2]))
-    return jnp.concatenate([prompt.reshape(-1), completion.reshape(-1)])
+def _joined(prompt, completion):
+    """`[P, L]` and `[P, G, C]` -> `[M]`."""
+    return jnp.concatenate([prompt, completion.reshape(len(prompt), -1)], axis=1).reshape(-1)
+
+
+def _parted(x, P, L):
+    """`[M, ...]` -> `[P, L, ...]` and `[P, G * C, ...]`."""
+    x = x.reshape(P, -1, *x.shape[1:])
+    return x[:, :L], x[:, L:]
 
 
 def _completion_mask(prompt_lengths, L, G, C, window):
@@ -112,15 +118,17 @@ def _over_groups(config, layer, x, constants):
 
     def attention(q, k, v):
         options = attention_options(config)
-        prompt = [a[: P * L].reshape(P, L, *a.shape[1:]) for a in (q, k, v)]
-        out = attend(*prompt, prompt_mask, **options).reshape(P * L, -1)
-        q, k, v = (a[P * L :].reshape(N, C, *a.shape[1:]) for a in (q, k, v))
+        prompt, own = zip(*(_parted(a, P, L) for a in (q, k, v)), strict=True)
+        out = attend(*prompt, prompt_mask, **options).reshape(P, L, -1)
+        q, k, v = (a.reshape(N, C, *a.shape[2:]) for a in own)
         keys, values = (
             jnp.concatenate([jnp.repeat(shared, N // P, axis=0), own], axis=1)
             for shared, own in zip(prompt[1:], (k, v), strict=True)
         )
-        completions = attend(q, keys, values, completion_mask, **options).reshape(N * C, -1)
-        return jnp.concatenate([out, completions]), None
+        completions = attend(q, keys, values, completion_mask, **options).reshape(
+            P, -1, out.shape[2]
+        )
+        return jnp.concatenate([out, completions], axis=1).reshape(len(x), -1), None
 
     x, _, router = layer(x, angles, attention, real)
     return x, router

@@ -4,12 +4,14 @@ Axes: B batch, T token, K key-value heads, G query heads per key-value head, H h
 """
 
 import collections
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from relax import parallel
 from relax.errors import ConfigError
 from relax.models.attention import SAVED, attend, attention_mask
 
@@ -52,8 +54,9 @@ class Need(NamedTuple):
 
 
 def this_device() -> Device:
-    """The default device of this process."""
-    device = jax.devices()[0]
+    """The device that programs are compiled for: the default one, or those of the mesh in use."""
+    current = parallel.layout()
+    device = jax.devices()[0] if current is None else current.mesh.devices.flat[0]
     if device.platform not in ("gpu", "cuda"):
         return Device(device.platform)
     if "cuda" not in device.client.platform_version.lower():
@@ -162,11 +165,16 @@ def attend_rows(
     Returns:
       `[B, T, K, G, H]`.
     """
+    if path == "xla":
+        return attend(q, k, v, mask, multiplier=multiplier, softcap=softcap)
+    heads = ("batch", None, "heads")
     if path == "splash":
-        return _splash(q, k, v, segment_ids, window, multiplier, softcap)
-    if path == "cudnn":
-        return _cudnn(q, k, v, mask if segment_ids is not None else None, window, multiplier)
-    return attend(q, k, v, mask, multiplier=multiplier, softcap=softcap)
+        kernel = functools.partial(_splash, window=window, multiplier=multiplier, softcap=softcap)
+        run = parallel.local(kernel, (heads, heads, heads, ("batch",)), heads)
+        return run(q, k, v, segment_ids)
+    kernel = functools.partial(_cudnn, window=window, multiplier=multiplier)
+    run = parallel.local(kernel, (heads, heads, heads, ("batch",)), heads)
+    return run(q, k, v, mask if segment_ids is not None else None)
 
 
 def _cudnn(q, k, v, mask, window, multiplier, implementation="cudnn"):

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from relax import parallel
 from relax.models.config import LoRA
 
 
@@ -49,7 +50,7 @@ class Linear(nn.Module):
     def __call__(self, x):  # [M, D]
         init = nn.initializers.normal(self.stddev)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
-        y = matmul(x, kernel.astype(self.dtype))
+        y = matmul(x, parallel.used(kernel.astype(self.dtype), *self.path, "kernel"))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             # In float32, and so is its gradient: a sum over all tokens.

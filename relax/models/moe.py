@@ -3,10 +3,13 @@
 Axes: M tokens, D model, F feed-forward, E experts, C experts chosen per token.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from relax import parallel
 from relax.models.config import TransformerConfig
 
 RouterSums = tuple[jax.Array, jax.Array, jax.Array]
@@ -39,18 +42,32 @@ class Experts(nn.Module):
         weights, chosen = jax.lax.top_k(probs, c.num_experts_per_tok)  # [M, C]
         if c.norm_topk_prob:
             weights = weights / weights.sum(axis=-1, keepdims=True)
-        order = jnp.argsort(chosen.reshape(-1), stable=True)  # of the M * C choices, by expert
-        sizes = jnp.bincount(chosen.reshape(-1), length=E).astype(jnp.int32)
-        rows = x[order // c.num_experts_per_tok]
-        hidden = activation(c.hidden_act)(jax.lax.ragged_dot(rows, gate, sizes))
-        hidden = hidden * jax.lax.ragged_dot(rows, up, sizes)
-        outputs = jax.lax.ragged_dot(hidden, down, sizes)  # [M * C, D]
-        outputs = outputs[jnp.argsort(order)].reshape(*chosen.shape, D)
-        y = (outputs * weights.astype(self.dtype)[:, :, None]).sum(axis=1)
+        # Each device sorts its own tokens, and has some of the columns of every expert.
+        run = parallel.local(
+            functools.partial(_mixed, act=activation(c.hidden_act)),
+            (("batch",), ("batch",), ("batch",), *_COLUMNS),
+            ("columns", "batch", None),
+        )
+        y = run(x, weights.astype(self.dtype), chosen, gate, up, down).sum(axis=0)
 
         times = jnp.where(real[:, None, None], jax.nn.one_hot(chosen, E), 0).sum(axis=(0, 1))
         mass = jnp.where(real[:, None], probs, 0).sum(axis=0)
         return y, (times, mass, real.sum().astype(jnp.float32))
+
+
+_COLUMNS = ((None, None, "columns"), (None, None, "columns"), (None, "columns", None))
+
+
+def _mixed(x, weights, chosen, gate, up, down, *, act):
+    """`[1, M, D]`: Σ_c weights_c · expert_c(x), over the experts' columns that are here."""
+    E, C = gate.shape[0], chosen.shape[1]
+    order = jnp.argsort(chosen.reshape(-1), stable=True)  # of the M * C choices, by expert
+    sizes = jnp.bincount(chosen.reshape(-1), length=E).astype(jnp.int32)
+    rows = x[order // C]
+    hidden = act(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    outputs = jax.lax.ragged_dot(hidden, down, sizes)  # [M * C, D]
+    outputs = outputs[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    return (outputs * weights[:, :, None]).sum(axis=1)[None]
 
 
 def total_aux_loss(layers: list[RouterSums | None]) -> jax.Array | None:

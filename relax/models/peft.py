@@ -14,13 +14,14 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
+from relax import distributed, parallel
 from relax.errors import ModelLoadError
 from relax.models import shards
 from relax.models.config import LoRA
 from relax.models.directories import new_directory, read_json, write_json
 from relax.models.families import family_of
 from relax.models.families.family import LAYER
-from relax.models.lora import ALL_LINEAR, merge_adapters, target_layers
+from relax.models.lora import ADAPTER, ALL_LINEAR, merge_adapters, target_layers
 from relax.models.pretrained import load_pretrained
 from relax.models.trainable import merge
 from relax.models.transformer import Transformer
@@ -151,7 +152,7 @@ def save_adapter(
     modules = _modules(model, params)
     flat = flax.traverse_util.flatten_dict(params)
     for name, paths in modules.items():
-        pairs = [[flat.get((*path, leaf)) for leaf in ("lora_a", "lora_b")] for path in paths]
+        pairs = [[_whole(flat.get((*path, half))) for half in ADAPTER] for path in paths]
         if all(a is None for a, _ in pairs):
             continue
         widths = [flat[*path, "kernel"].shape[1] for path in paths]
@@ -159,12 +160,18 @@ def save_adapter(
         ranks[name] = a.shape[0]
         tensors |= zip(_tensor_names(name), (a, b), strict=True)
     fields = _fields(model.lora, list(modules), ranks) | {"base_model_name_or_path": base}
+    if not distributed.is_main():
+        return Path(path)
     with new_directory(path) as (temporary, final):
         shards.write_shard(temporary / WEIGHTS, tensors)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_json(temporary / CONFIG, fields)
     return final
+
+
+def _whole(leaf):
+    return None if leaf is None else parallel.to_host(leaf)
 
 
 def _modules(model: Transformer, params) -> Modules:

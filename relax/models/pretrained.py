@@ -12,15 +12,17 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
+from relax import distributed
 from relax.errors import ModelLoadError
 from relax.gguf_file import is_gguf
 from relax.models.config import TransformerConfig
+from relax.models.cut import read_params
 from relax.models.directories import find_directory, new_directory, read_json, some, write_json
 from relax.models.families import Family, family_of
 from relax.models.families.family import FOLLOWING
 from relax.models.gguf import load_gguf, read_gguf_config, read_gguf_ends
-from relax.models.shards import are_equal, check_tensors, read_tensors, tensor_files, write_shards
-from relax.models.tensors import Tensors, assemble, disassemble, expected_tensors, shape_of
+from relax.models.shards import are_equal, check_tensors, tensor_files, write_shards
+from relax.models.tensors import Tensors, disassemble, expected_tensors, shape_of
 from relax.models.transformer import Transformer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -72,7 +74,7 @@ def _load_directory(directory: Path, param_dtype) -> tuple[TransformerConfig, di
         del files["lm_head.weight"]  # Qwen 3 holds the matrix twice
     expected = expected_in(files, family, config)
     check_tensors(directory, {name: shape_of(parts) for name, parts in expected.items()}, files)
-    return config, assemble(expected, read_tensors(directory, expected, files), param_dtype)
+    return config, read_params(directory, expected, files, param_dtype)
 
 
 def save_pretrained(
@@ -132,6 +134,10 @@ def write_model(
         dtype = jnp.result_type(*(leaf.dtype for leaf in flat.values()))
     dtype = np.dtype(dtype)
     sizes = {n: int(np.prod(shape_of(parts))) * dtype.itemsize for n, parts in expected.items()}
+    if not distributed.is_main():  # takes part in gathering what lies in several processes
+        for parts in expected.values():
+            disassemble(parts, flat, dtype)
+        return Path(path)
     with new_directory(path) as (directory, path):
         write_shards(directory, sizes, lambda name: disassemble(expected[name], flat, dtype))
         if tokenizer is not None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from relax import parallel
 from relax.models.attention import SAVED
 
 
@@ -42,7 +43,7 @@ def checkpointed(f, policy=None):
       policy: see `jax.checkpoint_policies`; None recomputes everything.
     """
     f = jax.checkpoint(f, policy=policy)
-    if jax.default_backend() != "cpu":
+    if parallel.platform() != "cpu":
         return f
 
     def forward(params, x, constants):

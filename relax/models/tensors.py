@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relax import parallel
 from relax.models.config import TransformerConfig
 from relax.models.families import Family
 from relax.models.families.family import LAYER, module_of
@@ -78,7 +79,7 @@ def leaf_shapes(config: TransformerConfig) -> dict[tuple[str, ...], tuple[int, .
 def shape_of(parts: tuple[Part, ...]) -> tuple[int, ...]:
     """The shape of a tensor: its parts stand one below the other, along the outputs."""
     first = parts[0].shape
-    axis = _output_axis(first)
+    axis = output_axis(first)
     total = sum(part.shape[axis] for part in parts)
     return (*first[:axis], total, *first[axis + 1 :])
 
@@ -96,15 +97,22 @@ def assemble(expected: Tensors, tensors: Iterable[tuple[str, np.ndarray]], dtype
     for name, array in tensors:
         for part, piece in _pieces(expected[name], array):
             if part.expert is None:
-                flat[part.path] = jnp.asarray(np.ascontiguousarray(piece), dtype)
+                flat[part.path] = _placed(part.path, np.ascontiguousarray(piece), dtype)
                 continue
             if part.path not in stacks:
                 stacks[part.path] = np.empty((waiting[part.path], *piece.shape), np.dtype(dtype))
             stacks[part.path][part.expert] = piece
             waiting[part.path] -= 1
             if not waiting[part.path]:
-                flat[part.path] = jnp.asarray(stacks.pop(part.path))
+                flat[part.path] = _placed(part.path, stacks.pop(part.path), dtype)
     return flax.traverse_util.unflatten_dict(flat)
+
+
+def _placed(path: tuple[str, ...], array: np.ndarray, dtype):
+    where = parallel.sharding_of("/".join(path), array.shape)
+    if where is None:
+        return jnp.asarray(array, dtype)
+    return parallel.put(array.astype(dtype), where)
 
 
 def disassemble(parts: tuple[Part, ...], flat: Mapping, dtype: np.dtype) -> np.ndarray:
@@ -112,18 +120,19 @@ def disassemble(parts: tuple[Part, ...], flat: Mapping, dtype: np.dtype) -> np.n
     pieces = []
     for part in parts:
         leaf = flat[part.path]
-        piece = np.asarray(jax.device_get(leaf if part.expert is None else leaf[part.expert]))
+        piece = parallel.to_host(leaf if part.expert is None else leaf[part.expert])
         pieces.append(piece.swapaxes(-1, -2) if part.transposed else piece)
-    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, _output_axis(parts[0].shape))
+    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, output_axis(parts[0].shape))
     return np.ascontiguousarray(array, dtype)
 
 
 def _pieces(parts: tuple[Part, ...], array: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
-    axis = _output_axis(parts[0].shape)
+    axis = output_axis(parts[0].shape)
     stops = np.cumsum([part.shape[axis] for part in parts])[:-1]
     for part, piece in zip(parts, np.split(array, stops, axis), strict=True):
         yield part, piece.swapaxes(-1, -2) if part.transposed else piece
 
 
-def _output_axis(shape: tuple[int, ...]) -> int:
+def output_axis(shape: tuple[int, ...]) -> int:
+    """Along which the parts of a tensor stand one below the other."""
     return max(len(shape) - 2, 0)

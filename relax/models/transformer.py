@@ -14,6 +14,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
+from relax import parallel
 from relax.models import cache as kv_cache
 from relax.models import kernels
 from relax.models.attention import attention_mask
@@ -104,7 +105,8 @@ class Block(nn.Module):
         x = x + (self.post_attention_norm(h) if c.post_norm else h)
         h = self.mlp_norm(x) if c.pre_norm else x
         h, router = self.feed_forward(h, real)
-        return x + (self.post_mlp_norm(h) if c.post_norm else h), kept, router
+        x = x + (self.post_mlp_norm(h) if c.post_norm else h)
+        return parallel.constrain(x, "batch", None), kept, router
 
 
 class Transformer(nn.Module):
@@ -222,6 +224,7 @@ class Transformer(nn.Module):
 
     def embed(self, input_ids):
         x = self.embed_tokens[input_ids.reshape(-1)].astype(self.dtype)  # [M, D]
+        x = parallel.constrain(x, "batch", None)
         multiplier = self.config.embedding_multiplier
         return x if multiplier == 1.0 else x * jnp.asarray(multiplier, self.dtype)
 
@@ -314,13 +317,21 @@ def _over_row(attend, mask, segment_ids, keep=True):
 def _over_cache(config, window, columns, positions):
     """Attention of one new token per slot to the columns of a cache, itself included."""
 
-    def attention(q, k, v):
+    def over_part(q, k, v, columns, positions):
         keys, values = (
             kv_cache.write(old, new, positions) for old, new in zip(columns, (k, v), strict=True)
         )
         out = kv_cache.attend_cached(
             q, keys, values, positions, window=window, **attention_options(config)
         )
-        return out.reshape(out.shape[0], -1), (keys, values)
+        return out, (keys, values)
+
+    def attention(q, k, v):
+        heads = ("batch", "heads")
+        run = parallel.local(
+            over_part, (heads, heads, heads, heads, ("batch",)), (heads, (heads, heads))
+        )
+        out, kept = run(q, k, v, columns, positions)
+        return out.reshape(out.shape[0], -1), kept
 
     return attention

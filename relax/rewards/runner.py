@@ -104,6 +104,11 @@ class RewardRunner:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether a function is a part of this process, as a reward model is."""
+        return any(runs_here(function) for function in self._local.values())
+
     def close(self) -> None:
         """Ends all workers, whatever they do; may be called again."""
         self._close()

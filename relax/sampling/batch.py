@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relax import parallel
 from relax.sampling import step
 from relax.sampling.config import SamplingConfig, longest
 from relax.sampling.distribution import Rules
@@ -71,7 +72,9 @@ class Batch:
         self.waiting = collections.deque(sorted(rows, key=lambda row: self._padded(row.prompt)))
         self.prefilled: dict[int, tuple] = {}  # prompt -> (keys and values, prompts, row of these)
         self.S = COLUMNS
-        self.slots: list[Row | None] = [None] * _bucket(min(config.slots, len(rows)), 1)
+        self.fewest = parallel.batch_shards()  # slots
+        slots = _bucket(min(config.slots, len(rows)), self.fewest)
+        self.slots: list[Row | None] = [None] * slots
         self.cache, self.state = step.empty(
             model, keys([0] * len(self.slots)), len(self.slots), self.S, self._counts_seen()
         )
@@ -211,7 +214,7 @@ class Batch:
     def _shrink(self) -> None:
         """Moves the rows under way to a smaller cache, where few are."""
         running = [place for place, row in enumerate(self.slots) if row is not None]
-        B = _bucket(len(running), 1)
+        B = _bucket(len(running), self.fewest)
         if B * SHRINK <= len(self.slots):
             free = [place for place, row in enumerate(self.slots) if row is None]
             self._resize((running + free)[:B], self.S)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relax import parallel
 from relax.errors import ConfigError
 from relax.models.transformer import Transformer
 from relax.sampling import step
@@ -101,8 +102,17 @@ def _cast(leaves, like):
     return [leaf.astype(like.dtype) for leaf in leaves]
 
 
+@jax.jit
+def _gathered(params, like):
+    """As `_narrowed`, and whole along fsdp: a step that gathered them would do little else."""
+    cast = jax.tree.map(lambda x: x.astype(like.dtype) if x.ndim > 1 else x, params)
+    return parallel.gathered(cast)
+
+
 def _narrowed(params, dtype):
     """Matrices in the dtype of the computation, once for all steps; norms and biases stay."""
+    if parallel.layout() is not None:
+        return _gathered(params, np.zeros((), dtype))
     leaves, structure = jax.tree.flatten(params)
     wide = [i for i, leaf in enumerate(leaves) if leaf.ndim > 1 and leaf.dtype != dtype]
     if wide:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from relax import parallel
 from relax.losses.logprobs import token_logits
 from relax.models.cache import Cache, empty_cache, put, resized
 from relax.models.transformer import Transformer
@@ -60,13 +61,20 @@ def empty(model: Transformer, keys: jax.Array, B: int, S: int, with_seen: bool):
     config, zeros = model.config, jnp.zeros((B,), jnp.int32)
     seen = jnp.zeros((B, config.vocab_size), bool) if with_seen else None
     slots = Slots(zeros, zeros, zeros, zeros, jnp.ones((B,), bool), keys, seen)
-    return empty_cache(config, B, S, model.dtype), slots
+    return _pinned(empty_cache(config, B, S, model.dtype), slots)
+
+
+def _pinned(cache: Cache, slots: Slots) -> tuple[Cache, Slots]:
+    """Slots are shared out among the devices of a mesh, and stay where they are."""
+    cache = jax.tree.map(lambda x: parallel.constrain(x, "batch", "tensor", None, None), cache)
+    rows = jax.tree.map(lambda x: parallel.constrain(x, "batch", *(None,) * (x.ndim - 1)), slots)
+    return cache, rows
 
 
 @functools.partial(jax.jit, static_argnames=("S",))
 def resize(cache: Cache, slots: Slots, index: jax.Array, S: int) -> tuple[Cache, Slots]:
     """Slots `index` alone, in a cache of S columns."""
-    return resized(cache, index, S), jax.tree.map(lambda x: x[index], slots)
+    return _pinned(resized(cache, index, S), jax.tree.map(lambda x: x[index], slots))
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "slots"))
@@ -81,7 +89,26 @@ def admit(cache: Cache, slots: Slots, prefilled, prompts, count, places, sources
       sources: `[B]` int, the rows of `prefilled` that hold their prompts.
       rows: `[B]` each; `seen` is None.
     """
+    if parallel.layout() is None:
+        return _admit(cache, slots, prefilled, prompts, count, places, sources, rows)
+    cut, heads = ("batch",), ("batch", "heads")
+    run = parallel.local(
+        _admit_mine, (heads, cut, (None, "heads"), *(None,) * 5, cut), (heads, cut)
+    )
+    mine = jnp.arange(len(places), dtype=jnp.int32)
+    return run(cache, slots, prefilled, prompts, count, places, sources, rows, mine)
 
+
+def _admit_mine(cache, slots, prefilled, prompts, count, places, sources, rows, mine):
+    """Puts those of the rows into slots whose slots are here: `mine`, of all."""
+    places = places - mine[0]
+    here = (jnp.arange(len(places)) < count) & (places >= 0) & (places < len(mine))
+    order = jnp.argsort(~here, stable=True)
+    places, sources, rows = jax.tree.map(lambda x: x[order], (places, sources, rows))
+    return _admit(cache, slots, prefilled, prompts, here.sum(), places, sources, rows)
+
+
+def _admit(cache, slots, prefilled, prompts, count, places, sources, rows):
     def one(i, state):
         cache, slots = state
         place = places[i]
@@ -136,13 +163,17 @@ def run_segment(
         logits = token_logits(
             hidden, model.output_matrix(params), softcap=model.config.final_logit_softcapping
         )
+        logits = parallel.constrain(logits, "batch", "whole")
         drawn, logprob = _next(logits, slots, rules, ends, top_k)
         slots = _advance(slots, drawn, ends)
         return i + 1, cache, slots, (tokens.at[i].set(drawn), logprobs.at[i].set(logprob))
 
     state = (jnp.int32(0), cache, slots, buffers)
     _, cache, slots, (tokens, logprobs) = jax.lax.while_loop(goes_on, step, state)
-    return cache, slots, Segment(tokens, logprobs, slots.drawn - before, slots.ended)
+    cache, slots = _pinned(cache, slots)
+    drawn = Segment(tokens, logprobs, slots.drawn - before, slots.ended)
+    whole = (parallel.constrain(x, *("whole",) * x.ndim) for x in drawn)
+    return cache, slots, Segment(*whole)  # every process reads all of it
 
 
 def _next(logits, slots: Slots, rules: Rules, ends: Ends, top_k: int):

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relax import parallel
 from relax.losses import IGNORED, next_token_targets, target_hits
 from relax.losses.dpo import LOSSES, LossOptions, Pairs, kto_loss, kto_reference_point
 from relax.losses.logprobs import linear_logprobs
@@ -157,7 +158,7 @@ class DPOTrainer(Trainer):
 
     def answer_logprobs(self, params, batch) -> np.ndarray:
         """`[N, 2]` log-probabilities of a batch's answers under all parameters `params`."""
-        return np.asarray(self._answer_logprobs(params, batch))
+        return parallel.to_host(self._answer_logprobs(params, parallel.place_batch(batch)))
 
     def _of_reference(self, frozen, batch, logprobs):
         if not self.needs_reference:

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from relax import parallel
 from relax.models.trainable import partition
 from relax.trainers import optimizer as optimizers
 
@@ -42,13 +43,15 @@ class TrainState:
         rng = jax.random.wrap_key_data(
             jnp.array(jax.random.key_data(rng), copy=True), impl=jax.random.key_impl(rng)
         )
-        return cls(
+        params = parallel.placed(params)
+        state = cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(params),
+            opt_state=parallel.born(optimizer.init, params),
             rng=rng,
             frozen=frozen if frozen is not None else {},
         )
+        return parallel.placed(state)
 
     @property
     def eval_params(self):
@@ -87,7 +90,9 @@ def initial_weights(
         there is none: the reference is the model without them.
     """
     if params is None:
-        params = jax.jit(model.init)(key, jnp.zeros((1, 8), jnp.int32))["params"]
+        ids = jnp.zeros((1, 8), jnp.int32)
+        params = parallel.born(jax.jit(model.init), key, ids)["params"]
+    params = parallel.placed(params)
     trained, frozen = partition(model, params, key, freeze)
     if reference and model.lora is None:
         frozen = frozen | {"ref": jax.tree.map(jnp.copy, trained)}

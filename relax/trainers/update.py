@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from relax import parallel
+
 IGNORED_WEIGHT = 1e-30  # keeps 0 / 0 at 0 where nothing at all is trained
 
 
@@ -73,7 +75,9 @@ def split_micro_batches(batch, count: int):
                 f"gradient_accumulation_steps must divide the rows of a batch, got {count} steps "
                 f"and {leaf.shape[0]} rows. Use a batch size that is a multiple of {count}."
             )
-        return leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:])
+        split = leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:])
+        # Rows of a micro-batch lie together, and are to be shared out among all devices.
+        return parallel.constrain(split, None, "batch", *(None,) * (leaf.ndim - 1))
 
     return jax.tree.map(split, batch)
 
@@ -114,7 +118,7 @@ def accumulate_gradients(loss_fn: Callable, params, batch, count: int):
         def body(total, slice_and_index):
             gradients, output = differentiate(*slice_and_index)
             total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients)
-            return total, output
+            return parallel.pinned(total), output
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         xs = (split_micro_batches(batch, count), jnp.arange(count))

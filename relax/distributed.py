@@ -1,0 +1,224 @@
+"""Several processes that run one program over one mesh: who this one is, and what all agree on.
+
+Every process runs the same Python code on the same values, so that all call the same compiled
+programs in the same order. What may differ from process to process (a signal, a file on the disk, a
+reward) is settled by `gather`, which all must call. One process alone takes part in nothing here.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from relax.errors import ConfigError, RelaxError
+
+LOST = 75  # the exit code when another process is gone: EX_TEMPFAIL, a relaunch may succeed
+# What errors say that come from a peer that is gone, whichever library noticed.
+_GONE = (
+    "gloo",
+    "connection reset",
+    "connection closed",
+    "unavailable",
+    "heartbeat",
+    "coordination",
+)
+
+
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count() if _started else 1
+
+
+def index() -> int:
+    """Which of them this is."""
+    return jax.process_index() if _started else 0
+
+
+def is_main() -> bool:
+    """Whether this is the one that writes logs, configuration and exports."""
+    return index() == 0
+
+
+_started = False
+
+
+def start(
+    coordinator: str,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_s: int = 100,
+    timeout_s: int = 300,
+) -> None:
+    """Joins the other processes; before anything of jax is computed.
+
+    Args:
+      coordinator: HOST:PORT of process 0, or `auto`: all of it from the environment of SLURM, MPI,
+        GKE or a TPU pod, as `jax.distributed.initialize` finds it.
+      num_processes, process_id: how many there are, and which this is.
+      heartbeat_s: after so many seconds without a sign of one, the others end.
+      timeout_s: how long to wait for all to come.
+
+    Raises:
+      ConfigError: they did not come together.
+    """
+    global _started
+    where = {} if coordinator == "auto" else {"coordinator_address": coordinator}
+    try:
+        with _told_of_missed_heartbeats():
+            jax.distributed.initialize(
+                **where,
+                num_processes=num_processes,
+                process_id=process_id,
+                heartbeat_timeout_seconds=heartbeat_s,
+                initialization_timeout=timeout_s,
+            )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the processes of the run did not come together at {coordinator}: {reason}. Start "
+            "all of them with the same coordinator and num_processes, and each its own process_id."
+        ) from error
+    _started = True
+
+
+@contextlib.contextmanager
+def _told_of_missed_heartbeats() -> Iterator[None]:
+    """Without a callback of ours the runtime ends a process with a page of its own."""
+    from jax._src.lib import _jax
+
+    make = _jax.get_distributed_runtime_client
+    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=_lost)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make
+
+
+def _lost(*_) -> None:
+    _leave(
+        "error: another process of the run is gone: ending this one; start all of them again", LOST
+    )
+
+
+def _leave(line: str, code: int) -> None:
+    """Ends at once: what runs at a normal exit would wait for the processes that are gone."""
+    sys.stdout.flush()
+    os.write(2, line.encode() + b"\n")
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails in one process ends it at once, so that the others end, too, and none waits."""
+    try:
+        yield
+    except BaseException as error:
+        if count() == 1:
+            raise
+        _leave(*_last_words(error))
+
+
+def _last_words(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, RelaxError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted", getattr(error, "exit_code", 130)
+    said = str(error).lower()
+    if any(word in said for word in _GONE):
+        return (
+            f"error: another process of the run is gone, so process {index()} of {count()} ends; "
+            "start all of them again",
+            LOST,
+        )
+    return "".join(traceback.format_exception(error)), 1
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order; JSON goes through."""
+    if count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32([data.size]))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(count(), -1)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def gather_array(values: np.ndarray) -> list[np.ndarray]:
+    """As `gather`, of one array of each process, of any shapes; bit for bit."""
+    parts = gather([str(values.dtype), list(values.shape), values.tobytes().hex()])
+    return [np.frombuffer(bytes.fromhex(h), dtype).reshape(shape) for dtype, shape, h in parts]
+
+
+def barrier(name: str) -> None:
+    """Waits until all are here."""
+    if count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def from_main(f: Callable[[], Any]) -> Any:
+    """What `f` gives in process 0, everywhere; JSON.
+
+    Raises:
+      RelaxError: that `f` raised, in every process.
+    """
+    if count() == 1:
+        return f()
+    told = [None, None]
+    error = None
+    if is_main():
+        try:
+            told = [f(), None]
+        except RelaxError as raised:
+            error, told = raised, [None, [type(raised).__name__, str(raised)]]
+    value, failed = gather(told)[0]
+    if error is not None:
+        raise error
+    if failed:
+        raise RelaxError(f"process 0 ended: {failed[1]}")
+    return value
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Refuses processes that were started with other options or run other code.
+
+    Args:
+      values: of this process, by name.
+
+    Raises:
+      ConfigError: what differs, and in which process.
+    """
+    mine = values | {"the code of relax": code_digest(), "jax": jax.__version__}
+    told = gather({name: json.dumps(value, sort_keys=True) for name, value in mine.items()})
+    for number, other in enumerate(told[1:], 1):
+        names = [n for n in told[0] | other if told[0].get(n) != other.get(n)]
+        if names:
+            name = names[0]
+            raise ConfigError(
+                f"all processes must run the same, and {name} is {told[0].get(name, 'absent')} in "
+                f"process 0 and {other.get(name, 'absent')} in process {number}. Start all of "
+                "them with the same code and options."
+            )
+
+
+@functools.cache
+def code_digest() -> str:
+    """A checksum of all of relax's source files."""
+    root, crc = Path(__file__).parent, 0
+    for file in sorted(root.rglob("*.py")):
+        crc = zlib.crc32(str(file.relative_to(root)).encode() + file.read_bytes(), crc)
+    return f"{crc:08x}"

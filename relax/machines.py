@@ -1,0 +1,135 @@
+"""A job on its devices and in its processes: joined, compared, and one mesh over all of them."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from relax import assemble, distributed, parallel
+from relax.config import TrainerConfig
+from relax.config.mesh import mesh_text, parse_mesh
+from relax.errors import ConfigError
+from relax.run_dir import RunDir
+
+# What may differ between the processes of a run.
+_OWN = ("process_id",)
+_ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size")
+
+
+@contextlib.contextmanager
+def joined(config: TrainerConfig, console: Console) -> Iterator[tuple[TrainerConfig, Console]]:
+    """The mesh of a job, in use while its context lasts.
+
+    Yields:
+      The configuration with `mesh` spelt out, and where this process speaks: process 0 alone does.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, rules cannot be read, or the processes differ.
+    """
+    system = config.system
+    if system.mesh is None:
+        yield config, console
+        return
+    if system.coordinator is not None:
+        distributed.start(
+            system.coordinator, system.num_processes, system.process_id, system.heartbeat_s
+        )
+    with distributed.together():
+        mesh = parallel.make_mesh(system.mesh)
+        rules = parallel.RULES
+        if system.sharding_rules is not None:
+            rules = parallel.read_rules(system.sharding_rules)
+        flat = {name: value for name, value in config.flat().items() if name not in _OWN}
+        distributed.check_same(flat | {"the sharding rules": repr(rules)})
+        _check_possible(config)
+        if not distributed.is_main():
+            console = Console(quiet=True)
+        with parallel.use(mesh, rules, assemble.shape_of(config).num_key_value_heads) as layout:
+            for line in layout.describe():
+                console.print(line, markup=False)
+            yield config.replace(mesh=mesh_text(layout.sizes)), console
+
+
+def _check_possible(config: TrainerConfig) -> None:
+    environment = config.flat().get("environment")
+    if environment is not None and distributed.count() > 1:
+        raise ConfigError(
+            "an environment needs one process: its answers would have to be the same in all, got "
+            f"{distributed.count()} processes. Leave coordinator out, or environment."
+        )
+
+
+def shared(loader):
+    """A loader that makes the rows of this process only, where there are several processes.
+
+    One whose batches come to be in the run, as rollouts do, is left as it is.
+    """
+    if distributed.count() == 1 or not hasattr(loader, "batch_size"):
+        return loader
+    return SharedLoader(loader)
+
+
+class SharedLoader:
+    """The batches of a loader as arrays of the mesh, made of the rows that lie here.
+
+    Args:
+      loader: has `batches(epoch, start, rows)`, `rows` being places in the batch.
+    """
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        return self.batches(0)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict]:
+        rows = parallel.local_rows(self.loader.batch_size)
+        for batch in self.loader.batches(epoch, start, rows):
+            yield parallel.place_own(batch, self.loader.batch_size)
+
+
+def for_all_devices(config: TrainerConfig) -> TrainerConfig:
+    """The configuration whose batches are those of all devices together."""
+    shards = parallel.batch_shards()
+    if shards == 1:
+        return config
+    flat = config.flat()
+    return config.replace(**{name: flat[name] * shards for name in _ROWS})
+
+
+def comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat fields as they decide what is computed: rows of all devices, whatever the mesh.
+
+    >>> comparable({"mesh": "data=2,fsdp=4,tensor=2", "per_device_train_batch_size": 3, "seed": 1})
+    {'mesh': 'data=2,fsdp=4,tensor=2', 'per_device_train_batch_size': 24, 'seed': 1}
+    """
+    sizes = parse_mesh(fields["mesh"]) if fields.get("mesh") else {}
+    shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    rows = {name: fields[name] * shards for name in _ROWS if name in fields}
+    return {**fields, **rows}
+
+
+@contextlib.contextmanager
+def run_dir(output_dir: str) -> Iterator[RunDir]:
+    """The directory of the run; for all processes but the first one where nobody looks.
+
+    So every process does all that the first one does, and no two write the same file. Checkpoints
+    are read from, and written to, the one directory by all.
+    """
+    if distributed.is_main():
+        yield RunDir(output_dir)
+        return
+    scratch = tempfile.mkdtemp(prefix="relax-process-")
+    try:
+        own = RunDir(scratch)
+        own.checkpoints = Path(output_dir) / "checkpoints"
+        yield own
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,276 @@
+"""Arrays where the rules put them: weights, optimizer state, batches, and what comes back.
+
+Without a mesh in use every function returns what it is given, and `born` calls its function.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from relax.parallel.mesh import BATCH, Layout, layout
+from relax.parallel.rules import spec_of
+
+
+def sharding_of(path: str, shape) -> NamedSharding | None:
+    """Where the leaf of a state or of parameters lies; None without a mesh."""
+    current = layout()
+    return None if current is None else _sharding(current, path, shape)
+
+
+def _sharding(current: Layout, path: str, shape) -> NamedSharding:
+    spec = spec_of(path, shape, current.rules, current.sizes, current.heads)
+    return NamedSharding(current.mesh, spec)
+
+
+def _map(f, tree):
+    """f(path, leaf) of every leaf, paths as `params/layers_0/q_proj/kernel`."""
+
+    def one(path, leaf):
+        return f(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def sharded_shapes(tree):
+    """The shapes of a state or of parameters, each with where it lies."""
+    current = layout()
+    if current is None:
+        return tree
+
+    def shape(path, leaf):
+        where = _sharding(current, path, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return _map(shape, tree)
+
+
+def born(f, *args):
+    """`f(*args)`, compiled so that every leaf of the result comes to be where it lies."""
+    current = layout()
+    if current is None:
+        return f(*args)
+    shapes = jax.eval_shape(f, *args)
+    places = _map(lambda path, leaf: _sharding(current, path, leaf.shape), shapes)
+    return jax.jit(f, out_shardings=places)(*args)
+
+
+def placed(tree):
+    """A state or parameters, moved to where they lie; within a compiled function, as `pinned`."""
+    current = layout()
+    if current is None:
+        return tree
+
+    def move(path, leaf):
+        where = _sharding(current, path, np.shape(leaf))
+        if isinstance(leaf, jax.core.Tracer):
+            return jax.lax.with_sharding_constraint(leaf, where)
+        return put(leaf, where)
+
+    return _map(move, tree)
+
+
+def put(leaf, where: NamedSharding):
+    """An array, the same in every process where there are several, cut as `where` says."""
+    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(where, leaf.ndim):
+        return leaf
+    if where.is_fully_addressable:
+        return jax.deviceput(leaf, where)
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(leaf), NamedSharding(where.mesh, P()))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=where)(leaf)
+    value = np.asarray(leaf)  # the same in every process
+    return jax.make_array_from_callback(value.shape, where, value.__getitem__)
+
+
+def pinned(tree):
+    """Within a compiled function: leaves stay where the rules put them."""
+    current = layout()
+    if current is None:
+        return tree
+
+    def pin(path, leaf):
+        where = _sharding(current, path, jnp.shape(leaf))
+        return jax.lax.with_sharding_constraint(leaf, where)
+
+    return _map(pin, tree)
+
+
+def gathered(tree):
+    """Within a compiled function: parameters cut along `tensor` alone, for many uses of each."""
+    current = layout()
+    if current is None:
+        return tree
+
+    def gather(path, leaf):
+        where = NamedSharding(current.mesh, _in_use(current, path, leaf.shape))
+        return jax.lax.with_sharding_constraint(leaf, where)
+
+    return _map(gather, tree)
+
+
+def gathered_shapes(tree, dtype):
+    """What `gathered` makes of parameters whose matrices are in a dtype, as shapes."""
+    current = layout()
+
+    def shape(path, leaf):
+        where = NamedSharding(current.mesh, _in_use(current, path, leaf.shape))
+        kind = dtype if leaf.ndim > 1 else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where)
+
+    return _map(shape, tree)
+
+
+def used(weight, *path: str):
+    """A weight as a layer multiplies with it: gathered over `fsdp` and `data`.
+
+    Its gradient is cut as the weight is stored.
+    """
+    current = layout()
+    if current is None:
+        return weight
+    name = "/".join(path)
+    stored = _sharding(current, name, weight.shape)
+    where = NamedSharding(current.mesh, _in_use(current, name, weight.shape))
+    return _used(where, stored, weight)
+
+
+def _in_use(current: Layout, path: str, shape) -> P:
+    spec = spec_of(path, shape, current.rules, current.sizes, current.heads)
+
+    def kept(entry):
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        return "tensor" if "tensor" in axes else None
+
+    return P(*map(kept, spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _used(where, stored, weight):
+    return jax.lax.with_sharding_constraint(weight, where)
+
+
+def _used_forward(where, stored, weight):
+    return _used(where, stored, weight), None
+
+
+def _used_backward(where, stored, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_used.defvjp(_used_forward, _used_backward)
+
+
+def constrain(x, *dims: str | None):
+    """Within a compiled function: how the dimensions of an activation are cut.
+
+    Args:
+      x: the activation.
+      dims: one for each dimension: `batch`, `tensor`, `whole`, or None: as XLA likes, which also
+        holds where the mesh does not divide the dimension.
+    """
+    current = layout()
+    if current is None:
+        return x
+    parts = {"batch": current.batch_shards, "tensor": current.sizes["tensor"], "whole": 1}
+    axes = {"batch": BATCH, "tensor": "tensor", "whole": None}
+
+    def entry(name, size):
+        return P.UNCONSTRAINED if name is None or size % parts[name] else axes[name]
+
+    spec = P(*map(entry, dims, x.shape))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(current.mesh, spec))
+
+
+def _rows(current: Layout, shape) -> NamedSharding:
+    if shape and shape[0] % current.batch_shards:
+        raise ValueError(
+            f"the rows of a batch must be a multiple of the mesh's data x fsdp, got {shape[0]} "
+            f"rows for {current.sizes['data']} x {current.sizes['fsdp']}. Change the batch size, "
+            "or the mesh."
+        )
+    return NamedSharding(current.mesh, P(BATCH) if shape else P())
+
+
+def place_batch(batch):
+    """A batch of numpy arrays `[B, ...]`, all its rows in every process, shared out by rows.
+
+    What is on the mesh already stays there.
+
+    Raises:
+      ValueError: the mesh does not divide the rows.
+    """
+    current = layout()
+    if current is None:
+        return batch
+
+    def place(leaf):
+        if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == current.mesh.size > 1:
+            return leaf
+        return put(leaf, _rows(current, np.shape(leaf)))
+
+    return jax.tree.map(place, batch)
+
+
+def place_own(batch, count: int):
+    """As `place_batch`, of the rows of this process alone: those of `local_rows(count)`."""
+    current = layout()
+
+    def place(leaf):
+        shape = (count, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(_rows(current, shape), leaf, shape)
+
+    return jax.tree.map(place, batch)
+
+
+def batch_shapes(batch):
+    """The shapes of a batch's arrays, each with where it lies."""
+    current = layout()
+    if current is None:
+        return batch
+
+    def shape(leaf):
+        where = _rows(current, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(shape, batch)
+
+
+def local_rows(count: int) -> np.ndarray:
+    """Which of a batch's `count` rows lie on devices of this process, ascending."""
+    current = layout()
+    if current is None:
+        return np.arange(count)
+    where = _rows(current, (count,)).addressable_devices_indices_map((count,))
+    rows = {row for (index,) in where.values() for row in range(count)[index]}
+    return np.array(sorted(rows))
+
+
+def to_host(array) -> np.ndarray:
+    """An array's numbers; where other processes hold parts, all of them must ask for it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if not array.is_fully_replicated:
+            everywhere = NamedSharding(array.sharding.mesh, P())
+            array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+        array = array.addressable_data(0)
+    return np.asarray(array)
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes that the leaves of a state (arrays or shapes) take on one device."""
+
+    def size(leaf):
+        where = getattr(leaf, "sharding", None)
+        shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+        dtype = leaf.dtype
+        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+            return 8 * math.prod(shape)
+        return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))

@@ -1,0 +1,296 @@
+"""An update and a decode step, compiled ahead of time for devices that need not be there.
+
+Nothing is allocated: shapes go in, and XLA's account of memory and the program's text come out. Of
+a deep model two small depths are compiled; every number grows by the same from layer to layer.
+
+Axes: B rows or slots, T tokens of a row, L layers.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from relax import memory, parallel
+from relax.config.plan import PlanConfig
+from relax.errors import ConfigError
+from relax.models import Transformer, TransformerConfig, read_pretrained_config
+from relax.models.families import family_of
+from relax.parallel.chips import CHIPS
+from relax.parallel.hlo import Traffic, collectives
+from relax.parallel.mesh import BATCH
+from relax.sampling import step
+from relax.sampling.distribution import Rules
+from relax.trainers import SFTTrainer
+from relax.trainers.optimizer import OPTIMIZERS
+
+DEPTHS = (2, 4)  # of which the rest is told
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled step takes, per device.
+
+    Attributes:
+      parts: bytes by name.
+      flops: that XLA counts, of a loop's body once.
+      accessed: bytes of memory read and written, counted likewise.
+      traffic: between devices, by kind of collective.
+    """
+
+    parts: dict[str, float]
+    flops: float
+    accessed: float
+    traffic: dict[str, Traffic]
+
+    @property
+    def total(self) -> float:
+        """Bytes of memory."""
+        return sum(self.parts.values())
+
+    @property
+    def moved(self) -> float:
+        """Bytes between devices."""
+        return sum(traffic.nbytes for traffic in self.traffic.values())
+
+
+def plan(config: PlanConfig) -> list[str]:
+    """The lines that `python -m relax.parallel plan` prints.
+
+    Raises:
+      ConfigError: a topology that the compiler does not know, a mesh that does not fit it.
+    """
+    shape, d = read_shape(config.model.model_name_or_path), config.devices
+    mesh = parallel.make_mesh(d.mesh, topology_devices(d.topology))
+    rules = parallel.RULES if d.sharding_rules is None else parallel.read_rules(d.sharding_rules)
+    with parallel.use(mesh, rules, shape.num_key_value_heads) as layout:
+        update = deep(lambda shape: update_program(config, shape), shape, config.steps.full_depth)
+        decode = deep(lambda shape: decode_program(config, shape), shape, config.steps.full_depth)
+        rows = config.steps.per_device_train_batch_size * layout.batch_shards
+        slots = config.steps.slots * layout.batch_shards
+    length = config.steps.max_length
+    tokens = rows * config.steps.gradient_accumulation_steps * length
+    forward = forward_flops(shape, tokens, length)
+    # A recomputed forward pass is done twice, a backward pass is two.
+    passes = 3 if config.steps.gradient_checkpointing_policy == "matmuls" else 4
+    lines = [
+        f"{Path(config.model.model_name_or_path)}: {shape.num_hidden_layers} layers, "
+        f"{parameter_count(shape) / 1e9:.2f} B parameters",
+        *layout.describe(),
+        "",
+        f"update of {rows} x {config.steps.gradient_accumulation_steps} rows of {length} tokens",
+        *described(update, d.topology, passes * forward / mesh.size),
+        "",
+        f"decode step of {slots} slots with {length} columns",
+        *described(decode, d.topology, forward_flops(shape, slots, length) / mesh.size),
+    ]
+    if not config.steps.full_depth and shape.num_hidden_layers > max(DEPTHS):
+        lines.append(f"told from {DEPTHS[0]} and {DEPTHS[1]} layers; --full_depth compiles all")
+    return lines
+
+
+def read_shape(path: str) -> TransformerConfig:
+    """The sizes of a model from its directory or its config.json."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return read_pretrained_config(path)
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"'{file}' is no config.json of a model: {error}.") from error
+    return family_of(fields.get("model_type"), str(file)).from_hugging_face(fields, str(file))
+
+
+def topology_devices(topology: str) -> list:
+    """The devices of a topology; of a TPU none need be there, but for the package `libtpu`."""
+    name, _, sizes = topology.partition(":")
+    if name == "cpu":
+        devices = jax.devices("cpu")
+        if len(devices) != int(sizes):
+            raise ConfigError(
+                f"there are {len(devices)} host devices, and the topology has {sizes}: set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={sizes}."
+            )
+        return devices
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # of whatever kind the compiler's library raises
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"there is no compiler for topology {topology!r} here: {reason}. TPUs need `pip "
+            "install libtpu`; cpu:N needs nothing."
+        ) from error
+
+
+def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
+    """`compiled(shape)`, or what it would be as told from two small depths."""
+    depth = shape.num_hidden_layers
+    if full or depth <= max(DEPTHS):
+        return compiled(shape)
+    one, two = (compiled(shallow(shape, n)) for n in DEPTHS)
+    steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+
+    def further(a: float, b: float) -> float:
+        return a + (b - a) * steps
+
+    none = Traffic(0, 0.0)
+    kinds = sorted({*one.traffic, *two.traffic})
+    return Program(
+        {name: further(one.parts[name], two.parts[name]) for name in one.parts},
+        further(one.flops, two.flops),
+        further(one.accessed, two.accessed),
+        {
+            kind: Traffic(
+                round(
+                    further(one.traffic.get(kind, none).count, two.traffic.get(kind, none).count)
+                ),
+                further(one.traffic.get(kind, none).nbytes, two.traffic.get(kind, none).nbytes),
+            )
+            for kind in kinds
+        },
+    )
+
+
+def shallow(shape: TransformerConfig, depth: int) -> TransformerConfig:
+    """The first layers of a model."""
+    lists = {
+        name: value[:depth]
+        for name in ("layer_types", "no_rope_layers")
+        if (value := getattr(shape, name))
+    }
+    dense = tuple(i for i in shape.dense_layers if i < depth)
+    return dataclasses.replace(shape, num_hidden_layers=depth, dense_layers=dense, **lists)
+
+
+def _model(config: PlanConfig, shape: TransformerConfig) -> Transformer:
+    return Transformer(
+        shape,
+        jnp.dtype(config.model.dtype),
+        jnp.dtype(config.model.param_dtype),
+        gradient_checkpointing=True,
+        gradient_checkpointing_policy=config.steps.gradient_checkpointing_policy,
+    )
+
+
+def update_program(config: PlanConfig, shape: TransformerConfig) -> Program:
+    """The compiled update of supervised fine-tuning."""
+    steps = config.steps
+    trainer = SFTTrainer(
+        _model(config, shape),
+        OPTIMIZERS[steps.optim](1e-5),
+        gradient_accumulation_steps=steps.gradient_accumulation_steps,
+        max_grad_norm=1.0,
+    )
+    state = parallel.sharded_shapes(jax.eval_shape(trainer.create_train_state, jax.random.key(0)))
+    rows = steps.per_device_train_batch_size * steps.gradient_accumulation_steps
+    size = (rows * parallel.batch_shards(), steps.max_length)
+    names = ("input_ids", "labels", "positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(size, jnp.int32) for name in names}
+    compiled = trainer.train_step.lower(state, parallel.batch_shapes(batch)).compile()
+    sizes = memory.with_activations(
+        memory.state_sizes(state, steps.gradient_accumulation_steps), compiled.memory_analysis()
+    )
+    return _program(compiled, dataclasses.asdict(sizes))
+
+
+def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
+    """The compiled segment of decoding, one token long."""
+    layout, model = parallel.layout(), _model(config, shape)
+    B, S = config.steps.slots * layout.batch_shards, config.steps.max_length
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    params = parallel.gathered_shapes(params, model.dtype)
+    keys = jax.eval_shape(lambda key: jax.random.split(key, B), jax.random.key(0))
+    cache, slots = jax.eval_shape(lambda keys: step.empty(model, keys, B, S, False), keys)
+    heads = None if shape.num_key_value_heads % layout.sizes["tensor"] else "tensor"
+    where = NamedSharding(layout.mesh, P(BATCH, heads))
+    cache = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), cache
+    )
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = step.run_segment.lower(
+        model,
+        params,
+        cache,
+        slots,
+        jax.ShapeDtypeStruct((B,), bool),
+        Rules(temperature=jax.ShapeDtypeStruct((), jnp.float32)),
+        step.Ends(jax.ShapeDtypeStruct((1,), jnp.int32), number),
+        number,
+        number,
+        top_k=0,
+        N=1,
+    ).compile()
+    account = compiled.memory_analysis()
+    parts = {"parameters": parallel.bytes_per_device(params)}
+    parts["cache"] = parallel.bytes_per_device(cache)
+    rest = memory.total_bytes(account) - sum(parts.values())
+    return _program(compiled, parts | {"activations": max(rest, 0)})
+
+
+def _program(compiled, parts: dict[str, float]) -> Program:
+    costs = compiled.cost_analysis() or {}
+    costs = costs[0] if isinstance(costs, list) else costs
+    return Program(
+        parts,
+        costs.get("flops", 0),
+        costs.get("bytes accessed", 0),
+        collectives(compiled.as_text()),
+    )
+
+
+def parameter_count(shape: TransformerConfig) -> int:
+    """Of the whole model."""
+    return sum(leaf.size for leaf in jax.tree.leaves(_shapes(shape)))
+
+
+def _shapes(shape: TransformerConfig):
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(Transformer(shape).init, jax.random.key(0), ids)["params"]
+
+
+def forward_flops(shape: TransformerConfig, tokens: int, length: int) -> float:
+    """Of a forward pass over `tokens`, each of which sees half of `length` others.
+
+    Two for each weight that a token meets, of experts those that it chooses, and four for each
+    entry of a query and each key that it sees.
+    """
+    weights = 0.0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(_shapes(shape))[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if leaf.ndim == 3:
+            weights += leaf.size * shape.num_experts_per_tok / shape.num_experts
+        elif leaf.ndim == 2 and not (name == "embed_tokens" and not shape.tie_word_embeddings):
+            weights += leaf.size
+    heads = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    return tokens * (2 * weights + 4 * heads * length / 2)
+
+
+def described(program: Program, topology: str, flops: float) -> list[str]:
+    """A program in lines; `flops` are those of the model, per device."""
+    lines = [f"  {name:16} {memory.shown(n):>10}" for name, n in program.parts.items() if n]
+    chip = CHIPS.get(topology.partition(":")[0])
+    have = ""
+    if chip is not None:
+        fits = "fits" if program.total <= chip.memory else "does not fit"
+        have = f" of {memory.shown(chip.memory)}: {fits}"
+    lines.append(f"  {'together':16} {memory.shown(program.total):>10}{have}")
+    lines.append(f"  {'computes':16} {flops / 1e12:>7.3g} TFLOP")
+    for kind, (count, nbytes) in program.traffic.items():
+        lines.append(f"  {kind:16} {memory.shown(nbytes):>10} in {count}")
+    if chip is not None:
+        times = {
+            "arithmetic": flops / chip.flops,
+            "memory": max(program.accessed, program.total) / chip.bandwidth,
+            "links": program.moved / chip.link,
+        }
+        most = max(times, key=times.__getitem__)
+        parts = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in times.items())
+        lines.append(f"  at least {1e3 * times[most]:.3g} ms, by {most} (ms: {parts})")
+    return lines

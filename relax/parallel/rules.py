@@ -1,0 +1,128 @@
+"""Which axes of the mesh a weight is cut along: a table from its path to a partition spec.
+
+The optimizer's state of a weight has the weight's path at the end of its own, and lies as it does.
+
+Axes of weights: V vocabulary, D model, F outputs, E experts, r rank of an adapter.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import PartitionSpec as P
+
+from relax.config.mesh import AXES
+from relax.errors import ConfigError
+
+
+class Rule(NamedTuple):
+    """Paths that end in `pattern`, a regular expression, are cut so."""
+
+    pattern: str
+    spec: P
+
+
+# The first that fits holds. Weights are gathered over fsdp where they are used, a layer at a time;
+# over tensor each device keeps its columns (or rows, where the columns before were cut).
+RULES = (
+    Rule("embed_tokens|lm_head", P("tensor", "fsdp")),  # [V, D]
+    Rule("experts/(gate|up)_proj", P(None, "fsdp", "tensor")),  # [E, D, F]
+    Rule("experts/down_proj", P(None, "tensor", "fsdp")),  # [E, F, D]
+    Rule("experts/router", P("fsdp", None)),  # [D, E]
+    Rule("(q|k|v|gate|up)_proj/kernel", P("fsdp", "tensor")),  # [D, F]
+    Rule("(o|down)_proj/kernel", P("tensor", "fsdp")),  # [F, D]
+    Rule("(q|k|v|gate|up)_proj/bias", P("tensor")),
+    Rule("(q|k|v|gate|up)_proj/lora_b", P(None, "tensor")),  # [r, F]
+    Rule("(o|down)_proj/lora_a", P("tensor", None)),  # [F, r]
+    Rule("score/kernel", P("fsdp", None)),  # [D, 1]
+    Rule(".*", P()),  # norms and all else: whole on every device
+)
+
+_HEADS = re.compile(r"(^|/)[qkvo]_proj/")
+
+
+def spec_of(
+    path: str,
+    shape: Sequence[int],
+    rules: Sequence[Rule],
+    sizes: Mapping[str, int],
+    heads: int | None = None,
+) -> P:
+    """How a leaf lies.
+
+    Args:
+      path: such as `params/layers_0/q_proj/kernel`.
+      shape: of the leaf; one of other rank than the rule's spec lies whole on every device.
+      rules: see `RULES`; the last one must fit everything.
+      sizes: of the mesh's axes.
+      heads: key-value heads; where `tensor` does not divide them, attention's weights are not cut.
+
+    Returns:
+      One entry per dimension; an axis that does not divide its dimension is left out.
+
+    >>> sizes = {"data": 1, "fsdp": 2, "tensor": 4}
+    >>> spec_of("opt/0/mu/layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=4)
+    PartitionSpec('fsdp', 'tensor')
+    >>> spec_of("layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=1)
+    PartitionSpec('fsdp', None)
+    """
+    spec = next(rule.spec for rule in rules if fits(rule, path))
+    if len(spec) != len(shape):
+        return P()
+    whole = {"tensor"} if heads and heads % sizes["tensor"] and _HEADS.search(path) else set()
+
+    def kept(entry, dim):
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        axes = tuple(axis for axis in axes if axis not in whole)
+        if not axes or dim % math.prod(sizes[axis] for axis in axes):
+            return None
+        return axes[0] if len(axes) == 1 else axes
+
+    return P(*(kept(entry, dim) for entry, dim in zip(spec, shape, strict=True)))
+
+
+def fits(rule: Rule, path: str) -> bool:
+    """Whether a path ends in the rule's pattern, whole names only."""
+    return re.search(rf"(^|/)({rule.pattern})$", path) is not None
+
+
+def read_rules(file: str | Path) -> tuple[Rule, ...]:
+    """Rules from a file, before the built-in ones.
+
+    A line is a pattern and an axis for each dimension, `-` for none and `data+fsdp` for two; what
+    follows a `#` is a comment:
+
+        layers_0/.*_proj/kernel   -     tensor
+        lm_head                   fsdp  -
+
+    Raises:
+      ConfigError: the file cannot be read, or a line is no rule; with its number.
+    """
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"sharding_rules: '{file}' cannot be read: {error}.") from error
+    rules = []
+    for number, line in enumerate(lines, 1):
+        words = line.split("#")[0].split()
+        if words:
+            rules.append(_rule(words, f"{file}:{number}"))
+    return (*rules, *RULES)
+
+
+def _rule(words: list[str], where: str) -> Rule:
+    pattern, *entries = words
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{where}: {pattern!r} is no regular expression: {error}.") from error
+    axes = [() if entry == "-" else tuple(entry.split("+")) for entry in entries]
+    used = [axis for entry in axes for axis in entry]
+    if not axes or len(set(used)) < len(used) or set(used) - set(AXES):
+        raise ConfigError(
+            f"{where}: a rule is a pattern and, for each dimension, '-' or some of "
+            f"{', '.join(AXES)}, each at most once, got {' '.join(words)!r}."
+        )
+    return Rule(pattern, P(*(a[0] if len(a) == 1 else a or None for a in axes)))

@@ -1,0 +1,70 @@
+"""Rewards where there are several processes: each judges its own share of the prompts.
+
+Completions are known to all processes, since all drive the sampler; rewards are not: a function may
+be slow, random or a service. So each completion is judged once, and all are told.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from relax import distributed
+from relax.trainers.rollout import Collected, Rollout
+
+
+def shared_scores(
+    score: Callable[[Rollout], Collected], rollout: Rollout, *, everywhere: bool = False
+) -> Collected:
+    """`score(rollout)`, of which every process computes a part.
+
+    Args:
+      score: judges some groups.
+      rollout: the same in all processes.
+      everywhere: all compute all of it, since the function itself runs on their devices; what
+        counts is what process 0 found.
+    """
+    count = distributed.count()
+    if count == 1:
+        return score(rollout)
+    if everywhere:
+        told = distributed.gather(_told(score(rollout)))[:1]
+    else:
+        mine = np.array_split(np.arange(len(rollout.rows)), count)[distributed.index()]
+        told = distributed.gather(_told(score(rollout.take(mine))) if mine.size else None)
+    return _joined(rollout, [part for part in told if part is not None])
+
+
+def _told(part: Collected) -> dict:
+    return {
+        "rewards": part.rewards.tolist(),
+        "by_function": part.by_function.tolist(),
+        "extras": {name: values.tolist() for name, values in part.extras.items()},
+        "metrics": part.metrics,
+        "size": len(part.rewards),
+    }
+
+
+def _joined(rollout: Rollout, parts: list[dict]) -> Collected:
+    def stacked(name, dtype=np.float64):
+        return np.concatenate([np.array(part[name], dtype) for part in parts])
+
+    names = set.intersection(*(set(part["extras"]) for part in parts))
+    extras = {n: _objects([group for p in parts for group in p["extras"][n]]) for n in names}
+    metrics = {name: _total(name, parts) for part in parts for name in part["metrics"]}
+    return Collected(rollout, stacked("rewards"), stacked("by_function"), extras, metrics)
+
+
+def _objects(groups: list[list]) -> np.ndarray:
+    out = np.empty((len(groups), len(groups[0])), object)
+    for p, g in np.ndindex(*out.shape):
+        out[p, g] = groups[p][g]
+    return out
+
+
+def _total(name: str, parts: list[dict]):
+    """Counts add up, numbers are averaged over the completions of those that have them."""
+    found = [(p["metrics"][name], p["size"]) for p in parts if name in p["metrics"]]
+    if all(isinstance(value, int) for value, _ in found):
+        return sum(value for value, _ in found)
+    values, sizes = zip(*found, strict=True)
+    return float(np.average(values, weights=sizes))
