@@ -115,18 +115,24 @@ class Watch:
         self.console.print(f"warning: {text}", style="yellow", markup=False)
         self.note(text)
 
+    def show_warning(self, message, *_) -> None:
+        """In the place of `warnings.showwarning`."""
+        self.warn(str(message))
+
     def note(self, text: str) -> None:
         """Keeps a warning that is shown already."""
         for writer in self.status.writers:
             writer.warn(text)
 
-    def callbacks(self, others: tuple, tokenizer, eval_loader, **ends) -> tuple:
+    def callbacks(self, others: tuple, tokenizer, eval_loader, weights, **ends) -> tuple:
         """The callbacks of the run, in order, behind metrics and progress.
 
         Args:
           others: the recipe's.
           tokenizer: the model's.
           eval_loader: what the run evaluates on, or several by name, or None.
+          weights: makes the weights of the model that answers of a state's trained and frozen
+            ones.
           **ends: what ends an answer: `eos_token_ids` and `stop` of a `SamplingConfig`.
         """
         for other in others:
@@ -141,7 +147,7 @@ class Watch:
         if self.makers and self.is_main:
             made.append(Trackers(self.makers, self.warn))
         if v["num_samples"]:
-            made.append(self._previews(tokenizer, eval_loader, ends))
+            made.append(self._previews(tokenizer, eval_loader, weights, ends))
         metric = best_metric(v, self.config.algorithm)
         mode = "max" if is_greater_better(v, metric) else "min"
         if v["early_stopping_patience"] is not None:
@@ -162,21 +168,25 @@ class Watch:
             self.best.saver = copy.copy(saver)
             self.best.saver.checkpointer = Checkpointer(self.best.directory, save_total_limit=1)
 
-    def best_state(self, state):
-        """The state to export: the best one where that was asked for, else the last, as given."""
+    def best_state(self, state) -> tuple[Any, dict[str, float]]:
+        """The state to export, and its evaluation: the best where that was asked for.
+
+        Otherwise it is the last one, as given, and {}.
+        """
         if not self.values["load_best_model_at_end"] or self.best is None:
-            return state
+            return state, {}
         store = Checkpointer(self.best.directory)
         if self.best.step is None or self.best.step not in store.steps():
             self.warn("no evaluation had a best state to go back to: the last one is written")
-            return state
+            return state, {}
         frozen, without = state.frozen, isinstance(self.best.saver, FrozenElsewhere)
         template = jax.eval_shape(lambda s: s, state.replace(frozen={}) if without else state)
         found, _, step = store.restore(template)
         self.console.print(f"going back to the best state, of step {step}")
-        return found.replace(frozen=frozen) if without else found
+        evaluation = {f"eval_{name}": value for name, value in self.best.metrics.items()}
+        return found.replace(frozen=frozen) if without else found, evaluation
 
-    def _previews(self, tokenizer, eval_loader, ends: dict) -> Previews:
+    def _previews(self, tokenizer, eval_loader, weights, ends: dict) -> Previews:
         loaders = list(eval_loader.values()) if isinstance(eval_loader, dict) else [eval_loader]
         count = self.values["num_samples"]
         shares = [(count + i) // len(loaders) for i in range(len(loaders))]
@@ -193,7 +203,15 @@ class Watch:
         most = self.values.get("max_completion_length", self.values["max_new_tokens"])
         sampling = SamplingConfig(max_new_tokens=most, **ends)
         directory = self.directory / "samples"
-        return Previews(questions, directory, tokenizer, sampling, self.console, self._told)
+        return Previews(
+            questions,
+            directory,
+            tokenizer,
+            sampling,
+            console=self.console,
+            weights=weights,
+            listener=self._told,
+        )
 
     def _told(self, records: list[dict]) -> None:
         self.status.update(force=True, last_preview=records[0])
