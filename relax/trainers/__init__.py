@@ -3,11 +3,12 @@
 from relax.trainers.callback import Callback, Event, StopTraining
 from relax.trainers.dpo_trainer import DPOTrainer
 from relax.trainers.grpo_trainer import GRPOTrainer
+from relax.trainers.items import OrderedLoader
 from relax.trainers.ppo_trainer import PPOTrainer
 from relax.trainers.reward_trainer import RewardTrainer
 from relax.trainers.rl_trainer import RLTrainer
 from relax.trainers.sft_trainer import SFTTrainer
-from relax.trainers.trainer import Annotated, OrderedLoader, Trainer, TrainState
+from relax.trainers.trainer import Annotated, Trainer, TrainState
 from relax.trainers.update import LossOutput, Max, Mean, Min, Sum
 
 __all__ = [

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from relax import distributed
 from relax.errors import ConfigError
 
 # One Ctrl-C can arrive twice: from the terminal and from a wrapper that passes it on.
@@ -75,6 +76,13 @@ class Interrupt:
     def exit_code(self) -> int:
         """What the process should exit with: 0, 130 or 143."""
         return 0 if self.requested is None else 128 + self.requested
+
+    def agree(self) -> None:
+        """Of several processes, all stop where one was asked to: they must all call this."""
+        asked = [signum for signum in distributed.gather(self.requested) if signum is not None]
+        if asked and self.requested is None:
+            owner = self._outer or self
+            owner._signum = asked[0]
 
     def arm(self) -> None:
         """From here on the caller polls `requested`: a first signal no longer raises."""

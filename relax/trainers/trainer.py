@@ -14,9 +14,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from relax.trainers import evaluation
 from relax.trainers import optimizer as optimizers
 from relax.trainers.callback import Event
 from relax.trainers.interrupt import Interrupt
+from relax.trainers.items import items_of
 from relax.trainers.state import TrainState
 from relax.trainers.update import (
     LossOutput,
@@ -39,15 +39,6 @@ from relax.trainers.update import (
     clip_scale,
     reduce_metrics,
 )
-
-
-@runtime_checkable
-class OrderedLoader(Protocol):
-    """A loader whose order is a function of (epoch, position), so that a run resumes at once."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]: ...
 
 
 class Annotated(NamedTuple):
@@ -197,7 +188,7 @@ class Trainer(abc.ABC):
         return metrics
 
     def _evaluate(self, state: TrainState, loader, max_batches: int | None):
-        items = functools.partial(_items, epoch=0, start=0)
+        items = functools.partial(items_of, epoch=0, start=0)
         return evaluation.evaluate(self, state, loader, max_batches, items)
 
     def evaluate_item(self, state: TrainState, params, item, index: int) -> Any:
@@ -293,7 +284,7 @@ class _Run:
         while event.epoch < self.num_epochs and not self._ended(event, interrupt):
             if event.position == 0:
                 event = self._call("on_epoch_begin", event)
-            for item in _items(self.loader, event.epoch, event.position):
+            for item in items_of(self.loader, event.epoch, event.position):
                 if self._ended(event, interrupt):
                     break
                 before = event.step
@@ -337,6 +328,7 @@ class _Run:
         )
 
     def _ended(self, event: Event, interrupt) -> bool:
+        interrupt.agree()
         enough = self.max_steps is not None and event.step >= self.max_steps
         return enough or event.stop or interrupt.requested is not None
 
@@ -386,18 +378,3 @@ class _Run:
 def _due(every: int | None, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
     return bool(every) and after // every > before // every
-
-
-def _items(loader, epoch: int, start: int) -> Iterator:
-    """What a loader gives in an epoch from a position; a plain iterable is read up to there."""
-    if isinstance(loader, OrderedLoader):
-        return loader.batches(epoch, start)
-    items = iter(loader)
-    skipped = sum(1 for _ in itertools.islice(items, start))
-    if skipped < start:
-        raise ValueError(
-            f"the train loader ended after {skipped} items, and the run is to go on from item "
-            f"{start} of the epoch. Pass the loader that it began with, and `progress` where that "
-            "has no length."
-        )
-    return items
