@@ -64,9 +64,8 @@ class TrainerEngine:
             directory = Path(config.output.output_dir)
             begun = not config.debug.dry_run and directory.is_dir()
             best = job_output.best_checkpoint(config, directory) if begun else None
-            # Without its traceback, which holds on to arrays.
             return JobResult(
-                None, {}, directory, best_checkpoint=best, error=error.with_traceback(None)
+                None, {}, directory, best_checkpoint=best, error=_without_frames(error)
             )
 
     def _run_job(self, config: TrainerConfig, train_rows, eval_rows) -> JobResult:
@@ -96,7 +95,7 @@ class TrainerEngine:
                 stack.callback(job.close)
                 return dry_run(job)
             watch = stack.enter_context(Watch(config, run_dir.path, console, self.status_writer))
-            warnings.showwarning = lambda message, *_: watch.warn(str(message))
+            warnings.showwarning = watch.show_warning
             job = Job(config, run_dir, console, rows, watch)
             stack.callback(job.close)
             try:
@@ -113,6 +112,15 @@ class TrainerEngine:
 
     def _show_warning(self, message, *_):
         self.console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error without tracebacks, whose frames would hold on to the job's arrays."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 @contextlib.contextmanager

@@ -147,8 +147,9 @@ class Job:
         self.metrics |= job_output.last_evaluation(self.run_dir.path / "metrics.jsonl")
         if recipe.embedded:
             self.metrics |= recipe.examine("after", trainer, state, datasets)
-        best = self.watch.best_state(state)
-        model_dir = self._export(parts.model, best, parts.tokenizer)
+        chosen, evaluation = self.watch.best_state(state)
+        self.metrics |= evaluation
+        model_dir = self._export(parts.model, chosen, parts.tokenizer)
         paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
         if config.output.save_strategy != "no":
             paths["checkpoints"] = self.run_dir.checkpoints
@@ -230,6 +231,7 @@ class Job:
             self.recipe.callbacks(self.run_dir.path, logging_steps),
             tokenizer,
             eval_loader,
+            self.recipe.exported,
             eos_token_ids=assemble.end_tokens(config.model.model_name_or_path, tokenizer),
             stop=self.recipe.stop_sequences,
         )

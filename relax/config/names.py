@@ -8,18 +8,25 @@ ALIASES = {"warmup_ratio": "warmup_steps", "resume_from_checkpoint": "resume"}
 
 # Names of other libraries that do not work, and what to write instead.
 RENAMED = {
+    "base_model": "model_name_or_path",
     "batch_size": "per_device_train_batch_size",
     "bf16": "dtype bfloat16",
     "dataset": "dataset_name",
+    "dataset_path": "dataset_name",
     "epochs": "num_train_epochs",
     "evaluation_strategy": "eval_strategy",
     "fp16": "dtype bfloat16 (float16 is not offered)",
     "lr": "learning_rate",
+    "max_context_length": "max_length",
     "max_seq_length": "max_length",
     "model": "model_name_or_path",
+    "model_architecture": "model_name_or_path (its config.json says it)",
+    "model_path": "model_name_or_path",
     "no_cuda": "dtype for the precision; JAX chooses the device, JAX_PLATFORMS=cpu forces the CPU",
     "num_epochs": "num_train_epochs",
     "overwrite": "overwrite_output_dir",
+    "precision": "dtype",
+    "vocab_size": "model_name_or_path (its config.json says it)",
 }
 
 
