@@ -33,7 +33,7 @@ class JobResult:
     """What a job leaves.
 
     Attributes:
-      state: the final state; None where the job failed, and after a dry run.
+      state: the final state, or with load_best_model_at_end the best one; None where the job failed, and after a dry run.
       metrics: of the last evaluation; for the embedded task `exact_match_before` and
         `exact_match` as well; of a dry run what it measured.
       output_dir: the run's directory.
@@ -145,11 +145,11 @@ class Job:
             raise Interrupted(interrupt.requested)
         fault.point("trained")
         self.metrics |= job_output.last_evaluation(self.run_dir.path / "metrics.jsonl")
+        state, evaluation = self.watch.best_state(state)
+        self.metrics |= evaluation
         if recipe.embedded:
             self.metrics |= recipe.examine("after", trainer, state, datasets)
-        chosen, evaluation = self.watch.best_state(state)
-        self.metrics |= evaluation
-        model_dir = self._export(parts.model, chosen, parts.tokenizer)
+        model_dir = self._export(parts.model, state, parts.tokenizer)
         paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
         if config.output.save_strategy != "no":
             paths["checkpoints"] = self.run_dir.checkpoints
@@ -231,7 +231,6 @@ class Job:
             self.recipe.callbacks(self.run_dir.path, logging_steps),
             tokenizer,
             eval_loader,
-            self.recipe.exported,
             eos_token_ids=assemble.end_tokens(config.model.model_name_or_path, tokenizer),
             stop=self.recipe.stop_sequences,
         )

@@ -162,7 +162,8 @@ def test_curves_survive_one_point_and_numbers_that_are_none(tmp_path):
     }.items():
         records = [{"step": i, "loss": v} for i, v in enumerate(values, 1)]
         text, _ = page_of(write_run(tmp_path / name, records))
-        assert "nan" not in text.lower().replace("name", "") and "inf " not in text, name
+        numbers = "".join(re.findall(r'(?:d|data-v|[xy]|c[xy])="([^"]*)"', text))
+        assert set(numbers) <= set("0123456789.,+-e MHL"), name
         assert ('aria-label="Loss"' in text) == (name != "none")
 
 
@@ -338,7 +339,7 @@ def test_the_monitor_runs_without_jax_and_ends_as_the_run_did(tmp_path, capsys):
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "it broke" in ran.stdout and ran.stdout.split()[-3:] == ["1", "False", "False"]
+    assert "it broke" in ran.stdout and ran.stdout.endswith("1 False False\n")
     assert main([str(good), "--once"]) == 0
     assert main(["--compare", str(good), str(bad), "-o", str(tmp_path / "c.html")]) == 0
     assert main([str(good), "-o", str(tmp_path / "r.html")]) == 0

@@ -1,12 +1,12 @@
 """Classes by name: `path/to/file.py:Class` and `package.module.Class`."""
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
-from relax.config.names import suggestion
 from relax.errors import ConfigError
 
 
@@ -26,8 +26,10 @@ def load_class(spec: str, what: str) -> type:
     found = getattr(module, name, None)
     if not isinstance(found, type):
         classes = [n for n, value in vars(module).items() if isinstance(value, type)]
+        close_names = difflib.get_close_matches(name, classes, 1)
         raise ConfigError(
-            f"{what} {spec!r}: '{where}' has no class {name!r}.{suggestion(name, classes)}"
+            f"{what} {spec!r}: '{where}' has no class {name!r}."
+            + "".join(f" Did you mean {close!r}?" for close in close_names)
         )
     return found
 

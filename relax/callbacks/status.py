@@ -91,7 +91,9 @@ class Status(Callback):
         first, begun_s = self._begun
         done = event.step - first
         spent_s = time.monotonic() - begun_s - self._untimed_s
-        return round(spent_s / done * (event.total_steps - event.step), 3) if done else None
+        if not done:
+            return None
+        return round(max(spent_s, 0.0) / done * (event.total_steps - event.step), 3)
 
 
 def _where(event: Event) -> dict:
