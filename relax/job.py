@@ -33,7 +33,8 @@ class JobResult:
     """What a job leaves.
 
     Attributes:
-      state: the final state, or with load_best_model_at_end the best one; None where the job failed, and after a dry run.
+      state: the final state, or the best one with `load_best_model_at_end`; None where the job
+        failed, and after a dry run.
       metrics: of the last evaluation; for the embedded task `exact_match_before` and
         `exact_match` as well; of a dry run what it measured.
       output_dir: the run's directory.

@@ -119,10 +119,6 @@ class Watch:
         """In the place of `warnings.showwarning`."""
         self.warn(str(message))
 
-    def show_warning(self, message, *_) -> None:
-        """In the place of `warnings.showwarning`."""
-        self.warn(str(message))
-
     def note(self, text: str) -> None:
         """Keeps a warning that is shown already."""
         for writer in self.status.writers:
