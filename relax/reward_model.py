@@ -143,8 +143,9 @@ class ModelReward:
         """What the template puts behind the end of an answer, a line break say."""
         if self._suffix is None:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            _, end, rest = self._render(turns, {}).rpartition(self.tokenizer.eos_token or "\0")
-            self._suffix = self._ids(rest) if end and rest else []
+            ids = self._ids(self._render(turns, {}))
+            ends = [i for i, token in enumerate(ids) if token in self.end_ids]
+            self._suffix = ids[ends[-1] + 1 :] if ends else []
         return self._suffix
 
     def _scores(self, params, ids, lengths):

@@ -1,6 +1,7 @@
 """Directories of reward models, and reward models as reward functions."""
 
 import dataclasses
+import functools
 import json
 
 import families
@@ -149,12 +150,19 @@ def test_an_end_token_never_pads(arithmetic_tokenizer):
 # --- as a reward function ------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def states_of(model, params, ids):
+    return model.apply({"params": params}, ids, method="hidden_states")
+
+
 def score_of(reward_model, text: str, tokenizer) -> float:
-    """One text by itself, without padding, in numpy."""
+    """One text by itself, in numpy."""
     model, params, _ = reward_model
-    ids = np.array([tokenizer(text)["input_ids"]], np.int32)
-    hidden = model.apply({"params": params}, ids, method="hidden_states")
-    return (np.float64(hidden)[0, -1] @ np.float64(params["score"]["kernel"])).item()
+    found = tokenizer(text)["input_ids"]
+    ids = np.zeros((1, 48), np.int32)
+    ids[0, : len(found)] = found
+    hidden = np.float64(states_of(model, params, ids))[0, len(found) - 1]
+    return (hidden @ np.float64(params["score"]["kernel"])).item()
 
 
 def messages(text: str) -> tuple[list[dict], list[dict]]:

@@ -1,16 +1,16 @@
 """Runs of run_reward.py: what is said, saved and refused, and that a kill changes nothing."""
 
 import json
-import sys
 
 import pytest
 from golden.trl_cases import write_tiny_llama
 from grpo_runs import call as call_grpo
-from runs import ROOT, Child, end_all, flags, killed, metrics, outcome, write_rows
+from runs import ROOT, end_all, finish, flags, fork, killed, metrics, outcome, write_rows
 
 from relax.config import RewardModelConfig, cli
 from relax.models.classifiers import load_classifier
 
+SCRIPT = ROOT / "run_reward.py"
 STEPS = 8
 JOB = {
     "test_size": 4,
@@ -74,7 +74,7 @@ def call(**fields) -> int:
 @pytest.fixture(scope="module")
 def unbroken(job, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    assert call(**job, output_dir=output_dir) == 0
+    finish(*flags(**job), f"--output_dir={output_dir}", script=SCRIPT)
     return output_dir
 
 
@@ -86,8 +86,7 @@ def test_a_run_logs_what_trl_logs_and_its_model_is_trained_on(job, unbroken, tmp
     assert reports["training pairs"]["dropped"] == {}
     _, params = load_classifier(unbroken / "final")
     fields = job | {"model_name_or_path": unbroken / "final", "max_steps": 1, "use_peft": "true"}
-    fields |= {"eval_strategy": "no", "output_dir": tmp_path / "again"}
-    assert call(**fields) == 0
+    assert call(**fields, output_dir=tmp_path / "again") == 0
     assert "the head is fresh" not in capsys.readouterr().out
     _, again = load_classifier(tmp_path / "again" / "final")
     # One small update away from where it began: the head was read, and is among what is saved.
@@ -96,8 +95,7 @@ def test_a_run_logs_what_trl_logs_and_its_model_is_trained_on(job, unbroken, tmp
 
 
 def test_a_language_model_gets_a_head_and_the_run_says_so(job, tmp_path, capsys):
-    fields = job | {"max_steps": 1, "eval_strategy": "no", "output_dir": tmp_path / "run"}
-    assert call(**fields, overwrite_output_dir="true") == 0
+    assert call(**job | {"max_steps": 1, "output_dir": tmp_path / "run"}) == 0
     assert "the head is fresh" in capsys.readouterr().out
 
 
@@ -135,18 +133,13 @@ def test_the_model_is_a_reward_function_of_grpo(job, unbroken, tmp_path):
     assert abs(record["reward"] - 2 * rewards[0] - 0.5 * rewards[1]) < 1e-5
 
 
-def start(job, output_dir, fault=None) -> Child:
-    script = [sys.executable, str(ROOT / "run_reward.py"), *flags(**job)]
-    return Child([*script, f"--output_dir={output_dir}", "--resume=auto"], fault)
-
-
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
 def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, tmp_path):
     """Parameters, optimizer state, position, metrics and the exported model, bit for bit."""
     assert len(KILLS) == 10
+    arguments = [*flags(**job), f"--output_dir={tmp_path / 'broken'}", "--resume=auto"]
     for fault in KILLS:
-        child = start(job, tmp_path / "broken", fault)
+        child = fork(*arguments, fault=fault, script=SCRIPT)
         assert killed(child), (fault, child.stdout, child.stderr)
-    child = start(job, tmp_path / "broken")
-    assert child.end() == 0, child.stdout + child.stderr
+    finish(*arguments, script=SCRIPT)
     assert outcome(tmp_path / "broken") == outcome(unbroken)

@@ -166,8 +166,8 @@ class _Maker:
                 if "prompt_ids" not in self.format.columns:
                     split = split_prompt(row["chosen_ids"], row["rejected_ids"], may_be_empty=True)
                     parts = {f"{name}_ids": ids for name, ids in split.items()}
-                parts = (np.asarray(parts[name], np.int32) for name in TOKENS)
-                yield Preference(*parts, margin=self._margin(row))
+                arrays = [np.asarray(parts[name], np.int32) for name in TOKENS]
+                yield Preference(*arrays, margin=self._margin(row))
             return
         for first in range(0, len(self.rows), _CHUNK):
             places = range(first, min(first + _CHUNK, len(self.rows)))
