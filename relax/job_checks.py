@@ -9,6 +9,7 @@ from relax import assemble, machines, memory, parallel, remedies
 from relax.checkpoint import check_space, tree_bytes
 from relax.collect import Collector
 from relax.config import ConfigLoader, TrainerConfig
+from relax.config.watching import keeps_best
 from relax.errors import DataError, RelaxError
 from relax.models import TransformerConfig
 from relax.models.trainable import merge
@@ -131,6 +132,7 @@ def check_disk(
         if output.save_total_limit is not None:
             copies = min(copies, output.save_total_limit + 1)
         copies = max(copies - saved_steps, 1)
+    copies += 2 * keeps_best(config.flat())  # the best state, and the one that takes its place
     checkpoint = tree_bytes(state.replace(frozen={}) if only_trained else state)
     model = tree_bytes(state.params if only_adapter else merge(state.params, state.frozen))
     check_space(directory, checkpoint, copies, others=model)

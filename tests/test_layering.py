@@ -33,6 +33,7 @@ LAYERS = {
 }
 HOST = 7
 WITHOUT_JAX = ("relax.errors", "relax.run_dir", "relax.config", "relax.data", "relax.rewards")
+WITHOUT_JAX += ("relax.monitor", "relax.report")
 WITHOUT_JAX += ("relax.gguf_file", "relax.objects")
 # Host modules that nothing below the engine may lean on.
 TOP = (

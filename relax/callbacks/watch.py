@@ -1,6 +1,7 @@
 """Everything that watches a job, made of its configuration."""
 
 import copy
+import json
 import os
 import platform
 import shlex
@@ -27,7 +28,7 @@ from relax.checkpoint_frozen import FrozenElsewhere
 from relax.config import TrainerConfig
 from relax.config.watching import best_metric, is_greater_better, keeps_best, profile_window
 from relax.errors import ConfigError, RelaxError
-from relax.monitor.status import TrainingStatusWriter, read_status
+from relax.monitor.status import TrainingStatusWriter, read_status, without_secrets
 from relax.sampling import SamplingConfig
 from relax.trainers.callback import Callback
 from relax.trainers.interrupt import Interrupted
@@ -72,7 +73,10 @@ class Watch:
             if not isinstance(callback, Callback):
                 raise ConfigError(f"callbacks {spec!r} must derive from relax.callbacks.Callback.")
         self.makers = tracker_makers(
-            config.output.report_to, self.directory, config.output.run_name, config.to_dict()
+            config.output.report_to,
+            self.directory,
+            config.output.run_name,
+            json.loads(without_secrets(json.dumps(config.to_dict()))),
         )
 
     def __enter__(self) -> "Watch":

@@ -210,7 +210,7 @@ def _curve(series: Series, frame: _Frame, colour: int, most: int) -> str:
     kind = "raw" if smoothed else "line"
     out = f'<path class="{kind}" d="{_path(xs, ys, frame)}"/>'
     if smoothed:
-        means = smooth(series.ys, max(len(series.ys) / 40, 2.0))
+        means = smooth(series.ys, max(len(series.ys) / 60, 2.0))
         out += f'<path class="line" d="{_path(*thin(series.xs, means, most // 2), frame)}"/>'
     if points and len(xs) <= 60:
         out += "".join(

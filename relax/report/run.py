@@ -44,12 +44,12 @@ class Run:
         return values[-1] if values else None
 
 
-def read_run(directory: str | Path, texts: int = 8) -> Run:
+def read_run(directory: str | Path, previews: int = 50, completions: int = 8) -> Run:
     """Reads the directory of a run.
 
     Args:
       directory: of the run.
-      texts: steps whose previews and completions are read, spread over those that there are.
+      previews, completions: steps whose texts are read, spread over those that there are.
 
     Raises:
       DataError: there is no run in the directory.
@@ -67,8 +67,8 @@ def read_run(directory: str | Path, texts: int = 8) -> Run:
         _json(directory / "data.json"),
         status or {},
         read_series(metrics),
-        _texts(directory / "samples", texts),
-        _texts(directory / "completions", texts),
+        _texts(directory / "samples", previews),
+        _texts(directory / "completions", completions),
     )
 
 
