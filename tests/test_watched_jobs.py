@@ -161,8 +161,7 @@ def test_a_run_that_fails_leaves_its_error_in_status_and_report(tmp_path):
 
 def test_a_run_whose_updates_are_not_finite_stops_and_says_which(tmp_path):
     with pytest.raises(NonFiniteError, match="3 updates in a row"):
-        job(tmp_path, learning_rate=1e30, eval_strategy="no", test_size=0.0, max_grad_norm=0.0,
-            max_steps=12)  # fmt: skip
+        job(tmp_path, learning_rate=1e30, max_grad_norm=0.0, max_steps=12, eval_steps=12.0)
     assert read_status(tmp_path / "out" / "status.json")["phase"] == "failed"
     assert len((tmp_path / "out" / "bad_batch.jsonl").read_text().splitlines()) == 3
 

@@ -128,15 +128,13 @@ class Watch:
         for writer in self.status.writers:
             writer.warn(text)
 
-    def callbacks(self, others: tuple, tokenizer, eval_loader, weights, **ends) -> tuple:
+    def callbacks(self, others: tuple, tokenizer, eval_loader, **ends) -> tuple:
         """The callbacks of the run, in order, behind metrics and progress.
 
         Args:
           others: the recipe's.
           tokenizer: the model's.
           eval_loader: what the run evaluates on, or several by name, or None.
-          weights: makes the weights of the model that answers of a state's trained and frozen
-            ones.
           **ends: what ends an answer: `eos_token_ids` and `stop` of a `SamplingConfig`.
         """
         for other in others:
@@ -151,7 +149,7 @@ class Watch:
         if self.makers and self.is_main:
             made.append(Trackers(self.makers, self.warn))
         if v["num_samples"]:
-            made.append(self._previews(tokenizer, eval_loader, weights, ends))
+            made.append(self._previews(tokenizer, eval_loader, ends))
         metric = best_metric(v, self.config.algorithm)
         mode = "max" if is_greater_better(v, metric) else "min"
         if v["early_stopping_patience"] is not None:
@@ -190,7 +188,7 @@ class Watch:
         evaluation = {f"eval_{name}": value for name, value in self.best.metrics.items()}
         return found.replace(frozen=frozen) if without else found, evaluation
 
-    def _previews(self, tokenizer, eval_loader, weights, ends: dict) -> Previews:
+    def _previews(self, tokenizer, eval_loader, ends: dict) -> Previews:
         loaders = list(eval_loader.values()) if isinstance(eval_loader, dict) else [eval_loader]
         count = self.values["num_samples"]
         shares = [(count + i) // len(loaders) for i in range(len(loaders))]
@@ -207,15 +205,7 @@ class Watch:
         most = self.values.get("max_completion_length", self.values["max_new_tokens"])
         sampling = SamplingConfig(max_new_tokens=most, **ends)
         directory = self.directory / "samples"
-        return Previews(
-            questions,
-            directory,
-            tokenizer,
-            sampling,
-            console=self.console,
-            weights=weights,
-            listener=self._told,
-        )
+        return Previews(questions, directory, tokenizer, sampling, self.console, self._told)
 
     def _told(self, records: list[dict]) -> None:
         self.status.update(force=True, last_preview=records[0])
