@@ -7,6 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import grpo_runs
+import ppo_runs
 import pytest
 import runs
 
@@ -21,6 +22,7 @@ ROWS = runs.additions(12)
 def jobs(tmp_path_factory) -> dict[str, dict]:
     """Flags of a job of each algorithm, on a tiny model."""
     directory = tmp_path_factory.mktemp("jobs")
+    (directory / "ppo").mkdir()
     grpo = grpo_runs.make_job(directory)
     model = {"model_name_or_path": grpo["model_name_or_path"]} | SHARED
     pairs = [
@@ -34,6 +36,7 @@ def jobs(tmp_path_factory) -> dict[str, dict]:
         "dpo": model | batch | {"dataset_name": pairs, "precompute_ref_log_probs": True},
         "reward": model | batch | {"dataset_name": pairs},
         "grpo": grpo | SHARED,
+        "ppo": ppo_runs.make_job(directory / "ppo") | SHARED,
     }
 
 
@@ -42,7 +45,8 @@ def run(tmp_path, capsys):
     """Runs a script in this process: the exit code, what it printed, and the lines of errors."""
 
     def run(algorithm, **fields):
-        main = importlib.import_module(f"run_{algorithm}").main
+        script = ALGORITHMS[algorithm].script or f"run_{algorithm}.py"
+        main = importlib.import_module(script.removesuffix(".py")).main
         fields = {"output_dir": tmp_path / "run"} | fields
         code = 0
         try:
@@ -55,7 +59,7 @@ def run(tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "reward", "grpo"])
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "reward", "grpo", "ppo"])
 def test_a_dry_run_says_what_the_run_will_need_and_writes_nothing(algorithm, jobs, run, tmp_path):
     code, out, errors = run(algorithm, **jobs[algorithm])
     assert (code, errors) == (0, [])
@@ -63,7 +67,7 @@ def test_a_dry_run_says_what_the_run_will_need_and_writes_nothing(algorithm, job
     lines = dict(re.findall(r"^  (data|memory|steps|one step|disk) +(\S.*)$", out, re.MULTILINE))
     assert set(lines) == {"data", "memory", "steps", "one step", "disk"}
     assert lines["steps"].startswith("6 updates")
-    assert lines["data"].startswith("10 rows" if algorithm == "grpo" else "12 rows")
+    assert lines["data"].startswith("10 rows" if algorithm in ("grpo", "ppo") else "12 rows")
     # At 3 and 6, and room for one that is being written.
     assert lines["disk"].startswith("3 checkpoints of ")
     assert out.endswith("all is well: without --dry_run the run begins\n")

@@ -90,7 +90,7 @@ def test_the_history_of_metrics_is_in_the_checkpoint_and_goes_on_elsewhere(tmp_p
     times = ("elapsed_s", "tokens_per_second")
     run("whole.jsonl", key=KEY)
     checkpointer = Checkpointer(tmp_path / "checkpoints")
-    run("first.jsonl", key=KEY, max_steps=2, checkpointer=checkpointer, save_steps=2)
+    run("first.jsonl", key=KEY, max_steps=2, checkpointer=checkpointer)
     template = jax.eval_shape(Regression().create_train_state, KEY)
     state, progress, _ = checkpointer.restore(template)
     # Where the first run ended it was evaluated, the whole one was not.
