@@ -232,7 +232,6 @@ class Job:
             self.recipe.callbacks(self.run_dir.path, logging_steps),
             tokenizer,
             eval_loader,
-            self.recipe.exported,
             eos_token_ids=assemble.end_tokens(config.model.model_name_or_path, tokenizer),
             stop=self.recipe.stop_sequences,
         )
