@@ -44,7 +44,8 @@ def test_experience_equals_the_golden_numbers_whatever_the_padding_holds(reward_
         reward_at=reward_at,
     )  # fmt: skip
     for name, expected in GOLDEN[reward_at].items():
-        np.testing.assert_allclose(found[name][0], expected, atol=1e-6, err_msg=name)
+        # float32, over a spread of 0.06
+        np.testing.assert_allclose(found[name][0], expected, atol=3e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

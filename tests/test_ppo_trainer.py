@@ -17,6 +17,7 @@ from relax.models.config import LoRA
 from relax.models.heads import init_head, with_head
 from relax.sampling import SamplingConfig
 from relax.trainers import PPOTrainer
+from relax.trainers.experience import Experience
 from relax.trainers.optimizer import adamw
 from relax.trainers.rl_trainer import Collected
 from relax.trainers.rollout import with_place_behind
@@ -229,7 +230,7 @@ def test_an_option_changes_the_update(name):
     found = [updated(*given.items())[0], updated(*(given | {name: value}).items())[0]]
     if name.startswith("kl_t") or name.startswith("kl_h"):  # what the next rollout is charged
         coefficients = [float(s.control.get("kl_coef", 0.05)) for s in found]
-        assert abs(coefficients[0] - coefficients[1]) > 1e-5
+        assert abs(coefficients[0] - coefficients[1]) > 1e-6
         return
     leaves = [np.concatenate([x.ravel() for x in jax.tree.leaves(s.params)]) for s in found]
     assert np.abs(leaves[0] - leaves[1]).max() > 1e-5
@@ -441,15 +442,13 @@ def ppo_of(model, **options) -> PPOTrainer:
     )
 
 
-@pytest.mark.parametrize("kind", ["head", "policy", "own", "lora"])
+@pytest.mark.parametrize("kind", ["head", "policy", "lora"])
 def test_a_critic_of_any_kind_values_the_states_before_tokens_and_learns(model, kind):
     options = {}
     if kind == "policy":
         options = {"value_model": "policy"}
-    elif kind == "own":
-        options = {"value_model": model.clone(config=model.config)}
     elif kind == "lora":
-        model = model.clone(lora=LoRA(r=2))
+        model = model.clone(lora=LoRA(2, 4, 0.0, ("all-linear",)))
     trainer = ppo_of(model, **options)
     state = trainer.create_train_state(KEY)
     assert set(state.params) == {"policy", "value"} and "lm_head" not in state.params["value"]
@@ -459,17 +458,19 @@ def test_a_critic_of_any_kind_values_the_states_before_tokens_and_learns(model, 
     batch = given.batch
     weights = trainer.model_params(state.params, state.frozen)
     trunk_model, trunk = (model, weights)
-    if kind in ("policy", "own"):
+    if kind == "policy":
         trunk_model, trunk = trainer.value_model, state.params["value"]
     tokens = {name: np.asarray(value) for name, value in batch.tokens.items()}
-    for row in range(2):
-        n, m = tokens["prompt_lengths"][row], tokens["completion_lengths"][row, 0]
-        ids = [*tokens["prompt_ids"][row, :n], *tokens["completion_ids"][row, 0, :m]]
-        hidden = trunk_model.apply(
-            {"params": trunk}, np.array([ids], np.int32), method="hidden_states"
-        )
-        expected = (np.asarray(hidden[0]) @ kernel)[n - 1 : n + m - 1, 0]
-        np.testing.assert_allclose(batch.values[row, 0, :m], expected, rtol=1e-4, atol=1e-5)
+    ends = list(zip(tokens["prompt_lengths"], tokens["completion_lengths"][:, 0], strict=True))
+    rows = np.zeros((2, 16), np.int32)
+    for row, (n, m) in enumerate(ends):
+        rows[row, :n] = tokens["prompt_ids"][row, :n]
+        rows[row, n : n + m] = tokens["completion_ids"][row, 0, :m]
+    states = jax.jit(functools.partial(trunk_model.apply, method="hidden_states"))
+    expected = (np.asarray(states({"params": trunk}, rows)) @ kernel)[:, :, 0]
+    for row, (n, m) in enumerate(ends):
+        found = batch.values[row, 0, :m]
+        np.testing.assert_allclose(found, expected[row, n - 1 : n + m - 1], rtol=1e-4, atol=1e-5)
     before = jax.device_get(state.params)
     state, metrics = trainer.train_step(state, batch)
     assert float(metrics["sampling/logp_difference/max"]) < 1e-4
@@ -492,30 +493,35 @@ def test_critics_begin_at_zero_and_with_what_they_are_given(model):
     assert set(state.frozen) == {"ref"}
 
 
-def test_a_heads_gradient_reaches_the_shared_trunk_and_a_separate_critics_does_not(model):
-    """The policy's loss alone is the same; what differs is the value loss."""
-    found = {}
-    for kind in (None, "policy"):
-        trainer = ppo_of(model, value_model=kind, vf_coef=5.0)
-        state = trainer.create_train_state(KEY)
-        state.params["value"]["score"]["kernel"] = jnp.ones((8, 1))
-        (given,) = trainer.make_batches(state, items_of(1)[0])
+# Two rows of one completion each.
+TOKENS = {
+    "prompt_ids": np.array([[1, 2, 3], [4, 5, 0]], np.int32),
+    "prompt_lengths": np.array([3, 2], np.int32),
+    "completion_ids": np.array([[[6, 7, 8, 22]], [[9, 22, 0, 0]]], np.int32),
+    "completion_lengths": np.array([[4], [2]], np.int32),
+}
 
-        def loss(params, trainer=trainer, batch=given.batch, frozen=state.frozen):
-            values = trainer.evaluate(params, frozen, batch.tokens)[1]
-            return jnp.where(batch.value_mask, values, 0.0).sum()
 
-        gradient = jax.grad(loss)(state.params)["policy"]
-        found[kind] = any(bool(leaf.any()) for leaf in jax.tree.leaves(gradient))
-    assert found == {None: True, "policy": False}
+@pytest.mark.parametrize("critic", [None, "policy"])
+def test_a_heads_gradient_reaches_the_shared_trunk_and_a_separate_critics_does_not(model, critic):
+    trainer = ppo_of(model, value_model=critic, kl_coef=0.0)
+    state = trainer.create_train_state(KEY)
+    state.params["value"]["score"]["kernel"] = jnp.ones((8, 1))
+    loss = jax.jit(jax.grad(lambda params: trainer.completion_values(params, {}, TOKENS).sum()))
+    gradient = loss(state.params)
+    reached = any(bool(leaf.any()) for leaf in jax.tree.leaves(gradient["policy"]))
+    assert reached == (critic is None) and gradient["value"]["score"]["kernel"].any()
 
 
 def test_a_mixture_of_experts_adds_its_routers_loss_once_per_trunk():
     model, params = tiny_family("mixtral")
-    trainer = ppo_of(model, params=params, value_model="policy", vf_coef=0.5)
+    trainer = ppo_of(model, params=params, value_model="policy", vf_coef=0.5, kl_coef=0.0)
     state = trainer.create_train_state(KEY)
-    (given,) = trainer.make_batches(state, items_of(1)[0])
-    out = trainer.compute_loss(state.params, given.batch, frozen=state.frozen)
+    zeros, real = np.zeros((2, 1, 4), np.float32), TOKENS["completion_ids"] > 0
+    names = ("sampling_logprobs", "old_logprobs", "values", "advantages", "returns")
+    rows = {"kl": np.zeros(2, np.float32), "value_share": np.ones(2, np.float32)}
+    batch = Experience(TOKENS, **dict.fromkeys(names, zeros), mask=real, value_mask=real, **rows)
+    out = jax.jit(trainer.compute_loss)(state.params, batch)
     m = {name: np.asarray(getattr(x, "value", x)) for name, x in out.metrics.items()}
     rest = out.loss - m["loss/policy_avg"] - 0.5 * m["loss/value_avg"]
     both = m["aux_loss"] + m["critic_aux_loss"]
