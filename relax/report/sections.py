@@ -176,7 +176,7 @@ def previews(run: Run, steps: int, characters: int) -> str:
         is_open = " open" if i < 3 else ""
         out += (
             f"<details{is_open}><summary>{_mark(last.get('right'))} {question}</summary>"
-            f'<div class="scroll texts"><table>{rows}</table></div></details>'
+            f'<div class="scroll texts answers"><table>{rows}</table></div></details>'
         )
     return f"<h2>Held-out prompts, answered as it learned</h2>{out}" if out else ""
 
@@ -224,21 +224,21 @@ def environment(run: Run) -> str:
 
 
 def configuration(run: Run, characters: int) -> str:
-    """All options by section; what differs from the default stands out."""
+    """The options that differ from their defaults, and all of them by section, folded away."""
     defaults = default_values(run.algorithm)
-    out = ""
+    out, given = "", {}
     for section, fields in run.config.items():
         if isinstance(fields, dict):
-            changed = {n for n, v in fields.items() if n in defaults and v != defaults[n]}
-            out += (
-                f"<section><h3>{text(section)}</h3>{pairs(fields, characters, changed)}</section>"
-            )
+            changed = {n: v for n, v in fields.items() if n in defaults and v != defaults[n]}
+            given |= changed
+            table = pairs(fields, characters, set(changed))
+            out += f"<section><h3>{text(section)}</h3>{table}</section>"
     if not out:
         return ""
-    note = '<p class="note">Bold: not the default.</p>' if defaults else ""
+    first = pairs(given, characters) if given else ""
     return (
-        f"<h2>Configuration</h2>{note}<details open><summary>all options</summary>"
-        f'<div class="two">{out}</div></details>'
+        f"<h2>Configuration</h2>{first}<details><summary>all options, those that are not the "
+        f'default in bold</summary><div class="sections">{out}</div></details>'
     )
 
 

@@ -62,13 +62,16 @@ th{color:var(--dim);font-weight:500;white-space:nowrap}
 td{overflow-wrap:anywhere;white-space:pre-wrap}
 td.n,th.n{text-align:right;white-space:nowrap}
 .texts td{font-family:ui-monospace,"SF Mono",Menlo,"DejaVu Sans Mono",monospace;font-size:12.5px}
-.texts th:first-child{width:1%}
+.answers th:first-child{width:1%}
+.texts td:first-child:not(.n){min-width:9em}
 .changed td{font-weight:600}
 .right{color:var(--good)}.wrong{color:var(--bad)}
 details{margin:10px 0}summary{cursor:pointer;color:var(--dim);padding:3px 0}
 details[open]>summary{margin-bottom:8px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:14px;
 align-items:start}
+.sections{columns:2 400px;column-gap:14px}.sections>section{break-inside:avoid;padding-bottom:6px}
+.sections h3{margin-top:6px}
 .two>section{min-width:0}.two h2{margin-top:24px}
 footer{margin-top:44px;color:var(--dim);font-size:12.5px}
 @media(max-width:520px){main{padding:18px 12px 40px}h1{font-size:21px}.facts{
