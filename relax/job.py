@@ -150,7 +150,7 @@ class Job:
         self.metrics |= evaluation
         if recipe.embedded:
             self.metrics |= recipe.examine("after", trainer, state, datasets)
-        model_dir = self._export(parts.model, state, parts.tokenizer)
+        model_dir = self._export(parts, state)
         paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
         if config.output.save_strategy != "no":
             paths["checkpoints"] = self.run_dir.checkpoints
@@ -288,11 +288,12 @@ class Job:
             only_adapter=self.base is not None,
         )
 
-    def _export(self, model, state, tokenizer) -> Path:
+    def _export(self, parts: "Parts", state) -> Path:
+        model, tokenizer = parts.model, parts.tokenizer
         model_dir = self.run_dir.path / "final"
         try:
             fault.point("export")
-            weights = self.recipe.exported(state.eval_params, state.frozen)
+            weights = parts.trainer.model_params(state.eval_params, state.frozen)
             if self.base is not None:
                 return save_adapter(model_dir, model, weights, self.base, tokenizer)
             if model.lora is not None:

@@ -85,9 +85,6 @@ class PPORecipe(RLRecipe):
         key = jax.random.key(self.config.hyperparams.seed)
         return trainer.start(key, params, self._critic_params(trainer))
 
-    def exported(self, params, frozen) -> dict:
-        return super().exported(params["policy"], frozen)
-
     def _critic_params(self, trainer):
         if self.critic is None:
             return None

@@ -12,7 +12,6 @@ from relax.config import TrainerConfig
 from relax.data import Rows, profiles
 from relax.errors import ConfigError
 from relax.models import TransformerConfig, save_pretrained
-from relax.models.trainable import merge
 from relax.trainers import Trainer, TrainState
 
 
@@ -176,10 +175,6 @@ class Recipe(abc.ABC):
     def start(self, trainer: Trainer, params) -> TrainState:
         """The state before the first update; `params` (or None: fresh ones) are taken over."""
         return assemble.make_state(trainer, params, self.config.hyperparams.seed)
-
-    def exported(self, params, frozen) -> dict:
-        """All parameters of the model that is saved, of those of a state."""
-        return merge(params, frozen)
 
     def fresh_params(self, model, tokenizer):
         """Parameters to begin from where no model is named; None: those that the key makes."""
