@@ -59,7 +59,7 @@ def job(directory: Path, engine: TrainerEngine | None = None, **fields):
         "eval_steps": 2.0,
         "logging_steps": 1.0,
         "save_steps": 2.0,
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-3,
         "gradient_checkpointing": False,
     } | fields
     output = str(directory / "out")
@@ -87,7 +87,6 @@ def watched(tmp_path_factory):
         load_best_model_at_end=True,
         metric_for_best_model="eval_mean_token_accuracy",
         greater_is_better=False,  # so that the best one is not the last
-        learning_rate=3e-3,
         profile_steps="2:2",
     )
     return directory, result, console.file.getvalue()
@@ -161,7 +160,7 @@ def test_a_run_that_fails_leaves_its_error_in_status_and_report(tmp_path):
 
 def test_a_run_whose_updates_are_not_finite_stops_and_says_which(tmp_path):
     with pytest.raises(NonFiniteError, match="3 updates in a row"):
-        job(tmp_path, learning_rate=1e30, max_grad_norm=0.0, max_steps=12, eval_steps=12.0)
+        job(tmp_path, learning_rate=1e30, max_grad_norm=0.0, eval_steps=6.0)
     assert read_status(tmp_path / "out" / "status.json")["phase"] == "failed"
     assert len((tmp_path / "out" / "bad_batch.jsonl").read_text().splitlines()) == 3
 

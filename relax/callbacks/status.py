@@ -52,7 +52,7 @@ class Status(Callback):
             self.update(evaluation=record)
         else:
             shown = {name: record[name] for name in _SHOWN if name in record}
-            self.update(metrics=record, **shown)
+            self.update(metrics=record, step=record["step"], **shown)
 
     def on_train_begin(self, event: Event) -> None:
         self._begun = (event.step, time.monotonic())

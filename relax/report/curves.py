@@ -269,7 +269,7 @@ def duration(seconds: float | None) -> str:
     """Seconds in words.
 
     >>> [duration(s) for s in (0.0312, 42.4, 3725, 93600, None)]
-    ['0.03 s', '42 s', '1 h 2 min', '1 d 2 h', '–']
+    ['0.031 s', '42 s', '1 h 2 min', '1 d 2 h', '–']
     """
     if seconds is None or not math.isfinite(seconds):
         return "–"
