@@ -101,11 +101,13 @@ def test_a_language_model_gets_a_head_and_the_run_says_so(job, tmp_path, capsys)
 
 def test_several_labels_are_refused_before_anything_runs(job, unbroken, tmp_path, capsys):
     fields = json.loads((unbroken / "final" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(fields | {"num_labels": 2}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(fields | {"id2label": {"0": "bad", "1": "good"}})
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((unbroken / "final" / name).read_bytes())
     fields = job | {"model_name_or_path": tmp_path, "output_dir": tmp_path / "run"}
-    assert call(**fields) == 1
+    assert call(**fields) == 2
     assert "has 2 labels" in capsys.readouterr().err
 
 
