@@ -6,7 +6,7 @@ the step finds what was compiled here.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -125,10 +125,11 @@ def largest_batch(loader, steps: int):
 
 def rows_of(batch) -> tuple[int, int]:
     """Rows and tokens of a row; completions of one prompt count as a row each."""
-    if "input_ids" in batch:
-        return batch["input_ids"].shape
-    rows, per_prompt, length = batch["completion_ids"].shape
-    return rows * per_prompt, batch["prompt_ids"].shape[1] + length
+    fields = batch if isinstance(batch, Mapping) else vars(batch)
+    if "input_ids" in fields:
+        return fields["input_ids"].shape
+    rows, per_prompt, length = fields["completion_ids"].shape
+    return rows * per_prompt, fields["prompt_ids"].shape[1] + length
 
 
 def capacity(held: int = 0) -> Capacity:

@@ -117,7 +117,7 @@ def test_a_job_leaves_no_array_and_no_compiled_step_behind(fields, tmp_path):
         patch.setattr(Job, "_trainer", noted)
         for n in range(3):
             config = from_dict(fields | {"output_dir": str(tmp_path / f"run{n}")})
-            run(config, raise_errors=False)
+            assert run(config)[0].error is None
             gc.collect()
             counts.append(len(jax.live_arrays()))
     assert counts[1] == counts[2]
