@@ -6,7 +6,7 @@ the step finds what was compiled here.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -125,7 +125,7 @@ def largest_batch(loader, steps: int):
 
 def rows_of(batch) -> tuple[int, int]:
     """Rows and tokens of a row; completions of one prompt count as a row each."""
-    fields = batch if isinstance(batch, Mapping) else vars(batch)
+    fields = getattr(batch, "tokens", batch)  # of an experience
     if "input_ids" in fields:
         return fields["input_ids"].shape
     rows, per_prompt, length = fields["completion_ids"].shape
