@@ -3,20 +3,37 @@
 `XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/parallel_checks.py`
 """
 
+import contextlib
+import dataclasses
+import io
 import json
 import sys
+import tempfile
 import traceback
 
 import jax
 import numpy as np
 import optax
+from rich.console import Console
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from relax import parallel  # noqa: E402
+from relax.checkpoint import Checkpointer  # noqa: E402
+from relax.config import SFTConfig  # noqa: E402
 from relax.config.mesh import parse_mesh  # noqa: E402
-from relax.models import Transformer, TransformerConfig  # noqa: E402
-from relax.trainers import SFTTrainer  # noqa: E402
+from relax.data import PreferenceLoader, Preferences  # noqa: E402
+from relax.data.preference import Preference  # noqa: E402
+from relax.engine import TrainerEngine  # noqa: E402
+from relax.models import (  # noqa: E402
+    Transformer,
+    TransformerConfig,
+    load_pretrained,
+    save_pretrained,
+)
+from relax.models.config import LoRA  # noqa: E402
+from relax.sampling import SamplingConfig, generate  # noqa: E402
+from relax.trainers import DPOTrainer, GRPOTrainer, PPOTrainer, SFTTrainer  # noqa: E402
 
 MESHES = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2", "data=1")
 V, T = 24, 12
@@ -35,8 +52,6 @@ SHAPE = TransformerConfig(
 
 
 def shape(**changes):
-    import dataclasses
-
     return dataclasses.replace(SHAPE, **changes)
 
 
@@ -69,9 +84,9 @@ def sft_batches(count, rows=16, seed=0):
     return batches
 
 
-def run_sft(config=SHAPE, **options):
+def run_sft(config=SHAPE, lora=None, **options):
     """Losses of three updates and an evaluation, and the parameters after them."""
-    model = Transformer(config, gradient_checkpointing=True)
+    model = Transformer(config, gradient_checkpointing=True, lora=lora)
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0} | options
     trainer = SFTTrainer(model, optax.adamw(1e-2), loss_chunk_size=8, **options)
     losses = []
@@ -91,6 +106,18 @@ def run_sft(config=SHAPE, **options):
     state = trainer.train(batches[:3], key=jax.random.key(0), eval_loader=batches[3:])
     sizes = trainer.train_step._cache_size()
     return losses, jax.tree.map(np.asarray, state.params), sizes, state
+
+
+def bits(tree):
+    """The bytes of every leaf."""
+    leaves = jax.tree.leaves(tree)
+    keys = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+    data = [jax.random.key_data(x) if k else x for x, k in zip(leaves, keys, strict=True)]
+    return [np.asarray(x).tobytes() for x in data]
+
+
+def print_to_stderr(line):
+    print(line, file=sys.stderr)
 
 
 def same(found, wanted, tolerance=1e-5):
@@ -122,9 +149,240 @@ def check_weights_are_cut():
         state = run_sft()[3]
     cut = state.params["layers_0"]["q_proj"]["kernel"]
     assert cut.sharding.shard_shape(cut.shape) == (8, 8), cut.sharding
-    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == cut.shape]
-    assert moments and all(x.sharding == cut.sharding for x in moments)
+    leaves = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+    moments = [
+        leaf
+        for path, leaf in leaves
+        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("layers_0/q_proj/kernel")
+    ]
+    assert len(moments) == 2
+    assert all(x.sharding.is_equivalent_to(cut.sharding, 2) for x in moments)
     return parallel.bytes_per_device(state)
+
+
+def check_experts():
+    config = shape(
+        model_type="mixtral",
+        attention_bias=False,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        router_aux_loss_coef=0.02,
+    )
+    losses, params, _, _ = run_sft(config)
+    with use("data=2,fsdp=2,tensor=2", config):
+        found = run_sft(config)
+    return [same(found[0], losses), same(found[1], params)]
+
+
+def check_adapters():
+    config = LoRA(r=2, alpha=4, dropout=0.0, target_modules=("all-linear",))
+    losses, params, _, _ = run_sft(lora=config)
+    with use("data=2,fsdp=2,tensor=2"):
+        found = run_sft(lora=config)
+    return [same(found[0], losses), same(found[1], params)]
+
+
+def preferences():
+    rng = np.random.default_rng(3)
+    items = []
+    for _ in range(16):
+        parts = [rng.integers(0, V, rng.integers(1, 6)).astype(np.int32) for _ in range(3)]
+        items.append(Preference(*parts))
+    return Preferences(items, is_paired=True)
+
+
+def run_dpo(packed):
+    trainer = DPOTrainer(Transformer(SHAPE), optax.adamw(1e-2), gradient_accumulation_steps=2)
+    length = 24 if packed else None
+    loader = PreferenceLoader(preferences(), 8, packed_length=length)
+    losses = []
+    state = trainer.create_train_state(jax.random.key(1))
+    for _ in range(2):
+        for batch in loader:
+            state, metrics = trainer.train_step(state, parallel.place_batch(batch))
+            metrics.pop("rewards/accuracies")  # of ties, before the first update
+            losses.append({name: float(value) for name, value in metrics.items()})
+    logprobs = trainer.answer_logprobs(state.params, next(iter(loader)))
+    return losses, jax.tree.map(np.asarray, state.params), logprobs
+
+
+def check_dpo():
+    told = {}
+    for packed in (False, True):
+        wanted = run_dpo(packed)
+        for mesh in MESHES[1:3]:
+            with use(mesh):
+                found = run_dpo(packed)
+            told[f"{packed} {mesh}"] = [same(a, b) for a, b in zip(found, wanted, strict=True)]
+    return told
+
+
+class Letters:
+    eos_token_id = V - 1
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(97 + i) for i in ids if i != V - 1)
+
+
+PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10, 11], [2], [3, 3], [9, 1, 2], [5]]
+
+
+def run_rl(make, **options):
+    """Two items: rollouts, rewards, updates."""
+    trainer = make(
+        Transformer(SHAPE),
+        optax.sgd(0.1, momentum=0.9),  # Adam's first steps have the sign of the smallest gradient
+        reward_funcs=[lambda completions: [float(len(set(c))) for c in completions]],
+        tokenizer=Letters(),
+        num_generations=4,
+        prompts_per_item=8,
+        completions_per_update=16,
+        gradient_accumulation_steps=1,
+        sampling=SamplingConfig(max_new_tokens=6),
+        **options,
+    )
+    state, texts, losses = trainer.create_train_state(jax.random.key(2)), [], []
+    item = {"prompt_ids": PROMPTS, "rows": [{"prompt": str(i)} for i in range(8)]}
+    for _ in range(2):
+        for note in trainer.make_batches(state, item):
+            texts += [record["completion"] for record in note.records]
+            state, metrics = trainer.train_step(state, parallel.place_batch(note.batch))
+            losses.append({n: float(metrics[n]) for n in metrics if "skipped" not in n})
+    return texts, losses, jax.tree.map(np.asarray, state.params)
+
+
+def rl_check(make, meshes=MESHES[:3], **options):
+    told, wanted = {}, run_rl(make, **options)
+    for mesh in meshes:
+        with use(mesh):
+            found = run_rl(make, **options)
+        first = [
+            i for i, pair in enumerate(zip(found[0], wanted[0], strict=True)) if pair[0] != pair[1]
+        ]
+        assert not first, f"{mesh}: other texts: {first}"
+        told[mesh] = [same(a, b) for a, b in zip(found[1:], wanted[1:], strict=True)]
+    return told
+
+
+def check_grpo():
+    return rl_check(GRPOTrainer, beta=0.1)
+
+
+def check_ppo():
+    return rl_check(PPOTrainer, MESHES[1:3], value_model="policy", num_ppo_epochs=2)
+
+
+def check_sampler():
+    """Greedy and drawn, with more rows than slots, stop strings and a penalty."""
+    model = Transformer(SHAPE)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    config = SamplingConfig(
+        max_new_tokens=20, n=3, slots=16, stop=("ab",), repetition_penalty=1.1, top_p=0.9
+    )
+
+    def tokens():
+        key = jax.random.key(5)
+        out = generate(model, parallel.placed(params), PROMPTS, key, config, decode=decode)
+        return [list(map(int, c)) for c in out.completions], out.logprobs
+
+    decode = Letters().decode
+    wanted = tokens()
+    for mesh in MESHES[1:3]:
+        with use(mesh):
+            found = tokens()
+        assert found[0] == wanted[0], mesh
+        same(found[1], wanted[1])
+    return sum(map(len, wanted[0]))
+
+
+def check_checkpoints_move():
+    """Saved on eight devices, read on one, two and four, written there, and read on eight again."""
+    with tempfile.TemporaryDirectory() as directory:
+        with use("data=2,fsdp=2,tensor=2"):
+            state = run_sft()[3]
+            Checkpointer(f"{directory}/8").save(3, state, {})
+            shapes = jax.eval_shape(lambda: state)
+        wanted, last = bits(state), 8
+        for count, mesh in ((1, None), (2, "fsdp=2"), (4, "fsdp=2,tensor=2"), (8, "data=8")):
+            with use(mesh) if mesh else contextlib.nullcontext():
+                template = parallel.sharded_shapes(shapes)
+                found, _, step = Checkpointer(f"{directory}/{last}", warn=print_to_stderr).restore(
+                    template
+                )
+                assert step == 3 and bits(found) == wanted, count
+                kernel = found.params["layers_0"]["q_proj"]["kernel"]
+                assert len(kernel.sharding.device_set) == count
+                Checkpointer(f"{directory}/again{count}").save(3, found, {})
+                last = f"again{count}"
+    return len(wanted)
+
+
+def check_weights_are_read_in_parts():
+    """Families with transposed, joined and stacked tensors; each device's part by itself."""
+    told = {}
+    for name, config in {
+        "qwen2": shape(model_type="qwen2", output_bias=False),
+        "phi3": shape(model_type="phi3", attention_bias=False),
+        "mixtral": shape(
+            model_type="mixtral",
+            attention_bias=False,
+            intermediate_size=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+        ),
+    }.items():
+        model = Transformer(config)
+        params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+        with tempfile.TemporaryDirectory() as directory:
+            path = save_pretrained(f"{directory}/model", model, params)
+            with use("data=2,fsdp=2,tensor=2", config):
+                found = load_pretrained(path)[1]
+                assert bits(found) == bits(params), name
+                kernel = found["layers_0"]["k_proj"]["kernel"]
+                told[name] = str(kernel.sharding.spec)
+                again = save_pretrained(f"{directory}/again", model, found)
+            assert bits(load_pretrained(again)[1]) == bits(params), name
+    return told
+
+
+def check_a_batch_that_does_not_divide_is_refused():
+    with use("data=8"):
+        try:
+            parallel.place_batch({"x": np.zeros((12, 2))})
+        except ValueError as error:
+            return str(error)
+    raise AssertionError("12 rows on 8 devices")
+
+
+def check_a_job_on_a_mesh():
+    """From flags: two rows per device on four devices are eight on one."""
+    losses = {}
+    with tempfile.TemporaryDirectory() as directory:
+        rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(24)]
+        for name, flags in {
+            "one": {"per_device_train_batch_size": 16},
+            "mesh": {"per_device_train_batch_size": 4, "mesh": "data=2,fsdp=2,tensor=2"},
+        }.items():
+            config = SFTConfig().replace(
+                max_steps=3, logging_steps=1, output_dir=f"{directory}/{name}", **flags
+            )
+            console = Console(file=io.StringIO(), width=200)
+            result = TrainerEngine(console=console).run_job(config, rows)
+            log = (result.output_dir / "metrics.jsonl").read_text().splitlines()
+            losses[name] = [line["loss"] for line in map(json.loads, log) if "loss" in line]
+        text = console.file.getvalue()
+        assert "mesh: data=2,fsdp=2,tensor=2 on 8 x cpu" in text, text
+        same(losses["mesh"], losses["one"])
+        # And on, on another mesh with as many rows.
+        config = config.replace(
+            max_steps=4, mesh="data=8", per_device_train_batch_size=2, resume="auto",
+            allow_config_change=["max_steps"],
+        )  # fmt: skip
+        TrainerEngine(console=console).run_job(config, rows)
+        log = (result.output_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line).get("step") for line in log]
 
 
 CHECKS = {name[6:]: f for name, f in globals().items() if name.startswith("check_")}

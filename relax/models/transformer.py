@@ -223,7 +223,8 @@ class Transformer(nn.Module):
         return self.norm(x), tuple(filled)
 
     def embed(self, input_ids):
-        x = self.embed_tokens[input_ids.reshape(-1)].astype(self.dtype)  # [M, D]
+        table = parallel.used(self.embed_tokens, "embed_tokens", dtype=self.dtype)
+        x = table[input_ids.reshape(-1)].astype(self.dtype)  # [M, D]
         x = parallel.constrain(x, "batch", None)
         multiplier = self.config.embedding_multiplier
         return x if multiplier == 1.0 else x * jnp.asarray(multiplier, self.dtype)

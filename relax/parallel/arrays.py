@@ -79,7 +79,7 @@ def put(leaf, where: NamedSharding):
     if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(where, leaf.ndim):
         return leaf
     if where.is_fully_addressable:
-        return jax.deviceput(leaf, where)
+        return jax.device_put(leaf, where)
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = put(jax.random.key_data(leaf), NamedSharding(where.mesh, P()))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -127,14 +127,16 @@ def gathered_shapes(tree, dtype):
     return _map(shape, tree)
 
 
-def used(weight, *path: str):
+def used(weight, *path: str, dtype=None):
     """A weight as a layer multiplies with it: gathered over `fsdp` and `data`.
 
-    Its gradient is cut as the weight is stored.
+    Its gradient is cut as the weight is stored. On a mesh it is cast to `dtype`, if one is given,
+    before it is gathered.
     """
     current = layout()
     if current is None:
         return weight
+    weight = weight if dtype is None else weight.astype(dtype)
     name = "/".join(path)
     stored = _sharding(current, name, weight.shape)
     where = NamedSharding(current.mesh, _in_use(current, name, weight.shape))

@@ -60,13 +60,14 @@ def spec_of(
       heads: key-value heads; where `tensor` does not divide them, attention's weights are not cut.
 
     Returns:
-      One entry per dimension; an axis that does not divide its dimension is left out.
+      One entry per dimension up to the last that is cut, as XLA writes it; an axis of one device,
+      or that does not divide its dimension, is left out.
 
     >>> sizes = {"data": 1, "fsdp": 2, "tensor": 4}
     >>> spec_of("opt/0/mu/layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=4)
     PartitionSpec('fsdp', 'tensor')
     >>> spec_of("layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=1)
-    PartitionSpec('fsdp', None)
+    PartitionSpec('fsdp',)
     """
     spec = next(rule.spec for rule in rules if fits(rule, path))
     if len(spec) != len(shape):
@@ -75,12 +76,15 @@ def spec_of(
 
     def kept(entry, dim):
         axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        axes = tuple(axis for axis in axes if axis not in whole)
+        axes = tuple(axis for axis in axes if axis not in whole and sizes[axis] > 1)
         if not axes or dim % math.prod(sizes[axis] for axis in axes):
             return None
         return axes[0] if len(axes) == 1 else axes
 
-    return P(*(kept(entry, dim) for entry, dim in zip(spec, shape, strict=True)))
+    entries = [kept(entry, dim) for entry, dim in zip(spec, shape, strict=True)]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)
 
 
 def fits(rule: Rule, path: str) -> bool:

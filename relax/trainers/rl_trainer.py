@@ -274,10 +274,7 @@ class RLTrainer(Trainer):
     def _arrays(self, rollout: Rollout, extra: dict | None = None) -> dict[str, np.ndarray]:
         """Arrays with one row per prompt and g of its completions: `[P * G / g, ...]`."""
         P, G = rollout.completion_lengths.shape
-        g = self.row_size or math.gcd(P * G // self.gradient_accumulation_steps, G)
-        if (shards := parallel.batch_shards()) > 1:  # each device has whole rows
-            passes = self._updates_per_pass * self.gradient_accumulation_steps
-            g = math.gcd(P * G // (passes * shards), G)
+        g = self._in_row(P, G) // self._rows_for_one(P, G)
         rows = G // g
         arrays = {
             name: np.repeat(getattr(rollout, name), rows, axis=0)
@@ -290,6 +287,15 @@ class RLTrainer(Trainer):
         return arrays | {
             name: value.reshape(-1, g, *value.shape[2:]) for name, value in grouped.items()
         }
+
+    def _in_row(self, P: int, G: int) -> int:
+        """Completions of a prompt that share a row, on one device."""
+        return self.row_size or math.gcd(P * G // self.gradient_accumulation_steps, G)
+
+    def _rows_for_one(self, P: int, G: int) -> int:
+        """Rows of a mesh in place of one of a single device, so that each device has whole ones."""
+        parts = self._updates_per_pass * self.gradient_accumulation_steps * parallel.batch_shards()
+        return self._in_row(P, G) // math.gcd(P * G // parts, self._in_row(P, G))
 
     def _split(self, rollout: Rollout, experience: dict, key: jax.Array) -> Iterator[dict]:
         """The batches of all updates: every pass in another order, where there are several."""
@@ -304,7 +310,10 @@ class RLTrainer(Trainer):
         for iteration in range(self.num_iterations):
             order = np.arange(rows)
             if self.updates_per_item > 1:
-                order = np.asarray(jax.random.permutation(jax.random.fold_in(key, iteration), rows))
+                n = self._rows_for_one(*rollout.completion_lengths.shape)  # stay together
+                fresh = jax.random.fold_in(key, iteration)
+                order = np.asarray(jax.random.permutation(fresh, rows // n))
+                order = (order[:, None] * n + np.arange(n)[None, :]).reshape(-1)
             for first in range(0, rows, size):
                 yield self.take(buffer, order[first : first + size])
 
