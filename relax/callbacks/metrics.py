@@ -96,9 +96,13 @@ class MetricsLog(Callback):
 
     def on_validation_end(self, event: Event) -> None:
         self._emit(event, {f"eval_{name}": value for name, value in event.metrics.items()})
-        self._clock_s = time.monotonic()
+        self.restart_clock()
 
     def on_save(self, event: Event) -> None:
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """The time since the last update, or the last call, is not spent on updates."""
         self._clock_s = time.monotonic()
 
     def state_dict(self) -> dict:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from relax.callbacks.metrics import MetricsLog
 from relax.monitor.status import TrainingStatusWriter
 from relax.trainers.callback import Callback, Event
 
@@ -16,6 +17,7 @@ class Status(Callback):
     """Keeps status files up to date, and the seconds that a run has spent in each phase.
 
     Its method `show` is to be a listener of `MetricsLog`, where loss and learning rate come from.
+    To be the last callback: what the others do in an evaluation counts as evaluating.
 
     Args:
       writers: of the files.
@@ -77,10 +79,12 @@ class Status(Callback):
     def on_validation_end(self, event: Event) -> None:
         # An evaluation outside of `train` ends no phase of a run.
         self.enter("evaluating" if event.epoch is None else "training")
+        _restart_clocks(event)
 
     def on_save(self, event: Event) -> None:
         path = None if self.checkpoints is None else str(self.checkpoints / str(event.step))
         self.update(force=True, last_checkpoint={"step": event.step, "path": path})
+        _restart_clocks(event)
 
     def on_train_end(self, event: Event) -> None:
         self.enter("finishing", **_where(event), time_left_s=0.0)
@@ -94,6 +98,13 @@ class Status(Callback):
         if not done:
             return None
         return round(max(spent_s, 0.0) / done * (event.total_steps - event.step), 3)
+
+
+def _restart_clocks(event: Event) -> None:
+    """What other callbacks did after an evaluation or a save is not the time of updates."""
+    for callback in getattr(event.trainer, "callbacks", ()):
+        if isinstance(callback, MetricsLog):
+            callback.restart_clock()
 
 
 def _where(event: Event) -> dict:

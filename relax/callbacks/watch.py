@@ -41,7 +41,7 @@ class Watch:
 
     The order of callbacks is: metrics and progress, the recipe's, then these: guard, monitor,
     trackers, previews, early stopping, profiler, those of `--callbacks`, the best checkpoint (which
-    saves the state of all before it), status, report.
+    saves the state of all before it), report, status.
 
     Nothing is written into the run's directory before `begin`, so that a job that is refused leaves
     no trace there; a writer that was given is told from the start.
@@ -162,7 +162,7 @@ class Watch:
         if keeps_best(v):
             self.best = BestCheckpoint(self.directory / "best", metric, mode)
             made.append(self.best)
-        return (*made, self.status, self.report)
+        return (*made, self.report, self.status)
 
     def save_best_as(self, saver) -> None:
         """The best state is saved as checkpoints are: without what is frozen elsewhere."""
