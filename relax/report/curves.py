@@ -116,6 +116,8 @@ def limits(series: Sequence[Series]) -> tuple[float, float] | None:
         spread = p98 - p2
         high = high if high - p98 <= 2 * spread or spread == 0 else p98 + spread / 4
         low = low if p2 - low <= 2 * spread or spread == 0 else p2 - spread / 4
+    if low == high == 0:
+        return 0.0, 1.0
     if low == high:
         pad = abs(low) * 0.1 or 1.0
         return low - pad, high + pad

@@ -14,6 +14,7 @@ from relax.report.run import TIME, Run
 
 # What is drawn first, in this order: a title, and the metrics that belong in it.
 CHARTS = (
+    ("Scores of answers", r"(eval_(.+_)?)?(mean|min|max)_reward"),
     ("Reward", r"(eval_(.+_)?)?reward"),
     ("Reward functions", r"rewards/(?!chosen|rejected|margins|accuracies).+/mean"),
     ("Answers that pass", r"eval_(.+_)?pass@\d+"),
