@@ -112,8 +112,8 @@ def comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     sizes = parse_mesh(fields["mesh"]) if fields.get("mesh") else {}
     shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
-    rows = {name: fields[name] * shards for name in _ROWS if name in fields}
-    return {**fields, **rows}
+    rows = "per_device_train_batch_size"
+    return {**fields, rows: fields[rows] * shards} if rows in fields else dict(fields)
 
 
 @contextlib.contextmanager

@@ -366,7 +366,7 @@ def check_a_job_on_a_mesh():
             "mesh": {"per_device_train_batch_size": 4, "mesh": "data=2,fsdp=2,tensor=2"},
         }.items():
             config = SFTConfig().replace(
-                max_steps=3, logging_steps=1, output_dir=f"{directory}/{name}", **flags
+                max_steps=3, logging_steps=1.0, output_dir=f"{directory}/{name}", **flags
             )
             console = Console(file=io.StringIO(), width=200)
             result = TrainerEngine(console=console).run_job(config, rows)

@@ -187,7 +187,7 @@ def update_program(config: PlanConfig, shape: TransformerConfig) -> Program:
         gradient_accumulation_steps=steps.gradient_accumulation_steps,
         max_grad_norm=1.0,
     )
-    state = parallel.sharded_shapes(jax.eval_shape(trainer.create_train_state, jax.random.key(0)))
+    state = parallel.sharded_shapes(jax.eval_shape(trainer.create_train_state, _key()))
     rows = steps.per_device_train_batch_size * steps.gradient_accumulation_steps
     size = (rows * parallel.batch_shards(), steps.max_length)
     names = ("input_ids", "labels", "positions", "segment_ids")
@@ -204,9 +204,9 @@ def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
     layout, model = parallel.layout(), _model(config, shape)
     B, S = config.steps.slots * layout.batch_shards, config.steps.max_length
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    params = jax.eval_shape(model.init, _key(), ids)["params"]
     params = parallel.gathered_shapes(params, model.dtype)
-    keys = jax.eval_shape(lambda key: jax.random.split(key, B), jax.random.key(0))
+    keys = jax.eval_shape(lambda key: jax.random.split(key, B), _key())
     cache, slots = jax.eval_shape(lambda keys: step.empty(model, keys, B, S, False), keys)
     heads = None if shape.num_key_value_heads % layout.sizes["tensor"] else "tensor"
     where = NamedSharding(layout.mesh, P(BATCH, heads))
@@ -245,6 +245,11 @@ def _program(compiled, parts: dict[str, float]) -> Program:
     )
 
 
+def _key():
+    """The shape of a key: on devices that are not there nothing can be computed."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
 def parameter_count(shape: TransformerConfig) -> int:
     """Of the whole model."""
     return sum(leaf.size for leaf in jax.tree.leaves(_shapes(shape)))
@@ -252,7 +257,7 @@ def parameter_count(shape: TransformerConfig) -> int:
 
 def _shapes(shape: TransformerConfig):
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(Transformer(shape).init, jax.random.key(0), ids)["params"]
+    return jax.eval_shape(Transformer(shape).init, _key(), ids)["params"]
 
 
 def forward_flops(shape: TransformerConfig, tokens: int, length: int) -> float:

@@ -1,0 +1,111 @@
+"""Two real processes over loopback: the run of one process, a peer that dies, and a relaunch."""
+
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+pytestmark = pytest.mark.timeout(290)
+JOB = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 6,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "heartbeat_s": 10,
+}
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("processes")
+    rows = runs.write_rows(directory / "rows.jsonl", runs.additions(40))
+    return directory, JOB | {"dataset_name": rows}
+
+
+def start_two(output: Path, fields: dict, *, fault: str | None = None, other=None):
+    """Process 0, and process 1 which meets a fault or has other fields."""
+    address = f"127.0.0.1:{port()}"
+    children = []
+    for number in range(2):
+        own = fields | ((other or {}) if number else {})
+        arguments = runs.flags(
+            **own, output_dir=output, mesh="data=2", coordinator=address, num_processes=2,
+            process_id=number,
+        )  # fmt: skip
+        command = [sys.executable, str(runs.SCRIPT), *arguments]
+        children.append(runs.Child(command, fault if number else None))
+    return children
+
+
+def ended(children) -> list[int]:
+    return [child.end() for child in children]
+
+
+def losses(output: Path) -> list[float]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(output: Path) -> bytes:
+    return (output / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def two(job):
+    """A run of two processes."""
+    directory, fields = job
+    children = start_two(directory / "two", fields)
+    assert ended(children) == [0, 0], [child.stderr[-2000:] for child in children]
+    return directory / "two", children
+
+
+def test_two_processes_make_the_losses_of_one(two, job):
+    """Each of two loads and trains on half of every batch."""
+    directory, fields = job
+    fields = fields | {"per_device_train_batch_size": 8, "output_dir": directory / "one"}
+    fields.pop("heartbeat_s")
+    child = runs.Child([sys.executable, str(runs.SCRIPT), *runs.flags(**fields)])
+    assert child.end() == 0, child.stderr
+    wanted, found = losses(directory / "one"), losses(two[0])
+    assert len(found) == 6
+    assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-5
+
+
+def test_only_process_0_speaks_and_writes(two):
+    _, (first, second) = two
+    assert "of 2 processes" in first.stdout
+    said = [line for line in second.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert said == []
+
+
+def test_when_one_is_killed_the_other_ends_with_a_sentence_and_a_relaunch_goes_on_exactly(two, job):
+    directory, fields = job
+    first, second = start_two(directory / "killed", fields, fault="step:5")
+    assert second.end() == -9
+    assert first.end() == 75
+    said = [line for line in first.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "another process of the run is gone" in said[0], first.stderr
+    children = start_two(directory / "killed", fields | {"resume": "auto"})
+    assert ended(children) == [0, 0], [child.stderr[-2000:] for child in children]
+    assert weights(directory / "killed") == weights(two[0])
+    assert losses(directory / "killed") == losses(two[0])
+
+
+def test_processes_with_different_options_end_with_one_sentence(job):
+    directory, fields = job
+    children = start_two(directory / "mixed", fields, other={"learning_rate": 0.5})
+    assert ended(children) == [2, 2]
+    for child in children:
+        assert re.search("learning_rate is .* in process 0 and 0.5 in process 1", child.stderr)
+    assert not (directory / "mixed" / "config.json").exists()
