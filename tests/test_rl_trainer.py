@@ -179,6 +179,29 @@ def test_evaluation_draws_as_asked_and_changes_nothing():
         trainer.validate(state, [])
 
 
+def test_held_out_completions_are_judged_while_the_next_are_drawn(monkeypatch):
+    events = []
+
+    class Watched(TableTrainer):
+        def generate(self, *args, **options):
+            events.append("draw")
+            return super().generate(*args, **options)
+
+    trainer = Watched()
+    submit = trainer.rewards.submit
+
+    def watched(*args, **options):
+        events.append("submit")
+        pending = submit(*args, **options)
+        result = pending.result
+        pending.result = lambda: (events.append("wait"), result())[1]
+        return pending
+
+    monkeypatch.setattr(trainer.rewards, "submit", watched)
+    trainer.validate(trainer.create_train_state(KEY), items_of(2))
+    assert events == ["draw", "submit", "draw", "submit", "wait", "wait"]
+
+
 # What is logged.
 
 

@@ -41,10 +41,11 @@ def evaluate(trainer, state, loader, max_batches: int | None, items) -> Evaluati
     sets = loader if isinstance(loader, Mapping) else {"": loader}
     params, parts, found = state.eval_params, {}, {}
     for name, one in sets.items():
-        parts[name] = [
+        given = [
             trainer.evaluate_item(state, params, item, i)
             for i, item in enumerate(itertools.islice(items(one), max_batches))
         ]
+        parts[name] = [part() if callable(part) else part for part in given]
         if not parts[name]:
             which = f" of {name!r}" if name else ""
             raise ValueError(

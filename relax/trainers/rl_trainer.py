@@ -15,7 +15,6 @@ completion, D model, F reward functions.
 
 import abc
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,29 +23,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax import fault, parallel
+from relax import distributed, fault, parallel
 from relax.losses import IGNORED
 from relax.losses.logprobs import TokenLogprobs, linear_logprobs
 from relax.losses.masked import masked_mean
 from relax.losses.policy import log_ratios
 from relax.models.forward import completion_states
-from relax.rewards import Environment, RewardRunner, collect_columns
+from relax.rewards import Environment, RewardRunner
 from relax.sampling import SamplingConfig, generate
 from relax.trainers.episodes import play
 from relax.trainers.rollout import (
     Collected,
     Rollout,
-    collect_scores,
     completion_records,
     is_truncated,
     make_rollout,
     reward_metrics,
     rollout_metrics,
-    warn_of_failures,
-    warn_of_none,
     with_end,
 )
-from relax.trainers.sharing import shared_scores
+from relax.trainers.sharing import judged, shared_scores
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import Annotated, Trainer
 from relax.trainers.update import Max, Mean
@@ -192,32 +188,13 @@ class RLTrainer(Trainer):
 
     def score(self, rollout: Rollout, step: int = 0) -> Collected:
         """What the reward functions say of each completion."""
-        judge = functools.partial(self._score, step=step)
-        return shared_scores(judge, rollout, everywhere=self.rewards.runs_here)
-
-    def _score(self, rollout: Rollout, step: int) -> Collected:
-        shape = rollout.completion_lengths.shape
-        G = shape[1]
-        rows = [row for row in rollout.rows for _ in range(G)]
-        prompts = [row["prompt"] for row in rows]
-        texts = [text for group in rollout.texts for text in group]
-        completions = [
-            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        lengths = rollout.completion_lengths.reshape(-1)
-        ids = rollout.completion_ids.reshape(len(rows), -1)
-        scores = self.rewards.score(
-            prompts,
-            completions,
-            completion_ids=[row[:n].tolist() for row, n in zip(ids, lengths, strict=True)],
-            columns=collect_columns(rows),
-            trainer_state={"global_step": step},
+        return shared_scores(
+            lambda part: self.judged(part, step)(), rollout, everywhere=self.rewards.runs_here
         )
-        warn_of_failures(scores, len(texts))
-        if self.environment is None:  # an episode that is cut short has no reward, as a rule
-            warn_of_none(scores, texts)
-        return collect_scores(rollout, scores, with_given=self.environment is not None)
+
+    def judged(self, rollout: Rollout, step: int) -> Callable[[], Collected]:
+        """Hands completions to the reward functions; what it returns waits for their answers."""
+        return judged(self.rewards, rollout, step, in_turns=self.environment is not None)
 
     def completion_logprobs(
         self, params, batch, rng: jax.Array | None = None
@@ -330,17 +307,23 @@ class RLTrainer(Trainer):
         rewards = reward_metrics(rewards, by_function, self.reward_names)
         return rollout_metrics(rollout) | rewards | metrics
 
-    def evaluate_item(self, state: TrainState, params, item, index: int) -> tuple:
-        """Held-out prompts, completed as `eval_sampling` says, and what that is worth."""
+    def evaluate_item(self, state: TrainState, params, item, index: int) -> Callable[[], tuple]:
+        """Held-out prompts, completed as `eval_sampling` says, and what that is worth.
+
+        They are judged while the next ones are completed. In training there is nothing to judge
+        beside: the next rollout waits for an update, which waits for the rewards.
+        """
         key = jax.random.fold_in(jax.random.fold_in(state.rng, EVALUATION), index)
-        state = state.replace(params=params)
-        collected = self.score(self.generate(state, item, key, self.eval_sampling), int(state.step))
-        return (
-            collected.rewards,
-            collected.by_function,
-            collected.rollout.completion_lengths,
-            collected.metrics["reward_errors"],
-        )
+        step, state = int(state.step), state.replace(params=params)
+        rollout = self.generate(state, item, key, self.eval_sampling)
+        alone = distributed.count() == 1
+        collected = self.judged(rollout, step) if alone else lambda: self.score(rollout, step)
+
+        def part() -> tuple:
+            rollout, rewards, by_function, _, metrics = collected()
+            return rewards, by_function, rollout.completion_lengths, metrics["reward_errors"]
+
+        return part
 
     def reduce_evaluation(self, parts: list[tuple]) -> dict[str, float]:
         """Mean reward and pass@k."""

@@ -1,4 +1,4 @@
-"""Rewards where there are several processes: each judges its own share of the prompts.
+"""What reward functions say of a rollout; of several processes each asks for its own prompts.
 
 Completions are known to all processes, since all drive the sampler; rewards are not: a function may
 be slow, random or a service. So each completion is judged once, and all are told.
@@ -9,7 +9,49 @@ from collections.abc import Callable
 import numpy as np
 
 from relax import distributed
-from relax.trainers.rollout import Collected, Rollout
+from relax.rewards import RewardRunner, collect_columns
+from relax.trainers.rollout import (
+    Collected,
+    Rollout,
+    collect_scores,
+    warn_of_failures,
+    warn_of_none,
+)
+
+
+def judged(
+    rewards: RewardRunner, rollout: Rollout, step: int, *, in_turns: bool
+) -> Callable[[], Collected]:
+    """Hands completions to the reward functions; what it returns waits for their answers.
+
+    Args:
+      in_turns: an environment gave rewards as well.
+    """
+    rows = [row for row in rollout.rows for _ in rollout.texts[0]]
+    prompts = [row["prompt"] for row in rows]
+    texts = [text for group in rollout.texts for text in group]
+    completions = [
+        [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    lengths = rollout.completion_lengths.reshape(-1)
+    ids = rollout.completion_ids.reshape(len(rows), -1)
+    pending = rewards.submit(
+        prompts,
+        completions,
+        completion_ids=[row[:n].tolist() for row, n in zip(ids, lengths, strict=True)],
+        columns=collect_columns(rows),
+        trainer_state={"global_step": step},
+    )
+
+    def wait() -> Collected:
+        scores = pending.result()
+        warn_of_failures(scores, len(texts))
+        if not in_turns:  # an episode that is cut short has no reward, as a rule
+            warn_of_none(scores, texts)
+        return collect_scores(rollout, scores, with_given=in_turns)
+
+    return wait
 
 
 def shared_scores(

@@ -192,7 +192,10 @@ class Trainer(abc.ABC):
         return evaluation.evaluate(self, state, loader, max_batches, items)
 
     def evaluate_item(self, state: TrainState, params, item, index: int) -> Any:
-        """What an item of an evaluation loader gives; `params` are the state's `eval_params`."""
+        """What an item of an evaluation loader gives; `params` are the state's `eval_params`.
+
+        It may be a function that is called for it when the other items are under way too.
+        """
         return jax.device_get(self.eval_step(params, state.frozen, parallel.place_batch(item)))
 
     def reduce_evaluation(self, parts: list) -> dict[str, float]:
