@@ -45,10 +45,11 @@ class Recipe(abc.ABC):
     # What rows are called, and what they are for, see `relax.data.profiles.apply_profile`.
     what: str = "data"
     kind: profiles.Kind = "completions"
+    # Until rows have been looked at, which `auto` does.
+    profile: profiles.DataProfile = profiles.load_profile(profiles.DEFAULT)
 
     def __init__(self, config: TrainerConfig, console: Console):
         self.config, self.console = config, console
-        self.profile: profiles.DataProfile | None = None  # known once rows have been looked at
         self._evaluations: dict[str, str] = {}  # names of evaluation sets, by how they are shown
         if self.embedded and config.profile.name != profiles.DEFAULT:
             raise ConfigError(
@@ -75,7 +76,6 @@ class Recipe(abc.ABC):
         parts = {self.training: train}
         parts |= zip(self._evaluations, evaluation.values(), strict=True)
         if self.embedded:
-            self.profile = profiles.load_profile(profiles.DEFAULT)
             return {name: self.embedded_rows(rows) for name, rows in parts.items()}
         name, base = self.config.profile.name, self.config.profile.system_prompt
         self.profile, note = profiles.resolve_profile(name, train.rows)
