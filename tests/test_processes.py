@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,8 +42,7 @@ def start_two(output: Path, fields: dict, *, fault: str | None = None, other=Non
             **own, output_dir=output, mesh="data=2", coordinator=address, num_processes=2,
             process_id=number,
         )  # fmt: skip
-        command = [sys.executable, str(runs.SCRIPT), *arguments]
-        children.append(runs.Child(command, fault if number else None))
+        children.append(runs.fork(*arguments, fault=fault if number else None))
     return children
 
 
@@ -75,7 +73,7 @@ def test_two_processes_make_the_losses_of_one(two, job):
     directory, fields = job
     fields = fields | {"per_device_train_batch_size": 8, "output_dir": directory / "one"}
     fields.pop("heartbeat_s")
-    child = runs.Child([sys.executable, str(runs.SCRIPT), *runs.flags(**fields)])
+    child = runs.fork(*runs.flags(**fields))
     assert child.end() == 0, child.stderr
     wanted, found = losses(directory / "one"), losses(two[0])
     assert len(found) == 6

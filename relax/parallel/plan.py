@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from relax import memory, parallel
 from relax.config.plan import PlanConfig
 from relax.errors import ConfigError
-from relax.models import Transformer, TransformerConfig, read_pretrained_config
+from relax.models import Transformer, TransformerConfig, kernels, read_pretrained_config
 from relax.models.families import family_of
 from relax.parallel.chips import CHIPS
 from relax.parallel.hlo import Traffic, collectives
@@ -68,6 +68,11 @@ def plan(config: PlanConfig) -> list[str]:
     mesh = parallel.make_mesh(d.mesh, topology_devices(d.topology))
     rules = parallel.RULES if d.sharding_rules is None else parallel.read_rules(d.sharding_rules)
     with parallel.use(mesh, rules, shape.num_key_value_heads) as layout:
+        model = _model(config, shape)
+        kinds = shape.layer_kinds
+        attention = kernels.summary(
+            model.attention_choice(kind, config.steps.max_length, True) for kind in kinds
+        )
         update = deep(lambda shape: update_program(config, shape), shape, config.steps.full_depth)
         decode = deep(lambda shape: decode_program(config, shape), shape, config.steps.full_depth)
         rows = config.steps.per_device_train_batch_size * layout.batch_shards
@@ -81,6 +86,7 @@ def plan(config: PlanConfig) -> list[str]:
         f"{Path(config.model.model_name_or_path)}: {shape.num_hidden_layers} layers, "
         f"{parameter_count(shape) / 1e9:.2f} B parameters",
         *layout.describe(),
+        f"attention: {attention}",
         "",
         f"update of {rows} x {config.steps.gradient_accumulation_steps} rows of {length} tokens",
         *described(update, d.topology, passes * forward / mesh.size),

@@ -1,0 +1,89 @@
+"""Steps compiled for devices that are not there: memory that a division tells, and TPU kernels."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHAPE = {
+    "model_type": "qwen3",
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+with_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the package libtpu"
+)
+
+
+def plan(tmp_path, *flags):
+    """Exit code, output and errors of the command."""
+    file = tmp_path / "shape.json"
+    file.write_text(json.dumps(SHAPE))
+    # A file of flags for devices that are there is none for those that are not.
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "relax.parallel", "plan", "--model_name_or_path", str(file)]
+    run = subprocess.run(
+        [*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
+    )
+    return run.returncode, run.stdout, run.stderr
+
+
+def megabytes(text: str, name: str) -> list[float]:
+    return [float(n) for n in re.findall(rf"^  {name} +([\d.]+) MB", text, re.MULTILINE)]
+
+
+def test_a_plan_cuts_weights_moments_and_cache_and_tells_deep_models_from_shallow_ones(tmp_path):
+    code, out, err = plan(
+        tmp_path, "--topology", "cpu:4", "--mesh", "fsdp=2,tensor=2", "--max_length", "64"
+    )
+    assert code == 0, err
+    D, F, V, N, K, H, L = 128, 256, 512, 4, 2, 128, 6
+    matrices = L * (2 * D * N * H + 2 * D * K * H + 3 * D * F) + 2 * V * D
+    norms = L * (2 * D + 2 * H) + D
+    # Matrices in four parts, norms whole; the update's in float32, decoding in bfloat16, in two.
+    training, decoding = megabytes(out, "parameters")
+    assert training == pytest.approx(4 * (matrices / 4 + norms) / 1e6, rel=1e-2)
+    assert decoding == pytest.approx((2 * matrices / 2 + 4 * norms) / 1e6, rel=1e-2)
+    assert megabytes(out, "optimizer")[0] == pytest.approx(2 * training, rel=1e-2)
+    # Eight slots on each of two parts, one of two heads: keys and values in bfloat16.
+    assert megabytes(out, "cache") == [pytest.approx(2 * 2 * L * 8 * 1 * H * 64 / 1e6, rel=1e-2)]
+    assert "all-gather" in out and "told from 2 and 4 layers" in out
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--topology", "v5e:4x4", "--mesh", "fsdp=8"], "must multiply to the number of devices"),
+        (["--topology", "eight"], "topology must be such as v5e:4x4"),
+    ],
+)
+def test_devices_that_cannot_be_meant_are_refused(tmp_path, flags, said):
+    code, out, err = plan(tmp_path, *flags)
+    assert code == 2 and said in err and out == ""
+
+
+@pytest.mark.slow
+@with_libtpu
+def test_an_update_with_splash_attention_compiles_for_a_tpu_that_is_not_there(tmp_path):
+    code, out, err = plan(
+        tmp_path, "--topology", "v5e:2x2", "--mesh", "fsdp=2,tensor=2", "--max_length", "256"
+    )
+    assert code == 0, err
+    assert "fits" in out and out.count("at least") == 2
+    assert "attention: splash (tpu)" in out
