@@ -28,7 +28,7 @@ from relax.sampling.distribution import Rules
 from relax.trainers import SFTTrainer
 from relax.trainers.optimizer import OPTIMIZERS
 
-DEPTHS = (2, 4)  # of which the rest is told
+DEPTHS = (1, 2)  # of which the rest is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def plan(config: PlanConfig) -> list[str]:
         f"decode step of {slots} slots with {length} columns",
         *described(decode, d.topology, forward_flops(shape, slots, length) / mesh.size),
     ]
-    if not config.steps.full_depth and shape.num_hidden_layers > max(DEPTHS):
+    if not config.steps.full_depth and _is_told(shape):
         lines.append(f"told from {DEPTHS[0]} and {DEPTHS[1]} layers; --full_depth compiles all")
     return lines
 
@@ -137,7 +137,7 @@ def topology_devices(topology: str) -> list:
 def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
     """`compiled(shape)`, or what it would be as told from two small depths."""
     depth = shape.num_hidden_layers
-    if full or depth <= max(DEPTHS):
+    if full or not _is_told(shape):
         return compiled(shape)
     one, two = (compiled(shallow(shape, n)) for n in DEPTHS)
     steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
@@ -161,6 +161,11 @@ def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
             for kind in kinds
         },
     )
+
+
+def _is_told(shape: TransformerConfig) -> bool:
+    """Whether a few layers tell of all: where each is like the next."""
+    return shape.num_hidden_layers > max(DEPTHS) and len(set(shape.layer_kinds)) == 1
 
 
 def shallow(shape: TransformerConfig, depth: int) -> TransformerConfig:
