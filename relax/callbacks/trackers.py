@@ -238,5 +238,5 @@ class RunTracker:
 
 
 def _words(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    name, lines = type(error).__name__, str(error).splitlines()
+    return f"{name}: {lines[0][:200].rstrip('.')}" if lines else name
