@@ -2,6 +2,9 @@
 first one jax starts threads, and a fork has none of them."""
 
 import fire  # noqa: F401
+
+# Reading a tokenizer imports this, and with it PyTorch, where that is installed.
+import transformers.models.llama.configuration_llama  # noqa: F401
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 import relax.engine  # noqa: F401

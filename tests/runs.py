@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import forkserver
 from pathlib import Path
 
 from relax import fault as faults
@@ -62,6 +63,7 @@ class Forked:
     """
 
     def __init__(self, script: Path, *args: str, fault: str | None = None, before=None):
+        _start_server()
         (out, out_end), (err, err_end) = (_forks.Pipe(duplex=False) for _ in range(2))
         self._process = _forks.Process(
             target=_become, args=(str(script), args, environment(fault), before, out_end, err_end)
@@ -90,8 +92,22 @@ class Forked:
         return self.returncode
 
 
+def _start_server() -> None:
+    """Starts the process that is forked, if none runs. Before Python 3.13 it looks for what it is
+    to import on PYTHONPATH alone, and says nothing if it is not there."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
 def _become(script: str, args, env: dict[str, str], before, out, err) -> None:
     """What a forked process does: all that the start of a script would."""
+    assert "preloaded" in sys.modules
     os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
     out.close(), err.close()
     os.environ.clear()
