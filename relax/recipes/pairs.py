@@ -100,8 +100,13 @@ class PairsRecipe(Recipe):
         )
 
 
-def with_wrong_sums(rows: list[dict]) -> list[dict]:
-    """The embedded rows as pairs: the sum is chosen, one that is off by 1 or by 10 is not.
+def with_wrong_sums(rows: list[dict], offs: tuple[int, ...] = (1, 10), each: int = 1) -> list[dict]:
+    """The embedded rows as pairs: the sum is chosen, one that is off is not.
+
+    Args:
+      rows: of `arithmetic_rows`.
+      offs: by how much wrong sums are off, one way or the other.
+      each: pairs made of a row.
 
     >>> from relax.data import arithmetic_rows
     >>> pair = with_wrong_sums(arithmetic_rows("test"))[0]
@@ -109,11 +114,11 @@ def with_wrong_sums(rows: list[dict]) -> list[dict]:
     ['53+1=', '54', '44']
     """
     # The raw stream of a bit generator is the same in every numpy version.
-    words = np.random.PCG64(0).random_raw(len(rows)).tolist()
+    words = np.random.PCG64(0).random_raw(len(rows) * each).tolist()
     pairs = []
-    for row, word in zip(rows, words, strict=True):
-        right, off = int(row["completion"][0]["content"]), (1, 10)[word % 2]
-        wrong = right - off if word // 2 % 2 and right >= off else right + off
+    for row, word in zip(rows * each, words, strict=True):
+        right, off = int(row["completion"][0]["content"]), offs[word % len(offs)]
+        wrong = right - off if word // len(offs) % 2 and right >= off else right + off
         rejected = [{"role": "assistant", "content": str(wrong)}]
         pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
     return pairs

@@ -7,8 +7,11 @@ from relax.models.classifiers import load_classifier, padded, save_classifier
 from relax.models.directories import find_directory
 from relax.models.heads import init_head, trunk, with_head
 from relax.models.pretrained import is_classifier
-from relax.recipes.pairs import PairsRecipe
+from relax.recipes.pairs import PairsRecipe, with_wrong_sums
 from relax.trainers import RewardTrainer
+
+# Of wrong sums. From those that are far off the rest is learned: with 1 and 10 alone nothing is.
+OFFS = (*range(1, 10), *range(10, 101, 10))
 
 
 class RewardRecipe(PairsRecipe):
@@ -16,6 +19,9 @@ class RewardRecipe(PairsRecipe):
 
     headline = ("eval_loss", "eval_accuracy", "eval_margin")
     reading = {"judges": True}
+
+    def embedded_rows(self, rows):
+        return with_wrong_sums(rows, OFFS, each=3)
 
     def make_model(self, *, weights: bool):
         model, params = assemble.make_model(self.config, weights=weights, load=self._load)
