@@ -1,0 +1,181 @@
+"""Every snippet, command and cell of README, docs and the notebook works as it stands there."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import doc_code
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from doc_code import PAGES, ROOT, commands, snippets
+from runs import environment
+
+from relax.config import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig, cli
+from relax.config.sample import SampleConfig
+from relax.models import Transformer, TransformerConfig, save_pretrained
+from relax.models.classifiers import save_classifier
+from relax.models.heads import init_head, with_head
+
+SCRIPTS = {
+    "run_sft.py": SFTConfig,
+    "run_dpo.py": DPOConfig,
+    "run_reward.py": RewardModelConfig,
+    "run_grpo.py": GRPOConfig,
+    "run_rl.py": PPOConfig,
+}
+WITH_CODE = [page for page in PAGES if snippets(page)]
+WRITTEN = sorted({tuple(command) for page in PAGES for command in commands(page)})
+SHORT = {  # of runs that go on for minutes as they stand
+    "run_grpo.py": ["--max_steps=2"],
+    "run_rl.py": ["--max_steps=8"],
+}
+
+
+@pytest.fixture(scope="module")
+def given(arithmetic_tokenizer):
+    """What the snippets take as there: a model, its tokenizer, data, rewards."""
+    config = TransformerConfig(
+        vocab_size=len(arithmetic_tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+    )
+    model = Transformer(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    ids = np.arange(16, dtype=np.int32).reshape(2, 8)
+    prompts = [list(b"2+2="), list(b"1+2=")]
+    rows = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+2=", "answer": "3"}]
+    return {
+        **{"jax": jax, "jnp": jnp, "np": np, "optax": optax},
+        **{"model": model, "params": params, "tokenizer": arithmetic_tokenizer},
+        "optimizer": optax.adam(1e-3),
+        "train_loader": [{"input_ids": ids, "labels": ids}],
+        "eval_loader": [{"input_ids": ids, "labels": ids}],
+        "loader": [{"prompt_ids": prompts, "rows": rows}],
+        "text": "2+2=",
+        "f": lambda completions, **columns: [float(len(text)) for text in completions],
+        "short": lambda completions, **columns: [-float(len(text)) for text in completions],
+        "rows": rows,
+        "prompts": [row["prompt"] for row in rows],
+        "completions": ["4", "5"],
+        "completion_ids": [[1], [2]],
+        "columns": {"answer": ["4", "3"]},
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(given, tmp_path_factory):
+    """The files and directories that pages name."""
+    path = tmp_path_factory.mktemp("docs")
+    doc_code.write_files(path)
+    model, params, tokenizer = (given[name] for name in ("model", "params", "tokenizer"))
+    save_pretrained(path / "DIR", model, params, tokenizer)
+    head = init_head(jax.random.key(1), model.config)
+    save_classifier(path / "outputs/mine/final", model, with_head(params, head), tokenizer)
+    return path
+
+
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if p.stem != "scale"], ids=lambda p: p.stem)
+def test_the_python_of_a_page_runs(page, given, folder, monkeypatch):
+    here = folder if page.stem == "reward_models" else folder / page.stem
+    here.mkdir(exist_ok=True)
+    doc_code.write_files(here)
+    monkeypatch.chdir(here)
+    names = dict(given)
+    for code in snippets(page):
+        code = code.replace('"DIR"', f"{str(folder / 'DIR')!r}")
+        code = code.replace(
+            "packing=True\n", "packing=True, max_steps=2, overwrite_output_dir=True"
+        )
+        with jax.numpy_rank_promotion("allow"):  # as a reader has it
+            exec(compile(code, page.name, "exec"), names)
+
+
+def test_the_notebook_runs_and_learns():
+    with jax.numpy_rank_promotion("allow"):
+        printed = doc_code.run_notebook({})
+    told = "".join(printed)
+    before, after = map(float, re.search(r"mean reward (\S+) -> (\S+)", told).groups())
+    assert after > before + 0.05
+    kept = [
+        "".join("".join(output["text"]) for output in cell["outputs"])
+        for cell in json.loads(doc_code.NOTEBOOK.read_text())["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    # Numbers may differ in the last digits between machines, words and lines may not.
+    assert [re.sub(r"[\d.]+", "#", text) for text in printed] == [
+        re.sub(r"[\d.]+", "#", text) for text in kept
+    ]
+
+
+@pytest.mark.parametrize("command", WRITTEN, ids=" ".join)
+def test_a_command_of_the_pages_is_a_valid_one(command, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    program, *args = command
+    if program == "pip":
+        named = set(re.findall(r"\[(.*?)\]", " ".join(args)))
+        extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+        assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in named)
+        return
+    assert program == "python"
+    if args[0] in SCRIPTS or args[:2] == ["-m", "relax.sampling"]:
+        known = SCRIPTS.get(args[0], SampleConfig)
+        found = []
+        cli.run(known, found.append, args[1 if args[0] in SCRIPTS else 2 :])
+        assert isinstance(found[0], known)
+    elif args[0] == "-m":
+        name = args[1].replace(".", "/")
+        is_ours = (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()
+        assert is_ours or args[1] == "pytest"
+    else:
+        assert (ROOT / args[0]).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "command", [c for c in WRITTEN if c[0] == "python" and "pytest" not in c], ids=" ".join
+)
+def test_a_command_of_the_pages_runs(command, folder, tmp_path):
+    with contextlib.suppress(FileExistsError):
+        for name in ("benchmarks", "relax"):
+            os.symlink(ROOT / name, folder / name)
+    args = [str(ROOT / word) if word in SCRIPTS else word for word in command[1:]]
+    if command[1] in SCRIPTS:
+        if not any(word.startswith("--max_steps") for word in args):
+            args += SHORT.get(command[1], ["--max_steps=2"])
+        args += ["--overwrite_output_dir", f"--output_dir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, *args], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_file_tree_of_the_readme_names_what_is_there():
+    tree = (ROOT / "README.md").read_text().split("## The files")[1].split("```")[1]
+    named = re.findall(r"[\w]+\.py", tree)
+    there = {path.name for path in (*ROOT.glob("*.py"), *ROOT.glob("relax/**/*.py"))}
+    assert set(named) <= there
+    folders = re.findall(r"([\w]+)/", tree)
+    assert all((ROOT / f).is_dir() or list(ROOT.glob(f"relax/**/{f}")) for f in folders)
+    top = {path.name for path in ROOT.glob("relax/*") if not path.name.startswith("_")}
+    missing = {name for name in top if name not in tree and Path(name).stem not in tree}
+    assert not missing
