@@ -1,6 +1,7 @@
 """What `test_parallel.py` claims, on eight forced CPU devices: prints one JSON line per check.
 
-`XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/parallel_checks.py`
+`XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/parallel_checks.py`; with `--all`
+every algorithm on every mesh.
 """
 
 import contextlib
@@ -37,11 +38,12 @@ from relax.trainers import DPOTrainer, GRPOTrainer, PPOTrainer, SFTTrainer  # no
 
 MESHES = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2", "data=1")
 V, T = 24, 12
+ALL = "--all" in sys.argv
 SHAPE = TransformerConfig(
     vocab_size=V,
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=2,
+    num_hidden_layers=2 if ALL else 1,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=4,
@@ -49,6 +51,10 @@ SHAPE = TransformerConfig(
     attention_bias=True,
     initializer_range=0.2,
 )
+
+
+def some_of(*meshes):
+    return MESHES if ALL else [MESHES[i] for i in meshes]
 
 
 def shape(**changes):
@@ -135,7 +141,7 @@ def check_sft():
         "three heads": shape(num_attention_heads=3, num_key_value_heads=3, qk_norm="head"),
     }.items():
         losses, params, _ = run_sft(config)
-        for mesh in MESHES if name == "grouped" else MESHES[2:3]:
+        for mesh in some_of(0, 1, 2, 3) if name == "grouped" else MESHES[2:3]:
             with use(mesh, config):
                 found = run_sft(config)
             told[f"{name} {mesh}"] = [same(found[0], losses), same(found[1], params)]
@@ -209,7 +215,7 @@ def check_dpo():
     told = {}
     for packed in (False, True):
         wanted = run_dpo(packed)
-        for mesh in MESHES[1:3]:
+        for mesh in some_of(1 if packed else 2):
             with use(mesh):
                 found = run_dpo(packed)
             told[f"{packed} {mesh}"] = [same(a, b) for a, b in zip(found, wanted, strict=True)]
@@ -250,9 +256,9 @@ def run_rl(make, **options):
     return texts, losses, jax.tree.map(np.asarray, state.params)
 
 
-def rl_check(make, meshes=MESHES[:3], **options):
+def rl_check(make, *meshes, **options):
     told, wanted = {}, run_rl(make, **options)
-    for mesh in meshes:
+    for mesh in some_of(*meshes):
         with use(mesh):
             found = run_rl(make, **options)
         first = [
@@ -264,11 +270,11 @@ def rl_check(make, meshes=MESHES[:3], **options):
 
 
 def check_grpo():
-    return rl_check(GRPOTrainer, beta=0.1)
+    return rl_check(GRPOTrainer, 0, 2, beta=0.1)
 
 
 def check_ppo():
-    return rl_check(PPOTrainer, MESHES[1:3], value_model="policy", num_ppo_epochs=2)
+    return rl_check(PPOTrainer, 1, value_model="policy", num_ppo_epochs=2)
 
 
 def check_sampler():
@@ -286,7 +292,7 @@ def check_sampler():
 
     decode = Letters().decode
     wanted = tokens()
-    for mesh in MESHES[1:3]:
+    for mesh in some_of(2):
         with use(mesh):
             found = tokens()
         assert found[0] == wanted[0], mesh
@@ -388,7 +394,7 @@ CHECKS = {name[6:]: f for name, f in globals().items() if name.startswith("check
 
 def main(names):
     assert jax.device_count() == 8, jax.devices()
-    for name in names or CHECKS:
+    for name in [name for name in names if name != "--all"] or CHECKS:
         try:
             print(json.dumps({"check": name, "told": CHECKS[name]()}), flush=True)
         except Exception:
