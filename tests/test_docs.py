@@ -103,6 +103,8 @@ def test_the_python_of_a_page_runs(page, given, folder, monkeypatch):
             exec(compile(code, page.name, "exec"), names)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_notebook_runs_and_learns():
     with jax.numpy_rank_promotion("allow"):
         printed = doc_code.run_notebook({})
