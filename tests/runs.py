@@ -50,6 +50,7 @@ def environment(fault: str | None = None) -> dict[str, str]:
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["preloaded"])
+_one_at_a_time = threading.Lock()
 
 
 class Forked:
@@ -95,14 +96,15 @@ class Forked:
 def _start_server() -> None:
     """Starts the process that is forked, if none runs. Before Python 3.13 it looks for what it is
     to import on PYTHONPATH alone, and says nothing if it is not there."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+    with _one_at_a_time:
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        try:
+            forkserver.ensure_running()
+        finally:
+            del os.environ["PYTHONPATH"]
+            if before is not None:
+                os.environ["PYTHONPATH"] = before
 
 
 def _become(script: str, args, env: dict[str, str], before, out, err) -> None:
