@@ -223,6 +223,7 @@ class Watch:
                 "jax": jax.__version__,
                 "devices": kinds,
                 "cores": os.cpu_count(),
-                "platform": platform.platform(),
+                # Not platform(), which starts a process to ask for the processor.
+                "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
             },
         }
