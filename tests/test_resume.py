@@ -219,7 +219,7 @@ def test_sigterm_in_any_phase_ends_with_143_within_the_grace_time(short_job, tmp
         start_s = time.monotonic()
         return child.end(signal.SIGTERM), time.monotonic() - start_s, child
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         ends = dict(zip(PHASES, pool.map(stop, PHASES), strict=True))
     for phase, (code, seconds, child) in ends.items():
         assert code == 143, (phase, child.stderr)

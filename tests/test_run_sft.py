@@ -27,7 +27,7 @@ from runs import (
 
 from relax.models import load_pretrained
 
-SHORT = ("--max_steps=60", "--logging_steps=20", "--eval_strategy=steps", "--eval_steps=30")
+SHORT = ("--max_steps=30", "--logging_steps=10", "--eval_strategy=steps", "--eval_steps=15")
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ def test_the_embedded_run_prints_what_a_person_wants_to_know(embedded):
         "rows          9,500 read, 9,500 trained on",
         "rows          500 read",
         "=<assistant>«",  # one example, its trained tokens marked
-        "training 820,736 parameters for 60 updates of 128 rows (128 x 1) on cpu, float32",
+        "training 820,736 parameters for 30 updates of 128 rows (128 x 1) on cpu, float32",
         "held-out exact match before training: 0.0%",
         "compiling the train step for batches of 128 x 12 ...",
         "compiled for 128 x 12, and one step taken, in ",
-        "step 60/60  epoch 0.80  evaluation loss ",
+        "step 30/30  epoch 0.40  evaluation loss ",
         "held-out exact match after training: ",
         "done in ",
         str(output_dir / "final"),
@@ -57,12 +57,12 @@ def test_the_embedded_run_prints_what_a_person_wants_to_know(embedded):
     ):
         assert words in printed, (words, printed)
     progress = re.findall(
-        r"^step (\d+)/60  epoch 0\.\d\d  loss \d\.\d{4}  lr \S+  grad norm \S+  accuracy \S+  "
+        r"^step (\d+)/30  epoch 0\.\d\d  loss \d\.\d{4}  lr \S+  grad norm \S+  accuracy \S+  "
         r"[\d,]+ tokens/s$",
         printed,
         re.MULTILINE,
     )
-    assert progress == ["20", "40", "60"]
+    assert progress == ["10", "20", "30"]
     assert "\x1b" not in printed  # no colours and no bar where there is no terminal
 
 
@@ -73,7 +73,7 @@ def test_the_embedded_run_logs_the_promised_metrics_and_its_loss_falls(embedded)
     fields = "loss mean_token_accuracy entropy grad_norm learning_rate num_tokens".split()
     for record in training:
         assert set(fields) | {"step", "epoch", "tokens_per_second"} <= set(record)
-    assert [r["step"] for r in training] == [20, 40, 60]
+    assert [r["step"] for r in training] == [10, 20, 30]
     assert training[0]["loss"] > training[-1]["loss"] + 1
     assert len(evaluations) == 2 and evaluations[1] < evaluations[0] - 0.1
 
