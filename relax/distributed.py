@@ -6,6 +6,7 @@ reward) is settled by `gather`, which all must call. One process alone takes par
 """
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -73,14 +74,14 @@ def start(
     global _started
     where = {} if coordinator == "auto" else {"coordinator_address": coordinator}
     try:
-        with _told_of_missed_heartbeats():
-            jax.distributed.initialize(
-                **where,
-                num_processes=num_processes,
-                process_id=process_id,
-                heartbeat_timeout_seconds=heartbeat_s,
-                initialization_timeout=timeout_s,
-            )
+        _say_who_is_gone()
+        jax.distributed.initialize(
+            **where,
+            num_processes=num_processes,
+            process_id=process_id,
+            heartbeat_timeout_seconds=heartbeat_s,
+            initialization_timeout=timeout_s,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -90,17 +91,39 @@ def start(
     _started = True
 
 
-@contextlib.contextmanager
-def _told_of_missed_heartbeats() -> Iterator[None]:
-    """Without a callback of ours the runtime ends a process with a page of its own."""
+def _say_who_is_gone() -> None:
+    """Lets a missed heartbeat end this process with a sentence.
+
+    The runtime tells of one in a thread of its own. It calls a function of Python's with a status
+    that it cannot turn into a Python object, and ends by the C++ exception of that; with no
+    function it aborts, and cannot be told from a crash.
+    """
     from jax._src.lib import _jax
 
     make = _jax.get_distributed_runtime_client
+    make = getattr(make, "func", make)
     _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=_lost)
     try:
-        yield
-    finally:
-        _jax.get_distributed_runtime_client = make
+        library = ctypes.CDLL("libstdc++.so.6")
+    except OSError:  # another C++ library: the exception ends the process in its own words
+        return
+    library.__cxa_current_exception_type.restype = ctypes.POINTER(ctypes.c_char_p)
+    set_terminate = library._ZSt13set_terminatePFvvE
+    set_terminate.restype = _HANDLER
+
+    @_HANDLER
+    def handler():
+        kind = library.__cxa_current_exception_type()
+        if kind and kind[1] == b"St8bad_cast":  # a type_info: its table of functions, its name
+            _lost()
+        previous()
+
+    previous = set_terminate(handler)
+    _kept.append(handler)
+
+
+_HANDLER = ctypes.CFUNCTYPE(None)
+_kept: list[Any] = []  # what C++ points to
 
 
 def _lost(*_) -> None:

@@ -1,6 +1,7 @@
 """Runs of the scripts for the tests: started as a user starts them, or forked from one process that
 has imported what a run imports, where many must start; and compared byte for byte."""
 
+import atexit
 import hashlib
 import json
 import multiprocessing
@@ -119,7 +120,10 @@ def _become(script: str, args, env: dict[str, str], before, out, err) -> None:
     faults._wanted = faults._parse(env.get("RELAX_FAULT"))
     if before is not None:
         before()
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process would leave without
 
 
 _running: list["Child"] = []

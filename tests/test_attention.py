@@ -298,8 +298,8 @@ def test_a_kernel_that_computes_something_else_gives_way_to_xla(monkeypatch):
     monkeypatch.setattr(kernels, "_splash", right)
     assert kernels.settle(model, 16) == (model, "splash (tpu)")
 
-    def blind(q, k, v, segment_ids, *rest):
-        return right(q, k, v, None, *rest)
+    def blind(q, k, v, segment_ids, *rest, **options):
+        return right(q, k, v, None, *rest, **options)
 
     monkeypatch.setattr(kernels, "_splash", blind)
     settled, line = kernels.settle(model, 16)

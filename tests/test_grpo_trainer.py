@@ -382,7 +382,7 @@ def test_what_cannot_be_meant_is_refused_when_the_trainer_is_made():
 def test_an_item_of_another_size_is_refused():
     trainer = TableTrainer(prompts_per_item=4, completions_per_update=8)
     found = collected()
-    with pytest.raises(ValueError, match="3 rows. Drop the last, shorter item"):
+    with pytest.raises(ValueError, match="must hold 4 prompts .*, got 3. Drop the last"):
         list(trainer._split(found.take([0, 1, 0]).rollout, {}, KEY))
 
 

@@ -323,13 +323,13 @@ def test_the_average_is_what_is_evaluated_and_other_optimizers_evaluate_their_pa
         z={"w": jnp.float32(11)},
     )  # fmt: skip
     params = {"w": jnp.float32(7)}  # half of 11 and half of 3
-    assert eval_params({"inner": (state,)}, params) == {"w": 3}
+    assert eval_params({"chained": (state,)}, params) == {"w": 3}
     half = {"w": jnp.bfloat16(7)}
     assert eval_params(state, half)["w"].dtype == jnp.bfloat16
     assert eval_params(adamw(0.1).init(params), params) is params
 
     class Telling(SFTTrainer):
-        def _row_hits(self, params, frozen, batch):
+        def _document_hits(self, params, frozen, batch):
             return params["w"], jnp.int32(10)
 
     state = TrainState(jnp.int32(0), params, state, KEY)

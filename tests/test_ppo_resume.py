@@ -19,7 +19,7 @@ def no_child_left():
 # In this order, each start going on from what the one before left. An item is four updates.
 NAMED = (
     "rollout:1",  # completions are drawn and not yet scored
-    "reward:2",  # they are scored, and nothing of them is kept
+    "reward:1",  # they are scored, and nothing of them is kept
     "mid_write:1",
     "after_rename:1",  # 4 is saved
     "rollout:2",

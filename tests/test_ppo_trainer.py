@@ -290,7 +290,7 @@ def test_epochs_times_mini_batches_are_optimizer_steps_each_epoch_in_another_ord
         state, metrics = trainer.train_step(state, batch)
     assert int(state.step) == 12
     for part in ("policy", "value"):
-        assert int(optax.tree.get(state.opt_state[part], "count")) == 12
+        assert int(optax.tree.get(state.opt_state.parts[part], "count")) == 12
 
 
 def test_a_completion_without_a_score_teaches_nothing():
@@ -390,7 +390,7 @@ def test_the_policy_stands_still_while_the_critic_warms_up():
         policies.append(bits(state.params["policy"]) != before[0])
         critics.append(bits(state.params["value"]) != before[1])
     assert policies == [False, False, True] and critics == [True, True, True]
-    assert int(optax.tree.get(state.opt_state["policy"], "count")) == 1
+    assert int(optax.tree.get(state.opt_state.parts["policy"], "count")) == 1
 
 
 def test_the_critic_has_an_optimizer_of_its_own():

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,28 @@ def test_when_one_is_killed_the_other_ends_with_a_sentence_and_a_relaunch_goes_o
     assert ended(children) == [0, 0], [child.stderr[-2000:] for child in children]
     assert weights(directory / "killed") == weights(two[0])
     assert losses(directory / "killed") == losses(two[0])
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_process_that_waits_for_nobody_ends_with_a_sentence_when_another_is_gone(gone):
+    program = """
+import os, sys, time
+from relax import distributed
+number, gone, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+distributed.start(address, 2, number, heartbeat_s=10)
+if number == gone:
+    os._exit(9)
+time.sleep(60)
+"""
+    address = f"127.0.0.1:{port()}"
+    children = [
+        runs.Child([sys.executable, "-c", program, str(number), str(gone), address])
+        for number in range(2)
+    ]
+    wanted = [75, 75]
+    wanted[gone] = 9
+    assert ended(children) == wanted
+    assert children[1 - gone].stderr.splitlines()[-1].startswith("error: another process of the")
 
 
 def test_processes_with_different_options_end_with_one_sentence(job):

@@ -33,7 +33,7 @@ def value_losses(
     Huang et al., The 37 Implementation Details of PPO, 2022, detail 9.
 
     >>> losses, clipped = value_losses(*(jnp.array([[x]]) for x in (1.0, 0.5, 1.0, True)))
-    >>> losses.round(3).item(), clipped.item()
+    >>> round(losses.item(), 3), clipped.item()
     (0.045, True)
     """
     # Masked before the difference: 0 · NaN in the gradient would be NaN.

@@ -64,10 +64,10 @@ def spec_of(
       or that does not divide its dimension, is left out.
 
     >>> sizes = {"data": 1, "fsdp": 2, "tensor": 4}
-    >>> spec_of("opt/0/mu/layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=4)
-    PartitionSpec('fsdp', 'tensor')
-    >>> spec_of("layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=1)
-    PartitionSpec('fsdp',)
+    >>> tuple(spec_of("opt/0/mu/layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=4))
+    ('fsdp', 'tensor')
+    >>> tuple(spec_of("layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=1))
+    ('fsdp',)
     """
     spec = next(rule.spec for rule in rules if fits(rule, path))
     if len(spec) != len(shape):

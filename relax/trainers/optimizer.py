@@ -98,8 +98,8 @@ def eval_params(opt_state, params):
     def is_average(node):
         return isinstance(node, optax.contrib.ScheduleFreeState)
 
-    if isinstance(opt_state, dict):  # of `by_key`
-        return {name: eval_params(opt_state[name], part) for name, part in params.items()}
+    if isinstance(opt_state, ByKeyState):
+        return {name: eval_params(opt_state.parts[name], part) for name, part in params.items()}
     nodes = jax.tree.leaves(opt_state, is_leaf=is_average)
     averages = [node for node in nodes if is_average(node)]
     return _average(averages[0], params) if averages else params
@@ -119,18 +119,26 @@ def learning_rate(opt_state) -> jax.Array | None:
     return found[0][1] if len(found) == 1 else None
 
 
+class ByKeyState(NamedTuple):
+    """State of `by_key`: those of the optimizers within, by their names."""
+
+    parts: dict[str, Any]
+
+
 def by_key(optimizers: dict[str, optax.GradientTransformation]) -> optax.GradientTransformation:
     """An optimizer for each part of parameters that are a dict of parts, by the part's name."""
 
     def init(params):
-        return {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
+        parts = {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
+        return ByKeyState(parts)
 
     def update(updates, state, params):
         both = {
-            name: optimizer.update(updates[name], state[name], params[name])
+            name: optimizer.update(updates[name], state.parts[name], params[name])
             for name, optimizer in optimizers.items()
         }
-        return tuple({name: pair[i] for name, pair in both.items()} for i in (0, 1))
+        moves, parts = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
+        return moves, ByKeyState(parts)
 
     return optax.GradientTransformation(init, update)
 

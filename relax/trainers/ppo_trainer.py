@@ -331,7 +331,7 @@ class PPOTrainer(RLTrainer):
         else:
             state, metrics = self._step_or_stop(state, batch)
         for name, part in (("learning_rate", "policy"), ("critic_learning_rate", "value")):
-            if (rate := learning_rate(state.opt_state[part])) is not None:
+            if (rate := learning_rate(state.opt_state.parts[part])) is not None:
                 metrics[name] = rate
         control = dict(state.control)
         ends = state.step % self.updates_per_item == 0

@@ -120,6 +120,7 @@ class RLTrainer(Trainer):
         self.num_generations, self.num_iterations = num_generations, num_iterations
         self.recompute_old_logprobs = recompute_old_logprobs
         self.pass_reward, self.loss_chunk_size = pass_reward, loss_chunk_size
+        self.prompts_per_item = prompts_per_item
         self._updates_per_pass, self.row_size = _updates(
             num_generations,
             prompts_per_item,
@@ -276,13 +277,14 @@ class RLTrainer(Trainer):
 
     def _split(self, rollout: Rollout, experience: dict, key: jax.Array) -> Iterator[dict]:
         """The batches of all updates: every pass in another order, where there are several."""
+        prompts = len(rollout.completion_lengths)
+        if self.prompts_per_item not in (None, prompts):
+            raise ValueError(
+                f"an item must hold {self.prompts_per_item} prompts (prompts_per_item), got "
+                f"{prompts}. Drop the last, shorter item."
+            )
         arrays = self._arrays(rollout, experience)
         rows = len(arrays["prompt_ids"])
-        if rows % self._updates_per_pass:
-            raise ValueError(
-                f"an item must hold prompts_per_item prompts, whose {self._updates_per_pass} "
-                f"updates divide its rows, got {rows} rows. Drop the last, shorter item."
-            )
         size, buffer = rows // self._updates_per_pass, self.buffer(arrays)
         for iteration in range(self.num_iterations):
             order = np.arange(rows)
