@@ -4,17 +4,19 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from relax import job_output, machines
-from relax.callbacks.watch import Watch
+from relax.callbacks.watch import Watch, end_of
 from relax.checkpoint import full_disk
 from relax.config import TrainerConfig
 from relax.dry_run import dry_run
 from relax.errors import CheckpointError, ConfigError
 from relax.job import Job, JobResult
+from relax.monitor.status import ENDED, TrainingStatusWriter
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 __all__ = ["JobResult", "TrainerEngine"]
@@ -26,11 +28,13 @@ class TrainerEngine:
     """Runs jobs, one after the other.
 
     Args:
-      status_writer: told where each job is, a `relax.callbacks.TrainingStatusWriter`.
+      status_writer: told where each job is, and of those that are refused.
       console: where progress is shown; None: standard output.
     """
 
-    def __init__(self, status_writer=None, *, console: Console | None = None):
+    def __init__(
+        self, status_writer: TrainingStatusWriter | None = None, *, console: Console | None = None
+    ):
         self.status_writer = status_writer
         self.console = console or Console(highlight=False, soft_wrap=True)
 
@@ -69,15 +73,13 @@ class TrainerEngine:
             )
 
     def _run_job(self, config: TrainerConfig, train_rows, eval_rows) -> JobResult:
-        config.validate()
-        rows = None
-        if train_rows is not None:
-            if config.data.dataset_name or config.data.eval_dataset_name:
-                raise ConfigError("give rows or dataset_name, not both.")
-            # So that config.json does not claim to repeat the run.
-            config, rows = config.replace(dataset_name=FROM_PYTHON), (train_rows, eval_rows)
-        elif eval_rows is not None:
-            raise ConfigError("eval_rows need train_rows: give both, or eval_dataset_name.")
+        with contextlib.ExitStack() as stack:
+            if self.status_writer is not None and not config.debug.dry_run:
+                stack.enter_context(_told(self.status_writer, config))
+            config.validate()
+            return self._carry_out(*_with_rows(config, train_rows, eval_rows))
+
+    def _carry_out(self, config: TrainerConfig, rows) -> JobResult:
         with contextlib.ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt(grace_s=config.system.grace_s))
             config, console = stack.enter_context(machines.joined(config, self.console))
@@ -112,6 +114,30 @@ class TrainerEngine:
 
     def _show_warning(self, message, *_):
         self.console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def _with_rows(config: TrainerConfig, train_rows, eval_rows) -> tuple[TrainerConfig, Any]:
+    """The configuration of a job on rows from Python, and both kinds of rows; None: on files."""
+    if train_rows is None:
+        if eval_rows is not None:
+            raise ConfigError("eval_rows need train_rows: give both, or eval_dataset_name.")
+        return config, None
+    if config.data.dataset_name or config.data.eval_dataset_name:
+        raise ConfigError("give rows or dataset_name, not both.")
+    # So that config.json does not claim to repeat the run.
+    return config.replace(dataset_name=FROM_PYTHON), (train_rows, eval_rows)
+
+
+@contextlib.contextmanager
+def _told(writer: TrainingStatusWriter, config: TrainerConfig) -> Iterator[None]:
+    """A writer learns of a job that is refused before there is anything to watch, too."""
+    writer.begin(algorithm=config.algorithm, output_dir=config.output.output_dir)
+    try:
+        yield
+    except BaseException as error:
+        if writer.fields["phase"] not in ENDED and jax.process_index() == 0:
+            writer.update(force=True, **end_of(error))
+        raise
 
 
 def _without_frames(error: Exception) -> Exception:

@@ -19,6 +19,7 @@ from relax.parallel import RULES, read_rules
 from relax.parallel.hlo import collectives
 from relax.parallel.rules import spec_of
 
+pytestmark = pytest.mark.timeout(960)
 ROOT = Path(__file__).parents[1]
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -34,7 +35,7 @@ def checked(*flags):
     env = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "parallel_checks.py"), *flags],
-        env=env, cwd=ROOT, capture_output=True, text=True, timeout=1500 if flags else 280,
+        env=env, cwd=ROOT, capture_output=True, text=True, timeout=1500 if flags else 900,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     return {line["check"]: line for line in map(json.loads, run.stdout.splitlines())}

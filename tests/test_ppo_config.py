@@ -134,7 +134,7 @@ def told(**fields) -> dict:
     trainer = recipe.trainer(model, Letters(), optimizer, ())
     assert trainer.updates_per_item == recipe.updates_per_item
     found = {k: v for k, v in vars(trainer).items() if isinstance(v, int | float | str | tuple)}
-    states = trainer.optimizer.init({"policy": {}, "value": {}})
+    states = trainer.optimizer.init({"policy": {}, "value": {}}).parts
     return found | {
         "clip": trainer.clip,
         "critic": trainer.value_model is not None,

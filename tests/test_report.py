@@ -229,6 +229,16 @@ def test_failure_warnings_previews_and_completions_are_on_the_page(tmp_path):
         assert words in page.words
 
 
+def test_completions_are_shown_with_all_rewards_and_what_functions_logged(tmp_path):
+    run = write_run(tmp_path / "run", sft_records(1), config=GRPOConfig())
+    record = {"prompt": "2+2=", "completion": "4", "finish": "eos", "tokens": 2, "reward": 1.5,
+              "rewards": {"right": 1.0, "short": 0.5}, "advantage": -0.25, "read_as": "four"}
+    write_texts(run, "completions", 1, [record, record | {"rewards": {"right": None}}])
+    words = page_of(run)[1].words
+    assert "prompt completion right short reward advantage ended by read_as" in words
+    assert "2+2= 4 1 0.5 1.5 -0.25 eos four 2+2= 4 – – 1.5 -0.25 eos four" in words
+
+
 def test_no_secret_is_on_the_page_or_in_the_status(tmp_path):
     config = SFTConfig().replace(dataset_name="https://me:canary-1@host/rows.jsonl")
     environment = {"command": "run_sft.py --x hf_canary2canary2canary2"}

@@ -46,6 +46,15 @@ def test_a_table_shows_prompt_completion_each_reward_and_the_advantage():
     assert "nan" not in said
 
 
+def test_a_table_has_the_columns_that_reward_functions_logged():
+    console = screen()
+    logged = {"[i]gold[/i]": "[b]4[/b]", "ratio": 0.123456, "why": None}
+    console.print(table([RECORD | logged, RECORD], "step 3"))
+    header = next(line for line in shown(console).splitlines() if "Prompt" in line)
+    assert header.index("short") < header.index("[i]gold[/i]") < header.index("Advantage")
+    assert "[b]4[/b]" in shown(console) and " 0.1235 " in shown(console)
+
+
 def train(callback, count=4, **options):
     trainer = TableTrainer(callbacks=[callback], **options)
     trainer.train(items_of(count), key=KEY)
@@ -70,6 +79,7 @@ def test_rollouts_are_kept_whose_updates_hold_a_multiple(tmp_path, options, ever
 def test_a_line_of_the_file_is_a_completion_and_everything_about_it(tmp_path):
     def sometimes(completions, log_extra):
         log_extra("first", [c[:1] for c in completions])
+        log_extra("reward", ["gold"] * len(completions))  # is the name of a column already
         return [None] + [1.0] * (len(completions) - 1)
 
     def always(completions):
@@ -89,9 +99,10 @@ def test_a_line_of_the_file_is_a_completion_and_everything_about_it(tmp_path):
     # 1, 2, 2, 2: the mean is 1.75, the standard deviation 0.5.
     assert first["advantage"] == pytest.approx(-0.75 / 0.5001, rel=1e-5)
     assert first["tokens"] >= len(first["completion"]) and first["finish"] in ("eos", "length")
-    assert first["first"] == first["completion"][:1]
+    assert first["first"] == first["completion"][:1] and first["logged_reward"] == "gold"
     said = shown(console)
     assert said.count("step 1") == 1 and "sometimes" in said and "-1.50" in said
+    assert "first" in said and "logged_reward" in said
 
 
 # Warnings.

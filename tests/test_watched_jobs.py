@@ -11,7 +11,7 @@ from runs import additions, write_rows
 
 from relax.callbacks import TrainingStatusWriter
 from relax.checkpoint import Checkpointer, named_leaves
-from relax.config import create_default_config
+from relax.config import SFTConfig, create_default_config
 from relax.engine import TrainerEngine
 from relax.errors import ConfigError, NonFiniteError
 from relax.models import load_pretrained
@@ -168,8 +168,14 @@ def test_a_run_whose_updates_are_not_finite_stops_and_says_which(tmp_path):
 def test_a_job_that_is_refused_leaves_no_trace_but_tells_its_writer(tmp_path):
     writer = TrainingStatusWriter(tmp_path / "status.json")
     engine = TrainerEngine(writer, console=quiet())
+    with pytest.raises(ConfigError, match="max_steps must be"):
+        engine.run_job(SFTConfig().replace(max_steps=0))
+    assert read_status(writer.path)["error"].startswith("max_steps must be")
     with pytest.raises(ConfigError, match="cannot be imported"):
         job(tmp_path, engine, callbacks=["no_such_package.Class"])
+    status = read_status(writer.path)
+    assert status["phase"] == "failed" and "no_such_package" in status["error"]
+    assert status["output_dir"] == str(tmp_path / "out")
     with pytest.raises(ConfigError, match="max_length|positions|rows"):
         job(tmp_path, engine, test_size=24.0)
     assert read_status(writer.path)["phase"] == "failed"

@@ -357,12 +357,40 @@ def test_a_report_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path
     assert len(said) == 1 and "the report cannot be written" in said[0]
 
 
+def test_a_page_that_costs_too_much_at_a_save_is_written_as_soon_as_it_does_not(
+    tmp_path, monkeypatch
+):
+    now, written = [0.0], []
+
+    def write_report(directory):
+        written.append(now[0])
+        now[0] += 1.0  # is worth 20 seconds of training
+
+    monkeypatch.setattr("relax.callbacks.report.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("relax.callbacks.report.write_report", write_report)
+    report = Report(tmp_path, print)
+    for second in range(1, 61):  # of an update each
+        now[0] += 1.0
+        report.on_batch_end(None)
+        if second in (1, 5, 9, 50):
+            report.on_save(None)
+    # The first at once, the second after 20 seconds, the third went with it, the last at once.
+    assert written == [1.0, 22.0, 52.0]
+
+
 def test_a_window_of_updates_is_traced_into_a_file_that_perfetto_reads(tmp_path):
+    """And TensorBoard: its plugin looks for this directory, and for steps by their numbers."""
     console = Console(file=io.StringIO(), width=200)
     train([Profiler(tmp_path / "profile", 2, 3, console)], batches=4)
-    [trace] = (tmp_path / "profile").rglob("*.trace.json.gz")
-    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    [trace] = (tmp_path / "profile").glob("plugins/profile/*/*.trace.json.gz")
+    assert list(trace.parent.glob("*.xplane.pb"))
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    events = [event for event in events if event.get("ph") == "X"]  # with begin and duration
+    assert all(event["dur"] >= 0 and "ts" in event for event in events)
+    steps = [e["args"]["step_num"] for e in events if "step_num" in e.get("args", {})]
+    assert sorted(steps) == ["2", "3"]
+    assert any(e.get("args", {}).get("hlo_module") == "jit_train_step" for e in events)
+    assert not any(event["name"].startswith("$") for event in events)  # functions of Python
     assert "the trace is in" in console.file.getvalue()
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from relax.report.run import logged_columns
 from relax.rewards import RewardRunner
 from relax.trainers.callback import Callback, Event
 
@@ -15,8 +16,9 @@ from relax.trainers.callback import Callback, Event
 class Completions(Callback):
     """Writes the completions of a rollout to `step_<update>.jsonl`, and shows some of them.
 
-    A line holds prompt, completion, why it ended, its tokens, each reward, their sum and the
-    advantage; so does a row of the table. The file is named after the rollout's first update.
+    A line holds prompt, completion, why it ended, its tokens, each reward, their sum, the advantage
+    and what reward functions gave to `log_extra`; so does a row of the table. The file is named
+    after the rollout's first update.
 
     Args:
       directory: of the files.
@@ -60,22 +62,38 @@ class RewardCounters(Callback):
 
 
 def table(records: list[dict], title: str) -> Table:
-    """Prompt, completion, one column per reward function, advantage."""
+    """Prompt, completion, a column per reward function, what functions logged, advantage."""
     out = Table(title=title, show_lines=False, expand=False)
     out.add_column("Prompt", max_width=40, overflow="fold")
     out.add_column("Completion", max_width=60, overflow="fold")
-    names = list(records[0]["rewards"])
-    for name in [*names, "Advantage"]:
-        out.add_column(name, justify="right")
+    names, logged = list(records[0]["rewards"]), logged_columns(records)
+    for name in names:
+        out.add_column(Text(name), justify="right")
+    for name in logged:
+        out.add_column(Text(name), max_width=40, overflow="fold")
+    out.add_column("Advantage", justify="right")
     for record in records:
-        numbers = [record["rewards"][name] for name in names] + [record.get("advantage")]
+        rewards = [record["rewards"][name] for name in names]
         # Texts are the model's and the user's: never markup.
         out.add_row(
             Text(_shorten(_text(record["prompt"]))),
             Text(_shorten(record["completion"])),
-            *("" if n is None or math.isnan(n) else f"{n:.2f}" for n in numbers),
+            *map(_number, rewards),
+            *(Text(_shorten(_value(record.get(name)))) for name in logged),
+            _number(record.get("advantage")),
         )
     return out
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def _value(value) -> str:
+    """What a function logged, as a cell."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _text(prompt) -> str:

@@ -1,10 +1,11 @@
 """metrics.jsonl: a line every `logging_steps` updates, one per evaluation, each exactly once."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -70,7 +71,7 @@ class MetricsLog(Callback):
         self._compiles = shape not in self._shapes
         if self._compiles:
             self._shapes.add(shape)
-            self._settle()
+            self.settle()
         self._begun_s = time.monotonic()
 
     def on_batch_end(self, event: Event) -> None:
@@ -92,7 +93,7 @@ class MetricsLog(Callback):
             self._log_window(event)
 
     def on_validation_begin(self, event: Event) -> None:
-        self._settle()
+        self.settle()
 
     def on_validation_end(self, event: Event) -> None:
         self._emit(event, {f"eval_{name}": value for name, value in event.metrics.items()})
@@ -106,7 +107,7 @@ class MetricsLog(Callback):
         self._clock_s = time.monotonic()
 
     def state_dict(self) -> dict:
-        self._settle()
+        self.settle()
         return {"counts": self.counts, "history": list(self.history), "window": self._window}
 
     def load_state_dict(self, state: dict) -> None:
@@ -117,7 +118,7 @@ class MetricsLog(Callback):
         self._start_s = self._clock_s = self._window_s = time.monotonic()
         self._spent_s = 0.0
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Fetches what is still on the device; the time up to here was spent on updates."""
         fetched = jax.device_get(self._window)
         self._window = [
@@ -129,7 +130,7 @@ class MetricsLog(Callback):
         self._clock_s = now_s
 
     def _log_window(self, event: Event) -> None:
-        self._settle()
+        self.settle()
         record = {}
         for name in dict.fromkeys(name for metrics in self._window for name in metrics):
             values = [metrics[name] for metrics in self._window if name in metrics]
@@ -193,6 +194,18 @@ class MetricsLog(Callback):
             file.seek(file.truncate(min(self._offset, os.path.getsize(self.path))))
             file.write(line)
             self._offset = file.tell()
+
+
+@contextlib.contextmanager
+def untimed(event: Event) -> Iterator[None]:
+    """What happens within is no time of updates."""
+    callbacks = getattr(event.trainer, "callbacks", ())
+    logs = [callback for callback in callbacks if isinstance(callback, MetricsLog)]
+    for log in logs:
+        log.settle()
+    yield
+    for log in logs:
+        log.restart_clock()
 
 
 def _line(record: dict) -> bytes:

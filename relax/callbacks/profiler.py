@@ -1,10 +1,12 @@
 """A trace of some updates: what the device and the host did in them, and for how long."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
+from relax.callbacks.metrics import untimed
 from relax.errors import ConfigError
 from relax.trainers.callback import Callback, Event
 
@@ -13,8 +15,10 @@ class Profiler(Callback):
     """Traces the updates from `first` to `last`, both of them included, counted from 1.
 
     The trace lies in `<directory>/plugins/profile/<time>/`: the `.trace.json.gz` opens at
-    ui.perfetto.dev, the directory in TensorBoard with its profile plugin. Of an algorithm that
-    rolls out, rollouts between these updates are in it.
+    ui.perfetto.dev, the directory in TensorBoard with its profile plugin, which finds the updates
+    as steps. Of an algorithm that rolls out, rollouts between these updates are in it. Functions of
+    Python are not: they would be nearly all of it, and fill a trace, which ends at a million
+    events.
 
     Args:
       directory: of the trace.
@@ -28,7 +32,7 @@ class Profiler(Callback):
         if not 1 <= first <= last:
             raise ConfigError(f"updates to trace must be 1 <= first <= last, got {first}:{last}.")
         self.directory, self.first, self.last, self.console = directory, first, last, console
-        self._is_on = False
+        self._is_on, self._update = False, ExitStack()
 
     def on_train_begin(self, event: Event) -> None:
         total = event.total_steps
@@ -41,17 +45,26 @@ class Profiler(Callback):
             self._say(f"nothing is traced: updates {self.first} to {self.last} are done")
 
     def on_batch_begin(self, event: Event) -> None:
-        if not self._is_on and self.first <= event.step + 1 <= self.last:
+        update = event.step + 1
+        if not self._is_on and self.first <= update <= self.last:
             jax.block_until_ready(event.state)
-            jax.profiler.start_trace(str(self.directory))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            with untimed(event):
+                jax.profiler.start_trace(str(self.directory), profiler_options=options)
             self._is_on = True
+        if self._is_on:
+            self._update.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=update))
 
     def on_batch_end(self, event: Event) -> None:
+        self._update.close()
         if self._is_on and event.step >= self.last:
             jax.block_until_ready(event.state)
-            self.close()
+            with untimed(event):
+                self.close()
 
     def close(self) -> None:
+        self._update.close()
         if self._is_on:
             self._is_on = False
             jax.profiler.stop_trace()

@@ -11,7 +11,10 @@ _SHARE = 0.05  # of the time since the last page that making the next one may ta
 
 
 class Report(Callback):
-    """Writes `report.html` at every save, but where that would take a twentieth of the run's time.
+    """Writes `report.html` at every save.
+
+    Where that would take a twentieth of the time since the last page, as with a save after every
+    update, it is written as soon as it does not.
 
     A page that cannot be written is no reason to end a run: it is told once.
 
@@ -23,15 +26,22 @@ class Report(Callback):
     def __init__(self, directory: str | Path, say: Callable[[str], None]):
         self.directory, self.say = Path(directory), say
         self._cost_s, self._written_s = 0.0, time.monotonic()
-        self._said = False
+        self._said = self._due = False
 
     def on_save(self, event: Event) -> None:
-        if self._cost_s <= _SHARE * (time.monotonic() - self._written_s):
+        self._due = True
+        self._write_in_time()
+
+    def on_batch_end(self, event: Event) -> None:
+        self._write_in_time()
+
+    def _write_in_time(self) -> None:
+        if self._due and self._cost_s <= _SHARE * (time.monotonic() - self._written_s):
             self.write()
 
     def write(self) -> Path | None:
         """Writes the page now; None where that failed."""
-        start_s = time.monotonic()
+        start_s, self._due = time.monotonic(), False
         try:
             return write_report(self.directory)
         except Exception as error:

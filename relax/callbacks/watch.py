@@ -36,6 +36,16 @@ from relax.trainers.interrupt import Interrupted
 STATUS_FILE = "status.json"
 
 
+def end_of(error: BaseException | None) -> dict[str, Any]:
+    """The last phase of a job that ended in an error, or in none, and what is told with it."""
+    if error is None:
+        return {"phase": "finished", "time_left_s": 0.0}
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return {"phase": "stopped"}
+    told = str(error) if isinstance(error, RelaxError) else f"{type(error).__name__}: {error}"
+    return {"phase": "failed", "error": "\n".join([told, *getattr(error, "__notes__", ())])}
+
+
 class Watch:
     """Status, report, previews, trackers, guards and own callbacks of one job; a context.
 
@@ -86,14 +96,7 @@ class Watch:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Interrupted | KeyboardInterrupt):
-            self.status.enter("stopped")
-        elif error is not None:
-            told = str(error) if isinstance(error, RelaxError) else f"{kind.__name__}: {error}"
-            notes = getattr(error, "__notes__", ())
-            self.status.enter("failed", error="\n".join([told, *notes]))
-        else:
-            self.status.enter("finished", time_left_s=0.0)
+        self.status.enter(**end_of(error))
         if self.begun:
             self.report.write()
 

@@ -10,7 +10,13 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _OPERATION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\((?=[^)]*\))", re.MULTILINE)
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations)=\{?([%\w.\-, ]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|body|condition|to_apply|(?:true|false)_computation)=%?([\w.\-]+)"
+    r"|branch_computations=\{([^}]*)\}"
+)
+_NUMBER = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -27,7 +33,10 @@ class Traffic(NamedTuple):
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """The traffic of a program by kind; loops whose trips are known count as often as they run.
+    """The traffic of a program by kind; a loop counts as often as its text tells that it runs.
+
+    What one collective was split into (parts of it are fused with arithmetic) has one channel, and
+    counts once.
 
     An all-gather of S bytes among n moves S (n - 1) / n, a reduce-scatter to S bytes S (n - 1), an
     all-reduce twice the former, an all-to-all as much as it, a permute S.
@@ -43,7 +52,7 @@ def collectives(text: str) -> dict[str, Traffic]:
     """
     bodies, entry = _computations(text)
     totals: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
-    _walk(bodies, entry, 1, totals)
+    _walk(bodies, entry, 1, totals, set())
     return {kind: Traffic(int(n), nbytes) for kind, (n, nbytes) in sorted(totals.items())}
 
 
@@ -55,35 +64,49 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             name = start[1]
             bodies[name] = []
             entry = name if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # others that begin so end a constant of several lines
             name = None
         elif name is not None:
             bodies[name].append(line)
     return bodies, entry
 
 
-def _walk(bodies, name: str, times: int, totals) -> None:
+def _walk(bodies, name: str, times: int, totals, seen: set[str]) -> None:
     for line in bodies.get(name, ()):
         found = _OPERATION.search(line)
-        if found and "-done" not in found[0]:
+        if found:
+            channel = _CHANNEL.search(line)
+            if channel and channel[1] in seen:
+                continue
+            seen |= {channel[1]} if channel else set()
             kind = found[2]
             totals[kind][0] += times
-            totals[kind][1] += times * _moved(kind, _size(found[1], bool(found[3])), _among(line))
+            totals[kind][1] += times * _moved(kind, _size(kind, found[1], bool(found[3])), line)
             continue
-        trips = _TRIPS.search(line)
-        inner = times * (int(trips[1]) if trips and " while(" in line else 1)
-        for group in _CALLED.findall(line):
-            for called in group.replace("%", "").split(","):
-                _walk(bodies, called.strip(), inner, totals)
+        inner = times * (_trips(bodies, line) if " while(" in line else 1)
+        for groups in _CALLED.findall(line):
+            for called in "".join(groups).replace("%", "").split(","):
+                _walk(bodies, called.strip(), inner, totals, seen)
 
 
-def _size(shapes: str, started: bool) -> float:
-    """Bytes of a result; that of a started operation comes behind its operands."""
+def _trips(bodies, line: str) -> int:
+    """How often a loop runs: as the compiler says, or up to the one number it counts to; or 1."""
+    if told := _TRIPS.search(line):
+        return int(told[1])
+    condition = bodies.get(_CONDITION.search(line)[1], ())
+    numbers = [found[1] for line in condition if (found := _NUMBER.search(line))]
+    counts = any("direction=LT" in line for line in condition)
+    return int(numbers[0]) if counts and len(numbers) == 1 else 1
+
+
+def _size(kind: str, shapes: str, started: bool) -> float:
+    """Bytes of a result; a started operation gives its operands first, and numbers for its end."""
     sizes = [
         math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) / 8
         for dtype, dims in _SHAPE.findall(shapes)
+        if dims or not started or dtype != "u32"
     ]
-    if started and len(sizes) > 1:
+    if started and kind != "all-reduce" and len(sizes) > 1:
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)
 
@@ -94,15 +117,27 @@ def _bits(dtype: str) -> int:
 
 
 def _among(line: str) -> int:
-    """How many devices take part in one group."""
+    """How many devices take part in one group.
+
+    >>> _among("replica_groups=[4,2]<=[8]"), _among("replica_groups={{0,2,4,6},{1,3,5,7}}")
+    (2, 4)
+    >>> _among("replica_groups=mesh['a'=2,'b'=8] {'b'}"), _among("mesh['a'=4] {'a':(1)2}")
+    (8, 2)
+    """
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(found[1].split(","))
-    return 2
+    if found := re.search(r"mesh\[(.*?)\] ?\{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    raise ValueError(f"these are no groups of devices that are known: {line.strip()[:200]}")
 
 
-def _moved(kind: str, size: float, n: int) -> float:
+def _moved(kind: str, size: float, line: str) -> float:
+    if kind == "collective-permute":
+        return size
+    n = _among(line)
     share = (n - 1) / n
-    factor = {"all-reduce": 2 * share, "reduce-scatter": n - 1, "collective-permute": 1.0}
-    return size * factor.get(kind, share)
+    return size * {"all-reduce": 2 * share, "reduce-scatter": n - 1}.get(kind, share)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from relax.errors import DataError
 from relax.monitor.status import read_status
 
 TIME = "time/"
+# What a line of `completions/` holds; all else in it are columns that reward functions logged.
+COMPLETION = ("prompt", "completion", "finish", "tokens", "rewards", "reward", "advantage")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,15 @@ def read_series(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
             steps.append(step)
             values.append(math.nan if value is None else value)
     return series
+
+
+def logged_columns(records: Sequence[dict]) -> list[str]:
+    """The columns that reward functions added to records of completions, with `log_extra`.
+
+    >>> logged_columns([{"prompt": "2+2=", "completion": "4", "steps": 3}])
+    ['steps']
+    """
+    return [n for n in dict.fromkeys(n for r in records for n in r) if n not in COMPLETION]
 
 
 def _texts(directory: Path, most: int) -> dict[int, list[dict]]:

@@ -10,7 +10,7 @@ from relax.config import options
 from relax.config.schema import TrainerConfig
 from relax.monitor.status import without_secrets
 from relax.report.curves import Series, bar, chart, duration, label
-from relax.report.run import TIME, Run
+from relax.report.run import TIME, Run, logged_columns
 
 # What is drawn first, in this order: a title, and the metrics that belong in it.
 CHARTS = (
@@ -186,22 +186,33 @@ def completions(run: Run, steps: int, characters: int) -> str:
     """Completions of rollouts with their rewards, from some steps."""
     out, chosen = "", _spread(sorted(run.completions), steps)
     for step in reversed(chosen):
-        records = run.completions[step][:4]
-        rows = "".join(
-            f"<tr><td>{text(_prompt(r.get('prompt')), characters // 2)}</td>"
-            f"<td>{text(r.get('completion'), characters)}</td>"
-            f'<td class="n">{_number(r.get("reward"))}</td>'
-            f'<td class="n">{_number(r.get("advantage"))}</td><td>{text(r.get("finish"))}</td></tr>'
-            for r in records
-        )
-        top = "<tr><th>prompt</th><th>completion</th><th class=n>reward</th>"
-        top += "<th class=n>advantage</th><th>ended by</th></tr>"
         is_open = " open" if step == chosen[-1] else ""
         out += (
-            f"<details{is_open}><summary>step {step}</summary>"
-            f'<div class="scroll texts"><table>{top}{rows}</table></div></details>'
+            f"<details{is_open}><summary>step {step}</summary><div class="
+            f'"scroll texts">{_completions(run.completions[step][:4], characters)}</div></details>'
         )
     return f"<h2>Completions</h2>{out}" if out else ""
+
+
+def _completions(records: Sequence[dict], characters: int) -> str:
+    """A table: prompt, completion, rewards, advantage, what ended it, what functions logged."""
+    given = [r["rewards"] if isinstance(r.get("rewards"), dict) else {} for r in records]
+    functions = list(dict.fromkeys(name for rewards in given for name in rewards))[:12]
+    functions = functions if len(functions) > 1 else []  # of one alone it is the reward
+    logged = logged_columns(records)[:12]
+    rows = "".join(
+        f"<tr><td>{text(_prompt(r.get('prompt')), characters // 2)}</td>"
+        f"<td>{text(r.get('completion'), characters)}</td>"
+        + "".join(f'<td class="n">{_number(rewards.get(name))}</td>' for name in functions)
+        + f'<td class="n">{_number(r.get("reward"))}</td>'
+        f'<td class="n">{_number(r.get("advantage"))}</td><td>{text(r.get("finish"))}</td>'
+        + "".join(f"<td>{text(plain(r.get(name)), characters // 2)}</td>" for name in logged)
+        + "</tr>"
+        for r, rewards in zip(records, given, strict=True)
+    )
+    numbers = "".join(f"<th class=n>{text(n)}</th>" for n in (*functions, "reward", "advantage"))
+    others = "".join(f"<th>{text(name)}</th>" for name in ("ended by", *logged))
+    return f"<table><tr><th>prompt</th><th>completion</th>{numbers}{others}</tr>{rows}</table>"
 
 
 def data(run: Run, characters: int) -> str:

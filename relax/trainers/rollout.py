@@ -241,10 +241,12 @@ def completion_records(
             "tokens": int(rollout.completion_lengths[p, g]),
             "rewards": dict(zip(names, by_function[p, g].tolist(), strict=True)),
             "reward": float(rewards[p, g]),
-        } | {name: values[p, g] for name, values in extras.items()}
+        }
         if advantages is not None and advantages.ndim == 2:
             record["advantage"] = float(advantages[p, g])
-        records.append(record)
+        # What a function calls like one of these does not take its place.
+        logged = {name: values[p, g] for name, values in extras.items()}
+        records.append(record | {f"logged_{n}" if n in record else n: logged[n] for n in logged})
     return records
 
 
