@@ -47,6 +47,15 @@ def write_files(folder: Path) -> None:
     )
 
 
+def write_runs(folder: Path) -> None:
+    """The directories of runs that pages look at."""
+    for name in ("sft", "a", "b"):
+        run = folder / "outputs" / name
+        run.mkdir(parents=True)
+        (run / "status.json").write_text('{"phase": "finished", "step": 2, "total_steps": 2}')
+        (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+
+
 def run_notebook(names: dict) -> list[str]:
     """Runs the cells of the notebook; what each of them printed."""
     printed = []

@@ -80,6 +80,7 @@ def folder(given, tmp_path_factory):
     """The files and directories that pages name."""
     path = tmp_path_factory.mktemp("docs")
     doc_code.write_files(path)
+    doc_code.write_runs(path)
     model, params, tokenizer = (given[name] for name in ("model", "params", "tokenizer"))
     save_pretrained(path / "DIR", model, params, tokenizer)
     head = init_head(jax.random.key(1), model.config)

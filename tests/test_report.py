@@ -143,7 +143,8 @@ def test_what_a_run_has_written_is_text_wherever_it_stands(tmp_path):
     )
     record = {"prompt": EVIL, "expected": EVIL, "completion": EVIL, "right": False}
     write_texts(run, "samples", 1, [record])
-    write_texts(run, "completions", 1, [{"prompt": EVIL, "completion": EVIL, "finish": EVIL}])
+    record = {"prompt": EVIL, "completion": EVIL, "finish": EVIL, EVIL: {EVIL: [EVIL]}}
+    write_texts(run, "completions", 1, [record | {"rewards": {EVIL: 1.0, f"2{EVIL}": EVIL}}])
     (run / "data.json").write_text(json.dumps({"reports": {EVIL: {EVIL: [EVIL]}}}))
     text, page = page_of(run)
     assert page.tags.count("script") == 1 and "img" not in page.tags
@@ -231,8 +232,16 @@ def test_failure_warnings_previews_and_completions_are_on_the_page(tmp_path):
 
 def test_completions_are_shown_with_all_rewards_and_what_functions_logged(tmp_path):
     run = write_run(tmp_path / "run", sft_records(1), config=GRPOConfig())
-    record = {"prompt": "2+2=", "completion": "4", "finish": "eos", "tokens": 2, "reward": 1.5,
-              "rewards": {"right": 1.0, "short": 0.5}, "advantage": -0.25, "read_as": "four"}
+    record = {
+        "prompt": "2+2=",
+        "completion": "4",
+        "finish": "eos",
+        "tokens": 2,
+        "reward": 1.5,
+        "rewards": {"right": 1.0, "short": 0.5},
+        "advantage": -0.25,
+        "read_as": "four",
+    }
     write_texts(run, "completions", 1, [record, record | {"rewards": {"right": None}}])
     words = page_of(run)[1].words
     assert "prompt completion right short reward advantage ended by read_as" in words
