@@ -140,10 +140,10 @@ def _of_model(directory: Path) -> Path:
     return find_directory(base_of(directory)) if is_adapter_directory(directory) else directory
 
 
-def total_steps(config: TrainerConfig, updates_per_epoch: int) -> int:
-    """Updates of the whole run."""
+def total_steps(config: TrainerConfig, updates_per_epoch: int, updates_per_item: int = 1) -> int:
+    """Updates of the whole run: `max_steps`, up to the end of the item under way, or all epochs."""
     if config.hyperparams.max_steps > 0:
-        return config.hyperparams.max_steps
+        return -(-config.hyperparams.max_steps // updates_per_item) * updates_per_item
     return config.hyperparams.num_train_epochs * updates_per_epoch
 
 

@@ -187,7 +187,12 @@ class Job:
         found.raise_all()
         recipe.show_data(datasets)
         updates = recipe.updates_per_item * len(datasets.train)
-        steps = assemble.total_steps(config, updates)
+        steps = assemble.total_steps(config, updates, recipe.updates_per_item)
+        if 0 < config.hyperparams.max_steps != steps:
+            self.console.print(
+                f"max_steps {config.hyperparams.max_steps} becomes {steps}: a rollout is "
+                f"{recipe.updates_per_item} updates"
+            )
         batch = memory.largest_batch(datasets.train, steps)
         model, attention = kernels.settle(model, 2 if batch is None else memory.rows_of(batch)[1])
         self.console.print(f"attention: {attention}", markup=False)
@@ -236,6 +241,8 @@ class Job:
             stop=self.recipe.stop_sequences,
         )
         listeners = [progress, *(other for other in others if hasattr(other, "show"))]
+        # The status first: a warning that another one gives is then of this step.
+        listeners.sort(key=lambda one: one is not self.watch.status)
         log = MetricsLog(
             self.run_dir.path / "metrics.jsonl",
             logging_steps,

@@ -66,11 +66,13 @@ def test_a_dry_run_says_what_the_run_will_need_and_writes_nothing(algorithm, job
     assert list(tmp_path.iterdir()) == []
     lines = dict(re.findall(r"^  (data|memory|steps|one step|disk) +(\S.*)$", out, re.MULTILINE))
     assert set(lines) == {"data", "memory", "steps", "one step", "disk"}
-    assert lines["steps"].startswith("6 updates")
+    # A rollout of PPO is four updates here.
+    assert lines["steps"].startswith("8 updates" if algorithm == "ppo" else "6 updates")
+    assert ("max_steps 6 becomes 8: a rollout is 4 updates" in out) == (algorithm == "ppo")
     # One pair is none: both of its answers are 0. Two prompts are held out.
     rows = {"sft": 12, "dpo": 11, "reward": 11, "grpo": 10, "ppo": 10}[algorithm]
     assert lines["data"].startswith(f"{rows} rows of ")
-    # At 3 and 6, and room for one that is being written.
+    # After 3 and 6, and room for one that is being written.
     assert lines["disk"].startswith("3 checkpoints of ")
     assert out.endswith("all is well: without --dry_run the run begins\n")
 

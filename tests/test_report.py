@@ -309,7 +309,8 @@ def shown(status, series=None) -> str:
 
 def test_the_view_shows_where_a_run_is_without_taking_texts_for_markup(tmp_path):
     writer = TrainingStatusWriter(tmp_path / "s.json")
-    preview = {"prompt": "[bold]1+1=", "expected": "2", "completion": "3[/red]", "right": False}
+    said = "\x1b[2J3[/red]"  # would clear the screen
+    preview = {"prompt": "[bold]1+1=", "expected": "2", "completion": said, "right": False}
     writer.update(
         phase="training", step=40, total_steps=100, epoch=1.5, time_left_s=75.0,
         last_checkpoint={"step": 30}, last_preview=preview,
@@ -317,7 +318,8 @@ def test_the_view_shows_where_a_run_is_without_taking_texts_for_markup(tmp_path)
     writer.warn("[link]careful")
     text = shown(read_status(writer.path), {"loss": [2.0, 1.0], "grad_norm": [math.nan]})
     for words in ("training", "step 40 of 100", "epoch 1.50", "75 s left", "saved at step 30", "█▁",
-                  "[bold]1+1=", "3[/red]  wrong", "! [link]careful", "not finite"):  # fmt: skip
+                  "[bold]1+1=", "\ufffd[2J3[/red]  wrong", "! [link]careful",
+                  "not finite"):  # fmt: skip
         assert words in text
 
 

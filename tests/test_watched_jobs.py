@@ -161,7 +161,10 @@ def test_a_run_that_fails_leaves_its_error_in_status_and_report(tmp_path):
 def test_a_run_whose_updates_are_not_finite_stops_and_says_which(tmp_path):
     with pytest.raises(NonFiniteError, match="3 updates in a row"):
         job(tmp_path, learning_rate=1e30, max_grad_norm=0.0, eval_steps=6.0)
-    assert read_status(tmp_path / "out" / "status.json")["phase"] == "failed"
+    status = read_status(tmp_path / "out" / "status.json")
+    assert status["phase"] == "failed"
+    [skipped] = [w for w in status["warnings"] if "were skipped" in w["text"]]
+    assert f"up to step {skipped['step']} were skipped" in skipped["text"]
     assert len((tmp_path / "out" / "bad_batch.jsonl").read_text().splitlines()) == 3
 
 

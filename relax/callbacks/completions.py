@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from relax.monitor.status import visible
 from relax.report.run import logged_columns
 from relax.rewards import RewardRunner
 from relax.trainers.callback import Callback, Event
@@ -101,6 +102,7 @@ def _text(prompt) -> str:
 
 
 def _shorten(text: str, most: int = 300) -> str:
+    text = visible(text)
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relax.callbacks.questions import Question, is_right
+from relax.monitor.status import visible
 from relax.sampling import SamplingConfig, generate
 from relax.sampling.config import longest
 from relax.trainers.callback import Callback, Event
@@ -132,4 +133,5 @@ def table(records: list[dict], title: str) -> Table:
 
 
 def _shorten(text: str) -> str:
+    text = visible(text)
     return text if len(text) <= _SHORT else f"{text[: _SHORT // 2]} ... {text[-_SHORT // 2 :]}"

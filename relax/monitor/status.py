@@ -13,6 +13,8 @@ from typing import Any
 VERSION = 1
 MOST_WARNINGS = 20
 _SECRET = re.compile(r"(?<=://)[^/\s@\"]+(?=@)|\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})\b")
+# Control characters but for tab and newline, and those that turn the direction of writing.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 ENDED = ("finished", "stopped", "failed")  # phases after which nothing follows
 
 
@@ -130,6 +132,15 @@ def without_secrets(text: str) -> str:
     'https://***@host/rows.jsonl ***'
     """
     return _SECRET.sub("***", text)
+
+
+def visible(text: str) -> str:
+    """A text without characters that a terminal obeys, which a model may well have written.
+
+    >>> visible("\\x1b[2Jall\\tis\\nwell\\x07") == "\\ufffd[2Jall\\tis\\nwell\\ufffd"
+    True
+    """
+    return _OBEYED.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _now() -> str:

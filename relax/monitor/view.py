@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from relax.monitor.status import ENDED, is_alive, read_status
+from relax.monitor.status import ENDED, is_alive, read_status, visible
 from relax.monitor.tail import Tail, sparkline
 from relax.report.curves import duration, label
 
@@ -85,9 +85,9 @@ def view(name: str, status: dict[str, Any] | None, series: dict[str, list[float]
             parts += [Text(), _preview(record)]
     for warning in (status.get("warnings") or [])[-3:]:
         said = warning.get("text") if isinstance(warning, dict) else warning
-        parts.append(Text(f"! {said}", "yellow"))
+        parts.append(Text(f"! {visible(str(said))}", "yellow"))
     if status.get("error"):
-        parts.append(Text(str(status["error"]), "red"))
+        parts.append(Text(visible(str(status["error"])), "red"))
     return Panel(Group(*parts), title=title, title_align="left", border_style=colour)
 
 
@@ -135,7 +135,7 @@ def _preview(record: dict[str, Any]) -> Table:
     mark = marks.get(record.get("right"), ("", ""))
     for title, key in (("prompt", "prompt"), ("expected", "expected"), ("answer", "completion")):
         if record.get(key) is not None:
-            said = Text(str(record[key])[-400:])
+            said = Text(visible(str(record[key]))[-400:])
             out.add_row(title, Text.assemble(said, mark) if key == "completion" else said)
     return out
 

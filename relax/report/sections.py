@@ -8,7 +8,7 @@ from typing import Any
 
 from relax.config import options
 from relax.config.schema import TrainerConfig
-from relax.monitor.status import without_secrets
+from relax.monitor.status import visible, without_secrets
 from relax.report.curves import Series, bar, chart, duration, label
 from relax.report.run import TIME, Run, logged_columns
 
@@ -292,7 +292,7 @@ def text(value: Any, most: int = 200) -> str:
     shown = "" if value is None else str(value)
     if len(shown) > most:
         shown = f"{shown[: most // 2]} … {shown[-most // 2 :]}"
-    return escape(without_secrets(shown))
+    return escape(without_secrets(visible(shown)))
 
 
 def _mark(right: Any) -> str:
