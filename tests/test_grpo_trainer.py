@@ -420,6 +420,8 @@ def test_groups_without_variance_are_replaced_within_bounds(
     state = trainer.create_train_state(KEY)
     found = trainer.collect(state, item_of(useful, spares), KEY)
     assert found.metrics.get("resampled_groups") == replaced
+    wanted = None if replaced is None else sum(useful) / 3 / 2  # half of a useful group is right
+    assert found.metrics.get("reward_drawn") == wanted
     assert (found.rewards.std(axis=1) == 0).sum() == left_flat
     assert len(found.rollout.rows) == 3 == len(found.rollout.texts)
     for row, rewards in zip(found.rollout.rows, found.rewards, strict=True):

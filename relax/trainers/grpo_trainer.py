@@ -120,7 +120,9 @@ class GRPOTrainer(RLTrainer):
         kept = super().collect(state, item, key)
         size, metrics = len(item["rows"]), dict(kept.metrics)
         spares = item.get("spares", {"prompt_ids": [], "rows": []})
-        replaced = 0
+        replaced, drawn = 0, kept.rewards[~np.isnan(kept.rewards)]
+        if self.max_resample_rounds and drawn.size:
+            metrics["reward_drawn"] = float(drawn.mean())
         for attempt in range(self.max_resample_rounds):
             flat = np.flatnonzero(_is_flat(kept.rewards))
             first = attempt * size
