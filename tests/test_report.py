@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -366,7 +367,11 @@ def test_the_monitor_runs_without_jax_and_ends_as_the_run_did(tmp_path, capsys):
     assert main([str(good), "-o", str(tmp_path / "r.html")]) == 0
     assert main([str(tmp_path), "-o", str(tmp_path / "x.html")]) == 2
     assert (tmp_path / "c.html").exists() and (tmp_path / "r.html").exists()
-    for wrong in ([], ["--compare", str(good)], [str(tmp_path / "nowhere")]):
+    for wrong in ([], ["--compare", str(good)], [str(tmp_path / "no"), "--once"]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
+    late = threading.Timer(0.2, write_run, (tmp_path / "late", sft_records(1)))
+    late.start()  # what has not begun is waited for
+    assert main([str(tmp_path / "late"), "--interval", "0.05"]) == 0
+    late.join()
     capsys.readouterr()

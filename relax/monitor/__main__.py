@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
             page = write_report(options.output_dir, options.output)
             console.print(f"the report is in '{page}'", markup=False)
             return 0
-        if not Path(options.output_dir).is_dir():
+        if options.once and not Path(options.output_dir).is_dir():
             _parser().error(f"there is no directory '{options.output_dir}'")
         phase = watch(options.output_dir, console, once=options.once, interval_s=options.interval)
         return 1 if phase in ("failed", "killed") else 0
