@@ -10,7 +10,9 @@ import ctypes
 import functools
 import json
 import os
+import re
 import sys
+import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +25,8 @@ import numpy as np
 from relax.errors import ConfigError, RelaxError
 
 LOST = 75  # the exit code when another process is gone: EX_TEMPFAIL, a relaunch may succeed
-# What errors say that come from a peer that is gone, whichever library noticed.
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # how errors of jax's runtime begin, of any class
+# What they say when a peer is gone, whichever library noticed.
 _GONE = (
     "gloo",
     "connection reset",
@@ -36,20 +39,17 @@ _GONE = (
 
 def count() -> int:
     """How many processes there are."""
-    return jax.process_count() if _started else 1
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
     """Which of them this is."""
-    return jax.process_index() if _started else 0
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_main() -> bool:
     """Whether this is the one that writes logs, configuration and exports."""
     return index() == 0
-
-
-_started = False
 
 
 def start(
@@ -59,7 +59,7 @@ def start(
     heartbeat_s: int = 100,
     timeout_s: int = 300,
 ) -> None:
-    """Joins the other processes; before anything of jax is computed.
+    """Joins the other processes; before anything of jax is computed. Those that have stay joined.
 
     Args:
       coordinator: HOST:PORT of process 0, or `auto`: all of it from the environment of SLURM, MPI,
@@ -71,7 +71,8 @@ def start(
     Raises:
       ConfigError: they did not come together.
     """
-    global _started
+    if jax.distributed.is_initialized():
+        return
     where = {} if coordinator == "auto" else {"coordinator_address": coordinator}
     try:
         _say_who_is_gone()
@@ -83,12 +84,13 @@ def start(
             initialization_timeout=timeout_s,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        where = f"at {coordinator}" if where else "as the environment tells"
         raise ConfigError(
-            f"the processes of the run did not come together at {coordinator}: {reason}. Start "
-            "all of them with the same coordinator and num_processes, and each its own process_id."
+            f"the processes of the run did not come together {where}: {reason}. Start all of them "
+            "with the same coordinator (HOST:PORT) and num_processes, and each its own process_id; "
+            "coordinator auto is for SLURM, MPI, GKE and TPU pods."
         ) from error
-    _started = True
 
 
 def _say_who_is_gone() -> None:
@@ -132,8 +134,12 @@ def _lost(*_) -> None:
     )
 
 
+_leaving = threading.Lock()
+
+
 def _leave(line: str, code: int) -> None:
     """Ends at once: what runs at a normal exit would wait for the processes that are gone."""
+    _leaving.acquire()  # never released: two threads may have noticed, and one speaks
     sys.stdout.flush()
     os.write(2, line.encode() + b"\n")
     os._exit(code)
@@ -151,18 +157,27 @@ def together() -> Iterator[None]:
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, RelaxError):
-        return f"error: {error}", error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return str(error) or "interrupted", getattr(error, "exit_code", 130)
-    said = str(error).lower()
-    if any(word in said for word in _GONE):
+    if _is_of_a_peer(error):
         return (
             f"error: another process of the run is gone, so process {index()} of {count()} ends; "
             "start all of them again",
             LOST,
         )
+    if isinstance(error, RelaxError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted", getattr(error, "exit_code", 130)
     return "".join(traceback.format_exception(error)), 1
+
+
+def _is_of_a_peer(error: BaseException | None) -> bool:
+    """Whether jax's runtime says that another process is gone; a user's function may say alike."""
+    while error is not None:
+        said = str(error)
+        if _STATUS.match(said) and any(word in said.lower() for word in _GONE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def gather(value: Any) -> list[Any]:

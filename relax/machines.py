@@ -32,6 +32,11 @@ def joined(config: TrainerConfig, console: Console) -> Iterator[tuple[TrainerCon
     """
     system = config.system
     if system.mesh is None:
+        if distributed.count() > 1:
+            raise ConfigError(
+                f"{distributed.count()} processes have been joined, and they need a mesh to share. "
+                "Pass mesh auto."
+            )
         yield config, console
         return
     if system.coordinator is not None:

@@ -191,3 +191,32 @@ backend_config={"known_trip_count":{"n":"5"}}
 }"""
     # 64 bytes among four: each gets the 48 of the others. Five times 32 bytes, both ways.
     assert collectives(text) == {"all-gather": (1, 48.0), "all-reduce": (5, 5 * 2 * 0.75 * 32)}
+
+
+def test_the_traffic_of_a_program_for_tpus_is_read_from_its_text():
+    """A condition tells trips; parts of one collective have one channel; notes have braces."""
+    text = """
+%cond (p: (u32[], bf16[4,2])) -> pred[] {
+  %n = u32[]{:T(128)} constant(8), metadata={op_name="lt"}
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+%body (p: (u32[], bf16[4,2])) -> (u32[], bf16[4,2]) {
+  %s = (bf16[4,2]{1,0:T(8,128)(2,1)}, bf16[4,2]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+}
+%begin (p: f32[8]) -> f32[32] {
+  %a = f32[32]{0:T(128)} all-gather(%p), channel_id=2, replica_groups=mesh['x'=2,'y'=4] {'y'}
+}
+%end (p: f32[8]) -> f32[32] {
+  %b = f32[32]{0:T(128)} all-gather(%p), channel_id=2, replica_groups=mesh['x'=2,'y'=4] {'y'}
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %k = f32[8]{0} custom-call(%p), frontend_attributes={kernel_metadata={
+ "note":"{}"
+}}, metadata={op_name="kernel"}
+  %w = (u32[], bf16[4,2]{1,0:T(8,128)(2,1)}) while(%t), condition=%cond, body=%body
+  %f = f32[32]{0:T(128)} fusion(%p), kind=kCustom, calls=%begin
+  %g = f32[32]{0:T(128)} fusion(%f), kind=kCustom, calls=%end
+}"""
+    # Eight times 16 bytes to a neighbour; 128 bytes among four.
+    assert collectives(text) == {"all-gather": (1, 96.0), "collective-permute": (8, 128.0)}

@@ -1,13 +1,18 @@
 """Two real processes over loopback: the run of one process, a peer that dies, and a relaunch."""
 
 import json
+import os
 import re
 import socket
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import runs
+
+from relax import distributed
+from relax.errors import RelaxError
 
 pytestmark = pytest.mark.timeout(290)
 JOB = {
@@ -120,7 +125,33 @@ time.sleep(60)
     wanted = [75, 75]
     wanted[gone] = 9
     assert ended(children) == wanted
-    assert children[1 - gone].stderr.splitlines()[-1].startswith("error: another process of the")
+    lines = children[1 - gone].stderr.splitlines()  # the runtime's threads write there, too
+    (said,) = [line for line in lines if line.startswith("error:")]
+    assert "another process of the run is gone" in said
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_JOB_ID": str(os.getpid())}])
+def test_who_takes_part_is_read_from_the_environment_of_a_cluster(environment, monkeypatch):
+    """Two tasks of SLURM come together; where no cluster tells, one sentence says what to do."""
+    program = (
+        "from relax import distributed; distributed.start('auto', heartbeat_s=10); "
+        "print(distributed.gather(distributed.index()))"
+    )
+    children = []
+    for number in range(2 if environment else 1):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+            monkeypatch.setenv("SLURM_STEP_NODELIST", "localhost")
+            monkeypatch.setenv("SLURM_NTASKS", "2")
+            monkeypatch.setenv("SLURM_PROCID", str(number))
+            monkeypatch.setenv("SLURM_LOCALID", str(number))
+        children.append(runs.Child([sys.executable, "-c", program]))
+    if environment:
+        assert ended(children) == [0, 0], children[0].stderr[-2000:]
+        assert all("[0, 1]" in child.stdout for child in children)
+    else:
+        assert ended(children) == [1]
+        assert "coordinator auto is for SLURM, MPI, GKE and TPU pods" in children[0].stderr
 
 
 def test_processes_with_different_options_end_with_one_sentence(job):
@@ -130,3 +161,17 @@ def test_processes_with_different_options_end_with_one_sentence(job):
     for child in children:
         assert re.search("learning_rate is .* in process 0 and 0.5 in process 1", child.stderr)
     assert not (directory / "mixed" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo: Connection closed by peer"), 75),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1),
+        (ConnectionResetError("Connection reset by peer"), 1),  # of a judge's web page
+    ],
+)
+def test_only_what_the_runtime_says_of_a_peer_counts_as_one_that_is_gone(error, code):
+    wrapped = RelaxError("a callback failed")
+    wrapped.__cause__ = error
+    assert distributed._last_words(error)[1] == distributed._last_words(wrapped)[1] == code

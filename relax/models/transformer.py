@@ -288,8 +288,7 @@ class Transformer(nn.Module):
 
     def output_matrix(self, params):
         """The `[V, D]` matrix that turns hidden states into logits."""
-        name = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        return parallel.used(params[name], name)
+        return params["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]
 
 
 def _over(attend, config, layer, x, constants):

@@ -121,14 +121,16 @@ def _among(line: str) -> int:
 
     >>> _among("replica_groups=[4,2]<=[8]"), _among("replica_groups={{0,2,4,6},{1,3,5,7}}")
     (2, 4)
-    >>> _among("replica_groups=mesh['a'=2,'b'=8] {'b'}"), _among("mesh['a'=4] {'a':(1)2}")
-    (8, 2)
+    >>> _among("replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b'}")
+    8
+    >>> _among("replica_groups=mesh['a'=4,'b'=3] {'a':(1)2,'b'}")
+    6
     """
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(found[1].split(","))
-    if found := re.search(r"mesh\[(.*?)\] ?\{(.*?)\}", line):
+    if found := re.search(r"mesh\[(.*?)\][^{]*\{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[name]) for name, part in axes)

@@ -8,6 +8,7 @@ Axes: B rows or slots, T tokens of a row, L layers.
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -73,8 +74,9 @@ def plan(config: PlanConfig) -> list[str]:
         attention = kernels.summary(
             model.attention_choice(kind, config.steps.max_length, True) for kind in kinds
         )
-        update = deep(lambda shape: update_program(config, shape), shape, config.steps.full_depth)
-        decode = deep(lambda shape: decode_program(config, shape), shape, config.steps.full_depth)
+        full = config.steps.full_depth
+        update = attempt(lambda: deep(lambda s: update_program(config, s), shape, full))
+        decode = attempt(lambda: deep(lambda s: decode_program(config, s), shape, full))
         rows = config.steps.per_device_train_batch_size * layout.batch_shards
         slots = config.steps.slots * layout.batch_shards
     length = config.steps.max_length
@@ -132,6 +134,17 @@ def topology_devices(topology: str) -> list:
             f"there is no compiler for topology {topology!r} here: {reason}. TPUs need `pip "
             "install libtpu`; cpu:N needs nothing."
         ) from error
+
+
+def attempt(compiled) -> Program | str:
+    """`compiled()`, or what the compiler says of a program that needs more memory than there is."""
+    try:
+        return compiled()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        told = re.search(r"Used \S+ of \S+", str(error))
+        return told[0] if told else str(error).strip().splitlines()[0]
 
 
 def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
@@ -288,8 +301,10 @@ def forward_flops(shape: TransformerConfig, tokens: int, length: int) -> float:
     return tokens * (2 * weights + 4 * heads * length / 2)
 
 
-def described(program: Program, topology: str, flops: float) -> list[str]:
+def described(program: Program | str, topology: str, flops: float) -> list[str]:
     """A program in lines; `flops` are those of the model, per device."""
+    if isinstance(program, str):
+        return [f"  does not fit, and was not compiled: {program}"]
     lines = [f"  {name:16} {memory.shown(n):>10}" for name, n in program.parts.items() if n]
     chip = CHIPS.get(topology.partition(":")[0])
     have = ""
