@@ -48,6 +48,9 @@ class StepsConfig:
     slots: int = option(
         8, "Completions per device along data and fsdp in a decode step.", at_least=1
     )
+    quick: bool = option(
+        False, "Let the TPU compiler optimise less: some times faster, more bytes moved."
+    )
     full_depth: bool = option(
         False, "Compile all layers; false = two small depths, from which the rest follows."
     )
@@ -88,6 +91,8 @@ def count_of(topology: str) -> int:
 def _problems(values: dict[str, Any]) -> Iterator[str]:
     if values["model_name_or_path"] is None:
         yield "model_name_or_path must name a model or its config.json, got none"
+    if values["quick"] and values["topology"].startswith("cpu:"):
+        yield "quick has no effect: it is for the compiler of TPUs; leave it out for cpu:N"
     try:
         parse_mesh(values["mesh"], count_of(values["topology"]))
     except ConfigError as error:
