@@ -39,10 +39,10 @@ class RewardModelConfig(TrainerConfig):
         "adam_beta2": 0.95,
         "per_device_train_batch_size": 64,
         "pad_to_multiple_of": 4,
-        "max_steps": 1600,
-        "logging_steps": 50.0,
+        "max_steps": 800,
+        "logging_steps": 20.0,
         "eval_strategy": "steps",
-        "eval_steps": 400.0,
+        "eval_steps": 200.0,
         "eval_on_start": True,
         "per_device_eval_batch_size": 250,
     }

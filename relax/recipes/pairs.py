@@ -8,7 +8,7 @@ from relax.data import PreferenceLoader, Preferences, prepare_preferences
 from relax.errors import DataError
 from relax.models import TransformerConfig
 from relax.recipes.recipe import Datasets, Recipe
-from relax.recipes.warm_up import CHUNK, MOST, warm_up
+from relax.recipes.warm_up import CHUNK, MOST, SHARE, warm_up
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 
@@ -20,6 +20,7 @@ class PairsRecipe(Recipe):
     """
 
     what, kind = "pairs", "preferences"
+    share = SHARE  # of sums that the embedded model is taught beforehand
 
     def __init__(self, config, console):
         super().__init__(config, console)
@@ -79,7 +80,12 @@ class PairsRecipe(Recipe):
         seed = self.config.hyperparams.seed
         with Interrupt() as interrupt:
             params = warm_up(
-                model, tokenizer, seed, self.console, CHUNK if self.config.debug.dry_run else MOST
+                model,
+                tokenizer,
+                seed,
+                self.console,
+                CHUNK if self.config.debug.dry_run else MOST,
+                self.share,
             )
             if interrupt.requested is not None:  # half a warm-up is nothing to go on from
                 raise Interrupted(interrupt.requested)

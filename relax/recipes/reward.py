@@ -10,8 +10,8 @@ from relax.models.pretrained import is_classifier
 from relax.recipes.pairs import PairsRecipe, with_wrong_sums
 from relax.trainers import RewardTrainer
 
-# Of wrong sums. From those that are far off the rest is learned: with 1 and 10 alone nothing is.
-OFFS = (*range(1, 10), *range(10, 101, 10))
+# By how much wrong sums are off. A policy errs in every way, and finds what was never called wrong.
+OFFS = (*range(1, 21), *range(30, 101, 10))
 
 
 class RewardRecipe(PairsRecipe):
@@ -19,6 +19,7 @@ class RewardRecipe(PairsRecipe):
 
     headline = ("eval_loss", "eval_accuracy", "eval_margin")
     reading = {"judges": True}
+    share = 0.95  # who judges by a single digit must know it
 
     def embedded_rows(self, rows):
         return with_wrong_sums(rows, OFFS, each=3)

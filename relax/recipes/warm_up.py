@@ -11,15 +11,15 @@ from relax.recipes.sft import SFTRecipe
 from relax.trainers import SFTTrainer
 from relax.trainers.optimizer import adamw, learning_rate_schedule
 
-SHARE = 0.5  # of sums that are right when the warm-up ends
+SHARE = 0.5  # of sums that are right when the warm-up of a policy ends
 CHUNK, MOST = 10, 800  # updates between two looks, and at most
 LOOKED_AT = 500  # training rows
 
 
-def warm_up(model, tokenizer, seed: int, console: Console, most: int = MOST):
-    """Parameters after supervised updates on the embedded task, up to where it is half learned.
+def warm_up(model, tokenizer, seed: int, console: Console, most: int = MOST, share: float = SHARE):
+    """Parameters after supervised updates on the embedded task, up to a share of right sums.
 
-    From there on rewards can teach: a model that is always wrong has nothing to compare.
+    Half is where rewards can begin to teach: a model that is always wrong has nothing to compare.
     """
     config = SFTConfig().replace(**SFTConfig.embedded, seed=seed)
     recipe = SFTRecipe(config, console)
@@ -33,10 +33,10 @@ def warm_up(model, tokenizer, seed: int, console: Console, most: int = MOST):
     schedule = learning_rate_schedule("constant_with_warmup", 1e-3, MOST, 50)
     optimizer = adamw(schedule, b2=0.95, weight_decay=0.1)
     trainer = SFTTrainer(model.clone(lora=None), optimizer, max_grad_norm=1.0)
-    state, share, steps = trainer.create_train_state(jax.random.key(seed)), 0.0, 0
-    while share < SHARE and steps < most:
+    state, right, steps = trainer.create_train_state(jax.random.key(seed)), 0.0, 0
+    while right < share and steps < most:
         steps += CHUNK
         state = trainer.train(datasets.train, num_epochs=100, state=state, max_steps=steps)
-        share = trainer.exact_match(state, recipe.plain_loader(looked_at.eval.examples))
-    console.print(f"warmed up: {steps} supervised updates, {share:.0%} of the sums are right")
+        right = trainer.exact_match(state, recipe.plain_loader(looked_at.eval.examples))
+    console.print(f"warmed up: {steps} supervised updates, {right:.0%} of the sums are right")
     return state.params
