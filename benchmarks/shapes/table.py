@@ -1,7 +1,8 @@
 """The table of docs/scale.md: `python benchmarks/shapes/table.py DIRECTORY [MODEL-DEVICES ...]`.
 
-Makes the plans that are not in the directory yet (minutes each; libtpu must be installed), and
-prints a row for each.
+Makes the plans that are not in the directory yet (libtpu must be installed), and prints a row for
+each. A quick plan tells what is needed at most. Where that is too much and the state alone is not,
+another is made without `--quick`, which takes some minutes.
 """
 
 import re
@@ -13,17 +14,17 @@ SHAPES = Path(__file__).parent
 SLICES = {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 # Devices along tensor: as many as a copy of the weights for rollouts needs.
 MODELS = {"llama-3.1-8b": 4, "qwen3-32b": 8, "mixtral-8x7b": 8}
-NUMBER = r" +([\d.]+ [MG]B)"
+MEMORY_GB = 16
 
 
-def plan(model: str, devices: int, tensor: int, directory: Path) -> str:
+def plan(model: str, devices: int, tensor: int, directory: Path, *flags: str) -> str:
     """What the command prints."""
-    file = directory / f"{model}-{devices}.txt"
+    file = directory / f"{model}-{devices}{''.join(flags)}.txt"
     if not file.exists():
         command = [sys.executable, "-m", "relax.parallel", "plan"]
         command += ["--model_name_or_path", str(SHAPES / f"{model}.json")]
         command += ["--topology", f"v5e:{SLICES[devices]}"]
-        command += ["--mesh", f"fsdp={devices // tensor},tensor={tensor}", "--quick"]
+        command += ["--mesh", f"fsdp={devices // tensor},tensor={tensor}", *flags]
         run = subprocess.run(command, capture_output=True, text=True, cwd=SHAPES.parents[1])
         if run.returncode:
             raise SystemExit(run.stderr[-2000:])
@@ -31,18 +32,36 @@ def plan(model: str, devices: int, tensor: int, directory: Path) -> str:
     return file.read_text()
 
 
-def row(model: str, devices: int, tensor: int, text: str) -> str:
+def gigabytes(part: str, name: str) -> float:
+    """Of a line of a plan."""
+    number, unit = re.search(rf"^  {name} +([\d.]+) ([MG])B", part, re.MULTILINE).groups()
+    return float(number) / (1 if unit == "G" else 1000)
+
+
+def row(model: str, devices: int, tensor: int, directory: Path) -> str:
     """A line of the table."""
-    update, decode = (part.split("\n\n")[0] for part in text.split("\n\n")[1:3])
+
+    def parts(*flags):
+        return plan(model, devices, tensor, directory, *flags).split("\n\n")[1:3]
+
     cells = [model, str(devices), f"fsdp={devices // tensor},tensor={tensor}"]
+    (update, decode), bound = parts("--quick"), "at most "
+    if "not compiled" not in update:
+        state = gigabytes(update, "parameters") + gigabytes(update, "optimizer")
+        if gigabytes(update, "together") > MEMORY_GB >= state:
+            (update, decode), bound = parts(), ""
+        cells.append(f"{state:.1f} GB")
     for part in (update, decode):
-        if "does not fit" in part and "together" not in part:
-            cells += [re.search(r"does not fit.*", part)[0], ""]
-            continue
-        cells.append(re.search(rf"together{NUMBER}", part)[1])
-        cells[-1] += "" if ": fits" in part else ", does not fit"
-        cells.append("{} ms, {}".format(*re.search(r"about (\S+) ms, by (\w+)", part).groups()))
-    return f"| {' | '.join(cell.strip() for cell in cells)} |"
+        refused = re.search(r"does not fit, and was not compiled", part)
+        cells.append("does not fit" if refused else _needed(part, bound))
+    return f"| {' | '.join(cells)} |"
+
+
+def _needed(part: str, bound: str) -> str:
+    total = gigabytes(part, "together")
+    how_long = re.search(r"about (\S+) ms, by (\w+)", part)
+    fits = "" if total <= MEMORY_GB else ": does not fit"
+    return f"{bound}{total:.1f} GB{fits}, {how_long[1]} ms ({how_long[2]})"
 
 
 def main(directory: str, *chosen: str) -> None:
@@ -51,8 +70,7 @@ def main(directory: str, *chosen: str) -> None:
     for model, tensor in MODELS.items():
         for devices in SLICES:
             if not chosen or f"{model}-{devices}" in chosen:
-                text = plan(model, devices, tensor, Path(directory))
-                print(row(model, devices, tensor, text), flush=True)
+                print(row(model, devices, tensor, Path(directory)), flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ class StepsConfig:
         8, "Completions per device along data and fsdp in a decode step.", at_least=1
     )
     quick: bool = option(
-        False, "Let the TPU compiler optimise less: some times faster, more bytes moved."
+        False,
+        "Let the TPU compiler optimise less: several times faster; tells more memory and bytes.",
     )
     full_depth: bool = option(
         False, "Compile all layers; false = two small depths, from which the rest follows."

@@ -11,6 +11,7 @@ def main(config: PlanConfig) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # No device is asked for: the compiler's library would look for a TPU, and wait for it.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a run on this host's TPUs has it loaded, too
     topology = config.devices.topology
     if topology.startswith("cpu:"):
         flag = f"--xla_force_host_platform_device_count={count_of(topology)}"

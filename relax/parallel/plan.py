@@ -101,7 +101,7 @@ def plan(config: PlanConfig) -> list[str]:
     if not config.steps.full_depth and _is_told(shape):
         lines.append(f"told from {DEPTHS[0]} and {DEPTHS[1]} layers; --full_depth compiles all")
     if config.steps.quick:
-        lines.append("compiled with little optimisation; without --quick fewer bytes move")
+        lines.append("compiled quickly: without --quick less memory is needed and fewer bytes move")
     return lines
 
 
@@ -133,7 +133,7 @@ def topology_devices(topology: str) -> list:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # of whatever kind the compiler's library raises
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             f"there is no compiler for topology {topology!r} here: {reason}. TPUs need `pip "
             "install libtpu`; cpu:N needs nothing."
