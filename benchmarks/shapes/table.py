@@ -47,7 +47,7 @@ def row(model: str, devices: int, tensor: int, directory: Path) -> str:
     cells = [model, str(devices), f"fsdp={devices // tensor},tensor={tensor}"]
     (update, decode), bound = parts("--quick"), "at most "
     if "not compiled" not in update:
-        state = gigabytes(update, "parameters") + gigabytes(update, "optimizer")
+        state = sum(gigabytes(update, n) for n in ("parameters", "gradients", "optimizer"))
         if gigabytes(update, "together") > MEMORY_GB >= state:
             (update, decode), bound = parts(), ""
         cells.append(f"{state:.1f} GB")
@@ -60,8 +60,9 @@ def row(model: str, devices: int, tensor: int, directory: Path) -> str:
 def _needed(part: str, bound: str) -> str:
     total = gigabytes(part, "together")
     how_long = re.search(r"about (\S+) ms, by (\w+)", part)
-    fits = "" if total <= MEMORY_GB else ": does not fit"
-    return f"{bound}{total:.1f} GB{fits}, {how_long[1]} ms ({how_long[2]})"
+    if total > MEMORY_GB:
+        return "does not fit"
+    return f"{bound}{total:.1f} GB, {how_long[1]} ms ({how_long[2]})"
 
 
 def main(directory: str, *chosen: str) -> None:

@@ -160,7 +160,8 @@ def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
     steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
     def further(a: float, b: float) -> float:
-        return a + (b - a) * steps
+        # Memory's peak is elsewhere in a deep model than in a shallow one, and no lower.
+        return a + max(b - a, 0) * steps
 
     none = Traffic(0, 0.0)
     kinds = sorted({*one.traffic, *two.traffic})
