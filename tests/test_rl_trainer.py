@@ -227,8 +227,9 @@ def test_metrics_are_those_of_trl_the_same_in_every_run_and_times_add_up(tmp_pat
     assert plain[0] == plain[1]
     assert set(plain[0][0]) == {
         "step", "epoch", "loss", "grad_norm", "skipped_steps", "num_tokens", "entropy", "kl",
-        "reward", "reward_std", "reward_group_std", "frac_reward_zero_std", "rewards/lambda/mean",
-        "rewards/lambda/std", "reward_errors", "resampled_groups", "completions/mean_length",
+        "reward", "reward_drawn", "reward_std", "reward_group_std", "frac_reward_zero_std",
+        "rewards/lambda/mean", "rewards/lambda/std", "reward_errors", "resampled_groups",
+        "completions/mean_length",
         "completions/min_length", "completions/max_length", "completions/mean_terminated_length",
         "completions/min_terminated_length", "completions/max_terminated_length",
         "completions/clipped_ratio", "completions/truncated_ratio", "clip_ratio/low_mean",
