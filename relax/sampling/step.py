@@ -163,6 +163,8 @@ def run_segment(
         logits = token_logits(
             hidden, model.output_matrix(params), softcap=model.config.final_logit_softcapping
         )
+        # First cut as the matrix is: to gather logits is little, to gather the matrix is much.
+        logits = parallel.constrain(logits, "batch", "tensor")
         logits = parallel.constrain(logits, "batch", "whole")
         drawn, logprob = _next(logits, slots, rules, ends, top_k)
         slots = _advance(slots, drawn, ends)
