@@ -57,6 +57,10 @@ def some_of(*meshes):
     return MESHES if ALL else [MESHES[i] for i in meshes]
 
 
+# By its usual epsilon Adam's first steps are the sign of the smallest gradients, rounding included.
+ADAMW = optax.adamw(1e-2, eps=1e-4)
+
+
 def shape(**changes):
     return dataclasses.replace(SHAPE, **changes)
 
@@ -94,7 +98,7 @@ def run_sft(config=SHAPE, lora=None, **options):
     """Losses of three updates and an evaluation, and the parameters after them."""
     model = Transformer(config, gradient_checkpointing=True, lora=lora)
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0} | options
-    trainer = SFTTrainer(model, optax.adamw(1e-2), loss_chunk_size=8, **options)
+    trainer = SFTTrainer(model, ADAMW, loss_chunk_size=8, **options)
     losses = []
 
     class Log:
@@ -197,7 +201,7 @@ def preferences():
 
 
 def run_dpo(packed):
-    trainer = DPOTrainer(Transformer(SHAPE), optax.adamw(1e-2), gradient_accumulation_steps=2)
+    trainer = DPOTrainer(Transformer(SHAPE), ADAMW, gradient_accumulation_steps=2)
     length = 24 if packed else None
     loader = PreferenceLoader(preferences(), 8, packed_length=length)
     losses = []
