@@ -17,6 +17,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ import jax
 from relax import distributed, fault, parallel
 from relax.checkpoint_io import (
     DamagedError,
+    Snapshot,
     check_structure,
     damaged_leaves,
     file_crc,
@@ -35,6 +37,7 @@ from relax.checkpoint_io import (
     read_leaf,
     read_manifests,
     shorten,
+    snapshot,
     tree_bytes,
     write,
 )
@@ -65,6 +68,8 @@ class Checkpointer:
     Args:
       directory: where the checkpoints lie, made at the first save.
       save_total_limit: how many to keep (>= 1); None keeps all.
+      asynchronous: `save` returns when the state is copied to the host, and a thread writes it; the
+        next `save`, or `wait`, waits for it and raises what it met.
       warn: told about what was found damaged, removed or different; default `warnings.warn`.
 
     Example:
@@ -83,6 +88,7 @@ class Checkpointer:
         directory: str | Path,
         *,
         save_total_limit: int | None = None,
+        asynchronous: bool = False,
         warn: Callable[[str], None] | None = None,
     ):
         if save_total_limit is not None and save_total_limit < 1:
@@ -92,6 +98,8 @@ class Checkpointer:
             )
         self.directory = Path(directory).absolute()
         self.save_total_limit = save_total_limit
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._written: Future | None = None
         self._warn = warn or (lambda line: warnings.warn(line, stacklevel=3))
 
     def steps(self) -> list[int]:
@@ -112,44 +120,62 @@ class Checkpointer:
                 shutil.rmtree(entry)
 
     def save(self, step: int, state, progress: dict) -> Path:
-        """Writes a checkpoint and returns when it is committed.
+        """Writes a checkpoint; unless asynchronous, it is committed when this returns.
 
         Checkpoints of later steps, from which this run has gone back, are removed just before the
         new one gets its name; one of the same step is replaced.
 
         Args:
           step: optimizer updates done (>= 0).
-          state: any pytree of arrays, numbers and typed keys.
+          state: any pytree of arrays, numbers and typed keys. It may be donated after this.
           progress: what JSON can hold (tuples come back as lists, keys as strings).
 
         Raises:
-          CheckpointError: it could not be written. What was saved before is untouched.
+          CheckpointError: it, or the one before it, could not be written. What was saved before is
+            untouched.
         """
         if step < 0:
             raise CheckpointError(f"the step of a checkpoint must be 0 or more, got {step}")
-        leaves = named_leaves(state)
+        self.wait()
         fault.point("before_write")
-        temporary = self.directory / f"tmp-{step}"
+        taken = snapshot(step, state, progress, copied=self._writer is not None)
+        if self._writer is None:
+            self._write(taken)
+        else:
+            self._written = self._writer.submit(self._write, taken)
+        return self.path(step)
+
+    def wait(self) -> None:
+        """Returns when all that was saved is committed.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def _write(self, taken: Snapshot) -> None:
+        temporary = self.directory / f"tmp-{taken.step}"
         try:
             if distributed.is_main():
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self.sweep()
-            write(temporary, step, leaves, progress)
+            write(temporary, taken)
             fault.point("before_rename")
             if distributed.is_main():
-                self._remove_later(step)
-                self._commit(temporary, step)
+                self._remove_later(taken.step)
+                self._commit(temporary, taken.step)
         except BaseException as error:
             if distributed.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, CheckpointError) or not isinstance(error, Exception):
                 raise
-            raise CheckpointError(self._why_not_written(step, state, error)) from error
+            raise CheckpointError(self._why_not_written(taken, error)) from error
         fault.point("after_rename")
         if distributed.is_main():
             self._keep_newest()
         distributed.barrier("checkpoint saved")
-        return self.path(step)
 
     def restore(self, template, step: int | None = None) -> tuple[object, dict, int]:
         """Reads a checkpoint back after verifying every bit of it.
@@ -208,17 +234,17 @@ class Checkpointer:
         fault.point("mid_retention")
         shutil.rmtree(removed)
 
-    def _why_not_written(self, step: int, state, error: Exception) -> str:
-        previous = self.steps()
+    def _why_not_written(self, taken: Snapshot, error: Exception) -> str:
+        step, previous = taken.step, self.steps()
         kept = f"checkpoint {previous[-1]} is intact" if previous else "there is no earlier one"
         said = full_disk(error)
         if said is None:
             reason = str(error).strip().split("\n")[0][:300]
             return f"checkpoint {step} could not be written to '{self.directory}': {reason}; {kept}"
-        free = shutil.disk_usage(_existing(self.directory)).free
+        need, free = tree_bytes(taken.arrays), shutil.disk_usage(_existing(self.directory)).free
         return (
-            f"checkpoint {step} does not fit on the disk: it needs about {_size(tree_bytes(state))}"
-            f", '{self.directory}' has {_size(free)} free ({said}); {kept}. "
+            f"checkpoint {step} does not fit on the disk: it needs about {_size(need)}, "
+            f"'{self.directory}' has {_size(free)} free ({said}); {kept}. "
             "Free some space, or lower save_total_limit."
         )
 

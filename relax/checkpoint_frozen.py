@@ -30,6 +30,10 @@ class FrozenElsewhere:
         progress = progress | {_KEY: self.checksums}
         return self.checkpointer.save(step, state.replace(frozen={}), progress)
 
+    def wait(self) -> None:
+        """As `Checkpointer.wait`."""
+        self.checkpointer.wait()
+
     def check(self, progress: dict) -> None:
         """Refuses to go on from a checkpoint of other frozen weights, by its progress."""
         before = progress.get(_KEY, {})

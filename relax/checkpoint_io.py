@@ -6,12 +6,14 @@
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
 import os
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,9 @@ _ARRAYS = "arrays"
 _CHECKSUMS = "checksums.json"
 # Orbax holds a second copy of the leaves that it is writing; this bounds it.
 _IN_FLIGHT_BYTES = 200_000_000
+_HOST = "pinned_host"  # the kind of memory that outlives a donated array
 _SHOWN = 8
+_saves = itertools.count()
 
 
 class DamagedError(CheckpointError):
@@ -90,16 +94,26 @@ def place(array: np.ndarray, like):
     )
 
 
-def leaf_sums(leaves: dict) -> dict[str, dict]:
+def _leaf_sums(directory: Path, leaves: dict) -> dict[str, dict]:
     """What tells each leaf's bytes: `crc32` of all, or, of a leaf that lies in several processes,
     `parts`: of every part its bounds, `[[start, stop], ...]`, and its crc32.
+
+    What a process knows of these it leaves in the directory; process 0 collects it.
     """
     cut = {n: a for n, a in leaves.items() if isinstance(a, jax.Array)}
     cut = {n: a for n, a in cut.items() if not a.is_fully_addressable}
-    mine = {name: [_part_sum(array, s) for s in _firsts(array)] for name, array in cut.items()}
-    parts = distributed.gather(mine)
+    if cut:
+        mine = {name: [_part_sum(array, s) for s in _firsts(array)] for name, array in cut.items()}
+        (directory / f"parts-{distributed.index()}.json").write_text(json.dumps(mine))
+    distributed.barrier("checkpoint sums")
+    if not distributed.is_main():
+        return {}
+    told = []
+    for path in sorted(directory.glob("parts-*.json")):
+        told.append(json.loads(path.read_bytes()))
+        path.unlink()
     return {
-        name: {"parts": [part for told in parts for part in told[name]]}
+        name: {"parts": [part for parts in told for part in parts[name]]}
         if name in cut
         else {"crc32": leaf_crc(array)}
         for name, array in leaves.items()
@@ -120,10 +134,15 @@ def leaf_crc(array) -> int:
     """crc32 of an array's bytes."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = parallel.to_host(array)
-    if isinstance(array, jax.Array) and any(d.platform != "cpu" for d in array.devices()):
+    if isinstance(array, jax.Array) and not _on_host(array):
         # A jax array keeps the host copy that it was read through: read through a passing one.
         array = jnp.copy(array)
     return zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+
+
+def _on_host(array: jax.Array) -> bool:
+    kind = array.sharding.memory_kind
+    return kind == _HOST or all(device.platform == "cpu" for device in array.devices())
 
 
 def file_crc(path: Path) -> int | None:
@@ -138,36 +157,85 @@ def file_crc(path: Path) -> int | None:
     return crc
 
 
-def write(directory: Path, step: int, leaves: dict, progress: dict) -> None:
-    """Writes a whole checkpoint into a new directory and gets it onto the disk."""
+class Snapshot(NamedTuple):
+    """What a checkpoint will hold.
+
+    Attributes:
+      step: optimizer updates done.
+      arrays: what is stored of each leaf, by its name.
+      specs: shape, dtype and kind of key of each leaf.
+      info: the bytes of relax_state.json.
+    """
+
+    step: int
+    arrays: dict
+    specs: dict[str, dict]
+    info: bytes
+
+
+def snapshot(step: int, state, progress: dict, *, copied: bool) -> Snapshot:
+    """Takes what will be written; `copied` to the host, it outlives the state."""
+    leaves = named_leaves(state)
     info = {"format": FORMAT, "step": int(step), "progress": progress, "fingerprint": fingerprint()}
     try:
         info_bytes = json.dumps(info, indent=1).encode()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the progress of a run must be JSON: {error}") from error
+    arrays = {name: _stored(leaf) for name, leaf in leaves.items()}
+    if copied:
+        arrays = {name: _copied(array) for name, array in arrays.items()}
+    return Snapshot(int(step), arrays, {n: _spec(leaf) for n, leaf in leaves.items()}, info_bytes)
+
+
+def _copied(array):
+    if isinstance(array, np.ndarray):
+        return array.copy()
+    return jax.device_put(array, array.sharding.with_memory_kind(_HOST))
+
+
+def write(directory: Path, taken: Snapshot) -> None:
+    """Writes a whole checkpoint into a new directory and gets it onto the disk.
+
+    Nothing is computed on devices, so this may go on in a thread while updates do.
+    """
     if distributed.is_main():
         directory.mkdir()
     distributed.barrier("checkpoint directory")
-    stored = {name: _stored(leaf) for name, leaf in leaves.items()}
-    sums = leaf_sums(stored)
-    sums = {name: _spec(leaf) | sums[name] for name, leaf in leaves.items()}
+    sums = _leaf_sums(directory, taken.arrays)
     # Orbax refuses arrays without elements; their shape, in the checksums, is all there is to them.
-    full = {name: array for name, array in stored.items() if array.size}
+    full = {name: array for name, array in taken.arrays.items() if array.size}
     in_flight = max([_IN_FLIGHT_BYTES, *(array.nbytes for array in full.values())])
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight / 1e9 + 0.001)
-    with _quiet(), ocp.Checkpointer(handler) as orbax:
+    together = _together()
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=in_flight / 1e9 + 0.001, multiprocessing_options=together
+    )
+    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=together) as orbax:
         orbax.save(directory / _ARRAYS, full)
     distributed.barrier("checkpoint arrays")
     if not distributed.is_main():
         return
     fault.point("mid_write")
-    (directory / STATE_FILE).write_bytes(info_bytes)
+    (directory / STATE_FILE).write_bytes(taken.info)
     fault.point("before_checksums")
+    sums = {name: spec | sums[name] for name, spec in taken.specs.items()}
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
     files = {name: file_crc(directory / name) for name in names}
     (directory / _CHECKSUMS).write_bytes(_seal({"leaves": sums, "files": files}))
     for path in [*directory.rglob("*"), directory]:
         fsync_path(path)
+
+
+def _together() -> ocp.options.MultiprocessingOptions:
+    """Orbax waits for the other processes over the network, not in a program on their devices.
+
+    It does so where it is told which processes there are, under a name that no other save has.
+    """
+    if distributed.count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        active_processes=set(range(distributed.count())),
+        barrier_sync_key_prefix=f"save{next(_saves)}",
+    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ programs in the same order. What may differ from process to process (a signal, a
 reward) is settled by `gather`, which all must call. One process alone takes part in nothing here.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -35,6 +36,8 @@ _GONE = (
     "heartbeat",
     "coordination",
 )
+_PATIENCE_S = 24 * 3600  # with a process that lives: of one that does not, the heartbeat tells
+_passed: collections.Counter[str] = collections.Counter()
 
 
 def count() -> int:
@@ -201,11 +204,17 @@ def gather_array(values: np.ndarray) -> list[np.ndarray]:
 
 
 def barrier(name: str) -> None:
-    """Waits until all are here."""
-    if count() > 1:
-        from jax.experimental import multihost_utils
+    """Waits until all are here. It is no program on the devices, so another thread may wait, too.
 
-        multihost_utils.sync_global_devices(name)
+    Args:
+      name: one that is waited for by one thread at a time.
+    """
+    if count() > 1:
+        from orbax.checkpoint import multihost
+
+        _passed[name] += 1
+        key = f"{name} {_passed[name]}"
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * _PATIENCE_S)
 
 
 def from_main(f: Callable[[], Any]) -> Any:

@@ -91,8 +91,14 @@ class Job:
             look = run_dir.look if dry else partial(run_dir.prepare, clear=False)
             self.start = distributed.from_main(lambda: _text(look(*asked)))
         self.begun = self.start is not None  # there is a run here that can be resumed
+        asynchronous = output.save_async
+        if asynchronous is None:
+            asynchronous = jax.default_backend() != "cpu"
         self.checkpointer = Checkpointer(
-            run_dir.checkpoints, save_total_limit=output.save_total_limit, warn=warnings.warn
+            run_dir.checkpoints,
+            save_total_limit=output.save_total_limit,
+            asynchronous=asynchronous,
+            warn=warnings.warn,
         )
         if not dry:
             self.problems.raise_all()

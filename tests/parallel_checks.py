@@ -321,7 +321,9 @@ def check_checkpoints_move():
                 assert step == 3 and bits(found) == wanted, count
                 kernel = found.params["layers_0"]["q_proj"]["kernel"]
                 assert len(kernel.sharding.device_set) == count
-                Checkpointer(f"{directory}/again{count}").save(3, found, {})
+                again = Checkpointer(f"{directory}/again{count}", asynchronous=count % 4 == 0)
+                again.save(3, found, {})
+                again.wait()
                 last = f"again{count}"
     return len(wanted)
 

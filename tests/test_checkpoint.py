@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import warnings
 import zlib
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from relax import checkpoint, fault
 from relax.checkpoint import Checkpointer, check_space, fingerprint, read_info, tree_bytes
 from relax.checkpoint_io import _seal
 from relax.errors import CheckpointError
@@ -88,6 +90,49 @@ def test_a_sharded_template_gets_its_leaves_sharded(tmp_path):
     restored = Checkpointer(tmp_path).restore(jax.eval_shape(lambda: state))[0]
     assert_same(restored, state)
     assert Checkpointer(tmp_path).restore(state)[0]["w"].sharding == sharding
+
+
+def test_an_asynchronous_save_is_of_the_state_it_was_given_whatever_becomes_of_it(
+    tmp_path, monkeypatch
+):
+    """It returns before anything is written; the state is donated meanwhile."""
+    begin, write = threading.Event(), checkpoint.write
+
+    def late(directory, taken):
+        assert begin.wait(60)
+        write(directory, taken)
+
+    monkeypatch.setattr(checkpoint, "write", late)
+    state, host = make_state(3), {"count": np.arange(3)}
+    checkpointer = Checkpointer(tmp_path, asynchronous=True)
+    checkpointer.save(1, {"state": state, "host": host}, {"epoch": 2})
+    assert checkpointer.steps() == []
+    gone = jax.jit(lambda x: jax.tree.map(jnp.negative, x), donate_argnums=0)(state.params)
+    host["count"][:] = 9
+    jax.block_until_ready(gone)
+    begin.set()
+    checkpointer.wait()
+    template = {"state": make_state(0), "host": {"count": np.zeros(3, int)}}
+    restored, progress, step = Checkpointer(tmp_path).restore(template)
+    assert_same(restored, {"state": make_state(3), "host": {"count": np.arange(3)}})
+    assert (progress, step) == ({"epoch": 2}, 1)
+
+
+@pytest.mark.parametrize("then", ["save", "wait"])
+def test_what_an_asynchronous_save_met_is_raised_by_what_comes_next(tmp_path, monkeypatch, then):
+    checkpointer = Checkpointer(tmp_path, asynchronous=True)
+    checkpointer.save(1, make_state(), {})
+    checkpointer.wait()
+    monkeypatch.setattr(fault, "_wanted", ("mid_write", 1, "enospc"))
+    monkeypatch.setattr(fault, "_passes", 0)
+    checkpointer.save(2, make_state(), {})
+    with pytest.raises(
+        CheckpointError, match="checkpoint 2 does not fit .* checkpoint 1 is intact"
+    ):
+        checkpointer.wait() if then == "wait" else checkpointer.save(3, make_state(), {})
+    checkpointer.save(4, make_state(), {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 4]
 
 
 def test_another_structure_shape_or_dtype_is_refused_leaf_by_leaf(tmp_path):

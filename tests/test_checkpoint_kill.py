@@ -27,11 +27,12 @@ from relax.errors import CheckpointError
 def state(step, size):
     return {"w": np.full(size, step, np.float32), "noise": np.random.default_rng(step).random(size)}
 
-def saves(directory, first, last, size=1000, limit=2):
-    checkpointer = Checkpointer(directory, save_total_limit=limit)
+def saves(directory, first, last, size=1000, limit=2, asynchronous=False):
+    checkpointer = Checkpointer(directory, save_total_limit=limit, asynchronous=asynchronous)
     checkpointer.sweep()
     for step in range(first, last):
         checkpointer.save(step, state(step, size), {"at": step})
+        checkpointer.wait()
         print(json.dumps(step), flush=True)
 
 def in_child(run):
@@ -50,14 +51,14 @@ def in_child(run):
 KILLS = (
     DRIVER
     + r"""
-root, faults = sys.argv[1], sys.argv[2:]
+root, how, faults = sys.argv[1], sys.argv[2] == "True", sys.argv[3:]
 def faulty(text):
     name = text.replace(":", "-")
     fault._wanted = fault._parse(text)
     if "mid_replace" in text:
-        saves(f"{root}/{name}", 0, 2)
-        saves(f"{root}/{name}", 1, 2)
-    saves(f"{root}/{name}", 0, 6)
+        saves(f"{root}/{name}", 0, 2, asynchronous=how)
+        saves(f"{root}/{name}", 1, 2, asynchronous=how)
+    saves(f"{root}/{name}", 0, 6, asynchronous=how)
 ends = {text: os.waitpid(in_child(lambda: faulty(text)), 0)[1] for text in faults}
 print("ends", json.dumps(ends), flush=True)
 """
@@ -130,12 +131,13 @@ POINTS = (
 )
 
 
-def test_a_kill_at_any_named_point_loses_no_committed_checkpoint(tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_kill_at_any_named_point_loses_no_committed_checkpoint(tmp_path, asynchronous):
     """Each point on the first and on the third save (the retention first deletes at the third)."""
     faults = [
         f"{point}:{n}" for point in POINTS for n in (1, 3) if point != "mid_replace" or n == 1
     ]
-    *saved, ends = drive(KILLS, tmp_path, *faults)
+    *saved, ends = drive(KILLS, tmp_path, asynchronous, *faults)
     assert json.loads(ends.removeprefix("ends ")) == dict.fromkeys(faults, signal.SIGKILL)
     committed = {}
     for text in faults:

@@ -33,7 +33,7 @@ max_new_tokens max_nonfinite_steps max_steps merge_lora mesh metric_for_best_mod
 model_name_or_path num_decay_steps num_processes num_samples num_train_epochs optim output_dir
 overwrite_output_dir packing packing_strategy pad_to_multiple_of param_dtype
 per_device_eval_batch_size per_device_train_batch_size print_examples process_id profile
-profile_steps report_to resume run_name save_steps save_strategy save_total_limit seed
+profile_steps report_to resume run_name save_async save_steps save_strategy save_total_limit seed
 sharding_rules shuffle_dataset stop_sequences system_prompt test_size truncation_mode use_peft
 warmup_steps weight_decay
 """.split()

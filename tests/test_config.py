@@ -190,6 +190,7 @@ UNUSED = [
     (DATA | {"packing": True, "eval_packing": True}, "eval_packing"),
     ({"save_steps": 5, "save_strategy": "epoch"}, "save_steps"),
     ({"save_total_limit": 5, "save_strategy": "no"}, "save_total_limit"),
+    ({"save_async": True, "save_strategy": "no"}, "save_async"),
     ({"allow_config_change": ["seed"]}, "allow_config_change"),
 ]
 

@@ -95,12 +95,13 @@ def test_only_process_0_speaks_and_writes(two):
 
 def test_when_one_is_killed_the_other_ends_with_a_sentence_and_a_relaunch_goes_on_exactly(two, job):
     directory, fields = job
-    first, second = start_two(directory / "killed", fields, fault="step:5")
+    first, second = start_two(directory / "killed", fields | {"save_async": True}, fault="step:5")
     assert second.end() == -9
     assert first.end() == 75
     said = [line for line in first.stderr.splitlines() if line.startswith("error:")]
     assert len(said) == 1 and "another process of the run is gone" in said[0], first.stderr
-    children = start_two(directory / "killed", fields | {"resume": "auto"})
+    more = {"resume": "auto", "save_async": True}
+    children = start_two(directory / "killed", fields | more)
     assert ended(children) == [0, 0], [child.stderr[-2000:] for child in children]
     assert weights(directory / "killed") == weights(two[0])
     assert losses(directory / "killed") == losses(two[0])

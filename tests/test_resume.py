@@ -92,8 +92,9 @@ RANDOM_KILLS = 5
 
 
 def kill_at_named_points(arguments, output_dir: Path) -> list[Path]:
-    for fault in NAMED:
-        child = fork(*arguments, f"--output_dir={output_dir}", "--resume=auto", fault=fault)
+    for number, fault in enumerate(NAMED):
+        how = f"--save_async={number % 2 == 0}"  # at each point in a save once, or not at all
+        child = fork(*arguments, f"--output_dir={output_dir}", "--resume=auto", how, fault=fault)
         assert killed(child), (fault, child.stdout, child.stderr)
     finish(*arguments, f"--output_dir={output_dir}", "--resume=auto")
     return [output_dir]

@@ -55,6 +55,9 @@ class Memory:
         copy = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
         self.saved[step] = (copy, json.loads(json.dumps(progress)))
 
+    def wait(self):
+        pass
+
 
 def stop_training():
     raise StopTraining

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from relax.callbacks.metrics import MetricsLog
 from relax.monitor.status import TrainingStatusWriter
+from relax.run_dir import list_steps
 from relax.trainers.callback import Callback, Event
 
 _SHOWN = ("loss", "learning_rate", "tokens_per_second", "reward")
@@ -21,7 +23,7 @@ class Status(Callback):
 
     Args:
       writers: of the files.
-      checkpoints: what a checkpoint's path begins with; None: none is named.
+      checkpoints: the directory that they are written to; None: none is told of.
     """
 
     def __init__(self, writers: Sequence[TrainingStatusWriter], checkpoints=None):
@@ -82,12 +84,19 @@ class Status(Callback):
         _restart_clocks(event)
 
     def on_save(self, event: Event) -> None:
-        path = None if self.checkpoints is None else str(self.checkpoints / str(event.step))
-        self.update(force=True, last_checkpoint={"step": event.step, "path": path})
+        self._tell_checkpoint()
         _restart_clocks(event)
 
     def on_train_end(self, event: Event) -> None:
+        self._tell_checkpoint()
         self.enter("finishing", **_where(event), time_left_s=0.0)
+
+    def _tell_checkpoint(self) -> None:
+        """As the disk has it: one that was begun may still be under way."""
+        steps = [] if self.checkpoints is None else list_steps(self.checkpoints)
+        if steps:
+            path = str(Path(self.checkpoints) / str(steps[-1]))
+            self.update(force=True, last_checkpoint={"step": steps[-1], "path": path})
 
     def _time_left_s(self, event: Event) -> float | None:
         if self._begun is None or event.total_steps is None:

@@ -236,8 +236,9 @@ def _output(values: dict[str, Any], given: Given) -> Iterator[str]:
     strategy, resume = values["save_strategy"], values["resume"]
     if given("save_steps") and strategy != "steps":
         yield unused("save_steps", f"save_strategy is {strategy}; make it steps")
-    if given("save_total_limit") and strategy == "no":
-        yield unused("save_total_limit", "save_strategy is no")
+    for name in ("save_total_limit", "save_async"):
+        if given(name) and strategy == "no":
+            yield unused(name, "save_strategy is no")
     if resume.lower() in ("true", "false", "yes", "no", "1", "0"):
         yield f"resume must be auto, never or the path of a checkpoint, got {resume!r}"
     if given("overwrite_output_dir") and resume == "auto":

@@ -217,6 +217,9 @@ class OutputConfig:
     save_total_limit: int | None = option(
         None, "Checkpoints to keep, the newest ones; none = all.", at_least=1
     )
+    save_async: bool | None = option(
+        None, "Go on while a checkpoint is written; none = where devices have their own memory."
+    )
     metric_for_best_model: str | None = option(
         None, "Of evaluations, such as eval_loss: keep the best state in best/."
     )

@@ -239,8 +239,9 @@ class Trainer(abc.ABC):
           eval_loader, eval_steps, max_eval_batches: validate every `eval_steps` updates (None: at
             the end of every epoch; 0: not), and at the end of the run.
           eval_on_start: and before the first update.
-          checkpointer: has `save(step, state, progress)`, see `relax.checkpoint`. Saves at the end
-            and, with `save_steps`, every so many updates (0: at the end of every epoch).
+          checkpointer: has `save(step, state, progress)` and `wait()`, see `relax.checkpoint`.
+            Saves at the end and, with `save_steps`, every so many updates (0: at the end of every
+            epoch); when `train` returns, all is committed.
 
         Raises:
           ValueError: neither `key` nor `state`, or both; or the loader gave nothing to train on.
@@ -259,6 +260,8 @@ class Trainer(abc.ABC):
         with Interrupt() as interrupt, contextlib.ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.close)
+            if checkpointer is not None:
+                stack.callback(checkpointer.wait)
             interrupt.arm()
             return run(state, progress, interrupt)
 
@@ -305,6 +308,8 @@ class _Run:
             event = self._validate(event)
         if self.checkpointer is not None and saved != event.step:
             event = self._save(event)
+        if self.checkpointer is not None:
+            self.checkpointer.wait()
         self._call("on_train_end", event)
         return event.state
 
