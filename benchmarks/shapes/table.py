@@ -1,8 +1,8 @@
 """The table of docs/scale.md: `python benchmarks/shapes/table.py DIRECTORY [MODEL-DEVICES ...]`.
 
 Makes the plans that are not in the directory yet (libtpu must be installed), and prints a row for
-each. A quick plan tells what is needed at most. Where that is too much and the state alone is not,
-another is made without `--quick`, which takes some minutes.
+each. A quick plan tells whether the state fits at all, and what else is needed at most; where the
+state fits, another is made without `--quick`, which takes some minutes.
 """
 
 import re
@@ -48,7 +48,7 @@ def row(model: str, devices: int, tensor: int, directory: Path) -> str:
     (update, decode), bound = parts("--quick"), "at most "
     if "not compiled" not in update:
         state = sum(gigabytes(update, n) for n in ("parameters", "gradients", "optimizer"))
-        if gigabytes(update, "together") > MEMORY_GB >= state:
+        if state <= MEMORY_GB:
             (update, decode), bound = parts(), ""
         cells.append(f"{state:.1f} GB")
     for part in (update, decode):
@@ -59,7 +59,7 @@ def row(model: str, devices: int, tensor: int, directory: Path) -> str:
 
 def _needed(part: str, bound: str) -> str:
     total = gigabytes(part, "together")
-    how_long = re.search(r"about (\S+) ms, by (\w+)", part)
+    how_long = re.search(r"at least (\S+) ms, by (\w+)", part)
     if total > MEMORY_GB:
         return "does not fit"
     return f"{bound}{total:.1f} GB, {how_long[1]} ms ({how_long[2]})"
