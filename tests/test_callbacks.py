@@ -265,6 +265,13 @@ def test_an_error_while_training_stops_the_bar_too(monkeypatch):
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
 
+def test_the_accuracy_of_a_run_on_pairs_is_that_of_its_pairs():
+    console = Console(file=io.StringIO(), width=160)
+    record = {"step": 4, "mean_token_accuracy": 0.1, "rewards/accuracies": 0.75}
+    Progress(console).show(record | {"rewards/margins": 1.5})
+    assert console.file.getvalue() == "step 4  accuracy 0.750  margin 1.500\n"
+
+
 @pytest.mark.parametrize("skipped", [0, 3])
 def test_skipped_steps_are_shown_where_there_are_any(skipped):
     console = Console(file=io.StringIO(), width=160)

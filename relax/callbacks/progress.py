@@ -11,6 +11,31 @@ from rich.progress import Progress as Bar
 from relax.cpu import release_freed_memory
 from relax.trainers.callback import Callback, Event
 
+# How a metric is shown, in this order; those that are not here are in metrics.jsonl alone.
+_TEXTS = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "grad norm {:.3f}",
+    "accuracy": "accuracy {:.3f}",
+    "rewards/accuracies": "accuracy {:.3f}",
+    "mean_token_accuracy": "accuracy {:.3f}",
+    "margin": "margin {:.3f}",
+    "rewards/margins": "margin {:.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "skipped_steps": "{} skipped",
+    "reward": "reward {:.3f}",
+    "kl": "kl {:.4f}",
+    "objective/kl": "kl {:.3f}",
+    "completions/mean_length": "length {:.1f}",
+    "eval_loss": "evaluation loss {:.4f}",
+    "eval_reward": "evaluation reward {:.4f}",
+    "eval_pass@1": "pass@1 {:.3f}",
+    "eval_accuracy": "accuracy {:.3f}",
+    "eval_rewards/accuracies": "accuracy {:.3f}",
+    "eval_mean_token_accuracy": "accuracy {:.3f}",
+    "eval_rewards/margins": "margin {:.3f}",
+}
+
 
 class Progress(Callback):
     """Step, epoch, loss, learning rate, tokens per second, time left; and a line when compiling.
@@ -76,30 +101,18 @@ class Progress(Callback):
 
     def show(self, record: dict) -> None:
         """Takes a record of `MetricsLog`, as one of its listeners."""
-        names = {
-            "loss": "loss {:.4f}",
-            "learning_rate": "lr {:.2e}",
-            "grad_norm": "grad norm {:.3f}",
-            "mean_token_accuracy": "accuracy {:.3f}",
-            "tokens_per_second": "{:,.0f} tokens/s",
-            "skipped_steps": "{} skipped",
-            "reward": "reward {:.3f}",
-            "kl": "kl {:.4f}",
-            "objective/kl": "kl {:.3f}",
-            "completions/mean_length": "length {:.1f}",
-            "eval_loss": "evaluation loss {:.4f}",
-            "eval_reward": "evaluation reward {:.4f}",
-            "eval_pass@1": "pass@1 {:.3f}",
-            "eval_mean_token_accuracy": "accuracy {:.3f}",
-        }
+        # There are two kinds of accuracy then, and of pairs is what such a run is for.
+        pairs = any(name.endswith("rewards/accuracies") for name in record)
         shown = [
             text.format(record[name])
-            for name, text in names.items()
-            if name in record and not (name == "skipped_steps" and record[name] == 0)
+            for name, text in _TEXTS.items()
+            if name in record
+            and not (name == "skipped_steps" and record[name] == 0)
+            and not (pairs and name.endswith("token_accuracy"))
         ]
         if self._bar is not None and not any(name.startswith("eval_") for name in record):
             # A line of 80 characters has no room for more; the file has the rest.
-            left_out = ("grad norm", "accuracy", "length")
+            left_out = ("grad norm", "accuracy", "margin", "length")
             kept = [text for text in shown if not text.startswith(left_out)]
             self._bar.update(self._task, values="  ".join(kept))
             return
