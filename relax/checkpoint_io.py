@@ -187,6 +187,12 @@ def snapshot(step: int, state, progress: dict, *, copied: bool) -> Snapshot:
     return Snapshot(int(step), arrays, {n: _spec(leaf) for n, leaf in leaves.items()}, info_bytes)
 
 
+def copies_are_apart() -> bool:
+    """Whether a copy on the host takes none of the memory that a run computes in."""
+    device = jax.local_devices()[0]
+    return device.platform != "cpu" and _HOST in {m.kind for m in device.addressable_memories()}
+
+
 def _copied(array):
     if isinstance(array, np.ndarray):
         return array.copy()

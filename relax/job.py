@@ -17,6 +17,7 @@ from relax.callbacks import MetricsLog, Progress
 from relax.callbacks.watch import Watch
 from relax.checkpoint import Checkpointer, full_disk, restore_checkpoint
 from relax.checkpoint_frozen import FrozenElsewhere
+from relax.checkpoint_io import copies_are_apart
 from relax.collect import Collector
 from relax.config import TrainerConfig, resolve_steps
 from relax.errors import CheckpointError
@@ -91,9 +92,7 @@ class Job:
             look = run_dir.look if dry else partial(run_dir.prepare, clear=False)
             self.start = distributed.from_main(lambda: _text(look(*asked)))
         self.begun = self.start is not None  # there is a run here that can be resumed
-        asynchronous = output.save_async
-        if asynchronous is None:
-            asynchronous = jax.default_backend() != "cpu"
+        asynchronous = copies_are_apart() if output.save_async is None else output.save_async
         self.checkpointer = Checkpointer(
             run_dir.checkpoints,
             save_total_limit=output.save_total_limit,
