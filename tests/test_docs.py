@@ -159,6 +159,9 @@ def test_a_command_of_the_pages_runs(command, folder, tmp_path):
     if command[1] in SCRIPTS:
         if not any(word.startswith("--max_steps") for word in args):
             args += SHORT.get(command[1], ["--max_steps=2"])
+        if "--output_dir" in args:  # other commands read from there
+            at = args.index("--output_dir")
+            del args[at : at + 2]
         args += ["--overwrite_output_dir", f"--output_dir={tmp_path}"]
     done = subprocess.run(
         [sys.executable, *args], cwd=folder, env=environment(), capture_output=True, text=True
