@@ -39,6 +39,7 @@ from relax.checkpoint_io import (
     shorten,
     snapshot,
     tree_bytes,
+    where,
     write,
 )
 from relax.errors import CheckpointError
@@ -175,7 +176,7 @@ class Checkpointer:
         fault.point("after_rename")
         if distributed.is_main():
             self._keep_newest()
-        distributed.barrier("checkpoint saved")
+        distributed.barrier(f"{where(temporary)}: saved")
 
     def restore(self, template, step: int | None = None) -> tuple[object, dict, int]:
         """Reads a checkpoint back after verifying every bit of it.

@@ -6,7 +6,6 @@
 import contextlib
 import functools
 import importlib.metadata
-import itertools
 import json
 import logging
 import math
@@ -33,7 +32,6 @@ _CHECKSUMS = "checksums.json"
 _IN_FLIGHT_BYTES = 200_000_000
 _HOST = "pinned_host"  # the kind of memory that outlives a donated array
 _SHOWN = 8
-_saves = itertools.count()
 
 
 class DamagedError(CheckpointError):
@@ -105,7 +103,7 @@ def _leaf_sums(directory: Path, leaves: dict) -> dict[str, dict]:
     if cut:
         mine = {name: [_part_sum(array, s) for s in _firsts(array)] for name, array in cut.items()}
         (directory / f"parts-{distributed.index()}.json").write_text(json.dumps(mine))
-    distributed.barrier("checkpoint sums")
+    distributed.barrier(f"{where(directory)}: sums")
     if not distributed.is_main():
         return {}
     told = []
@@ -206,18 +204,18 @@ def write(directory: Path, taken: Snapshot) -> None:
     """
     if distributed.is_main():
         directory.mkdir()
-    distributed.barrier("checkpoint directory")
+    distributed.barrier(f"{where(directory)}: directory")
     sums = _leaf_sums(directory, taken.arrays)
     # Orbax refuses arrays without elements; their shape, in the checksums, is all there is to them.
     full = {name: array for name, array in taken.arrays.items() if array.size}
     in_flight = max([_IN_FLIGHT_BYTES, *(array.nbytes for array in full.values())])
-    together = _together()
+    together = _together(directory)
     handler = ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=in_flight / 1e9 + 0.001, multiprocessing_options=together
     )
     with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=together) as orbax:
         orbax.save(directory / _ARRAYS, full)
-    distributed.barrier("checkpoint arrays")
+    distributed.barrier(f"{where(directory)}: arrays")
     if not distributed.is_main():
         return
     fault.point("mid_write")
@@ -231,7 +229,12 @@ def write(directory: Path, taken: Snapshot) -> None:
         fsync_path(path)
 
 
-def _together() -> ocp.options.MultiprocessingOptions:
+def where(directory: Path) -> str:
+    """What barriers of a checkpoint's writers begin with: another thread may write elsewhere."""
+    return directory.parent.name
+
+
+def _together(directory: Path) -> ocp.options.MultiprocessingOptions:
     """Orbax waits for the other processes over the network, not in a program on their devices.
 
     It does so where it is told which processes there are, under a name that no other save has.
@@ -240,7 +243,7 @@ def _together() -> ocp.options.MultiprocessingOptions:
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(
         active_processes=set(range(distributed.count())),
-        barrier_sync_key_prefix=f"save{next(_saves)}",
+        barrier_sync_key_prefix=distributed.numbered(where(directory)),
     )
 
 

@@ -37,7 +37,7 @@ _GONE = (
     "coordination",
 )
 _PATIENCE_S = 24 * 3600  # with a process that lives: of one that does not, the heartbeat tells
-_passed: collections.Counter[str] = collections.Counter()
+_asked: collections.Counter[str] = collections.Counter()
 
 
 def count() -> int:
@@ -212,9 +212,13 @@ def barrier(name: str) -> None:
     if count() > 1:
         from orbax.checkpoint import multihost
 
-        _passed[name] += 1
-        key = f"{name} {_passed[name]}"
-        multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * _PATIENCE_S)
+        multihost.get_barrier_sync_fn()(key=numbered(name), timeout_ms=1000 * _PATIENCE_S)
+
+
+def numbered(name: str) -> str:
+    """The name, and how often it was asked for: alike in all processes that ask in one order."""
+    _asked[name] += 1
+    return f"{name} {_asked[name]}"
 
 
 def from_main(f: Callable[[], Any]) -> Any:

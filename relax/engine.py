@@ -96,7 +96,7 @@ class TrainerEngine:
                 job = Job(config, run_dir, console, rows)
                 stack.callback(job.close)
                 return dry_run(job)
-            watch = stack.enter_context(Watch(config, run_dir.path, console, self.status_writer))
+            watch = stack.enter_context(Watch(config, run_dir, console, self.status_writer))
             warnings.showwarning = watch.show_warning
             job = Job(config, run_dir, console, rows, watch)
             stack.callback(job.close)

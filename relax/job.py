@@ -103,7 +103,7 @@ class Job:
             self.problems.raise_all()
             distributed.from_main(self.checkpointer.sweep)
         with self.problems.noting():
-            self.watch = watch or Watch(config, run_dir.path, console)
+            self.watch = watch or Watch(config, run_dir, console)
         with self.problems.noting():
             self.recipe = recipe_of(machines.for_all_devices(config), console)
         if not dry:

@@ -4,7 +4,6 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -134,7 +133,8 @@ def run_dir(output_dir: str) -> Iterator[RunDir]:
     scratch = tempfile.mkdtemp(prefix="relax-process-")
     try:
         own = RunDir(scratch)
-        own.checkpoints = Path(output_dir) / "checkpoints"
+        shared = RunDir(output_dir)
+        own.checkpoints, own.best = shared.checkpoints, shared.best
         yield own
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -89,7 +89,7 @@ class RunDir:
 
     def __init__(self, output_dir: str | Path):
         self.path = Path(output_dir)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.best = self.path / "checkpoints", self.path / "best"
         self._lock_fd: int | None = None
 
     def __enter__(self) -> "RunDir":

@@ -13,6 +13,7 @@ import runs
 
 from relax import distributed
 from relax.errors import RelaxError
+from relax.run_dir import list_steps
 
 pytestmark = pytest.mark.timeout(290)
 JOB = {
@@ -22,6 +23,11 @@ JOB = {
     "logging_steps": 1,
     "gradient_checkpointing": False,
     "heartbeat_s": 10,
+    "test_size": 8.0,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "metric_for_best_model": "eval_loss",
+    "load_best_model_at_end": True,
 }
 
 
@@ -84,6 +90,14 @@ def test_two_processes_make_the_losses_of_one(two, job):
     wanted, found = losses(directory / "one"), losses(two[0])
     assert len(found) == 6
     assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-5
+
+
+def test_the_best_state_lies_where_all_processes_find_it(two):
+    output, _ = two
+    saved = json.loads((output / "status.json").read_text())["last_checkpoint"]
+    assert saved["step"] == 6 and Path(saved["path"]).is_dir()
+    (best,) = list_steps(output / "best")
+    assert sorted(p.name for p in (output / "best").iterdir()) == [str(best)]
 
 
 def test_only_process_0_speaks_and_writes(two):

@@ -93,7 +93,7 @@ RANDOM_KILLS = 5
 
 def kill_at_named_points(arguments, output_dir: Path) -> list[Path]:
     for number, fault in enumerate(NAMED):
-        how = f"--save_async={number % 2 == 0}"  # at each point in a save once, or not at all
+        how = f"--save_async={number % 2 == 0}"  # every other one is written in a thread
         child = fork(*arguments, f"--output_dir={output_dir}", "--resume=auto", how, fault=fault)
         assert killed(child), (fault, child.stdout, child.stderr)
     finish(*arguments, f"--output_dir={output_dir}", "--resume=auto")

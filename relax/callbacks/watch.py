@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 
 import relax
+from relax import parallel
 from relax.callbacks.guards import LearningMonitor, NonFiniteGuard
 from relax.callbacks.loading import make
 from relax.callbacks.previews import Previews
@@ -29,6 +30,7 @@ from relax.config import TrainerConfig
 from relax.config.watching import best_metric, is_greater_better, keeps_best, profile_window
 from relax.errors import ConfigError, RelaxError
 from relax.monitor.status import TrainingStatusWriter, read_status, without_secrets
+from relax.run_dir import RunDir
 from relax.sampling import SamplingConfig
 from relax.trainers.callback import Callback
 from relax.trainers.interrupt import Interrupted
@@ -58,7 +60,7 @@ class Watch:
 
     Args:
       config: of the job.
-      directory: of the run.
+      run_dir: of the run.
       console: where warnings are shown.
       writer: a status writer besides that of the run's directory.
     """
@@ -66,16 +68,17 @@ class Watch:
     def __init__(
         self,
         config: TrainerConfig,
-        directory: Path,
+        run_dir: RunDir,
         console: Console,
         writer: TrainingStatusWriter | None = None,
     ):
-        self.config, self.directory, self.console = config, Path(directory), console
+        self.config, self.run_dir, self.console = config, run_dir, console
+        self.directory = run_dir.path
         self.begun = False
         self.values = config.flat()
         self.is_main = jax.process_index() == 0  # of several processes one tells of the run
         writers = [] if writer is None or not self.is_main else [writer]
-        self.status = Status(writers, self.directory / "checkpoints")
+        self.status = Status(writers, run_dir.checkpoints)
         self.report = Report(self.directory, self.warn)
         self.best: BestCheckpoint | None = None
         self.own = [make(spec, "callbacks") for spec in config.system.callbacks]
@@ -163,7 +166,7 @@ class Watch:
             made.append(Profiler(self.directory / "profile", *window, self.console))
         made += self.own
         if keeps_best(v):
-            self.best = BestCheckpoint(self.directory / "best", metric, mode)
+            self.best = BestCheckpoint(self.run_dir.best, metric, mode)
             made.append(self.best)
         return (*made, self.report, self.status)
 
@@ -186,7 +189,7 @@ class Watch:
             return state, {}
         frozen, without = state.frozen, isinstance(self.best.saver, FrozenElsewhere)
         template = jax.eval_shape(lambda s: s, state.replace(frozen={}) if without else state)
-        found, _, step = store.restore(template)
+        found, _, step = store.restore(parallel.sharded_shapes(template))
         self.console.print(f"going back to the best state, of step {step}")
         evaluation = {f"eval_{name}": value for name, value in self.best.metrics.items()}
         return found.replace(frozen=frozen) if without else found, evaluation
