@@ -9,10 +9,10 @@ from relax.config.cli import run
 def main(config: GRPOConfig) -> None:
     # It would say that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from relax.cpu import prepare_cpu
+    from relax.parallel.cpu import prepare_cpu
 
     prepare_cpu()  # before jax starts its threads
-    from relax.engine import TrainerEngine
+    from relax.engine.engine import TrainerEngine
 
     TrainerEngine().run_job(config)
 

@@ -56,7 +56,7 @@ def main(
 
 
 def _load(model_dir, dtype):
-    from relax.cpu import prepare_cpu
+    from relax.parallel.cpu import prepare_cpu
 
     prepare_cpu()  # as the scripts do
     import jax.numpy as jnp

@@ -25,18 +25,18 @@ def main(
     separate_rows: bool = True,
 ) -> None:
     """Prints a table."""
-    from relax.cpu import prepare_cpu, release_freed_memory
+    from relax.parallel.cpu import prepare_cpu, release_freed_memory
 
     prepare_cpu()  # as run_grpo.py does
     import jax
     import jax.numpy as jnp
 
-    from relax.assemble import load_tokenizer
     from relax.data.prompts import prepare_prompts
+    from relax.engine.model_source import load_tokenizer
     from relax.models import load_pretrained
+    from relax.optimizers.optimizers import adamw, learning_rate_schedule
     from relax.sampling import SamplingConfig
     from relax.trainers import GRPOTrainer, TrainState
-    from relax.trainers.optimizer import adamw, learning_rate_schedule
 
     model, params = load_pretrained(
         model_dir, jnp.dtype(dtype), gradient_checkpointing=gradient_checkpointing

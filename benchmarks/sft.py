@@ -61,7 +61,7 @@ def _in_a_process(*arguments) -> dict:
 
 
 def _measure(model_dir, rows, tokens, use_peft, settings) -> dict:
-    from relax.cpu import prepare_cpu, release_freed_memory
+    from relax.parallel.cpu import prepare_cpu, release_freed_memory
 
     prepare_cpu()  # as run_sft.py does
     import jax
@@ -69,8 +69,8 @@ def _measure(model_dir, rows, tokens, use_peft, settings) -> dict:
     import numpy as np
 
     from relax.models.config import LoRA
+    from relax.optimizers.optimizers import adamw, learning_rate_schedule
     from relax.trainers import SFTTrainer
-    from relax.trainers.optimizer import adamw, learning_rate_schedule
     from relax.trainers.state import initial_state
 
     steps = settings["steps"]
@@ -137,7 +137,7 @@ def _model(name, dtype, gradient_checkpointing):
     import numpy as np
 
     from relax.models import Transformer, TransformerConfig, load_pretrained
-    from relax.models.tensors import leaf_shapes
+    from relax.models.huggingface.tensors import leaf_shapes
 
     dtype = jnp.dtype(dtype)
     if name != "gemma3-270m":

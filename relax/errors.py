@@ -4,6 +4,9 @@ A script prints the message of a `RelaxError` without a traceback and exits with
 1 for a run that failed, 2 for a usage, configuration, data or model problem found before the run.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class RelaxError(Exception):
     """Base of all errors that ReLax raises on purpose."""
@@ -51,3 +54,46 @@ class RewardError(RelaxError, RuntimeError):
 
 class NonFiniteError(RelaxError, FloatingPointError):
     """Loss or gradient of several updates in a row were not finite."""
+
+
+class Collector:
+    """Notes the errors of what is done in `with collector.noting():` and goes on behind it.
+
+    >>> found = Collector()
+    >>> with found.noting():
+    ...     raise RelaxError("one")
+    >>> found.errors
+    [RelaxError('one')]
+    """
+
+    def __init__(self):
+        self.errors: list[RelaxError] = []
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        try:
+            yield
+        except RelaxError as error:
+            self.note(error)
+
+    def note(self, error: RelaxError) -> None:
+        """Each sentence is noted once."""
+        told = {problem for known in self.errors for problem in _sentences(known)}
+        if not set(_sentences(error)) <= told:
+            self.errors.append(error)
+
+    def raise_all(self) -> None:
+        """Raises the one error, or one that has all of them, or none.
+
+        Raises:
+          RelaxError: something was noted.
+        """
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            sentences = [problem for error in self.errors for problem in _sentences(error)]
+            raise Problems(list(dict.fromkeys(sentences)))
+
+
+def _sentences(error: RelaxError) -> list[str]:
+    return error.problems if isinstance(error, Problems) else [str(error)]

@@ -25,9 +25,9 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import pytest  # noqa: E402
 
-from relax.data import arithmetic_tokenizer as make_arithmetic_tokenizer  # noqa: E402
-from relax.models import Transformer, TransformerConfig  # noqa: E402
-from relax.trainers import LossOutput, Sum, Trainer, TrainState  # noqa: E402
+from relax.data import arithmetic_tokenizer as make_arithmetic_tokenizer
+from relax.models import Transformer, TransformerConfig
+from relax.trainers import LossOutput, Sum, Trainer, TrainState
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

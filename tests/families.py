@@ -16,7 +16,7 @@ import numpy as np
 
 from relax.models import Transformer, TransformerConfig, load_pretrained
 from relax.models.families import family_of
-from relax.models.tensors import leaf_shapes
+from relax.models.huggingface.tensors import leaf_shapes
 
 V = 61  # ids of the tiny vocabularies
 T = 14  # tokens in a row, more than every window and every original length below

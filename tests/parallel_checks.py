@@ -19,22 +19,17 @@ from rich.console import Console
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from relax import parallel  # noqa: E402
-from relax.checkpoint import Checkpointer  # noqa: E402
-from relax.config import SFTConfig  # noqa: E402
-from relax.config.mesh import parse_mesh  # noqa: E402
-from relax.data import PreferenceLoader, Preferences  # noqa: E402
-from relax.data.preference import Preference  # noqa: E402
-from relax.engine import TrainerEngine  # noqa: E402
-from relax.models import (  # noqa: E402
-    Transformer,
-    TransformerConfig,
-    load_pretrained,
-    save_pretrained,
-)
-from relax.models.config import LoRA  # noqa: E402
-from relax.sampling import SamplingConfig, generate  # noqa: E402
-from relax.trainers import DPOTrainer, GRPOTrainer, PPOTrainer, SFTTrainer  # noqa: E402
+from relax import parallel
+from relax.checkpoint.checkpointer import Checkpointer
+from relax.config import SFTConfig
+from relax.config.mesh import parse_mesh
+from relax.data import PreferenceLoader, Preferences
+from relax.data.preference import Preference
+from relax.engine.engine import TrainerEngine
+from relax.models import Transformer, TransformerConfig, load_pretrained, save_pretrained
+from relax.models.config import LoRA
+from relax.sampling import SamplingConfig, generate
+from relax.trainers import DPOTrainer, GRPOTrainer, PPOTrainer, SFTTrainer
 
 MESHES = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2", "data=1")
 V, T = 24, 12

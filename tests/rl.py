@@ -14,7 +14,7 @@ import optax
 from relax.losses.logprobs import TokenLogprobs
 from relax.sampling import SamplingConfig
 from relax.trainers import GRPOTrainer, PPOTrainer
-from relax.trainers.rollout import Rollout
+from relax.trainers.rl.rollout import Rollout
 
 V, EOS = 23, 22
 TABLE = np.log(np.random.default_rng(5).dirichlet(np.full(V, 4.0))).astype(np.float32)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from relax import fault as faults
 from relax.callbacks.metrics import CLOCK_FIELDS
-from relax.checkpoint_io import read_arrays
+from relax.checkpoint.storage import read_arrays
 from relax.config import SFTConfig, cli
-from relax.run_dir import list_steps
+from relax.files import list_steps
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "run_sft.py"

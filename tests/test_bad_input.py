@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from relax import fault
 from relax.callbacks import MetricsLog
 from relax.data import arithmetic_tokenizer
+from relax.files import list_steps
 from relax.models import Transformer, TransformerConfig, save_pretrained
-from relax.run_dir import list_steps
 
 ROWS = additions(4)
 LONG = {"prompt": "1+" * 40, "completion": "80"}  # 83 tokens, the last three trained
@@ -346,7 +346,7 @@ def test_a_disk_that_is_full_at_the_export_keeps_the_checkpoints(run, tmp_path, 
         if name == "export":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
 
-    monkeypatch.setattr("relax.job.fault", SimpleNamespace(point=fill))
+    monkeypatch.setattr("relax.engine.run.fault", SimpleNamespace(point=fill))
     fields = {"dataset_name": file, "save_strategy": "steps", "save_steps": 1}
     try:
         code, _, err = run(**fields)
@@ -357,7 +357,7 @@ def test_a_disk_that_is_full_at_the_export_keeps_the_checkpoints(run, tmp_path, 
     assert err.startswith(f"error: the model cannot be written to '{final}': File too large")
     assert "Checkpoint 1 is intact; make room and run: " in err and "--resume auto" in err
     assert [p.name for p in final.parent.iterdir() if "final" in p.name] == []
-    monkeypatch.setattr("relax.job.fault", fault)
+    monkeypatch.setattr("relax.engine.run.fault", fault)
     assert run(**fields, resume="auto")[0] == 0
     assert model_bytes(tmp_path / "run")
 

@@ -15,9 +15,16 @@ import numpy as np
 import optax
 import pytest
 
-from relax import checkpoint, fault
-from relax.checkpoint import Checkpointer, check_space, fingerprint, read_info, tree_bytes
-from relax.checkpoint_io import _seal
+from relax import fault
+from relax.checkpoint import checkpointer as checkpoints
+from relax.checkpoint.checkpointer import (
+    Checkpointer,
+    check_space,
+    fingerprint,
+    read_info,
+    tree_bytes,
+)
+from relax.checkpoint.storage import _seal
 from relax.errors import CheckpointError
 
 
@@ -96,13 +103,13 @@ def test_an_asynchronous_save_is_of_the_state_it_was_given_whatever_becomes_of_i
     tmp_path, monkeypatch
 ):
     """It returns before anything is written; the state is donated meanwhile."""
-    begin, write = threading.Event(), checkpoint.write
+    begin, write = threading.Event(), checkpoints.write
 
     def late(directory, taken):
         assert begin.wait(60)
         write(directory, taken)
 
-    monkeypatch.setattr(checkpoint, "write", late)
+    monkeypatch.setattr(checkpoints, "write", late)
     state, host = make_state(3), {"count": np.arange(3)}
     checkpointer = Checkpointer(tmp_path, asynchronous=True)
     checkpointer.save(1, {"state": state, "host": host}, {"epoch": 2})

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from relax import fault
-from relax.checkpoint import Checkpointer
+from relax.checkpoint.checkpointer import Checkpointer
 from relax.errors import ConfigError
 
 DRIVER = r"""

@@ -18,10 +18,10 @@ from doc_code import PAGES, ROOT, commands, snippets
 from runs import environment
 
 from relax.config import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig, cli
-from relax.config.sample import SampleConfig
 from relax.models import Transformer, TransformerConfig, save_pretrained
-from relax.models.classifiers import save_classifier
 from relax.models.heads import init_head, with_head
+from relax.models.huggingface.classifiers import save_classifier
+from relax.tools.sample.config import SampleConfig
 
 SCRIPTS = {
     "run_sft.py": SFTConfig,

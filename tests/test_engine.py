@@ -13,9 +13,9 @@ from runs import additions, write_rows
 
 from relax.callbacks import Callback, StopTraining
 from relax.config import create_default_config
-from relax.engine import JobResult, TrainerEngine
+from relax.engine.engine import JobResult, TrainerEngine
+from relax.engine.run import Job
 from relax.errors import ConfigError
-from relax.job import Job
 from relax.models import load_pretrained
 
 ROWS = additions(12)

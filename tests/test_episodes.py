@@ -9,7 +9,7 @@ from relax.models import Transformer, TransformerConfig
 from relax.rewards import Observation
 from relax.sampling import SamplingConfig
 from relax.trainers import GRPOTrainer
-from relax.trainers.episodes import play
+from relax.trainers.rl.episodes import play
 
 A, STOP, EOS, SHOWN = 3, 4, 1, 7  # ids; each is the text of a letter
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -8,7 +8,7 @@ import pytest
 from conftest import Regression, regression_batches
 
 from relax.callbacks import Callback, MetricsLog
-from relax.checkpoint import Checkpointer
+from relax.checkpoint.checkpointer import Checkpointer
 
 KEY = jax.random.key(3)
 SETS = {

@@ -31,17 +31,12 @@ from families import (
     tiny_family,
 )
 
-import relax.models.shards as shard_files
+import relax.models.huggingface.shards as shard_files
 from relax.errors import ModelLoadError
-from relax.models import (
-    RopeScaling,
-    load_pretrained,
-    read_pretrained_config,
-    save_pretrained,
-)
+from relax.models import RopeScaling, load_pretrained, read_pretrained_config, save_pretrained
 from relax.models.families import FAMILIES, family_of
 from relax.models.families.family import STACKED_EXPERTS
-from relax.models.tensors import disassemble, expected_tensors
+from relax.models.huggingface.tensors import disassemble, expected_tensors
 
 WITH_EXPERTS = [name for name in ROWS if config_of(name).num_experts]
 

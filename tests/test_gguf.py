@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from relax.assemble import make_model, make_tokenizer
 from relax.config import create_default_config
 from relax.data import load_tokenizer
+from relax.engine.model_source import make_model, make_tokenizer
 from relax.errors import ModelLoadError
 from relax.models import (
     RopeScaling,

@@ -12,8 +12,8 @@ from rl import Letters
 from relax.config import GRPOConfig, SFTConfig, options
 from relax.config.loader import ConfigLoader
 from relax.config.rl import GRPOSection, RolloutConfig
+from relax.engine.recipes.grpo import GRPORecipe
 from relax.errors import ConfigError
-from relax.recipes.grpo import GRPORecipe
 from relax.rewards import RewardRunner
 from relax.trainers import GRPOTrainer
 

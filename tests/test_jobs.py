@@ -15,9 +15,9 @@ from rich.console import Console
 
 from relax.callbacks import Callback
 from relax.config import ConfigLoader, GRPOConfig, SFTConfig, create_default_config, from_dict
-from relax.engine import TrainerEngine
+from relax.engine.engine import TrainerEngine
+from relax.engine.run import Job
 from relax.errors import ConfigError, DataError
-from relax.job import Job
 
 ROWS = runs.additions(12)
 SETS = {"low": ROWS[:4], "high": ROWS[4:10]}

@@ -12,41 +12,21 @@ ROOT = Path(relax.__file__).parent.parent
 FILES = sorted((ROOT / "relax").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("run_*.py"))
 
-# From the bottom up. A module imports lower layers and its own package; hosts may import all.
-LAYERS = {
-    "relax.errors": 0,
-    "relax.fault": 1,
-    "relax.gguf_file": 1,
-    "relax.config.names": 0,
-    "relax.config.mesh": 1,
-    "relax.objects": 1,
-    "relax.rewards": 2,
-    "relax.distributed": 1,
-    "relax.parallel.__main__": 7,
-    "relax.parallel.plan": 7,
-    "relax.parallel": 2,
-    "relax.losses": 3,
-    "relax.models": 4,
-    "relax.sampling.__main__": 7,
-    "relax.sampling": 5,
-    "relax.trainers": 6,
-}
-HOST = 7
-WITHOUT_JAX = ("relax.errors", "relax.run_dir", "relax.config", "relax.data", "relax.rewards")
-WITHOUT_JAX += ("relax.monitor", "relax.report")
-WITHOUT_JAX += ("relax.gguf_file", "relax.objects")
-# Host modules that nothing below the engine may lean on.
-TOP = (
-    "relax.engine",
-    "relax.job",
-    "relax.job_checks",
-    "relax.machines",
-    "relax.dry_run",
-    "relax.assemble",
-    "relax.recipes",
-    "relax.sample",
-)
-TOP += ("relax.sampling.__main__", "relax.parallel.__main__", "relax.parallel.plan")
+# From the top down. A module imports what stands below its own line, and its own folder.
+LAYERS = """
+tools
+engine
+callbacks
+trainers
+sampling
+data models losses checkpoint
+rewards monitor parallel
+config optimizers
+errors files
+"""
+FLOORS = LAYERS.split("\n")[::-1]
+WITHOUT_JAX = ("relax.errors", "relax.files", "relax.config", "relax.data", "relax.rewards")
+WITHOUT_JAX += ("relax.monitor",)
 
 
 def name_of(file: Path) -> str:
@@ -77,21 +57,30 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def layer(name: str) -> int:
-    return next((n for package, n in LAYERS.items() if within(name, package)), HOST)
+def folder(name: str) -> str:
+    return name.split(".")[1]
 
 
-def package(name: str) -> str:
-    return ".".join(name.split(".")[:2])
+def floor(name: str) -> int:
+    return next(n for n, line in enumerate(FLOORS) if folder(name) in line.split())
 
 
-def test_a_module_imports_lower_layers_and_its_own_package_only():
+def test_a_module_imports_lower_layers_and_its_own_folder_only():
     for name, tree in MODULES.items():
         for other in own(imports(tree)) - {"relax"}:
-            allowed = layer(other) < layer(name) or package(other) == package(name)
-            assert allowed or layer(name) == HOST, f"{name} imports {other}"
-            top = any(within(name, host) for host in TOP)
-            assert top or not any(within(other, host) for host in TOP), f"{name} imports {other}"
+            allowed = folder(other) == folder(name) or floor(other) < floor(name)
+            assert allowed, f"{name} imports {other}"
+
+
+def test_there_are_at_most_ten_layers_and_three_modules_at_the_root():
+    assert len(LAYERS.split("\n")) - 2 <= 10
+    at_root = {file.name for file in (ROOT / "relax").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert len(at_root) <= 3, at_root
+
+
+def test_no_private_module_of_a_dependency_is_named():
+    for file in FILES:
+        assert "_src" not in file.read_text(encoding="utf-8"), file
 
 
 def test_algorithms_never_import_each_other():
@@ -120,7 +109,10 @@ def test_what_runs_before_jax_never_imports_it_not_even_within_a_function():
 
 def test_configuration_and_data_are_imported_without_jax_and_the_configuration_without_fire():
     for modules, absent in (
-        ("relax.config, relax.config.cli, relax.run_dir", ("jax", "numpy", "fire", "transformers")),
+        (
+            "relax.config, relax.config.cli, relax.files",
+            ("jax", "numpy", "fire", "transformers"),
+        ),
         ("relax.data", ("jax", "transformers", "torch", "pyarrow")),
     ):
         code = f"import sys, {modules}; print(*[m for m in {absent} if m in sys.modules])"

@@ -20,9 +20,7 @@ from safetensors.numpy import load_file, save_file
 from relax.errors import ConfigError, ModelLoadError
 from relax.models import load_pretrained, save_pretrained
 from relax.models.config import LoRA
-from relax.models.layers import Linear
-from relax.models.lora import init_adapters, merge_adapters, target_layers
-from relax.models.peft import (
+from relax.models.huggingface.peft import (
     CONFIG,
     HARMLESS,
     ONLY,
@@ -34,9 +32,11 @@ from relax.models.peft import (
     load_merged,
     save_adapter,
 )
+from relax.models.layers import Linear
+from relax.models.lora import init_adapters, merge_adapters, target_layers
 from relax.models.trainable import merge, partition
+from relax.optimizers.optimizers import adamw
 from relax.trainers import SFTTrainer
-from relax.trainers.optimizer import adamw
 
 # peft asks transformers for a name that this is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -13,11 +13,11 @@ from rich.console import Console
 from runs import additions, metrics, outcome, write_rows
 
 from relax.config import create_default_config
-from relax.engine import TrainerEngine
+from relax.engine.engine import TrainerEngine
 from relax.errors import CheckpointError, ConfigError
+from relax.files import list_steps
 from relax.models import load_pretrained, save_pretrained
-from relax.models.peft import base_of, load_adapter, load_merged
-from relax.run_dir import list_steps
+from relax.models.huggingface.peft import base_of, load_adapter, load_merged
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_dropout": 0.2, "lora_target_modules": ["q_proj"]}
 FREEZE = {"freeze": "embed|[qk]_proj|layers_1"}

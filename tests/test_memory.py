@@ -13,17 +13,17 @@ from jax import monitoring
 from rich.console import Console
 from runs import additions
 
-from relax import memory, remedies
 from relax.config import SFTConfig
 from relax.data import DataLoader
 from relax.data.examples import Encoded
-from relax.engine import TrainerEngine
+from relax.engine import advice, memory
+from relax.engine.advice import Remedy
+from relax.engine.engine import TrainerEngine
+from relax.engine.memory import Capacity, Sizes
 from relax.errors import ConfigError
-from relax.memory import Capacity, Sizes
 from relax.models import Transformer, TransformerConfig
-from relax.remedies import Remedy
+from relax.optimizers.optimizers import OPTIMIZERS
 from relax.trainers import SFTTrainer, TrainState
-from relax.trainers.optimizer import OPTIMIZERS
 
 DEEP = TransformerConfig(
     vocab_size=32,
@@ -195,7 +195,7 @@ def test_a_cpu_has_what_the_machine_and_the_control_groups_leave(
 def test_a_machine_that_tells_nothing_is_no_reason_to_refuse(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "PROC", tmp_path)
     assert memory.capacity() == Capacity(None, None, "cpu")
-    assert remedies.check(SIZES, memory.capacity(), []) is None
+    assert advice.check(SIZES, memory.capacity(), []) is None
 
 
 # What is advised
@@ -224,21 +224,21 @@ GROUPS = [
     ],
 )
 def test_the_first_flag_that_is_enough_is_named_or_else_those_that_are_together(limit, said):
-    assert remedies.advice(SIZES, limit, GROUPS).startswith(said)
+    assert advice.advice(SIZES, limit, GROUPS).startswith(said)
 
 
 def test_more_than_there_is_is_refused_and_more_than_is_free_is_warned_of():
     with pytest.raises(ConfigError, match=r"needs 0.001 MB, and cpu has 0.0009 MB. By estimate"):
-        remedies.check(SIZES, Capacity(900, 900, "cpu"), GROUPS)
-    warning = remedies.check(SIZES, Capacity(2000, 900, "cpu"), GROUPS)
+        advice.check(SIZES, Capacity(900, 900, "cpu"), GROUPS)
+    warning = advice.check(SIZES, Capacity(2000, 900, "cpu"), GROUPS)
     assert "0.0009 MB are free. Should memory run out: By estimate --rows 4" in warning
-    assert remedies.check(SIZES, Capacity(2000, 1100, "cpu"), GROUPS) is None
+    assert advice.check(SIZES, Capacity(2000, 1100, "cpu"), GROUPS) is None
 
 
 def test_an_accelerator_is_given_a_margin_of_a_twentieth():
-    assert remedies.check(SIZES, Capacity(960, None, "NVIDIA H100"), GROUPS) is None
+    assert advice.check(SIZES, Capacity(960, None, "NVIDIA H100"), GROUPS) is None
     with pytest.raises(ConfigError, match="NVIDIA H100 has 0.00095 MB"):
-        remedies.check(SIZES, Capacity(950, None, "NVIDIA H100"), GROUPS)
+        advice.check(SIZES, Capacity(950, None, "NVIDIA H100"), GROUPS)
 
 
 def advised(flags: str, **fields):
@@ -250,7 +250,7 @@ def advised(flags: str, **fields):
         gradient_checkpointing_policy=config.hyperparams.gradient_checkpointing_policy,
     )
     sft = trainer(model, config.hyperparams.optim)
-    groups = remedies.of_run(config, sft, template(sft), shapes())
+    groups = advice.of_run(config, sft, template(sft), shapes())
     found = [remedy for group in groups for remedy in group if remedy.flags.startswith(flags)]
     return found, measured(model)
 
@@ -299,9 +299,9 @@ def test_a_state_that_cannot_fit_is_refused_before_it_is_made():
     state = template(sft)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
     sizes = memory.state_sizes(state, 1)
-    groups = remedies.of_run(SFTConfig().replace(lora_r=1), sft, state)
+    groups = advice.of_run(SFTConfig().replace(lora_r=1), sft, state)
     with pytest.raises(ConfigError, match="needs at least .* By estimate --use_peft makes it fit"):
-        remedies.check(sizes, Capacity(sizes.total // 2, None, "TPU v5"), groups)
+        advice.check(sizes, Capacity(sizes.total // 2, None, "TPU v5"), groups)
 
 
 def test_the_state_that_training_begins_with_has_the_shapes_it_was_judged_by():

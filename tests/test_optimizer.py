@@ -10,20 +10,20 @@ from golden.trl_cases import write_tiny_llama
 from rich.console import Console
 from runs import additions
 
-from relax.assemble import make_optimizer
-from relax.checkpoint import Checkpointer
+from relax.checkpoint.checkpointer import Checkpointer
 from relax.config import SFTConfig, create_default_config
-from relax.engine import TrainerEngine
+from relax.engine.engine import TrainerEngine
+from relax.engine.model_source import make_optimizer
 from relax.errors import ConfigError
 from relax.models import load_pretrained
-from relax.trainers import SFTTrainer, Trainer, TrainState
-from relax.trainers.optimizer import (
+from relax.optimizers.optimizers import (
     OPTIMIZERS,
     _muon_or_adamw,
     adamw,
     eval_params,
     learning_rate_schedule,
 )
+from relax.trainers import SFTTrainer, Trainer, TrainState
 
 KEY = jax.random.key(3)
 FLOOR = 0.2

@@ -16,8 +16,8 @@ from relax.config import SFTConfig
 from relax.config.mesh import parse_mesh
 from relax.errors import ConfigError
 from relax.parallel import RULES, read_rules
-from relax.parallel.hlo import collectives
 from relax.parallel.rules import spec_of
+from relax.tools.plan.hlo import collectives
 
 pytestmark = pytest.mark.timeout(960)
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from relax.parallel.hlo import Traffic
-from relax.parallel.plan import Program, described
+from relax.tools.plan.hlo import Traffic
+from relax.tools.plan.plan import Program, described
 
 pytestmark = pytest.mark.timeout(960)
 ROOT = Path(__file__).parents[1]

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.losses.advantages import (
-    ADVANTAGES,
-    generalised_advantages,
-    register_advantage,
-)
+from relax.losses.advantages import ADVANTAGES, generalised_advantages, register_advantage
 from relax.losses.kl import kl_estimate
 from relax.losses.masked import masked_mean, masked_whiten
 from relax.losses.policy import (

@@ -12,8 +12,8 @@ from relax.config import GRPOConfig, PPOConfig, options
 from relax.config.loader import ConfigLoader
 from relax.config.ppo import PPOSection
 from relax.config.rl import GRPOSection
+from relax.engine.recipes.ppo import PPORecipe
 from relax.errors import ConfigError
-from relax.recipes.ppo import PPORecipe
 from relax.rewards import RewardRunner
 
 # Adding, renaming or removing a flag is a visible act: it changes this list.

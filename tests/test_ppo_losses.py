@@ -7,7 +7,7 @@ import pytest
 
 from relax.losses.policy import Clip, policy_loss
 from relax.losses.value import value_losses
-from relax.trainers.experience import estimate, followed, token_rewards
+from relax.trainers.rl.experience import estimate, followed, token_rewards
 
 # The golden numbers of the formulas: three real tokens of six, garbage behind them.
 LOGPROBS, REF = np.array([-1, -0.5, -0.8]), np.array([-1.1, -0.7, -0.6])

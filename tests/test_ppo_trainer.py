@@ -15,12 +15,12 @@ from relax.config.ppo import PPOSection
 from relax.models import Transformer, TransformerConfig
 from relax.models.config import LoRA
 from relax.models.heads import init_head, with_head
+from relax.optimizers.optimizers import adamw
 from relax.sampling import SamplingConfig
 from relax.trainers import PPOTrainer
-from relax.trainers.experience import Experience
-from relax.trainers.optimizer import adamw
+from relax.trainers.rl.experience import Experience
+from relax.trainers.rl.rollout import with_place_behind
 from relax.trainers.rl_trainer import Collected
-from relax.trainers.rollout import with_place_behind
 
 KEY = jax.random.key(3)
 P, G, C = 2, 4, 6

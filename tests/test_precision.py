@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from relax.assemble import make_optimizer
 from relax.config import SFTConfig
+from relax.engine.model_source import make_optimizer
 from relax.models import Transformer, TransformerConfig
 from relax.models.config import Rope
 from relax.models.layers import Linear, RMSNorm
 from relax.models.rotary import rotary_angles, rotate
+from relax.optimizers.optimizers import OPTIMIZERS
+from relax.optimizers.stochastic_rounding import stochastic_round, stochastic_rounding
 from relax.trainers import SFTTrainer
-from relax.trainers.optimizer import OPTIMIZERS
-from relax.trainers.rounding import stochastic_round, stochastic_rounding
 from relax.trainers.update import apply_gradients
 
 BF16 = jnp.dtype(jnp.bfloat16)

@@ -17,14 +17,13 @@ from relax.models import (
     RopeScaling,
     Transformer,
     TransformerConfig,
-    directories,
     load_pretrained,
-    pretrained,
     read_generation_config,
     read_pretrained_config,
     save_pretrained,
 )
-from relax.models import shards as shard_files
+from relax.models.huggingface import directories, pretrained
+from relax.models.huggingface import shards as shard_files
 
 pytestmark = pytest.mark.timeout(60)  # a pipe that is opened would hang
 

@@ -11,9 +11,9 @@ import jax
 import pytest
 import runs
 
-from relax import distributed
 from relax.errors import RelaxError
-from relax.run_dir import list_steps
+from relax.files import list_steps
+from relax.parallel import processes
 
 pytestmark = pytest.mark.timeout(290)
 JOB = {
@@ -127,7 +127,7 @@ def test_a_process_that_waits_for_nobody_ends_with_a_sentence_when_another_is_go
 import os, sys, time
 from relax import distributed
 number, gone, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-distributed.start(address, 2, number, heartbeat_s=10)
+processes.start(address, 2, number, heartbeat_s=10)
 if number == gone:
     os._exit(9)
 time.sleep(60)
@@ -149,8 +149,8 @@ time.sleep(60)
 def test_who_takes_part_is_read_from_the_environment_of_a_cluster(environment, monkeypatch):
     """Two tasks of SLURM come together; where no cluster tells, one sentence says what to do."""
     program = (
-        "from relax import distributed; distributed.start('auto', heartbeat_s=10); "
-        "print(distributed.gather(distributed.index()))"
+        "from relax import distributed; processes.start('auto', heartbeat_s=10); "
+        "print(processes.gather(processes.index()))"
     )
     children = []
     for number in range(2 if environment else 1):
@@ -189,4 +189,4 @@ def test_processes_with_different_options_end_with_one_sentence(job):
 def test_only_what_the_runtime_says_of_a_peer_counts_as_one_that_is_gone(error, code):
     wrapped = RelaxError("a callback failed")
     wrapped.__cause__ = error
-    assert distributed._last_words(error)[1] == distributed._last_words(wrapped)[1] == code
+    assert processes._last_words(error)[1] == processes._last_words(wrapped)[1] == code

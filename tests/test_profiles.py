@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from relax.config import ConfigLoader, DPOConfig, SFTConfig, create_default_config, from_dict
-from relax.config.sample import SampleConfig
 from relax.data import read_rows
 from relax.data.profiles import (
     PROFILES,
@@ -23,6 +22,7 @@ from relax.data.profiles import (
 )
 from relax.data.profiles.chat import ChatProfile
 from relax.errors import ConfigError, DataError
+from relax.tools.sample.config import SampleConfig
 
 QUESTION = "What is 2+2?"
 STEPS = ["Identify the operation (addition)", "Apply the rule: 2 + 2", "Calculate the result: 4"]

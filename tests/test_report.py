@@ -16,13 +16,12 @@ from rich.console import Console
 
 from relax.config import DPOConfig, GRPOConfig, SFTConfig
 from relax.errors import DataError
-from relax.monitor import TrainingStatusWriter, read_status
+from relax.monitor import TrainingStatusWriter, read_status, write_comparison, write_report
 from relax.monitor.__main__ import main
+from relax.monitor.curves import Series, chart, limits, thin
+from relax.monitor.page import MOST_BYTES
 from relax.monitor.tail import Tail
 from relax.monitor.view import phase_of, view
-from relax.report import write_comparison, write_report
-from relax.report.curves import Series, chart, limits, thin
-from relax.report.page import MOST_BYTES
 
 ROOT = Path(__file__).parents[1]
 EVIL = "</script><img src=x onerror=alert(1)>\"'&{[bold]}"

@@ -26,7 +26,7 @@ from runs import (
     write_rows,
 )
 
-from relax.run_dir import list_steps
+from relax.files import list_steps
 from relax.trainers import Trainer
 
 STEPS = 36

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from relax.data import load_tokenizer
+from relax.engine.reward_model import ModelReward, reward_functions
 from relax.errors import ConfigError, ModelLoadError
 from relax.models import Transformer, load_pretrained, save_pretrained
-from relax.models.classifiers import load_classifier, padded, save_classifier
 from relax.models.families import FAMILIES
 from relax.models.heads import init_head, scores, trunk, with_head
-from relax.reward_model import ModelReward, reward_functions
+from relax.models.huggingface.classifiers import load_classifier, padded, save_classifier
 from relax.rewards import RewardRunner
 
 LENGTHS = np.array([14, 3, 9, 14])
@@ -78,7 +78,7 @@ def test_the_class_of_every_family_is_one_of_transformers():
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES,
     )
 
-    from relax.models.classifiers import class_of
+    from relax.models.huggingface.classifiers import class_of
 
     assert {name: class_of(family) for name, family in FAMILIES.items()} == {
         name: CLASSES[name] for name in FAMILIES
@@ -260,5 +260,5 @@ def test_models_are_named_by_a_prefix_and_loaded_before_anything_runs(
         reward_functions([f"model:{tmp_path / 'none'}"], arithmetic_tokenizer, (1,))
     with pytest.raises(ConfigError, match="names no directory"):
         reward_functions(["model:"], arithmetic_tokenizer, (1,))
-    with pytest.raises(ConfigError, match="give relax.reward_model.ModelReward"):
+    with pytest.raises(ConfigError, match="give relax.engine.reward_model.ModelReward"):
         RewardRunner(["model:there"])

@@ -8,7 +8,7 @@ from grpo_runs import call as call_grpo
 from runs import ROOT, end_all, finish, flags, fork, killed, metrics, outcome, write_rows
 
 from relax.config import RewardModelConfig, cli
-from relax.models.classifiers import load_classifier
+from relax.models.huggingface.classifiers import load_classifier
 
 SCRIPT = ROOT / "run_reward.py"
 STEPS = 8

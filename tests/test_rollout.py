@@ -6,7 +6,7 @@ from rl import rollout_of
 
 from relax.sampling import SamplingConfig
 from relax.sampling.output import padded as sampled
-from relax.trainers.rollout import (
+from relax.trainers.rl.rollout import (
     bucket,
     concatenate,
     is_truncated,

@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
+from relax.engine.resume import check_same_config
+from relax.engine.run_dir import RunDir
 from relax.errors import ConfigError
-from relax.run_dir import RunDir, atomic_write, check_same_config, list_steps, write_json
+from relax.files import atomic_write, list_steps, write_json
 
 HOLD = """
 import sys, time
-from relax.run_dir import RunDir
+from relax.engine.run_dir import RunDir
 RunDir(sys.argv[1]).lock()
 print("held", flush=True)
 time.sleep(60)

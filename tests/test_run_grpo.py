@@ -10,7 +10,7 @@ from grpo_runs import call, make_job, questions
 from runs import write_rows
 
 from relax.config import GRPOConfig
-from relax.engine import TrainerEngine
+from relax.engine.engine import TrainerEngine
 from relax.models import load_pretrained
 
 

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 
 from relax.sampling import SamplingConfig, generate
-from relax.sampling.distribution import (
-    Rules,
-    draw,
-    largest,
-    most_likely,
-    nucleus,
-    shape_logits,
-)
+from relax.sampling.distribution import Rules, draw, largest, most_likely, nucleus, shape_logits
 from tests.families import tiny_family
 
 P = np.array([0.06, 0.30, 0.02, 0.16, 0.22, 0.04, 0.12, 0.08])

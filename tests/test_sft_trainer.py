@@ -11,8 +11,8 @@ import pytest
 from conftest import bits, packed_batch
 
 from relax.data import DataLoader, Encoded
+from relax.optimizers.optimizers import adamw, learning_rate_schedule
 from relax.trainers import SFTTrainer
-from relax.trainers.optimizer import adamw, learning_rate_schedule
 
 KEY = jax.random.key(1)
 EOS = 22

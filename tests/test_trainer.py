@@ -15,7 +15,7 @@ from conftest import Regression, bits, regression_batches
 
 from relax.callbacks import MetricsLog
 from relax.callbacks.metrics import CLOCK_FIELDS
-from relax.checkpoint import Checkpointer
+from relax.checkpoint.checkpointer import Checkpointer
 from relax.trainers import Callback, StopTraining, Trainer, TrainState
 
 KEY = jax.random.key(5)

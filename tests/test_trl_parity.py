@@ -22,7 +22,7 @@ from golden.trl_cases import (
 from rich.console import Console
 
 from relax.config import create_default_config
-from relax.engine import JobResult, TrainerEngine
+from relax.engine.engine import JobResult, TrainerEngine
 from relax.models import load_pretrained
 
 # The issue asks for 0.2 % of the loss and 1 % of the gradient norm on a real model; the tiny one

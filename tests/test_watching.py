@@ -31,7 +31,7 @@ from relax.callbacks import (
 from relax.callbacks.loading import load_class, make
 from relax.callbacks.questions import is_right, questions_of
 from relax.callbacks.trackers import tracker_makers
-from relax.checkpoint import Checkpointer
+from relax.checkpoint.checkpointer import Checkpointer
 from relax.data import DataLoader
 from relax.data.preference import Preference, Preferences
 from relax.data.preference_loader import PreferenceLoader

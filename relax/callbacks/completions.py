@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from relax.monitor.run_files import logged_columns
 from relax.monitor.status import visible
-from relax.report.run import logged_columns
 from relax.rewards import RewardRunner
 from relax.trainers.callback import Callback, Event
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from relax.run_dir import atomic_write
+from relax.files import atomic_write
 from relax.trainers.callback import Callback, Event
 
 # Fields that depend on the clock: everything else is the same in every run of a configuration.

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from relax.cpu import release_freed_memory
+from relax.parallel.cpu import release_freed_memory
 from relax.trainers.callback import Callback, Event
 
 # How a metric is shown, in this order; those that are not here are in metrics.jsonl alone.

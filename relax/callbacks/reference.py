@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from relax import fault
-from relax.checkpoint_io import leaf_crc, named_leaves
+from relax.checkpoint.storage import leaf_crc, named_leaves
 from relax.data.preference_loader import PreferenceLoader
 from relax.errors import CheckpointError
 from relax.trainers.callback import Callback, Event

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from relax.report import write_report
+from relax.monitor import write_report
 from relax.trainers.callback import Callback, Event
 
 _SHARE = 0.05  # of the time since the last page that making the next one may take

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from relax.callbacks.metrics import MetricsLog
+from relax.files import list_steps
 from relax.monitor.status import TrainingStatusWriter
-from relax.run_dir import list_steps
 from relax.trainers.callback import Callback, Event
 
 _SHOWN = ("loss", "learning_rate", "tokens_per_second", "reward")

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from relax.checkpoint import Checkpointer
+from relax.checkpoint.checkpointer import Checkpointer
 from relax.errors import ConfigError
 from relax.trainers.callback import Callback, Event, StopTraining, state_dicts
 

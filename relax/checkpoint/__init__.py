@@ -1,0 +1,5 @@
+"""Checkpoints: written whole, read back bit for bit."""
+
+from relax.checkpoint.checkpointer import Checkpointer, restore_checkpoint
+
+__all__ = ["Checkpointer", "restore_checkpoint"]

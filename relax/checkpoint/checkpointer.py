@@ -22,8 +22,8 @@ from pathlib import Path
 
 import jax
 
-from relax import distributed, fault, parallel
-from relax.checkpoint_io import (
+from relax import fault, parallel
+from relax.checkpoint.storage import (
     DamagedError,
     Snapshot,
     check_structure,
@@ -43,7 +43,8 @@ from relax.checkpoint_io import (
     write,
 )
 from relax.errors import CheckpointError
-from relax.run_dir import fsync_path, list_steps
+from relax.files import fsync_path, list_steps
+from relax.parallel import processes
 
 __all__ = [
     "Checkpointer",
@@ -159,24 +160,24 @@ class Checkpointer:
     def _write(self, taken: Snapshot) -> None:
         temporary = self.directory / f"tmp-{taken.step}"
         try:
-            if distributed.is_main():
+            if processes.is_main():
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self.sweep()
             write(temporary, taken)
             fault.point("before_rename")
-            if distributed.is_main():
+            if processes.is_main():
                 self._remove_later(taken.step)
                 self._commit(temporary, taken.step)
         except BaseException as error:
-            if distributed.is_main():
+            if processes.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, CheckpointError) or not isinstance(error, Exception):
                 raise
             raise CheckpointError(self._why_not_written(taken, error)) from error
         fault.point("after_rename")
-        if distributed.is_main():
+        if processes.is_main():
             self._keep_newest()
-        distributed.barrier(f"{where(temporary)}: saved")
+        processes.barrier(f"{where(temporary)}: saved")
 
     def restore(self, template, step: int | None = None) -> tuple[object, dict, int]:
         """Reads a checkpoint back after verifying every bit of it.

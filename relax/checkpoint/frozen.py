@@ -6,8 +6,8 @@ a checksum of each: a run that goes on over other weights is refused.
 
 from pathlib import Path
 
-from relax.checkpoint import Checkpointer
-from relax.checkpoint_io import leaf_crc, named_leaves, shorten
+from relax.checkpoint.checkpointer import Checkpointer
+from relax.checkpoint.storage import leaf_crc, named_leaves, shorten
 from relax.errors import CheckpointError
 
 _KEY = "frozen"  # in the progress that is saved

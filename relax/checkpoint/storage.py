@@ -20,9 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from relax import distributed, fault, parallel
+from relax import fault, parallel
 from relax.errors import CheckpointError
-from relax.run_dir import STATE_FILE, fsync_path
+from relax.files import STATE_FILE, fsync_path
+from relax.parallel import processes
 
 FORMAT = 1
 
@@ -102,9 +103,9 @@ def _leaf_sums(directory: Path, leaves: dict) -> dict[str, dict]:
     cut = {n: a for n, a in cut.items() if not a.is_fully_addressable}
     if cut:
         mine = {name: [_part_sum(array, s) for s in _firsts(array)] for name, array in cut.items()}
-        (directory / f"parts-{distributed.index()}.json").write_text(json.dumps(mine))
-    distributed.barrier(f"{where(directory)}: sums")
-    if not distributed.is_main():
+        (directory / f"parts-{processes.index()}.json").write_text(json.dumps(mine))
+    processes.barrier(f"{where(directory)}: sums")
+    if not processes.is_main():
         return {}
     told = []
     for path in sorted(directory.glob("parts-*.json")):
@@ -202,9 +203,9 @@ def write(directory: Path, taken: Snapshot) -> None:
 
     Nothing is computed on devices, so this may go on in a thread while updates do.
     """
-    if distributed.is_main():
+    if processes.is_main():
         directory.mkdir()
-    distributed.barrier(f"{where(directory)}: directory")
+    processes.barrier(f"{where(directory)}: directory")
     sums = _leaf_sums(directory, taken.arrays)
     # Orbax refuses arrays without elements; their shape, in the checksums, is all there is to them.
     full = {name: array for name, array in taken.arrays.items() if array.size}
@@ -215,8 +216,8 @@ def write(directory: Path, taken: Snapshot) -> None:
     )
     with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=together) as orbax:
         orbax.save(directory / _ARRAYS, full)
-    distributed.barrier(f"{where(directory)}: arrays")
-    if not distributed.is_main():
+    processes.barrier(f"{where(directory)}: arrays")
+    if not processes.is_main():
         return
     fault.point("mid_write")
     (directory / STATE_FILE).write_bytes(taken.info)
@@ -239,11 +240,11 @@ def _together(directory: Path) -> ocp.options.MultiprocessingOptions:
 
     It does so where it is told which processes there are, under a name that no other save has.
     """
-    if distributed.count() == 1:
+    if processes.count() == 1:
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(
-        active_processes=set(range(distributed.count())),
-        barrier_sync_key_prefix=distributed.numbered(where(directory)),
+        active_processes=set(range(processes.count())),
+        barrier_sync_key_prefix=processes.numbered(where(directory)),
     )
 
 

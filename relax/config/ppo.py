@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from relax.config.checks import Given, given_by, unused
 from relax.config.options import option, options, section
 from relax.config.rl import (
     CompletionsConfig,
@@ -14,6 +13,7 @@ from relax.config.rl import (
     reward_problems,
     sampling_problems,
 )
+from relax.config.rules import Given, given_by, unused
 from relax.config.schema import (
     Hyperparams,
     InferenceConfig,

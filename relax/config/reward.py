@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from relax.config.checks import Given, given_by
 from relax.config.dpo import PreferenceConfig, batch_problems
 from relax.config.options import option, options, section
+from relax.config.rules import Given, given_by
 from relax.config.schema import (
     Hyperparams,
     InferenceConfig,

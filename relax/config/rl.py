@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from relax.config.checks import Given, given_by, unused
 from relax.config.options import option, options, section
+from relax.config.rules import Given, given_by, unused
 from relax.config.schema import (
     Hyperparams,
     InferenceConfig,

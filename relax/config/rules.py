@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from relax.config import machines, watching
+from relax.config import device_rules, watch_rules
 from relax.config.names import suggestion
 from relax.config.options import INT_MAX, Option
 from relax.config.values import check_value, shown
@@ -49,8 +49,8 @@ def problems(
     given = given_by(known, values, embedded)
     for rules in (_run, _optimizer, _peft, _data, _packing, _profile, _evaluation, _output):
         found += rules(values, given)
-    found += watching.problems(values, given)
-    found += machines.problems(values, given)
+    found += watch_rules.problems(values, given)
+    found += device_rules.problems(values, given)
     found += _names(known, values)
     return found
 

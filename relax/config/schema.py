@@ -14,7 +14,7 @@ A new algorithm adds one section class, and names the defaults that differ for i
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from relax.config import checks
+from relax.config import rules
 from relax.config.options import option, options, section
 from relax.config.settings import Settings
 
@@ -309,7 +309,7 @@ class TrainerConfig(Settings):
     debug: DebugConfig = section(DebugConfig)
 
     def problems(self) -> list[str]:
-        return checks.problems(options(type(self)), self.flat(), self.embedded)
+        return rules.problems(options(type(self)), self.flat(), self.embedded)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from relax.config import checks
+from relax.config import rules
 from relax.config.names import unknown
 from relax.config.options import options
 from relax.errors import ConfigError
@@ -70,7 +70,7 @@ class Settings:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one sentence each. A subclass adds its own rules."""
-        return checks.value_problems(options(type(self)), self.flat())
+        return rules.value_problems(options(type(self)), self.flat())
 
     def validate(self) -> None:
         """Checks types, ranges, contradictions and options without effect.

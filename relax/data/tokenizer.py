@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from relax.data.gguf_tokenizer import gguf_tokenizer
 from relax.errors import DataError, ModelLoadError
-from relax.gguf_file import is_gguf
+from relax.tools.gguf.file import is_gguf
+from relax.tools.gguf.tokenizer import gguf_tokenizer
 
 # One token per role, so that an arithmetic example is about ten tokens long.
 _TEMPLATE = """\

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from relax.checkpoint import tree_bytes
+from relax.checkpoint.checkpointer import tree_bytes
+from relax.engine.memory import Capacity, Sizes, rows_of, shown
 from relax.errors import ConfigError
-from relax.memory import Capacity, Sizes, rows_of, shown
-from relax.trainers.optimizer import OPTIMIZERS
+from relax.optimizers.optimizers import OPTIMIZERS
 
 MARGIN = 1.05  # an accelerator's own account of a program is exact but for fragmentation
 

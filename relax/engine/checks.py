@@ -5,15 +5,15 @@ from pathlib import Path
 
 import jax
 
-from relax import assemble, machines, memory, parallel, remedies
-from relax.checkpoint import check_space, tree_bytes
-from relax.collect import Collector
+from relax import parallel
+from relax.checkpoint.checkpointer import check_space, tree_bytes
 from relax.config import ConfigLoader, TrainerConfig
-from relax.config.watching import keeps_best
-from relax.errors import DataError, RelaxError
+from relax.config.watch_rules import keeps_best
+from relax.engine import advice, devices, memory, model_source
+from relax.engine.resume import check_same_config
+from relax.errors import Collector, DataError, RelaxError
 from relax.models import TransformerConfig
 from relax.models.trainable import merge
-from relax.run_dir import check_same_config
 
 
 def changed_fields(config: TrainerConfig, old_run: Path) -> list[str]:
@@ -26,7 +26,7 @@ def changed_fields(config: TrainerConfig, old_run: Path) -> list[str]:
     if not file.exists():
         return []
     old = ConfigLoader(file, type(config)).load().flat()
-    old, new = (machines.comparable(fields) for fields in (old, config.flat()))
+    old, new = (devices.comparable(fields) for fields in (old, config.flat()))
     return check_same_config(old, new, config.output.allow_config_change)
 
 
@@ -59,7 +59,7 @@ def check_tokens(config: TrainerConfig, tokenizer, shape: TransformerConfig) -> 
     Raises:
       DataError: names them.
     """
-    ends = assemble.end_tokens(config.model.model_name_or_path, tokenizer)
+    ends = model_source.end_tokens(config.model.model_name_or_path, tokenizer)
     ids = {*ends, tokenizer.bos_token_id} - {None}
     wrong = sorted(i for i in ids if not 0 <= i < shape.vocab_size)
     if wrong:
@@ -79,7 +79,7 @@ def check_state_memory(config: TrainerConfig, trainer) -> None:
     state = jax.eval_shape(trainer.create_train_state, jax.random.key(0))
     state = parallel.sharded_shapes(state)
     sizes = memory.state_sizes(state, trainer.gradient_accumulation_steps)
-    remedies.check(sizes, memory.capacity(), remedies.of_run(config, trainer, state))
+    advice.check(sizes, memory.capacity(), advice.of_run(config, trainer, state))
 
 
 def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -> memory.Sizes:
@@ -94,7 +94,7 @@ def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -
     there = memory.capacity(parallel.bytes_per_device(state))
     sizes = memory.update_sizes(trainer, state, batch)
     console.print(memory.table(sizes, there, memory.rows_of(batch)), markup=False)
-    warning = remedies.check(sizes, there, remedies.of_run(config, trainer, state, batch))
+    warning = advice.check(sizes, there, advice.of_run(config, trainer, state, batch))
     if warning is not None and sizes.activations:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     return sizes

@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from relax import assemble, distributed, parallel
+from relax import parallel
 from relax.config import TrainerConfig
 from relax.config.mesh import mesh_text, parse_mesh
+from relax.engine import model_source
+from relax.engine.run_dir import RunDir
 from relax.errors import ConfigError
-from relax.run_dir import RunDir
+from relax.parallel import processes
 
 # What may differ between the processes of a run.
 _OWN = ("process_id",)
@@ -31,28 +33,28 @@ def joined(config: TrainerConfig, console: Console) -> Iterator[tuple[TrainerCon
     """
     system = config.system
     if system.mesh is None:
-        if distributed.count() > 1:
+        if processes.count() > 1:
             raise ConfigError(
-                f"{distributed.count()} processes have been joined, and they need a mesh to share. "
+                f"{processes.count()} processes have been joined, and they need a mesh to share. "
                 "Pass mesh auto."
             )
         yield config, console
         return
     if system.coordinator is not None:
-        distributed.start(
+        processes.start(
             system.coordinator, system.num_processes, system.process_id, system.heartbeat_s
         )
-    with distributed.together():
+    with processes.together():
         mesh = parallel.make_mesh(system.mesh)
         rules = parallel.RULES
         if system.sharding_rules is not None:
             rules = parallel.read_rules(system.sharding_rules)
         flat = {name: value for name, value in config.flat().items() if name not in _OWN}
-        distributed.check_same(flat | {"the sharding rules": repr(rules)})
+        processes.check_same(flat | {"the sharding rules": repr(rules)})
         _check_possible(config)
-        if not distributed.is_main():
+        if not processes.is_main():
             console = Console(quiet=True)
-        with parallel.use(mesh, rules, assemble.shape_of(config).num_key_value_heads) as layout:
+        with parallel.use(mesh, rules, model_source.shape_of(config).num_key_value_heads) as layout:
             for line in layout.describe():
                 console.print(line, markup=False)
             yield config.replace(mesh=mesh_text(layout.sizes)), console
@@ -60,10 +62,10 @@ def joined(config: TrainerConfig, console: Console) -> Iterator[tuple[TrainerCon
 
 def _check_possible(config: TrainerConfig) -> None:
     environment = config.flat().get("environment")
-    if environment is not None and distributed.count() > 1:
+    if environment is not None and processes.count() > 1:
         raise ConfigError(
             "an environment needs one process: its answers would have to be the same in all, got "
-            f"{distributed.count()} processes. Leave coordinator out, or environment."
+            f"{processes.count()} processes. Leave coordinator out, or environment."
         )
 
 
@@ -72,7 +74,7 @@ def shared(loader):
 
     One whose batches come to be in the run, as rollouts do, is left as it is.
     """
-    if distributed.count() == 1 or not hasattr(loader, "batch_size"):
+    if processes.count() == 1 or not hasattr(loader, "batch_size"):
         return loader
     return SharedLoader(loader)
 
@@ -127,7 +129,7 @@ def run_dir(output_dir: str) -> Iterator[RunDir]:
     So every process does all that the first one does, and no two write the same file. Checkpoints
     are read from, and written to, the one directory by all.
     """
-    if distributed.is_main():
+    if processes.is_main():
         yield RunDir(output_dir)
         return
     scratch = tempfile.mkdtemp(prefix="relax-process-")

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from relax import job_checks, job_output, memory, parallel
-from relax.collect import Collector
-from relax.errors import ConfigError, Problems, RelaxError
-from relax.job import Job, JobResult, Parts
-from relax.memory import shown
+from relax import parallel
+from relax.engine import checks, memory, output
+from relax.engine.memory import shown
+from relax.engine.run import Job, JobResult, Parts
+from relax.errors import Collector, ConfigError, Problems, RelaxError
 from relax.trainers.trainer import Annotated
 
 
@@ -44,12 +44,12 @@ def _dry_run(job: Job, found: Collector) -> JobResult:
         disk = job.check_disk(state, parts.steps)
     with found.noting():
         job.check_same_data(parts.datasets)
-    job_output.show_plan(job.console, job.config, state, parts.steps, job.recipe.plan)
+    output.show_plan(job.console, job.config, state, parts.steps, job.recipe.plan)
     try:
         batches = _batches(job, parts, state)
         job.progress.announce(batches[0])
         with found.noting():
-            sizes = job_checks.check_update_memory(
+            sizes = checks.check_update_memory(
                 job.config, parts.trainer, state, batches[0], job.console
             )
         found.raise_all()

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from relax import job_output, machines
-from relax.callbacks.watch import Watch, end_of
-from relax.checkpoint import full_disk
+from relax.checkpoint.checkpointer import full_disk
 from relax.config import TrainerConfig
-from relax.dry_run import dry_run
+from relax.engine import devices, output
+from relax.engine.dry_run import dry_run
+from relax.engine.run import Job, JobResult
+from relax.engine.watch import Watch, end_of
 from relax.errors import CheckpointError, ConfigError
-from relax.job import Job, JobResult
 from relax.monitor.status import ENDED, TrainingStatusWriter
 from relax.trainers.interrupt import Interrupt, Interrupted
 
@@ -67,7 +67,7 @@ class TrainerEngine:
             self.console.print(f"failed: {error}", style="red", markup=False)
             directory = Path(config.output.output_dir)
             begun = not config.debug.dry_run and directory.is_dir()
-            best = job_output.best_checkpoint(config, directory) if begun else None
+            best = output.best_checkpoint(config, directory) if begun else None
             return JobResult(
                 None, {}, directory, best_checkpoint=best, error=_without_frames(error)
             )
@@ -82,8 +82,8 @@ class TrainerEngine:
     def _carry_out(self, config: TrainerConfig, rows) -> JobResult:
         with contextlib.ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt(grace_s=config.system.grace_s))
-            config, console = stack.enter_context(machines.joined(config, self.console))
-            run_dir = stack.enter_context(machines.run_dir(config.output.output_dir))
+            config, console = stack.enter_context(devices.joined(config, self.console))
+            run_dir = stack.enter_context(devices.run_dir(config.output.output_dir))
             if not config.debug.dry_run:
                 stack.enter_context(run_dir)
             if config.debug.debug_nans:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax import parallel
-from relax.cpu import release_freed_memory
 from relax.data.loader import DataLoader, epoch_order
+from relax.parallel.cpu import release_freed_memory
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from relax import data
-from relax.collect import Collector
 from relax.config import TrainerConfig, resolve_steps
-from relax.config.checks import OPTIMIZER_FIELDS
+from relax.config.rules import OPTIMIZER_FIELDS
 from relax.data.loader import epoch_order
-from relax.errors import ConfigError
+from relax.errors import Collector, ConfigError
 from relax.models import (
     Transformer,
     TransformerConfig,
@@ -20,10 +19,10 @@ from relax.models import (
     read_pretrained_config,
 )
 from relax.models.config import LoRA
-from relax.models.peft import base_of, is_adapter_directory, load_merged
-from relax.models.pretrained import find_directory
-from relax.trainers.optimizer import OPTIMIZERS, learning_rate_schedule
-from relax.trainers.rounding import stochastic_rounding
+from relax.models.huggingface.peft import base_of, is_adapter_directory, load_merged
+from relax.models.huggingface.pretrained import find_directory
+from relax.optimizers.optimizers import OPTIMIZERS, learning_rate_schedule
+from relax.optimizers.stochastic_rounding import stochastic_rounding
 from relax.trainers.state import initial_state
 
 # The model that is trained from scratch where none is named: 0.8 M parameters.

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 
 from relax.config import TrainerConfig
-from relax.config.watching import best_metric, is_greater_better
+from relax.config.watch_rules import best_metric, is_greater_better
 from relax.errors import ConfigError
-from relax.run_dir import list_steps, write_json
+from relax.files import list_steps, write_json
 
 
 def resume_command(config: TrainerConfig, directory: Path) -> str:

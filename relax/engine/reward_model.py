@@ -21,9 +21,9 @@ import numpy as np
 from relax.data import load_tokenizer
 from relax.data.encode import render_template
 from relax.errors import ConfigError
-from relax.models.classifiers import load_classifier
-from relax.models.directories import find_directory
 from relax.models.heads import scores
+from relax.models.huggingface.classifiers import load_classifier
+from relax.models.huggingface.directories import find_directory
 from relax.rewards.protocol import text_of
 
 PREFIX = "model:"

@@ -12,20 +12,21 @@ import jax
 from rich.console import Console
 from safetensors import SafetensorError
 
-from relax import assemble, distributed, fault, job_checks, job_output, machines, memory, parallel
+from relax import fault, parallel
 from relax.callbacks import MetricsLog, Progress
-from relax.callbacks.watch import Watch
-from relax.checkpoint import Checkpointer, full_disk, restore_checkpoint
-from relax.checkpoint_frozen import FrozenElsewhere
-from relax.checkpoint_io import copies_are_apart
-from relax.collect import Collector
+from relax.checkpoint.checkpointer import Checkpointer, full_disk, restore_checkpoint
+from relax.checkpoint.frozen import FrozenElsewhere
+from relax.checkpoint.storage import copies_are_apart
 from relax.config import TrainerConfig, resolve_steps
-from relax.errors import CheckpointError
+from relax.engine import checks, devices, memory, model_source, output
+from relax.engine.recipes import recipe_of
+from relax.engine.run_dir import RunDir
+from relax.engine.watch import Watch
+from relax.errors import CheckpointError, Collector
 from relax.models import kernels
+from relax.models.huggingface.peft import save_adapter
 from relax.models.lora import merge_adapters
-from relax.models.peft import save_adapter
-from relax.recipes import recipe_of
-from relax.run_dir import RunDir
+from relax.parallel import processes
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 
@@ -90,7 +91,7 @@ class Job:
         asked = (output.resume, output.overwrite_output_dir, console.print)
         with self.problems.noting():
             look = run_dir.look if dry else partial(run_dir.prepare, clear=False)
-            self.start = distributed.from_main(lambda: _text(look(*asked)))
+            self.start = processes.from_main(lambda: _text(look(*asked)))
         self.begun = self.start is not None  # there is a run here that can be resumed
         asynchronous = copies_are_apart() if output.save_async is None else output.save_async
         self.checkpointer = Checkpointer(
@@ -101,11 +102,11 @@ class Job:
         )
         if not dry:
             self.problems.raise_all()
-            distributed.from_main(self.checkpointer.sweep)
+            processes.from_main(self.checkpointer.sweep)
         with self.problems.noting():
             self.watch = watch or Watch(config, run_dir, console)
         with self.problems.noting():
-            self.recipe = recipe_of(machines.for_all_devices(config), console)
+            self.recipe = recipe_of(devices.for_all_devices(config), console)
         if not dry:
             self.problems.raise_all()
         # A checkpoint then holds what is trained; the rest is had again from where it came from.
@@ -133,24 +134,24 @@ class Job:
         if int(state.step) < steps and parts.batch is not None:
             # Of batches that come to be in the run nothing is known yet.
             self.progress.announce(parts.batch)
-            job_checks.check_update_memory(config, trainer, state, parts.batch, self.console)
+            checks.check_update_memory(config, trainer, state, parts.batch, self.console)
         state = trainer.train(
-            machines.shared(datasets.train),
+            devices.shared(datasets.train),
             num_epochs=math.ceil(steps / parts.updates_per_epoch),
             state=state,
             progress=progress,
             max_steps=steps,
             eval_loader=datasets.eval,
-            eval_steps=assemble.eval_interval(config, steps),
+            eval_steps=model_source.eval_interval(config, steps),
             eval_on_start=config.inference.eval_on_start,
             max_eval_batches=config.inference.max_eval_batches,
             checkpointer=self.saver if config.output.save_strategy != "no" else None,
-            save_steps=assemble.save_interval(config, steps),
+            save_steps=model_source.save_interval(config, steps),
         )
         if interrupt.requested is not None:
             raise Interrupted(interrupt.requested)
         fault.point("trained")
-        self.metrics |= job_output.last_evaluation(self.run_dir.path / "metrics.jsonl")
+        self.metrics |= output.last_evaluation(self.run_dir.path / "metrics.jsonl")
         state, evaluation = self.watch.best_state(state)
         self.metrics |= evaluation
         if recipe.embedded:
@@ -160,8 +161,8 @@ class Job:
         if config.output.save_strategy != "no":
             paths["checkpoints"] = self.run_dir.checkpoints
         seconds = time.monotonic() - self.start_s
-        job_output.show_summary(self.console, seconds, self.metrics, recipe.headline, paths)
-        best = job_output.best_checkpoint(config, self.run_dir.path)
+        output.show_summary(self.console, seconds, self.metrics, recipe.headline, paths)
+        best = output.best_checkpoint(config, self.run_dir.path)
         return JobResult(state, self.metrics, self.run_dir.path, model_dir, best)
 
     def assemble(self) -> tuple["Parts", Any]:
@@ -174,25 +175,25 @@ class Job:
         tokenizer = model = datasets = None
         if self.start is not None:
             with found.noting():
-                for line in job_checks.changed_fields(config, self._old_run()):
+                for line in checks.changed_fields(config, self._old_run()):
                     self.console.print(f"changed since the run began: {line}", markup=False)
         fault.point("data")
         with found.noting():
-            tokenizer = assemble.make_tokenizer(config)
+            tokenizer = model_source.make_tokenizer(config)
         with found.noting():
             weights = self.start is None or self.freezes
-            make = partial(assemble.make_model, config) if recipe is None else recipe.make_model
+            make = partial(model_source.make_model, config) if recipe is None else recipe.make_model
             model, params = make(weights=weights)
-            self.base = assemble.adapter_base(config)
+            self.base = model_source.adapter_base(config)
         if recipe is not None and tokenizer is not None and model is not None:
-            datasets = job_checks.read_datasets(recipe, tokenizer, model.config, self.rows, found)
+            datasets = checks.read_datasets(recipe, tokenizer, model.config, self.rows, found)
         else:  # files can be read all the same
             with found.noting():
-                assemble.source_rows(config, self.rows)
+                model_source.source_rows(config, self.rows)
         found.raise_all()
         recipe.show_data(datasets)
         updates = recipe.updates_per_item * len(datasets.train)
-        steps = assemble.total_steps(config, updates, recipe.updates_per_item)
+        steps = model_source.total_steps(config, updates, recipe.updates_per_item)
         if 0 < config.hyperparams.max_steps != steps:
             self.console.print(
                 f"max_steps {config.hyperparams.max_steps} becomes {steps}: a rollout is "
@@ -202,7 +203,7 @@ class Job:
         model, attention = kernels.settle(model, 2 if batch is None else memory.rows_of(batch)[1])
         self.console.print(f"attention: {attention}", markup=False)
         trainer = self._trainer(model, tokenizer, steps, datasets.eval)
-        job_checks.check_state_memory(config, trainer)
+        checks.check_state_memory(config, trainer)
         if params is None and (self.start is None or self.freezes):
             params = recipe.fresh_params(model, tokenizer)
         return Parts(tokenizer, model, datasets, trainer, updates, steps, batch), params
@@ -213,26 +214,26 @@ class Job:
         if config.output.overwrite_output_dir:  # not before: all that was read is as it should be
             self.run_dir.clear(self.console.print)
         self.check_disk(state, parts.steps)
-        job_output.show_plan(self.console, config, state, parts.steps, self.recipe.plan)
+        output.show_plan(self.console, config, state, parts.steps, self.recipe.plan)
         if config.peft.use_peft and not (self.base or config.peft.merge_lora):
             self.console.print("the adapter will be merged: its base is no directory to refer to")
         self.check_same_data(parts.datasets)
-        job_output.write_config(config, self.run_dir.path, parts.datasets)
+        output.write_config(config, self.run_dir.path, parts.datasets)
         self.watch.begin(resumed=self.start is not None)
         self.begun = True
 
     def show_how_to_go_on(self) -> None:
         if self.begun:
             steps = self.checkpointer.steps()
-            job_output.show_how_to_go_on(self.console, steps, self._resume_command())
+            output.show_how_to_go_on(self.console, steps, self._resume_command())
         else:
             self.console.print("stopped before the first update: the same command begins again")
 
     def how_to_recover(self) -> str:
-        return job_output.how_to_recover(self.checkpointer.steps(), self._resume_command())
+        return output.how_to_recover(self.checkpointer.steps(), self._resume_command())
 
     def _resume_command(self) -> str:
-        return job_output.resume_command(self.config, self.run_dir.path)
+        return output.resume_command(self.config, self.run_dir.path)
 
     def _trainer(self, model, tokenizer, steps: int, eval_loader):
         config = self.config
@@ -242,7 +243,7 @@ class Job:
             self.recipe.callbacks(self.run_dir.path, logging_steps),
             tokenizer,
             eval_loader,
-            eos_token_ids=assemble.end_tokens(config.model.model_name_or_path, tokenizer),
+            eos_token_ids=model_source.end_tokens(config.model.model_name_or_path, tokenizer),
             stop=self.recipe.stop_sequences,
         )
         listeners = [progress, *(other for other in others if hasattr(other, "show"))]
@@ -286,14 +287,14 @@ class Job:
 
     def check_same_data(self, datasets) -> None:
         if self.start is not None:
-            job_output.check_same_data(self.config, datasets.digest, self._old_run())
+            output.check_same_data(self.config, datasets.digest, self._old_run())
 
     def check_disk(self, state, steps: int) -> tuple[int, int, int]:
-        return job_checks.check_disk(
+        return checks.check_disk(
             self.config,
             self.run_dir.checkpoints.parent,
             state,
-            save_interval=assemble.save_interval(self.config, steps),
+            save_interval=model_source.save_interval(self.config, steps),
             steps=steps,
             saved_steps=len(self.checkpointer.steps()),
             only_trained=self.freezes,
@@ -310,7 +311,7 @@ class Job:
                 return save_adapter(model_dir, model, weights, self.base, tokenizer)
             if model.lora is not None:
                 weights = merge_adapters(weights, model.lora)
-            generation = assemble.generation_config(self.config.model.model_name_or_path)
+            generation = model_source.generation_config(self.config.model.model_name_or_path)
             return self.recipe.save(model_dir, model, weights, tokenizer, generation)
         except (OSError, SafetensorError) as error:
             reason = full_disk(error) or str(error)

@@ -3,17 +3,16 @@
 Imports no jax: all of this is decided before anything is compiled.
 """
 
-import difflib
 import fcntl
-import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from relax.errors import ConfigError
+from relax.files import STATE_FILE, TMP_SUFFIX, list_steps
 
 # All that a run writes, hence all that overwriting may delete.
 RUN_FILES = (
@@ -25,57 +24,9 @@ RUN_FILES = (
     "bad_batch.jsonl",
 )
 RUN_FOLDERS = ("checkpoints", "best", "final", "samples", "completions", "events", "profile")
-STATE_FILE = "relax_state.json"
 
 _LOCK = ".lock"
 _LOCK_MARK = "ReLax run, pid "
-_TMP_SUFFIX = ".tmp"
-
-# Fields that say where and when things are written, not what is computed.
-FREE_FIELDS = frozenset(
-    "output_dir resume overwrite_output_dir allow_config_change config print_config "
-    "compilation_cache_dir grace_s print_examples dry_run "
-    "num_samples max_new_tokens report_to run_name profile_steps max_nonfinite_steps "
-    "mesh sharding_rules coordinator num_processes process_id heartbeat_s".split()
-)
-FREE_PREFIX = "save_"
-
-
-def fsync_path(path: str | Path) -> None:
-    """Asks the disk to keep a file's bytes, or a directory's entries, through a power loss."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Writes a file that is, after any kill, either the old one or the new one, whole."""
-    path = Path(path)
-    # One writer per directory, so a fixed name: what a killed run left is overwritten.
-    temporary = path.with_name(path.name + _TMP_SUFFIX)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)
-
-
-def write_json(path: str | Path, obj) -> None:
-    """Writes `obj` as indented JSON, atomically. Floats keep every bit."""
-    atomic_write(path, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def list_steps(directory: str | Path) -> list[int]:
-    """The steps of the committed checkpoints in a directory, ascending, read from the disk."""
-    try:
-        entries = list(os.scandir(directory))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 class RunDir:
@@ -300,55 +251,8 @@ class RunDir:
 
 
 def _is_half_written(name: str) -> bool:
-    return name.endswith(_TMP_SUFFIX) and name.removesuffix(_TMP_SUFFIX) in RUN_FILES
+    return name.endswith(TMP_SUFFIX) and name.removesuffix(TMP_SUFFIX) in RUN_FILES
 
 
 def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
-
-
-def check_same_config(old: Mapping, new: Mapping, allow: Iterable[str] = ()) -> list[str]:
-    """Refuses to resume under a configuration that would compute something else.
-
-    Args:
-      old, new: flat dicts of fields, `old` as read from config.json.
-      allow: fields that may differ, besides `FREE_FIELDS` and those that begin with `save_`.
-
-    Returns:
-      The allowed differences as `name: old -> new`, for the log.
-
-    Raises:
-      ConfigError: a field differs that may not, or `allow` names no field.
-
-    Example:
-      >>> check_same_config({"seed": 1, "save_steps": 5}, {"seed": 2, "save_steps": 9}, ["seed"])
-      ['seed: 1 -> 2']
-    """
-    names = sorted(set(old) | set(new))
-    allow = set(allow)
-    for name in sorted(allow - set(names)):
-        close = difflib.get_close_matches(name, names, 1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"allow_config_change must name fields, got '{name}'.{hint}")
-    changed = {}
-    for name in names:
-        if name in FREE_FIELDS or name.startswith(FREE_PREFIX):
-            continue
-        before, after = _as_json(old, name), _as_json(new, name)
-        if before != after:
-            changed[name] = f"{name}: {before} -> {after}"
-    refused = [name for name in changed if name not in allow]
-    if refused:
-        lines = "\n".join(f"  {changed[name]}" for name in refused)
-        wanted = ",".join(sorted(set(refused) | (allow & set(changed))))
-        raise ConfigError(
-            f"a resumed run must have the configuration that it began with, and this differs:\n"
-            f"{lines}\nUndo the change, pass --allow_config_change {wanted} to go on all the same, "
-            "or start anew in another --output_dir."
-        )
-    return list(changed.values())
-
-
-def _as_json(fields: Mapping, name: str) -> str:
-    """A field as config.json has it, so that a tuple equals the list it was written as."""
-    return json.dumps(fields[name], sort_keys=True, default=str) if name in fields else "(absent)"

@@ -24,13 +24,13 @@ from relax.callbacks.status import Status
 from relax.callbacks.stopping import BestCheckpoint, EarlyStopping
 from relax.callbacks.trackers import Trackers, tracker_makers
 from relax.callbacks.warnings import RewardWarnings
-from relax.checkpoint import Checkpointer
-from relax.checkpoint_frozen import FrozenElsewhere
+from relax.checkpoint.checkpointer import Checkpointer
+from relax.checkpoint.frozen import FrozenElsewhere
 from relax.config import TrainerConfig
-from relax.config.watching import best_metric, is_greater_better, keeps_best, profile_window
+from relax.config.watch_rules import best_metric, is_greater_better, keeps_best, profile_window
+from relax.engine.run_dir import RunDir
 from relax.errors import ConfigError, RelaxError
 from relax.monitor.status import TrainingStatusWriter, read_status, without_secrets
-from relax.run_dir import RunDir
 from relax.sampling import SamplingConfig
 from relax.trainers.callback import Callback
 from relax.trainers.interrupt import Interrupted

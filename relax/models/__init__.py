@@ -1,7 +1,7 @@
 """Flax Linen decoder-only transformers, and Hugging Face directories."""
 
 from relax.models.config import RopeScaling, TransformerConfig
-from relax.models.pretrained import (
+from relax.models.huggingface.pretrained import (
     load_pretrained,
     read_generation_config,
     read_pretrained_config,

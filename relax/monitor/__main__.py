@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from relax.errors import RelaxError
+from relax.monitor import write_comparison, write_report
 from relax.monitor.view import watch
-from relax.report import write_comparison, write_report
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,9 +5,9 @@ import math
 import re
 from collections.abc import Sequence
 
-from relax.report.curves import Series, chart, duration, label
-from relax.report.run import TIME, Run
-from relax.report.sections import CHARTS, UNDRAWN, plain, text
+from relax.monitor.curves import Series, chart, duration, label
+from relax.monitor.run_files import TIME, Run
+from relax.monitor.sections import CHARTS, UNDRAWN, plain, text
 
 
 def with_distinct_names(runs: Sequence[Run]) -> list[Run]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from relax.report import compare, sections
-from relax.report.run import Run, read_run
-from relax.report.style import SCRIPT, STYLE, policy
+from relax.monitor import compare, sections
+from relax.monitor.run_files import Run, read_run
+from relax.monitor.style import SCRIPT, STYLE, policy
 
 MOST_BYTES = 2_000_000
 # From rich to poor: points of a curve, steps with texts, characters of a text.

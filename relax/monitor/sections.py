@@ -8,9 +8,9 @@ from typing import Any
 
 from relax.config import options
 from relax.config.schema import TrainerConfig
+from relax.monitor.curves import Series, bar, chart, duration, label
+from relax.monitor.run_files import TIME, Run, logged_columns
 from relax.monitor.status import visible, without_secrets
-from relax.report.curves import Series, bar, chart, duration, label
-from relax.report.run import TIME, Run, logged_columns
 
 # What is drawn first, in this order: a title, and the metrics that belong in it.
 CHARTS = (

@@ -13,9 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from relax.monitor.curves import duration, label
 from relax.monitor.status import ENDED, is_alive, read_status, visible
 from relax.monitor.tail import Tail, sparkline
-from relax.report.curves import duration, label
 
 _COLOURS = {"finished": "green", "failed": "red", "stopped": "yellow", "killed": "red"}
 # What is shown of the metrics, where there are any, and under which name.

@@ -28,7 +28,7 @@ def stochastic_rounding(
     Gupta et al., Deep Learning with Limited Numerical Precision, 2015, section 3.
 
     Args:
-      optimizer: whose updates are float32 (see `relax.trainers.optimizer`).
+      optimizer: whose updates are float32 (see `relax.optimizers.optimizers`).
       seed: of the randomness; the same in every run.
     """
 

@@ -24,8 +24,8 @@ from relax.parallel.arrays import (
     to_host,
     used,
 )
-from relax.parallel.local import local
 from relax.parallel.mesh import Layout, batch_shards, layout, make_mesh, platform, use
+from relax.parallel.per_device import local
 from relax.parallel.rules import RULES, Rule, read_rules
 
 __all__ = [

@@ -7,9 +7,9 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 
+from relax.config.imports import load_object
 from relax.config.names import suggestion
 from relax.errors import ConfigError
-from relax.objects import load_object
 
 # Where each shipped function or factory is.
 SHIPPED = {
@@ -147,7 +147,7 @@ def _find(spec: str, what: str = "reward"):
     if spec.startswith("model:"):
         raise ConfigError(
             f"{what} {spec!r} is a model, which runs beside the policy: name it on the command "
-            "line, or give relax.reward_model.ModelReward(DIR, tokenizer)."
+            "line, or give relax.engine.reward_model.ModelReward(DIR, tokenizer)."
         )
     if colon or "." in spec:
         return load_object(spec, what)

@@ -30,8 +30,8 @@ from relax.losses.kl import KL_ESTIMATORS, kl_estimate
 from relax.losses.masked import masked_mean
 from relax.losses.policy import LOSS_TYPES, RATIOS, Clip, clip_fractions, log_ratios, policy_loss
 from relax.trainers.reference import reference_params, synced
+from relax.trainers.rl.rollout import concatenate
 from relax.trainers.rl_trainer import RESAMPLING, Collected, RLTrainer, difference_metrics
-from relax.trainers.rollout import concatenate
 from relax.trainers.state import TrainState
 from relax.trainers.update import LossOutput, Max, Mean, Min
 

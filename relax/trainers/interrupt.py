@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from relax import distributed
 from relax.errors import ConfigError
+from relax.parallel import processes
 
 # One Ctrl-C can arrive twice: from the terminal and from a wrapper that passes it on.
 _SAME_PRESS_S = 0.1
@@ -79,7 +79,7 @@ class Interrupt:
 
     def agree(self) -> None:
         """Of several processes, all stop where one was asked to: they must all call this."""
-        asked = [signum for signum in distributed.gather(self.requested) if signum is not None]
+        asked = [signum for signum in processes.gather(self.requested) if signum is not None]
         if asked and self.requested is None:
             owner = self._outer or self
             owner._signum = asked[0]

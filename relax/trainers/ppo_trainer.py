@@ -34,7 +34,9 @@ from relax.models.forward import completion_states
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.lora import merge_adapters
 from relax.models.trainable import merge
-from relax.trainers.experience import (
+from relax.optimizers.optimizers import by_key, delayed, learning_rate
+from relax.trainers.reference import reference_params
+from relax.trainers.rl.experience import (
     AFTER_EOS,
     REWARD_AT,
     Experience,
@@ -44,10 +46,8 @@ from relax.trainers.experience import (
     per_completion,
     take,
 )
-from relax.trainers.optimizer import by_key, delayed, learning_rate
-from relax.trainers.reference import reference_params
+from relax.trainers.rl.rollout import Rollout, with_place_behind
 from relax.trainers.rl_trainer import Collected, RLTrainer, difference_metrics
-from relax.trainers.rollout import Rollout, with_place_behind
 from relax.trainers.state import TrainState, initial_weights
 from relax.trainers.update import (
     LossOutput,

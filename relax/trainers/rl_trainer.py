@@ -23,16 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax import distributed, fault, parallel
+from relax import fault, parallel
 from relax.losses import IGNORED
 from relax.losses.logprobs import TokenLogprobs, linear_logprobs
 from relax.losses.masked import masked_mean
 from relax.losses.policy import log_ratios
 from relax.models.forward import completion_states
+from relax.parallel import processes
 from relax.rewards import Environment, RewardRunner
 from relax.sampling import SamplingConfig, generate
-from relax.trainers.episodes import play
-from relax.trainers.rollout import (
+from relax.trainers.rl.episodes import play
+from relax.trainers.rl.rollout import (
     Collected,
     Rollout,
     completion_records,
@@ -42,7 +43,7 @@ from relax.trainers.rollout import (
     rollout_metrics,
     with_end,
 )
-from relax.trainers.sharing import judged, shared_scores
+from relax.trainers.rl.scoring import judged, shared_scores
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import Annotated, Trainer
 from relax.trainers.update import Max, Mean
@@ -318,7 +319,7 @@ class RLTrainer(Trainer):
         key = jax.random.fold_in(jax.random.fold_in(state.rng, EVALUATION), index)
         step, state = int(state.step), state.replace(params=params)
         rollout = self.generate(state, item, key, self.eval_sampling)
-        alone = distributed.count() == 1
+        alone = processes.count() == 1
         collected = self.judged(rollout, step) if alone else lambda: self.score(rollout, step)
 
         def part() -> tuple:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from relax import parallel
 from relax.models.trainable import partition
-from relax.trainers import optimizer as optimizers
+from relax.optimizers import optimizers as optimizers
 
 
 @flax.struct.dataclass

@@ -24,9 +24,9 @@ import optax
 
 from relax import fault, parallel
 from relax.models.trainable import merge
+from relax.optimizers import optimizers as optimizers
 from relax.trainers import callback as hooks
 from relax.trainers import evaluation
-from relax.trainers import optimizer as optimizers
 from relax.trainers.callback import Event
 from relax.trainers.interrupt import Interrupt
 from relax.trainers.items import items_of

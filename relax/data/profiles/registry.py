@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+from relax.config.imports import load_object
 from relax.config.names import suggestion
 from relax.data.profiles.base import DataProfile
 from relax.data.profiles.chain_of_thought import ChainOfThoughtProfile
@@ -12,7 +13,6 @@ from relax.data.profiles.emoji_think import EmojiThinkProfile
 from relax.data.profiles.regime3 import Regime3Profile
 from relax.data.profiles.tool_use import ToolUseProfile
 from relax.errors import ConfigError
-from relax.objects import load_object
 
 DEFAULT = "chat"
 AUTO = "auto"  # see `relax.data.profiles.auto`

@@ -3,12 +3,12 @@
 from rich.console import Console
 
 from relax.config import TrainerConfig
-from relax.recipes.dpo import DPORecipe
-from relax.recipes.grpo import GRPORecipe
-from relax.recipes.ppo import PPORecipe
-from relax.recipes.recipe import Datasets, Recipe
-from relax.recipes.reward import RewardRecipe
-from relax.recipes.sft import SFTRecipe
+from relax.engine.recipes.dpo import DPORecipe
+from relax.engine.recipes.grpo import GRPORecipe
+from relax.engine.recipes.ppo import PPORecipe
+from relax.engine.recipes.recipe import Datasets, Recipe
+from relax.engine.recipes.reward import RewardRecipe
+from relax.engine.recipes.sft import SFTRecipe
 
 RECIPES: dict[str, type[Recipe]] = {
     "sft": SFTRecipe,

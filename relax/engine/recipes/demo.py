@@ -7,9 +7,9 @@ from rich.console import Console
 
 from relax import data
 from relax.config import SFTConfig
-from relax.recipes.sft import SFTRecipe
+from relax.engine.recipes.sft import SFTRecipe
+from relax.optimizers.optimizers import adamw, learning_rate_schedule
 from relax.trainers import SFTTrainer
-from relax.trainers.optimizer import adamw, learning_rate_schedule
 
 SHARE = 0.5  # of sums that are right when the warm-up of a policy ends
 CHUNK, MOST = 10, 800  # updates between two looks, and at most

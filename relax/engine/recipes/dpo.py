@@ -6,9 +6,9 @@ import numpy as np
 
 from relax.callbacks.reference import ReferenceLogprobs
 from relax.config.dpo import KTO
+from relax.engine.recipes.pairs import PairsRecipe
+from relax.engine.recipes.recipe import Datasets
 from relax.models.trainable import merge
-from relax.recipes.pairs import PairsRecipe
-from relax.recipes.recipe import Datasets
 from relax.trainers import DPOTrainer
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from relax.recipes.rl import RLRecipe
+from relax.engine.recipes.rl import RLRecipe
 from relax.trainers import GRPOTrainer
 
 

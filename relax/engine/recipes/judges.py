@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from relax.assemble import end_tokens, make_tokenizer
-from relax.reward_model import PREFIX, ModelReward, reward_functions
+from relax.engine.model_source import end_tokens, make_tokenizer
+from relax.engine.reward_model import PREFIX, ModelReward, reward_functions
 
 
 def reward_functions_of(config) -> list:

@@ -2,13 +2,12 @@
 
 import numpy as np
 
-from relax.assemble import data_seed
-from relax.collect import Collector
 from relax.data import PreferenceLoader, Preferences, prepare_preferences
-from relax.errors import DataError
+from relax.engine.model_source import data_seed
+from relax.engine.recipes.demo import CHUNK, MOST, SHARE, warm_up
+from relax.engine.recipes.recipe import Datasets, Recipe
+from relax.errors import Collector, DataError
 from relax.models import TransformerConfig
-from relax.recipes.recipe import Datasets, Recipe
-from relax.recipes.warm_up import CHUNK, MOST, SHARE, warm_up
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 

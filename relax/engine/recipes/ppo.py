@@ -4,14 +4,14 @@ import dataclasses
 
 import jax
 
-from relax.assemble import load_model, load_tokenizer, make_optimizer
+from relax.engine.model_source import load_model, load_tokenizer, make_optimizer
+from relax.engine.recipes.rl import RLRecipe
 from relax.errors import ConfigError
 from relax.models import TransformerConfig, read_pretrained_config
-from relax.models.classifiers import load_classifier
-from relax.models.directories import find_directory
-from relax.models.peft import is_adapter_directory
-from relax.models.pretrained import is_classifier
-from relax.recipes.rl import RLRecipe
+from relax.models.huggingface.classifiers import load_classifier
+from relax.models.huggingface.directories import find_directory
+from relax.models.huggingface.peft import is_adapter_directory
+from relax.models.huggingface.pretrained import is_classifier
 from relax.sampling.config import longest
 from relax.trainers import PPOTrainer
 from relax.trainers.ppo_trainer import COPY

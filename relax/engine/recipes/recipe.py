@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from relax import assemble
 from relax.config import TrainerConfig
 from relax.data import Rows, profiles
+from relax.engine import model_source
 from relax.errors import ConfigError
 from relax.models import TransformerConfig, save_pretrained
 from relax.trainers import Trainer, TrainState
@@ -67,7 +67,7 @@ class Recipe(abc.ABC):
 
         What is trained on comes first; `given` is as for `datasets`.
         """
-        train, evaluation = assemble.source_rows(self.config, given)
+        train, evaluation = model_source.source_rows(self.config, given)
         if not isinstance(evaluation, dict):
             evaluation = {} if evaluation is None else {"": evaluation}
         self._evaluations = {
@@ -158,7 +158,7 @@ class Recipe(abc.ABC):
 
     def make_model(self, *, weights: bool):
         """The model, and its parameters where it has any to begin with and `weights` asks."""
-        return assemble.make_model(self.config, weights=weights)
+        return model_source.make_model(self.config, weights=weights)
 
     def save(self, path: Path, model, params, tokenizer, generation_config) -> Path:
         """Writes the trained model, adapters merged, as a Hugging Face directory."""
@@ -170,11 +170,11 @@ class Recipe(abc.ABC):
 
     def optimizer(self, steps: int):
         """What `trainer` gets as its optimizer, for a run of so many updates."""
-        return assemble.make_optimizer(self.config, steps)
+        return model_source.make_optimizer(self.config, steps)
 
     def start(self, trainer: Trainer, params) -> TrainState:
         """The state before the first update; `params` (or None: fresh ones) are taken over."""
-        return assemble.make_state(trainer, params, self.config.hyperparams.seed)
+        return model_source.make_state(trainer, params, self.config.hyperparams.seed)
 
     def fresh_params(self, model, tokenizer):
         """Parameters to begin from where no model is named; None: those that the key makes."""

@@ -2,12 +2,12 @@
 
 import jax
 
-from relax import assemble
-from relax.models.classifiers import load_classifier, padded, save_classifier
-from relax.models.directories import find_directory
+from relax.engine import model_source
+from relax.engine.recipes.pairs import PairsRecipe, with_wrong_sums
 from relax.models.heads import init_head, trunk, with_head
-from relax.models.pretrained import is_classifier
-from relax.recipes.pairs import PairsRecipe, with_wrong_sums
+from relax.models.huggingface.classifiers import load_classifier, padded, save_classifier
+from relax.models.huggingface.directories import find_directory
+from relax.models.huggingface.pretrained import is_classifier
 from relax.trainers import RewardTrainer
 
 # By how much wrong sums are off. A policy errs in every way, and finds what was never called wrong.
@@ -25,7 +25,7 @@ class RewardRecipe(PairsRecipe):
         return with_wrong_sums(rows, OFFS, each=3)
 
     def make_model(self, *, weights: bool):
-        model, params = assemble.make_model(self.config, weights=weights, load=self._load)
+        model, params = model_source.make_model(self.config, weights=weights, load=self._load)
         return trunk(model), params
 
     def trainer(self, model, tokenizer, optimizer, callbacks: tuple) -> RewardTrainer:
@@ -59,7 +59,7 @@ class RewardRecipe(PairsRecipe):
         directory = find_directory(path)
         if (directory / "config.json").is_file() and is_classifier(directory):
             return load_classifier(directory, dtype, **options)
-        model, params = assemble.load_model(path, dtype, **options)
+        model, params = model_source.load_model(path, dtype, **options)
         self.console.print(
             f"the head is fresh: '{path}' is a language model, which has none", markup=False
         )

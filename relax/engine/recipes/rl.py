@@ -5,16 +5,15 @@ import dataclasses
 import json
 import zlib
 
-from relax.assemble import data_seed, end_tokens
 from relax.callbacks.completions import Completions, RewardCounters
 from relax.callbacks.warnings import RewardWarnings
-from relax.collect import Collector
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
-from relax.errors import DataError
+from relax.engine.model_source import data_seed, end_tokens
+from relax.engine.recipes.demo import CHUNK, MOST, warm_up
+from relax.engine.recipes.judges import reward_functions_of, shortest
+from relax.engine.recipes.recipe import Datasets, Recipe
+from relax.errors import Collector, DataError
 from relax.models import TransformerConfig
-from relax.recipes.judges import reward_functions_of, shortest
-from relax.recipes.recipe import Datasets, Recipe
-from relax.recipes.warm_up import CHUNK, MOST, warm_up
 from relax.rewards import RewardRunner, load_environment
 from relax.sampling import SamplingConfig
 from relax.sampling.config import longest

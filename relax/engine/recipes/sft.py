@@ -3,11 +3,10 @@
 import zlib
 
 from relax import data
-from relax.assemble import data_seed
-from relax.collect import Collector
-from relax.errors import DataError
+from relax.engine.model_source import data_seed
+from relax.engine.recipes.recipe import Datasets, Recipe
+from relax.errors import Collector, DataError
 from relax.models import TransformerConfig
-from relax.recipes.recipe import Datasets, Recipe
 from relax.trainers import SFTTrainer
 
 

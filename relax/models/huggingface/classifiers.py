@@ -13,12 +13,11 @@ import jax.numpy as jnp
 
 from relax.errors import ModelLoadError
 from relax.models.config import TransformerConfig
-from relax.models.cut import read_params
-from relax.models.directories import find_directory, read_json
 from relax.models.families import Family, family_of
 from relax.models.families.family import FOLLOWING
 from relax.models.heads import HEAD
-from relax.models.pretrained import (
+from relax.models.huggingface.directories import find_directory, read_json
+from relax.models.huggingface.pretrained import (
     CLASSIFIER,
     TOKEN_IDS,
     expected_in,
@@ -26,8 +25,9 @@ from relax.models.pretrained import (
     read_config,
     write_model,
 )
-from relax.models.shards import check_tensors, tensor_files
-from relax.models.tensors import Part, Tensors, expected_tensors, shape_of
+from relax.models.huggingface.sharded_read import read_params
+from relax.models.huggingface.shards import check_tensors, tensor_files
+from relax.models.huggingface.tensors import Part, Tensors, expected_tensors, shape_of
 from relax.models.transformer import Transformer
 
 TENSOR = "score.weight"

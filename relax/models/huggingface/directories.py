@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relax.errors import ModelLoadError, RelaxError
-from relax.gguf_file import is_gguf
+from relax.tools.gguf.file import is_gguf
 
 MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 JSON_BYTES = 50_000_000  # the longest indices of real models are a fifth of that

@@ -14,17 +14,18 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from relax import distributed, parallel
+from relax import parallel
 from relax.errors import ModelLoadError
-from relax.models import shards
 from relax.models.config import LoRA
-from relax.models.directories import new_directory, read_json, write_json
 from relax.models.families import family_of
 from relax.models.families.family import LAYER
+from relax.models.huggingface import shards
+from relax.models.huggingface.directories import new_directory, read_json, write_json
+from relax.models.huggingface.pretrained import load_pretrained
 from relax.models.lora import ADAPTER, ALL_LINEAR, merge_adapters, target_layers
-from relax.models.pretrained import load_pretrained
 from relax.models.trainable import merge
 from relax.models.transformer import Transformer
+from relax.parallel import processes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -160,7 +161,7 @@ def save_adapter(
         ranks[name] = a.shape[0]
         tensors |= zip(_tensor_names(name), (a, b), strict=True)
     fields = _fields(model.lora, list(modules), ranks) | {"base_model_name_or_path": base}
-    if not distributed.is_main():
+    if not processes.is_main():
         return Path(path)
     with new_directory(path) as (temporary, final):
         shards.write_shard(temporary / WEIGHTS, tensors)

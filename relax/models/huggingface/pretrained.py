@@ -12,18 +12,24 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from relax import distributed
 from relax.errors import ModelLoadError
-from relax.gguf_file import is_gguf
 from relax.models.config import TransformerConfig
-from relax.models.cut import read_params
-from relax.models.directories import find_directory, new_directory, read_json, some, write_json
 from relax.models.families import Family, family_of
 from relax.models.families.family import FOLLOWING
-from relax.models.gguf import load_gguf, read_gguf_config, read_gguf_ends
-from relax.models.shards import are_equal, check_tensors, tensor_files, write_shards
-from relax.models.tensors import Tensors, disassemble, expected_tensors, shape_of
+from relax.models.huggingface.directories import (
+    find_directory,
+    new_directory,
+    read_json,
+    some,
+    write_json,
+)
+from relax.models.huggingface.sharded_read import read_params
+from relax.models.huggingface.shards import are_equal, check_tensors, tensor_files, write_shards
+from relax.models.huggingface.tensors import Tensors, disassemble, expected_tensors, shape_of
 from relax.models.transformer import Transformer
+from relax.parallel import processes
+from relax.tools.gguf.convert import load_gguf, read_gguf_config, read_gguf_ends
+from relax.tools.gguf.file import is_gguf
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERATION = "generation_config.json"
@@ -134,7 +140,7 @@ def write_model(
         dtype = jnp.result_type(*(leaf.dtype for leaf in flat.values()))
     dtype = np.dtype(dtype)
     sizes = {n: int(np.prod(shape_of(parts))) * dtype.itemsize for n, parts in expected.items()}
-    if not distributed.is_main():  # takes part in gathering what lies in several processes
+    if not processes.is_main():  # takes part in gathering what lies in several processes
         for parts in expected.values():
             disassemble(parts, flat, dtype)
         return Path(path)

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from relax import parallel
-from relax.models.shards import open_tensors, read_tensors
-from relax.models.tensors import Part, Tensors, assemble, output_axis
+from relax.models.huggingface.shards import open_tensors, read_tensors
+from relax.models.huggingface.tensors import Part, Tensors, assemble, output_axis
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop in every dimension
 Read = Callable[[str, Bounds], np.ndarray]

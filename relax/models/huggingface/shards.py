@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from relax.errors import ModelLoadError
-from relax.models.directories import file_of, read_json, some, write_json
+from relax.models.huggingface.directories import file_of, read_json, some, write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from relax.errors import ModelLoadError
-from relax.gguf_file import GGUFFile, read_gguf
 from relax.models.config import TransformerConfig
-from relax.models.directories import some
 from relax.models.families import Family, family_of
-from relax.models.gguf_fields import ROPE_FREQS, architecture_of, hugging_face_fields
-from relax.models.tensors import assemble, expected_tensors, shape_of
+from relax.models.huggingface.directories import some
+from relax.models.huggingface.tensors import assemble, expected_tensors, shape_of
+from relax.tools.gguf.fields import ROPE_FREQS, architecture_of, hugging_face_fields
+from relax.tools.gguf.file import GGUFFile, read_gguf
 
 # Tensors there -> here; `{}` is the number of an expert, whose matrices lie together there.
 TOP = {

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from relax.errors import ModelLoadError
-from relax.gguf_file import GGUFFile
 from relax.models.config import Rope, RopeScaling
-from relax.models.directories import some
+from relax.models.huggingface.directories import some
 from relax.models.rotary import frequencies
+from relax.tools.gguf.file import GGUFFile
 
 # Keys of every architecture, after its name, and the fields of config.json that say the same.
 FIELDS = {

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from relax.errors import ModelLoadError
-from relax.gguf_file import read_gguf
+from relax.tools.gguf.file import read_gguf
 
 _BEGIN = r"[^\r\n\p{L}\p{N}]?"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"

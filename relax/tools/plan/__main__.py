@@ -4,7 +4,7 @@ import os
 import sys
 
 from relax.config.cli import run
-from relax.config.plan import PlanConfig, count_of
+from relax.tools.plan.config import PlanConfig, count_of
 
 
 def main(config: PlanConfig) -> None:
@@ -16,7 +16,7 @@ def main(config: PlanConfig) -> None:
     if topology.startswith("cpu:"):
         flag = f"--xla_force_host_platform_device_count={count_of(topology)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    from relax.parallel.plan import plan
+    from relax.tools.plan.plan import plan
 
     print("\n".join(plan(config)))
 

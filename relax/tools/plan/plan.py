@@ -16,18 +16,19 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from relax import memory, parallel
-from relax.config.plan import PlanConfig
+from relax import parallel
+from relax.engine import memory
 from relax.errors import ConfigError
 from relax.models import Transformer, TransformerConfig, kernels, read_pretrained_config
 from relax.models.families import family_of
-from relax.parallel.chips import CHIPS
-from relax.parallel.hlo import Traffic, collectives
+from relax.optimizers.optimizers import OPTIMIZERS
 from relax.parallel.mesh import BATCH
 from relax.sampling import step
 from relax.sampling.distribution import Rules
+from relax.tools.plan.chips import CHIPS
+from relax.tools.plan.config import PlanConfig
+from relax.tools.plan.hlo import Traffic, collectives
 from relax.trainers import SFTTrainer
-from relax.trainers.optimizer import OPTIMIZERS
 
 DEPTHS = (2, 4)  # of which the rest is told; one layer lets the compiler order things otherwise
 

@@ -3,16 +3,16 @@
 import os
 
 from relax.config.cli import run
-from relax.config.sample import SampleConfig
+from relax.tools.sample.config import SampleConfig
 
 
 def main(config: SampleConfig) -> None:
     # It would say that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from relax.cpu import prepare_cpu
+    from relax.parallel.cpu import prepare_cpu
 
     prepare_cpu()  # before jax starts its threads
-    from relax.sample import sample
+    from relax.tools.sample.sample import sample
 
     sample(config)
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from relax import data
-from relax.assemble import end_tokens, load_model, load_tokenizer
-from relax.config.sample import SampleConfig
 from relax.data.profiles import apply_profile, remaining_system_prompt, resolve_profile
+from relax.engine.model_source import end_tokens, load_model, load_tokenizer
 from relax.errors import ConfigError, DataError
-from relax.run_dir import atomic_write
+from relax.files import atomic_write
 from relax.sampling import SamplingConfig, generate
+from relax.tools.sample.config import SampleConfig
 
 
 def sample(config: SampleConfig) -> None:

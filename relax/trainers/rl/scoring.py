@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from relax import distributed
+from relax.parallel import processes
 from relax.rewards import RewardRunner, collect_columns
-from relax.trainers.rollout import (
+from relax.trainers.rl.rollout import (
     Collected,
     Rollout,
     collect_scores,
@@ -65,14 +65,14 @@ def shared_scores(
       everywhere: all compute all of it, since the function itself runs on their devices; what
         counts is what process 0 found.
     """
-    count = distributed.count()
+    count = processes.count()
     if count == 1:
         return score(rollout)
     if everywhere:
-        told = distributed.gather(_told(score(rollout)))[:1]
+        told = processes.gather(_told(score(rollout)))[:1]
     else:
-        mine = np.array_split(np.arange(len(rollout.rows)), count)[distributed.index()]
-        told = distributed.gather(_told(score(rollout.take(mine))) if mine.size else None)
+        mine = np.array_split(np.arange(len(rollout.rows)), count)[processes.index()]
+        told = processes.gather(_told(score(rollout.take(mine))) if mine.size else None)
     return _joined(rollout, [part for part in told if part is not None])
 
 

@@ -1,0 +1,63 @@
+"""What a resumed run may change about its configuration."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+
+from relax.errors import ConfigError
+
+# Fields that say where and when things are written, not what is computed.
+FREE_FIELDS = frozenset(
+    "output_dir resume overwrite_output_dir allow_config_change config print_config "
+    "compilation_cache_dir grace_s print_examples dry_run "
+    "num_samples max_new_tokens report_to run_name profile_steps max_nonfinite_steps "
+    "mesh sharding_rules coordinator num_processes process_id heartbeat_s".split()
+)
+FREE_PREFIX = "save_"
+
+
+def check_same_config(old: Mapping, new: Mapping, allow: Iterable[str] = ()) -> list[str]:
+    """Refuses to resume under a configuration that would compute something else.
+
+    Args:
+      old, new: flat dicts of fields, `old` as read from config.json.
+      allow: fields that may differ, besides `FREE_FIELDS` and those that begin with `save_`.
+
+    Returns:
+      The allowed differences as `name: old -> new`, for the log.
+
+    Raises:
+      ConfigError: a field differs that may not, or `allow` names no field.
+
+    Example:
+      >>> check_same_config({"seed": 1, "save_steps": 5}, {"seed": 2, "save_steps": 9}, ["seed"])
+      ['seed: 1 -> 2']
+    """
+    names = sorted(set(old) | set(new))
+    allow = set(allow)
+    for name in sorted(allow - set(names)):
+        close = difflib.get_close_matches(name, names, 1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"allow_config_change must name fields, got '{name}'.{hint}")
+    changed = {}
+    for name in names:
+        if name in FREE_FIELDS or name.startswith(FREE_PREFIX):
+            continue
+        before, after = _as_json(old, name), _as_json(new, name)
+        if before != after:
+            changed[name] = f"{name}: {before} -> {after}"
+    refused = [name for name in changed if name not in allow]
+    if refused:
+        lines = "\n".join(f"  {changed[name]}" for name in refused)
+        wanted = ",".join(sorted(set(refused) | (allow & set(changed))))
+        raise ConfigError(
+            f"a resumed run must have the configuration that it began with, and this differs:\n"
+            f"{lines}\nUndo the change, pass --allow_config_change {wanted} to go on all the same, "
+            "or start anew in another --output_dir."
+        )
+    return list(changed.values())
+
+
+def _as_json(fields: Mapping, name: str) -> str:
+    """A field as config.json has it, so that a tuple equals the list it was written as."""
+    return json.dumps(fields[name], sort_keys=True, default=str) if name in fields else "(absent)"
