@@ -56,11 +56,11 @@ class NonFiniteError(RelaxError, FloatingPointError):
     """Loss or gradient of several updates in a row were not finite."""
 
 
-class Collector:
-    """Notes the errors of what is done in `with collector.noting():` and goes on behind it.
+class ErrorList:
+    """Notes the errors of what is done in `with collector.catch():` and goes on behind it.
 
-    >>> found = Collector()
-    >>> with found.noting():
+    >>> found = ErrorList()
+    >>> with found.catch():
     ...     raise RelaxError("one")
     >>> found.errors
     [RelaxError('one')]
@@ -70,7 +70,7 @@ class Collector:
         self.errors: list[RelaxError] = []
 
     @contextlib.contextmanager
-    def noting(self) -> Iterator[None]:
+    def catch(self) -> Iterator[None]:
         try:
             yield
         except RelaxError as error:

@@ -203,7 +203,7 @@ def run_dpo(packed):
     state = trainer.create_train_state(jax.random.key(1))
     for _ in range(2):
         for batch in loader:
-            state, metrics = trainer.train_step(state, parallel.place_batch(batch))
+            state, metrics = trainer.train_step(state, parallel.shard_batch(batch))
             metrics.pop("rewards/accuracies")  # of ties, before the first update
             losses.append({name: float(value) for name, value in metrics.items()})
     logprobs = trainer.answer_logprobs(state.params, next(iter(loader)))
@@ -250,7 +250,7 @@ def run_rl(make, **options):
     for _ in range(2):
         for note in trainer.make_batches(state, item):
             texts += [record["completion"] for record in note.records]
-            state, metrics = trainer.train_step(state, parallel.place_batch(note.batch))
+            state, metrics = trainer.train_step(state, parallel.shard_batch(note.batch))
             losses.append({n: float(metrics[n]) for n in metrics if "skipped" not in n})
     return texts, losses, jax.tree.map(np.asarray, state.params)
 
@@ -286,7 +286,7 @@ def check_sampler():
 
     def tokens():
         key = jax.random.key(5)
-        out = generate(model, parallel.placed(params), PROMPTS, key, config, decode=decode)
+        out = generate(model, parallel.shard(params), PROMPTS, key, config, decode=decode)
         return [list(map(int, c)) for c in out.completions], out.logprobs
 
     decode = Letters().decode
@@ -355,7 +355,7 @@ def check_weights_are_read_in_parts():
 def check_a_batch_that_does_not_divide_is_refused():
     with use("data=8"):
         try:
-            parallel.place_batch({"x": np.zeros((12, 2))})
+            parallel.shard_batch({"x": np.zeros((12, 2))})
         except ValueError as error:
             return str(error)
     raise AssertionError("12 rows on 8 devices")

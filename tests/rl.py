@@ -103,7 +103,7 @@ def rollout_of(ids, lengths, rows=None, logprobs=None, seed=0) -> Rollout:
         logprobs=np.where(real, logprobs, np.nan).astype(np.float32),
         finish=np.where(last == EOS, "eos", "length"),
         texts=texts,
-        given=np.full((P, G), np.nan),
+        environment_rewards=np.full((P, G), np.nan),
     )
 
 

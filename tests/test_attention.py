@@ -15,7 +15,7 @@ import pytest
 from relax.errors import ConfigError
 from relax.models import Transformer, TransformerConfig, kernels
 from relax.models.attention import attend, attention_mask
-from relax.models.kernels import Device, Need, choose, refusal, summary
+from relax.models.kernels import AttentionSpec, Device, choose, refusal, summary
 
 B, T, K, G, H = 2, 90, 2, 3, 8
 CPU, TPU = Device("cpu"), Device("tpu")
@@ -234,22 +234,52 @@ def test_both_kinds_of_layer_run_splash(monkeypatch, policy, forward):
 @pytest.mark.parametrize(
     "asked, device, need, expected",
     [
-        ("auto", CPU, Need("float32", 64), ("xla", "cpu")),
-        ("auto", Device("rocm"), Need("bfloat16", 64), ("xla", "rocm")),
-        ("auto", AMPERE, Need("bfloat16", 128), ("cudnn", "cuda")),
-        ("auto", Device("cuda"), Need("float16", 64), ("cudnn", "cuda")),
-        ("auto", AMPERE, Need("float32", 64), ("xla", "cuDNN has no attention in float32")),
-        ("auto", HOPPER, Need("bfloat16", 256), ("cudnn", "cuda")),
-        ("auto", AMPERE, Need("bfloat16", 256), ("xla", "up to 128 in steps of 8, and it is 256")),
-        ("auto", HOPPER, Need("bfloat16", 84), ("xla", "up to 256 in steps of 8, and it is 84")),
-        ("auto", HOPPER, Need("bfloat16", 64, softcap=50.0), ("xla", "soft-capping is not in")),
-        ("auto", HOPPER, Need("bfloat16", 64, window=512), ("cudnn", "cuda")),
-        ("auto", Device("cuda", (7, 5)), Need("float16", 64), ("xla", "8.0, and this is 7.5")),
-        ("auto", HOPPER, Need("bfloat16", 64, length=33), ("xla", "they have 33 tokens")),
-        ("auto", HOPPER, Need("bfloat16", 64, length=33, segments=False), ("cudnn", "cuda")),
-        ("auto", TPU, Need("float32", 80, window=9, softcap=50.0), ("splash", "tpu")),
-        ("xla", HOPPER, Need("bfloat16", 64), ("xla", "cuda")),
-        ("splash", TPU, Need("bfloat16", 64), ("splash", "tpu")),
+        ("auto", CPU, AttentionSpec("float32", 64), ("xla", "cpu")),
+        ("auto", Device("rocm"), AttentionSpec("bfloat16", 64), ("xla", "rocm")),
+        ("auto", AMPERE, AttentionSpec("bfloat16", 128), ("cudnn", "cuda")),
+        ("auto", Device("cuda"), AttentionSpec("float16", 64), ("cudnn", "cuda")),
+        (
+            "auto",
+            AMPERE,
+            AttentionSpec("float32", 64),
+            ("xla", "cuDNN has no attention in float32"),
+        ),
+        ("auto", HOPPER, AttentionSpec("bfloat16", 256), ("cudnn", "cuda")),
+        (
+            "auto",
+            AMPERE,
+            AttentionSpec("bfloat16", 256),
+            ("xla", "up to 128 in steps of 8, and it is 256"),
+        ),
+        (
+            "auto",
+            HOPPER,
+            AttentionSpec("bfloat16", 84),
+            ("xla", "up to 256 in steps of 8, and it is 84"),
+        ),
+        (
+            "auto",
+            HOPPER,
+            AttentionSpec("bfloat16", 64, softcap=50.0),
+            ("xla", "soft-capping is not in"),
+        ),
+        ("auto", HOPPER, AttentionSpec("bfloat16", 64, window=512), ("cudnn", "cuda")),
+        (
+            "auto",
+            Device("cuda", (7, 5)),
+            AttentionSpec("float16", 64),
+            ("xla", "8.0, and this is 7.5"),
+        ),
+        ("auto", HOPPER, AttentionSpec("bfloat16", 64, length=33), ("xla", "they have 33 tokens")),
+        (
+            "auto",
+            HOPPER,
+            AttentionSpec("bfloat16", 64, length=33, segments=False),
+            ("cudnn", "cuda"),
+        ),
+        ("auto", TPU, AttentionSpec("float32", 80, window=9, softcap=50.0), ("splash", "tpu")),
+        ("xla", HOPPER, AttentionSpec("bfloat16", 64), ("xla", "cuda")),
+        ("splash", TPU, AttentionSpec("bfloat16", 64), ("splash", "tpu")),
     ],
 )
 def test_the_platforms_kernel_is_chosen_where_it_can_do_what_a_layer_needs(
@@ -262,9 +292,19 @@ def test_the_platforms_kernel_is_chosen_where_it_can_do_what_a_layer_needs(
 @pytest.mark.parametrize(
     "asked, device, need, reason",
     [
-        ("cudnn", CPU, Need("bfloat16", 64), "cuDNN is for NVIDIA GPUs, and this is a cpu"),
-        ("splash", AMPERE, Need("bfloat16", 64), "splash is for TPUs, and this is a cuda"),
-        ("cudnn", HOPPER, Need("bfloat16", 64, softcap=30.0), "soft-capping is not in cuDNN"),
+        (
+            "cudnn",
+            CPU,
+            AttentionSpec("bfloat16", 64),
+            "cuDNN is for NVIDIA GPUs, and this is a cpu",
+        ),
+        ("splash", AMPERE, AttentionSpec("bfloat16", 64), "splash is for TPUs, and this is a cuda"),
+        (
+            "cudnn",
+            HOPPER,
+            AttentionSpec("bfloat16", 64, softcap=30.0),
+            "soft-capping is not in cuDNN",
+        ),
     ],
 )
 def test_a_path_that_is_asked_for_and_cannot_is_refused_with_the_reason(
@@ -283,29 +323,29 @@ def test_the_summary_counts_layers_by_choice():
 def test_a_kernel_that_fails_on_the_device_gives_way_to_xla(monkeypatch):
     monkeypatch.setattr(kernels, "this_device", lambda: HOPPER)
     model = Transformer(SHAPE, jnp.dtype(jnp.bfloat16))
-    settled, line = kernels.settle(model, 16)
+    settled, line = kernels.select_attention(model, 16)
     assert settled.attn_implementation == "xla"
     assert line.startswith("xla (cudnn fails on this device: ")
     with pytest.raises(ConfigError, match="attn_implementation cudnn .* fails on this device"):
-        kernels.settle(model.clone(attn_implementation="cudnn"), 16)
+        kernels.select_attention(model.clone(attn_implementation="cudnn"), 16)
 
 
 def test_a_kernel_that_computes_something_else_gives_way_to_xla(monkeypatch):
     monkeypatch.setattr(kernels, "this_device", lambda: TPU)
     right = functools.partial(kernels._splash, interpret=True)
-    monkeypatch.setattr(kernels, "trial", functools.partial(kernels.trial, T=128))
+    monkeypatch.setattr(kernels, "check_kernel", functools.partial(kernels.check_kernel, T=128))
     model = Transformer(dataclasses.replace(SHAPE, layer_types=()))
     monkeypatch.setattr(kernels, "_splash", right)
-    assert kernels.settle(model, 16) == (model, "splash (tpu)")
+    assert kernels.select_attention(model, 16) == (model, "splash (tpu)")
 
     def blind(q, k, v, segment_ids, *rest, **options):
         return right(q, k, v, None, *rest, **options)
 
     monkeypatch.setattr(kernels, "_splash", blind)
-    settled, line = kernels.settle(model, 16)
+    settled, line = kernels.select_attention(model, 16)
     assert settled.attn_implementation == "xla" and "other gradients than XLA" in line
 
 
 def test_rows_without_a_kernel_need_none_to_be_tried():
     model = Transformer(SHAPE)
-    assert kernels.settle(model, 16) == (model, "xla (cpu)")
+    assert kernels.select_attention(model, 16) == (model, "xla (cpu)")

@@ -9,7 +9,7 @@ from relax.models import Transformer, TransformerConfig
 from relax.rewards import Observation
 from relax.sampling import SamplingConfig
 from relax.trainers import GRPOTrainer
-from relax.trainers.rl.episodes import play
+from relax.trainers.rl.episodes import rollout_episodes
 
 A, STOP, EOS, SHOWN = 3, 4, 1, 7  # ids; each is the text of a letter
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -80,7 +80,7 @@ SAMPLING = SamplingConfig(max_new_tokens=16, n=4, eos_token_ids=(EOS,), logit_bi
 @pytest.fixture(scope="module")
 def played(model_and_params):
     log = []
-    item, out, rewards = play(
+    item, out, rewards = rollout_episodes(
         *model_and_params, ITEM, jax.random.key(1), SAMPLING, lambda: Echo(log), encode, decode
     )
     return item, out, rewards, log
@@ -145,7 +145,7 @@ def test_beginnings_that_differ_within_a_group_are_refused(model_and_params):
 
     log = []
     with pytest.raises(ValueError, match="the same beginning, and Fickle.reset does not"):
-        play(
+        rollout_episodes(
             *model_and_params,
             ITEM,
             jax.random.key(1),

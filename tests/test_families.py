@@ -36,7 +36,7 @@ from relax.errors import ModelLoadError
 from relax.models import RopeScaling, load_pretrained, read_pretrained_config, save_pretrained
 from relax.models.families import FAMILIES, family_of
 from relax.models.families.family import STACKED_EXPERTS
-from relax.models.huggingface.tensors import disassemble, expected_tensors
+from relax.models.huggingface.tensors import expected_tensors, from_params
 
 WITH_EXPERTS = [name for name in ROWS if config_of(name).num_experts]
 
@@ -144,7 +144,7 @@ def test_gradients_equal_those_of_transformers(name, tmp_path):
     references = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
     assert len(references) == len(expected)
     for tensor, parts in expected.items():
-        ours, reference = disassemble(parts, flat, np.float32), references[tensor]
+        ours, reference = from_params(parts, flat, np.float32), references[tensor]
         np.testing.assert_allclose(ours, reference, atol=1e-4 * np.abs(reference).max())
         assert np.abs(reference).max() > 0, tensor
 
@@ -239,7 +239,7 @@ def test_a_configuration_is_read_as_it_was_written(name):
         (
             "mistral",
             {"no_rope_layers": (1,)},
-            "a mistral model cannot have layer 1 Layer.*rope=None",
+            "a mistral model cannot have layer 1 LayerSpec.*rope=None",
         ),
         (
             "qwen3",
@@ -300,7 +300,7 @@ def layers_of(model_type, fields, count=6):
     config = read({"model_type": model_type, **SMALL, **fields, "num_hidden_layers": count})
     return " ".join(
         ("s" if layer.window else "f") + "n" * (layer.rope is None) + "e" * layer.experts
-        for layer in config.layer_kinds
+        for layer in config.layers
     )
 
 

@@ -174,7 +174,7 @@ def test_linear_and_yarn_scaling_are_read(tmp_path):
 
 def test_the_scaling_of_gemma_3_is_of_its_full_layers_alone(tmp_path):
     scaling = {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}
-    layers = sizes(tmp_path / "a.gguf", "gemma3", **scaling).layer_kinds
+    layers = sizes(tmp_path / "a.gguf", "gemma3", **scaling).layers
     assert [layer.window for layer in layers] == [5, 5, 5, 5, 5, None]
     assert layers[5].rope.scaling == RopeScaling("linear", 8.0)
     assert (layers[0].rope.theta, layers[0].rope.scaling) == (10000.0, None)
@@ -182,10 +182,10 @@ def test_the_scaling_of_gemma_3_is_of_its_full_layers_alone(tmp_path):
 
 def test_the_period_and_the_local_base_of_gemma_3_are_the_file_s_where_it_has_them(tmp_path):
     own = {"attention__sliding_window_pattern": 2, "rope__freq_base_swa": 77.0}
-    layers = sizes(tmp_path / "a.gguf", "gemma3", **own).layer_kinds
+    layers = sizes(tmp_path / "a.gguf", "gemma3", **own).layers
     assert [layer.window for layer in layers] == [5, None, 5, None, 5, None]
     assert layers[0].rope.theta == 77.0
-    layers = sizes(tmp_path / "b.gguf", "gemma3", attention__sliding_window=None).layer_kinds
+    layers = sizes(tmp_path / "b.gguf", "gemma3", attention__sliding_window=None).layers
     assert [layer.window for layer in layers] == [None] * 6
 
 

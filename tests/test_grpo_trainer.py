@@ -15,7 +15,7 @@ from rl import EOS, TABLE, Letters, TableTrainer, V, items_of, rollout_of
 from relax.config.rl import GRPOSection
 from relax.sampling import SamplingConfig
 from relax.trainers import GRPOTrainer, grpo_trainer
-from relax.trainers.rl_trainer import Collected
+from relax.trainers.rl_trainer import ScoredRollout
 
 KEY = jax.random.key(3)
 P, G, C = 2, 4, 6
@@ -34,8 +34,8 @@ def rollout(old=None):
     return rollout_of(ids, LENGTHS, logprobs=(TABLE[ids] if old is None else old) + noise)
 
 
-def collected(rewards=REWARDS, **options) -> Collected:
-    return Collected(rollout(**options), rewards, rewards[:, :, None], {}, {})
+def collected(rewards=REWARDS, **options) -> ScoredRollout:
+    return ScoredRollout(rollout(**options), rewards, rewards[:, :, None], {}, {})
 
 
 def batches(trainer, state=None, found=None):
@@ -389,36 +389,42 @@ def test_an_item_of_another_size_is_refused():
 # Groups that teach nothing are replaced.
 
 
-def item_of(useful, spares):
+def item_of(useful, extra_prompts):
     def part(flags):
         return {
             "prompt_ids": [[1, 2]] * len(flags),
             "rows": [{"prompt": f"{i}", "useful": flag} for i, flag in enumerate(flags)],
         }
 
-    return part(useful) | {"spares": part(spares)}
+    return part(useful) | {"extra_prompts": part(extra_prompts)}
 
 
 @pytest.mark.parametrize(
-    "rounds, useful, spares, replaced, left_flat",
+    "rounds, useful, extra_prompts, replaced, left_flat",
     [
         (0, [1, 0, 0], [1, 1, 1], None, 2),
-        (1, [1, 0, 0], [1, 0, 1], 1, 1),  # of the spares of a round, as many as are flat are drawn
+        (
+            1,
+            [1, 0, 0],
+            [1, 0, 1],
+            1,
+            1,
+        ),  # of the extra_prompts of a round, as many as are flat are drawn
         (2, [1, 0, 0], [1, 0, 1, 0, 1, 1], 1, 1),  # and in the next one the one after those
         (3, [1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 0], 2, 0),
-        (5, [0, 0, 0], [0, 0, 1], 1, 2),  # the spares run out
+        (5, [0, 0, 0], [0, 0, 1], 1, 2),  # the extra_prompts run out
         (5, [1, 1, 1], [1, 1, 1], 0, 0),
     ],
 )
 def test_groups_without_variance_are_replaced_within_bounds(
-    rounds, useful, spares, replaced, left_flat
+    rounds, useful, extra_prompts, replaced, left_flat
 ):
     def by_row(completions, useful):
         return [float(u and i % 2) for i, u in enumerate(useful)]
 
     trainer = TableTrainer(reward_funcs=[by_row], max_resample_rounds=rounds)
     state = trainer.create_train_state(KEY)
-    found = trainer.collect(state, item_of(useful, spares), KEY)
+    found = trainer.collect(state, item_of(useful, extra_prompts), KEY)
     assert found.metrics.get("resampled_groups") == replaced
     wanted = None if replaced is None else sum(useful) / 3 / 2  # half of a useful group is right
     assert found.metrics.get("reward_drawn") == wanted

@@ -250,7 +250,7 @@ def advised(flags: str, **fields):
         gradient_checkpointing_policy=config.hyperparams.gradient_checkpointing_policy,
     )
     sft = trainer(model, config.hyperparams.optim)
-    groups = advice.of_run(config, sft, template(sft), shapes())
+    groups = advice.advice_for(config, sft, template(sft), shapes())
     found = [remedy for group in groups for remedy in group if remedy.flags.startswith(flags)]
     return found, measured(model)
 
@@ -299,7 +299,7 @@ def test_a_state_that_cannot_fit_is_refused_before_it_is_made():
     state = template(sft)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
     sizes = memory.state_sizes(state, 1)
-    groups = advice.of_run(SFTConfig().replace(lora_r=1), sft, state)
+    groups = advice.advice_for(SFTConfig().replace(lora_r=1), sft, state)
     with pytest.raises(ConfigError, match="needs at least .* By estimate --use_peft makes it fit"):
         advice.check(sizes, Capacity(sizes.total // 2, None, "TPU v5"), groups)
 

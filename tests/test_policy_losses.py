@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.losses.advantages import ADVANTAGES, generalised_advantages, register_advantage
+from relax.losses.advantages import ADVANTAGES, gae, register_advantage
 from relax.losses.kl import kl_estimate
 from relax.losses.masked import masked_mean, masked_whiten
 from relax.losses.policy import (
@@ -192,7 +192,7 @@ VALUES = np.float32([[0.1, 0.2, 0.3, 0.4, Y, X]])
 def test_generalised_advantages_equal_the_golden_numbers():
     """PPO's case: the score after the end of three tokens, and on the last of them."""
     after = np.array([[1, 1, 1, 1, 0, 0]], bool)
-    advantages, returns = generalised_advantages(REWARDS, VALUES, after)
+    advantages, returns = gae(REWARDS, VALUES, after)
     np.testing.assert_allclose(advantages[0, :4], [0.7942, 0.736, 0.68, 0.6], atol=1e-4)
     np.testing.assert_allclose(returns[0, :4], [0.8942, 0.936, 0.98, 1], atol=1e-4)
     real = np.array([[1, 1, 1, 0, 0, 0]], bool)
@@ -201,7 +201,7 @@ def test_generalised_advantages_equal_the_golden_numbers():
 
     rewards = REWARDS.copy()
     rewards[0, 2:4] = [1.01, X]
-    advantages, returns = generalised_advantages(rewards, VALUES, real)
+    advantages, returns = gae(rewards, VALUES, real)
     np.testing.assert_allclose(advantages[0, :3], [0.821275, 0.7645, 0.71], atol=1e-6)
     np.testing.assert_allclose(returns[0, :3], [0.921275, 0.9645, 1.01], atol=1e-6)
     white = masked_whiten(advantages, real)
@@ -214,7 +214,7 @@ def test_generalised_advantages_pass_over_observations():
     rng = np.random.default_rng(0)
     rewards, values = rng.normal(size=(2, 3, 9)).astype(np.float32)
     mask = rng.random((3, 9)) < 0.6
-    advantages, returns = generalised_advantages(rewards, values, mask, gamma=0.9, lam=0.7)
+    advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=0.7)
     for b in range(3):
         carried_value = carried = 0.0
         for t in reversed(np.flatnonzero(mask[b])):

@@ -7,7 +7,7 @@ import pytest
 
 from relax.losses.policy import Clip, policy_loss
 from relax.losses.value import value_losses
-from relax.trainers.rl.experience import estimate, followed, token_rewards
+from relax.trainers.rl.experience import adapt_kl_coef, estimate, token_rewards
 
 # The golden numbers of the formulas: three real tokens of six, garbage behind them.
 LOGPROBS, REF = np.array([-1, -0.5, -0.8]), np.array([-1.1, -0.7, -0.6])
@@ -132,5 +132,5 @@ def test_the_dual_clip_bounds_the_loss_of_bad_tokens_alone():
 def test_the_coefficient_follows_the_target_in_bounded_steps():
     """Target 6 nats, 100 completions of a horizon of 1000: a tenth of the error, at most 2 %."""
     for kl, factor in ((6.0, 1.0), (6.6, 1.01), (60.0, 1.02), (0.0, 0.98), (5.4, 0.99)):
-        found = followed(jnp.float32(0.5), kl, target=6.0, horizon=1000.0, count=100)
+        found = adapt_kl_coef(jnp.float32(0.5), kl, target=6.0, horizon=1000.0, count=100)
         np.testing.assert_allclose(found, 0.5 * factor, rtol=1e-6)

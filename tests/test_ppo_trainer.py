@@ -19,8 +19,8 @@ from relax.optimizers.optimizers import adamw
 from relax.sampling import SamplingConfig
 from relax.trainers import PPOTrainer
 from relax.trainers.rl.experience import Experience
-from relax.trainers.rl.rollout import with_place_behind
-from relax.trainers.rl_trainer import Collected
+from relax.trainers.rl.rollout import with_slot_after_eos
+from relax.trainers.rl_trainer import ScoredRollout
 
 KEY = jax.random.key(3)
 P, G, C = 2, 4, 6
@@ -31,7 +31,7 @@ REF = (TABLE + 0.3 * np.random.default_rng(8).normal(size=V)).astype(np.float32)
 KNOWN = [(p, g) for p, g in np.ndindex(P, G) if not np.isnan(REWARDS[p, g])]
 
 
-def collected(rewards=REWARDS) -> Collected:
+def collected(rewards=REWARDS) -> ScoredRollout:
     """Completions of unequal lengths, of which two did not end; padding holds garbage."""
     ids = np.random.default_rng(1).integers(0, EOS, (P, G, C))
     for p, g in np.ndindex(P, G):
@@ -39,7 +39,7 @@ def collected(rewards=REWARDS) -> Collected:
             ids[p, g, LENGTHS[p, g] - 1] = EOS
     noise = 0.3 * np.random.default_rng(2).normal(size=ids.shape)
     found = rollout_of(ids, LENGTHS, logprobs=TABLE[ids] + noise)
-    return Collected(found, rewards, rewards[:, :, None], {}, {})
+    return ScoredRollout(found, rewards, rewards[:, :, None], {}, {})
 
 
 def start(trainer):
@@ -181,17 +181,17 @@ def test_the_first_update_of_every_variant_is_that_of_a_loop_over_tokens(options
 
 def placed(rollout):
     """The longest completions end at the limit: there is no place to be made."""
-    same = with_place_behind(rollout, C)
+    same = with_slot_after_eos(rollout, C)
     assert same.completion_ids.shape == (P, G, C)
     return same
 
 
 def test_a_place_behind_a_completion_is_made_where_the_limit_allows_one():
     rollout = rollout_of(np.zeros((1, 2, 8), int), [[8, 3]])
-    wider = with_place_behind(rollout, 20)
+    wider = with_slot_after_eos(rollout, 20)
     assert wider.completion_ids.shape == (1, 2, 12)
     np.testing.assert_array_equal(wider.mask[:, :, :8], rollout.mask)
-    assert with_place_behind(rollout, 8).completion_ids.shape == (1, 2, 8)
+    assert with_slot_after_eos(rollout, 8).completion_ids.shape == (1, 2, 8)
 
 
 LATER = {"num_ppo_epochs": 3}
@@ -261,7 +261,7 @@ def test_the_first_gradient_is_that_of_reinforce_with_a_baseline():
     ids = np.random.default_rng(1).integers(0, V, (P, G, C))
     given = rollout_of(ids, LENGTHS)  # drawn by the policy itself
     trainer = TablePPO(num_ppo_epochs=1, kl_coef=0.0, lam=1.0)
-    state, _ = update(trainer, Collected(given, rewards, rewards[:, :, None], {}, {}))
+    state, _ = update(trainer, ScoredRollout(given, rewards, rewards[:, :, None], {}, {}))
     rows = [(ids[p, g, : LENGTHS[p, g]], rewards[p, g]) for p, g in np.ndindex(P, G)]
     advantages = whitened([reward - WORTH[tokens, 0] for tokens, reward in rows])
     expected = np.zeros(V)

@@ -75,8 +75,8 @@ def test_another_epoch_has_another_order_and_the_same_epoch_the_same():
 
 
 def test_an_epoch_goes_on_from_any_position():
-    whole = [numbers(item) for item in loader(spares=4).batches(2)]
-    assert [numbers(item) for item in loader(spares=4).batches(2, start=1)] == whole[1:]
+    whole = [numbers(item) for item in loader(extra_prompts=4).batches(2)]
+    assert [numbers(item) for item in loader(extra_prompts=4).batches(2, start=1)] == whole[1:]
 
 
 def test_evaluation_keeps_the_last_shorter_item():
@@ -86,14 +86,14 @@ def test_evaluation_keeps_the_last_shorter_item():
 
 
 def test_spares_are_other_prompts_than_the_items_and_depend_on_the_position():
-    spares = []
-    for item in loader(spares=5).batches(0):
-        drawn = numbers(item["spares"])
+    extra_prompts = []
+    for item in loader(extra_prompts=5).batches(0):
+        drawn = numbers(item["extra_prompts"])
         assert len(set(drawn)) == 5 and not set(drawn) & set(numbers(item))
-        spares.append(drawn)
-    assert len({tuple(s) for s in spares}) == 3
-    (item,) = loader(count=3, spares=5).batches(0)
-    assert item["spares"] == {"prompt_ids": [], "rows": []}
+        extra_prompts.append(drawn)
+    assert len({tuple(s) for s in extra_prompts}) == 3
+    (item,) = loader(count=3, extra_prompts=5).batches(0)
+    assert item["extra_prompts"] == {"prompt_ids": [], "rows": []}
 
 
 def test_more_prompts_than_there_are_is_refused():

@@ -18,7 +18,7 @@ from relax.config import DPOConfig, GRPOConfig, SFTConfig
 from relax.errors import DataError
 from relax.monitor import TrainingStatusWriter, read_status, write_comparison, write_report
 from relax.monitor.__main__ import main
-from relax.monitor.curves import Series, chart, limits, thin
+from relax.monitor.curves import Series, chart, downsample, limits
 from relax.monitor.page import MOST_BYTES
 from relax.monitor.tail import Tail
 from relax.monitor.view import phase_of, view
@@ -186,7 +186,7 @@ def test_thinning_keeps_the_extremes_and_the_gaps():
     xs, ys = list(range(1000)), [0.0] * 1000
     ys[333], ys[777] = 5.0, -7.0
     ys[500:600] = [math.nan] * 100
-    few_x, few_y = thin(xs, ys, 40)
+    few_x, few_y = downsample(xs, ys, 40)
     assert len(few_x) <= 60 and few_x == sorted(few_x)
     assert (333, 5.0) in zip(few_x, few_y, strict=True)
     assert (777, -7.0) in zip(few_x, few_y, strict=True)

@@ -311,7 +311,7 @@ def test_no_step_copies_the_cache(llama):
 
     model, params = llama
     cache, slots = step.empty(model, keys_of(5), 5, 64, False)
-    ends = step.Ends(jnp.zeros((0,), jnp.int32), jnp.int32(0))
+    ends = step.StopRules(jnp.zeros((0,), jnp.int32), jnp.int32(0))
     rules, never = Rules(temperature=jnp.float32(1)), jnp.zeros((5,), bool)
     arguments = (model, params, cache, slots, never, rules, ends, jnp.int32(1), jnp.int32(5))
     program = step.run_segment.lower(*arguments, top_k=0, N=4).compile().as_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from relax.sampling import SamplingConfig, generate
-from relax.sampling.distribution import Rules, draw, largest, most_likely, nucleus, shape_logits
+from relax.sampling.distribution import Rules, draw, greedy, largest, nucleus, process_logits
 from tests.families import tiny_family
 
 P = np.array([0.06, 0.30, 0.02, 0.16, 0.22, 0.04, 0.12, 0.08])
@@ -73,7 +73,7 @@ def sample(logits, rules, top_k=0, seen=(), too_short=False, seed=0):
     @jax.jit
     def run(keys):
         rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None], (DRAWS, V))
-        shaped = shape_logits(
+        shaped = process_logits(
             rows,
             rules,
             top_k=top_k,
@@ -152,7 +152,7 @@ def test_the_most_likely_token_is_the_first_of_equals():
     logits = np.zeros((2, 700), np.float32)
     logits[0, [300, 301, 699]] = 1
     logits[1, 5] = -1
-    tokens, logprobs = most_likely(jnp.asarray(logits))
+    tokens, logprobs = greedy(jnp.asarray(logits))
     assert tokens.tolist() == [300, 0]
     np.testing.assert_allclose(logprobs[1], -math.log(699 + math.exp(-1)), rtol=1e-6)
 

@@ -19,7 +19,7 @@ _MOST_VALUES = 100_000  # of a batch that is written down
 
 
 class NonFiniteGuard(Callback):
-    """Ends a run when updates in a row had a loss or a gradient that is not finite.
+    """Stops a run when updates in a row had a loss or a gradient that is not finite.
 
     Such an update changes nothing and is counted in `skipped_steps`; a few are survived.
 

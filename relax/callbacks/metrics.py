@@ -71,7 +71,7 @@ class MetricsLog(Callback):
         self._compiles = shape not in self._shapes
         if self._compiles:
             self._shapes.add(shape)
-            self.settle()
+            self.sync()
         self._begun_s = time.monotonic()
 
     def on_batch_end(self, event: Event) -> None:
@@ -93,7 +93,7 @@ class MetricsLog(Callback):
             self._log_window(event)
 
     def on_validation_begin(self, event: Event) -> None:
-        self.settle()
+        self.sync()
 
     def on_validation_end(self, event: Event) -> None:
         self._emit(event, {f"eval_{name}": value for name, value in event.metrics.items()})
@@ -107,7 +107,7 @@ class MetricsLog(Callback):
         self._clock_s = time.monotonic()
 
     def state_dict(self) -> dict:
-        self.settle()
+        self.sync()
         return {"counts": self.counts, "history": list(self.history), "window": self._window}
 
     def load_state_dict(self, state: dict) -> None:
@@ -118,7 +118,7 @@ class MetricsLog(Callback):
         self._start_s = self._clock_s = self._window_s = time.monotonic()
         self._spent_s = 0.0
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Fetches what is still on the device; the time up to here was spent on updates."""
         fetched = jax.device_get(self._window)
         self._window = [
@@ -130,7 +130,7 @@ class MetricsLog(Callback):
         self._clock_s = now_s
 
     def _log_window(self, event: Event) -> None:
-        self.settle()
+        self.sync()
         record = {}
         for name in dict.fromkeys(name for metrics in self._window for name in metrics):
             values = [metrics[name] for metrics in self._window if name in metrics]
@@ -197,12 +197,12 @@ class MetricsLog(Callback):
 
 
 @contextlib.contextmanager
-def untimed(event: Event) -> Iterator[None]:
+def exclude_from_timing(event: Event) -> Iterator[None]:
     """What happens within is no time of updates."""
     callbacks = getattr(event.trainer, "callbacks", ())
     logs = [callback for callback in callbacks if isinstance(callback, MetricsLog)]
     for log in logs:
-        log.settle()
+        log.sync()
     yield
     for log in logs:
         log.restart_clock()

@@ -13,7 +13,7 @@ from rich.text import Text
 from relax.callbacks.questions import Question, is_right
 from relax.monitor.status import visible
 from relax.sampling import SamplingConfig, generate
-from relax.sampling.config import longest
+from relax.sampling.config import max_positions
 from relax.trainers.callback import Callback, Event
 
 _SHORT = 300  # characters of a cell
@@ -55,7 +55,7 @@ class Previews(Callback):
         self.last: list[dict] = []
 
     def on_train_begin(self, event: Event) -> None:
-        room, why = longest(event.trainer.model.config)
+        room, why = max_positions(event.trainer.model.config)
         fitting = [q for q in self.questions if len(q.prompt_ids) < room]
         if len(fitting) < len(self.questions) and self.console is not None:
             left_out = len(self.questions) - len(fitting)
@@ -77,7 +77,7 @@ class Previews(Callback):
     def answers(self, event: Event) -> list[dict]:
         """One record per question, of the weights as they are."""
         model, state = event.trainer.model, event.state
-        room, _ = longest(model.config)
+        room, _ = max_positions(model.config)
         prompts = [q.prompt_ids for q in self.questions]
         out = generate(
             model,

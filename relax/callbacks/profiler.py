@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from relax.callbacks.metrics import untimed
+from relax.callbacks.metrics import exclude_from_timing
 from relax.errors import ConfigError
 from relax.trainers.callback import Callback, Event
 
@@ -50,7 +50,7 @@ class Profiler(Callback):
             jax.block_until_ready(event.state)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
-            with untimed(event):
+            with exclude_from_timing(event):
                 jax.profiler.start_trace(str(self.directory), profiler_options=options)
             self._is_on = True
         if self._is_on:
@@ -60,7 +60,7 @@ class Profiler(Callback):
         self._update.close()
         if self._is_on and event.step >= self.last:
             jax.block_until_ready(event.state)
-            with untimed(event):
+            with exclude_from_timing(event):
                 self.close()
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ def metric_of(event: Event, name: str) -> float:
 
 
 class EarlyStopping(Callback):
-    """Ends a run when its evaluations have not become better for a while.
+    """Stops a run when its evaluations have not become better for a while.
 
     Args:
       metric: of the evaluation, such as `eval_loss`.

@@ -13,7 +13,7 @@ from relax.errors import CheckpointError
 _KEY = "frozen"  # in the progress that is saved
 
 
-class FrozenElsewhere:
+class WithoutFrozen:
     """Saves states without `state.frozen`.
 
     Args:

@@ -86,10 +86,10 @@ def place(array: np.ndarray, like):
     sharding = like.sharding if getattr(like, "committed", True) else None
     if "key" in (spec := _spec(like)):
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=spec["key"])
-        return key if sharding is None else parallel.put(key, sharding)
+        return key if sharding is None else parallel.device_put(key, sharding)
     # The copy is not made yet, and holds on to the array until it is: wait, to hold one at a time.
     return jax.block_until_ready(
-        jax.device_put(array) if sharding is None else parallel.put(array, sharding)
+        jax.device_put(array) if sharding is None else parallel.device_put(array, sharding)
     )
 
 
@@ -244,7 +244,7 @@ def _together(directory: Path) -> ocp.options.MultiprocessingOptions:
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(
         active_processes=set(range(processes.count())),
-        barrier_sync_key_prefix=processes.numbered(where(directory)),
+        barrier_sync_key_prefix=processes.unique_name(where(directory)),
     )
 
 

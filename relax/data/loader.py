@@ -61,7 +61,7 @@ class DataLoader:
             )
         self.examples = examples if isinstance(examples, Examples) else Examples(examples)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        rows = _lay_out(self.examples, packing, max_length)
+        rows = _pack_rows(self.examples, packing, max_length)
         trained = _trained_tokens(self.examples, rows)
         self.rows = [row for row, count in zip(rows, trained, strict=True) if count]
         self.num_dropped_rows = len(rows) - len(self.rows)
@@ -122,7 +122,7 @@ class DataLoader:
         return self.num_tokens / (len(self.rows) * int(self.row_lengths.max()))
 
 
-def _lay_out(examples: Examples, packing: str | None, max_length: int | None):
+def _pack_rows(examples: Examples, packing: str | None, max_length: int | None):
     lengths = examples.lengths
     if not len(lengths) or not lengths.sum():
         raise DataError("a loader needs at least one example with a token, got none.")

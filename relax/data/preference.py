@@ -106,14 +106,14 @@ def prepare_preferences(
     rows = rows if isinstance(rows, Rows) else read_rows(rows)
     if not rows.rows:
         raise DataError("the data set has no rows.")
-    maker = _Maker(rows, tokenizer, system_prompt, eos_token, judges)
+    maker = _PairEncoder(rows, tokenizer, system_prompt, eos_token, judges)
     if not maker.is_pair and not unpaired:
         kto = "rows" if judges else "--loss_type kto, or rows"
         raise ConfigError(
             f"{rows.origin(0)}: rows with 'completion' and 'label' are no pairs: use {kto} with "
             "'chosen' and 'rejected'."
         )
-    cutter = _Cutter(rows, maker, max_length, truncation_mode, vocab_size)
+    cutter = _PairTruncator(rows, maker, max_length, truncation_mode, vocab_size)
     items = [kept for i, item in enumerate(maker) if (kept := cutter(item, i)) is not None]
     if unpaired and maker.is_pair:
         items = [
@@ -129,7 +129,7 @@ def prepare_preferences(
     return Preferences(items, not unpaired, maker.has_margins), report
 
 
-class _Maker:
+class _PairEncoder:
     """Iterates over what rows are in tokens, nothing cut."""
 
     def __init__(
@@ -209,10 +209,10 @@ class _Maker:
         return float(row[MARGIN]) if self.has_margins else 0.0
 
 
-class _Cutter:
+class _PairTruncator:
     """Checks, cuts, drops and counts."""
 
-    def __init__(self, rows: Rows, maker: _Maker, max_length, mode: str, vocab_size):
+    def __init__(self, rows: Rows, maker: _PairEncoder, max_length, mode: str, vocab_size):
         self.rows, self.is_pair, self.vocab_size = rows, maker.is_pair, vocab_size
         self.may_be_empty = ("prompt",) if maker.judges else ()
         self.max_length, self.mode = max_length, mode
@@ -364,7 +364,7 @@ def _with_partners(items: list[Preference]) -> list[Preference]:
     ]
 
 
-def _report(maker: _Maker, cutter: _Cutter, items, tokenizer) -> PreferenceReport:
+def _report(maker: _PairEncoder, cutter: _PairTruncator, items, tokenizer) -> PreferenceReport:
     rows, used = maker.rows, {*maker.format.columns}
     used |= set() if maker.is_pair else {"label"}
     used |= {MARGIN} if maker.has_margins else set()

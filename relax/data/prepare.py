@@ -44,14 +44,14 @@ def prepare(
     for i, row in enumerate(rows.rows):
         check_row(row, found, rows.origin(i))
     encoder = Encoder(tokenizer, found, options)
-    fate = _Fate(rows, options, vocab_size, _ending_tokens(tokenizer, encoder.eos))
+    fate = _Truncator(rows, options, vocab_size, _ending_tokens(tokenizer, encoder.eos))
     examples = Examples(fate.keep(encoder.encode(rows.rows, rows.origin)))
     if not len(examples):
         raise DataError(_nothing_left(fate, options))
     return examples, _report(rows, found, encoder, fate, examples, tokenizer)
 
 
-class _Fate:
+class _Truncator:
     """Truncates, drops and counts."""
 
     def __init__(self, rows: Rows, options: FormatOptions, vocab_size, ending_tokens: np.ndarray):
@@ -122,7 +122,7 @@ def _ending_tokens(tokenizer, eos: str | None) -> np.ndarray:
     return np.array(sorted(ending), np.int64)
 
 
-def _nothing_left(fate: _Fate, options: FormatOptions) -> str:
+def _nothing_left(fate: _Truncator, options: FormatOptions) -> str:
     reasons = "; ".join(f"{count} {reason}" for reason, count in fate.dropped.items())
     advice = "check the masks or labels of the rows."
     if fate.dropped["no trained token"] < len(fate.lengths):
@@ -131,7 +131,7 @@ def _nothing_left(fate: _Fate, options: FormatOptions) -> str:
     return f"no row of {len(fate.lengths)} can be trained on ({reasons}): {advice}"
 
 
-def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Fate, examples, tokenizer):
+def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examples, tokenizer):
     last = examples[0].labels[examples[0].labels != IGNORE][-1]
     used = set(found.columns)
     notes = []

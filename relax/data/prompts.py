@@ -129,7 +129,8 @@ class PromptLoader:
       seed: of the order, >= 0.
       shuffle: a new order each epoch; False keeps the given one.
       keep_last: a last, shorter item holds what is left (for evaluation).
-      spares: prompts more per item, drawn from all, for groups that teach nothing: under `spares`.
+      extra_prompts: further prompts per item, drawn from all, that may replace groups which teach
+        nothing; under the key `extra_prompts`.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class PromptLoader:
         seed: int = 0,
         shuffle: bool = True,
         keep_last: bool = False,
-        spares: int = 0,
+        extra_prompts: int = 0,
     ):
         if not 0 < prompts_per_item <= len(prompts) and not keep_last:
             raise DataError(
@@ -149,7 +150,7 @@ class PromptLoader:
             )
         self.prompts, self.prompts_per_item = prompts, prompts_per_item
         self.seed, self.shuffle, self.keep_last = seed, shuffle, keep_last
-        self.spares = spares
+        self.extra_prompts = extra_prompts
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.prompts), self.prompts_per_item)
@@ -169,12 +170,12 @@ class PromptLoader:
         for position in range(start, len(self)):
             chosen = order[position * n : (position + 1) * n]
             item = self._item(chosen)
-            if self.spares:
+            if self.extra_prompts:
                 # An order of its own, without the prompts that the item has already.
                 others = epoch_order(count, self.seed, count * (epoch + 1) + position).tolist()
                 taken = set(chosen)
                 others = [i for i in others if i not in taken]
-                item["spares"] = self._item(others[: self.spares])
+                item["extra_prompts"] = self._item(others[: self.extra_prompts])
             yield item
 
     def _item(self, chosen) -> dict:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from relax.checkpoint.checkpointer import tree_bytes
-from relax.engine.memory import Capacity, Sizes, rows_of, shown
+from relax.engine.memory import Capacity, Sizes, format_bytes, rows_of
 from relax.errors import ConfigError
 from relax.optimizers.optimizers import OPTIMIZERS
 
@@ -41,13 +41,13 @@ def check(sizes: Sizes, capacity: Capacity, groups: list[list[Remedy]]) -> str |
     if capacity.total is not None and sizes.total > capacity.total * (1 if is_cpu else MARGIN):
         least = "" if sizes.activations else "at least "
         raise ConfigError(
-            f"an update needs {least}{shown(sizes.total)}, and {capacity.name} has "
-            f"{shown(capacity.total)}. {advice(sizes, capacity.total, groups)}"
+            f"an update needs {least}{format_bytes(sizes.total)}, and {capacity.name} has "
+            f"{format_bytes(capacity.total)}. {advice(sizes, capacity.total, groups)}"
         )
     if capacity.free is not None and sizes.total > capacity.free:
         return (
-            f"an update needs {shown(sizes.total)}, and {shown(capacity.free)} are free. Should "
-            f"memory run out: {advice(sizes, capacity.free, groups)}"
+            f"an update needs {format_bytes(sizes.total)}, and {format_bytes(capacity.free)} are "
+            f"free. Should memory run out: {advice(sizes, capacity.free, groups)}"
         )
     return None
 
@@ -63,7 +63,7 @@ def advice(sizes: Sizes, limit: int, groups: list[list[Remedy]]) -> str:
     for remedy in (remedy for group in groups for remedy in group):
         after = remedy.apply(sizes)
         if after.total <= limit:
-            return f"By estimate {remedy.flags} makes it fit ({shown(after.total)})."
+            return f"By estimate {remedy.flags} makes it fit ({format_bytes(after.total)})."
     flags = []
     for group in groups:
         after = group[-1].apply(sizes)
@@ -73,15 +73,15 @@ def advice(sizes: Sizes, limit: int, groups: list[list[Remedy]]) -> str:
         if sizes.total <= limit:
             return (
                 f"By estimate no one flag is enough; together {' '.join(flags)} make it fit "
-                f"({shown(sizes.total)})."
+                f"({format_bytes(sizes.total)})."
             )
     return (
-        f"By estimate no flags make it fit (all together: {shown(sizes.total)}): take a smaller "
-        "model or a larger device."
+        f"By estimate no flags make it fit (all together: {format_bytes(sizes.total)}): take "
+        "a smaller model or a larger device."
     )
 
 
-def of_run(config, trainer, state, batch=None) -> list[list[Remedy]]:
+def advice_for(config, trainer, state, batch=None) -> list[list[Remedy]]:
     """What can be changed about a run, first what leaves the result as it is; for `advice`.
 
     Args:

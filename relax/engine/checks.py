@@ -11,7 +11,7 @@ from relax.config import ConfigLoader, TrainerConfig
 from relax.config.watch_rules import keeps_best
 from relax.engine import advice, devices, memory, model_source
 from relax.engine.resume import check_same_config
-from relax.errors import Collector, DataError, RelaxError
+from relax.errors import DataError, ErrorList, RelaxError
 from relax.models import TransformerConfig
 from relax.models.trainable import merge
 
@@ -26,11 +26,11 @@ def changed_fields(config: TrainerConfig, old_run: Path) -> list[str]:
     if not file.exists():
         return []
     old = ConfigLoader(file, type(config)).load().flat()
-    old, new = (devices.comparable(fields) for fields in (old, config.flat()))
+    old, new = (devices.global_batch_fields(fields) for fields in (old, config.flat()))
     return check_same_config(old, new, config.output.allow_config_change)
 
 
-def read_datasets(recipe, tokenizer, shape: TransformerConfig, rows, found: Collector):
+def read_datasets(recipe, tokenizer, shape: TransformerConfig, rows, found: ErrorList):
     """The data of a job, checked against its model; None where something is wrong with it.
 
     Where it is, the rows are looked at again as if for a model that takes any token, any length,
@@ -40,7 +40,7 @@ def read_datasets(recipe, tokenizer, shape: TransformerConfig, rows, found: Coll
       rows: as for `Recipe.datasets`.
       found: where problems are noted.
     """
-    with found.noting():
+    with found.catch():
         check_tokens(recipe.config, tokenizer, shape)
     try:
         return recipe.datasets(tokenizer, shape, rows)
@@ -48,7 +48,7 @@ def read_datasets(recipe, tokenizer, shape: TransformerConfig, rows, found: Coll
         found.note(error)
     vocabulary, positions = {"vocab_size": 2**31 - 1}, {"max_position_embeddings": 2**31 - 1}
     for limits in (vocabulary, positions, vocabulary | positions):
-        with found.noting():
+        with found.catch():
             recipe.datasets(tokenizer, dataclasses.replace(shape, **limits), rows)
     return None
 
@@ -79,7 +79,7 @@ def check_state_memory(config: TrainerConfig, trainer) -> None:
     state = jax.eval_shape(trainer.create_train_state, jax.random.key(0))
     state = parallel.sharded_shapes(state)
     sizes = memory.state_sizes(state, trainer.gradient_accumulation_steps)
-    advice.check(sizes, memory.capacity(), advice.of_run(config, trainer, state))
+    advice.check(sizes, memory.capacity(), advice.advice_for(config, trainer, state))
 
 
 def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -> memory.Sizes:
@@ -94,7 +94,7 @@ def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -
     there = memory.capacity(parallel.bytes_per_device(state))
     sizes = memory.update_sizes(trainer, state, batch)
     console.print(memory.table(sizes, there, memory.rows_of(batch)), markup=False)
-    warning = advice.check(sizes, there, advice.of_run(config, trainer, state, batch))
+    warning = advice.check(sizes, there, advice.advice_for(config, trainer, state, batch))
     if warning is not None and sizes.activations:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     return sizes

@@ -22,7 +22,7 @@ _ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size")
 
 
 @contextlib.contextmanager
-def joined(config: TrainerConfig, console: Console) -> Iterator[tuple[TrainerConfig, Console]]:
+def open_mesh(config: TrainerConfig, console: Console) -> Iterator[tuple[TrainerConfig, Console]]:
     """The mesh of a job, in use while its context lasts.
 
     Yields:
@@ -44,7 +44,7 @@ def joined(config: TrainerConfig, console: Console) -> Iterator[tuple[TrainerCon
         processes.start(
             system.coordinator, system.num_processes, system.process_id, system.heartbeat_s
         )
-    with processes.together():
+    with processes.abort_on_error():
         mesh = parallel.make_mesh(system.mesh)
         rules = parallel.RULES
         if system.sharding_rules is not None:
@@ -98,7 +98,7 @@ class SharedLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict]:
         rows = parallel.local_rows(self.loader.batch_size)
         for batch in self.loader.batches(epoch, start, rows):
-            yield parallel.place_own(batch, self.loader.batch_size)
+            yield parallel.shard_local_batch(batch, self.loader.batch_size)
 
 
 def for_all_devices(config: TrainerConfig) -> TrainerConfig:
@@ -110,11 +110,11 @@ def for_all_devices(config: TrainerConfig) -> TrainerConfig:
     return config.replace(**{name: flat[name] * shards for name in _ROWS})
 
 
-def comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
+def global_batch_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Flat fields as they decide what is computed: rows of all devices, whatever the mesh.
 
-    >>> comparable({"mesh": "data=2,fsdp=4,tensor=2", "per_device_train_batch_size": 3, "seed": 1})
-    {'mesh': 'data=2,fsdp=4,tensor=2', 'per_device_train_batch_size': 24, 'seed': 1}
+    >>> global_batch_fields({"mesh": "data=2,fsdp=4", "per_device_train_batch_size": 3})
+    {'mesh': 'data=2,fsdp=4', 'per_device_train_batch_size': 24}
     """
     sizes = parse_mesh(fields["mesh"]) if fields.get("mesh") else {}
     shards = sizes.get("data", 1) * sizes.get("fsdp", 1)

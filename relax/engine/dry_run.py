@@ -12,10 +12,10 @@ import numpy as np
 
 from relax import parallel
 from relax.engine import checks, memory, output
-from relax.engine.memory import shown
+from relax.engine.memory import format_bytes
 from relax.engine.run import Job, JobResult, Parts
-from relax.errors import Collector, ConfigError, Problems, RelaxError
-from relax.trainers.trainer import Annotated
+from relax.errors import ConfigError, ErrorList, Problems, RelaxError
+from relax.trainers.trainer import LoggedBatch
 
 
 def dry_run(job: Job) -> JobResult:
@@ -36,19 +36,19 @@ def dry_run(job: Job) -> JobResult:
         raise Problems([str(error)]) from error
 
 
-def _dry_run(job: Job, found: Collector) -> JobResult:
+def _dry_run(job: Job, found: ErrorList) -> JobResult:
     parts, params = job.assemble()
     state, _ = job.start_state(parts.trainer, params)
     params = disk = sizes = None
-    with found.noting():
+    with found.catch():
         disk = job.check_disk(state, parts.steps)
-    with found.noting():
+    with found.catch():
         job.check_same_data(parts.datasets)
     output.show_plan(job.console, job.config, state, parts.steps, job.recipe.plan)
     try:
         batches = _batches(job, parts, state)
         job.progress.announce(batches[0])
-        with found.noting():
+        with found.catch():
             sizes = checks.check_update_memory(
                 job.config, parts.trainer, state, batches[0], job.console
             )
@@ -77,7 +77,7 @@ def _batches(job: Job, parts: Parts, state) -> list:
         return [zeros | {"segment_ids": np.ones_like(zeros["segment_ids"])}]
     item = next(iter(parts.datasets.train.batches(0)))
     given = parts.trainer.make_batches(state, job.recipe.complete(item))
-    return [one.batch if isinstance(one, Annotated) else one for one in given]
+    return [one.batch if isinstance(one, LoggedBatch) else one for one in given]
 
 
 def _time_of_update(job: Job, parts: Parts, state, batches: list[Any]) -> float:
@@ -87,7 +87,7 @@ def _time_of_update(job: Job, parts: Parts, state, batches: list[Any]) -> float:
         if compiled:
             batches = _batches(job, parts, state)
         for batch in batches:
-            state, metrics = parts.trainer.train_step(state, parallel.place_batch(batch))
+            state, metrics = parts.trainer.train_step(state, parallel.shard_batch(batch))
         jax.block_until_ready(metrics)
     return (time.monotonic() - start_s) / len(batches)
 
@@ -102,18 +102,18 @@ def _lines(job: Job, parts: Parts, measured: dict, disk) -> dict[str, str]:
         for name, report in reports.items()
     ]
     there = memory.capacity()
-    have = "" if there.total is None else f" of {shown(there.total)} on {there.name}"
+    have = "" if there.total is None else f" of {format_bytes(there.total)} on {there.name}"
     epochs = steps / parts.updates_per_epoch
-    total = shown(copies * checkpoint + model)
-    free = shown(shutil.disk_usage(job.run_dir.existing()).free)
+    total = format_bytes(copies * checkpoint + model)
+    free = format_bytes(shutil.disk_usage(job.run_dir.existing()).free)
     return {
         "data": ", ".join(data),
-        "memory": f"{shown(measured['dry_run/memory_bytes'])}{have}",
+        "memory": f"{format_bytes(measured['dry_run/memory_bytes'])}{have}",
         "steps": f"{steps:,} updates, {epochs:.3g} epochs of {parts.updates_per_epoch:,}",
         "one step": f"{_duration(seconds)}; all of them {_duration(seconds * steps)}, without "
         "evaluating and saving",
-        "disk": f"{copies} checkpoints of {shown(checkpoint)} and a model of {shown(model)}: "
-        f"{total}, with {free} free",
+        "disk": f"{copies} checkpoints of {format_bytes(checkpoint)} and a model of "
+        f"{format_bytes(model)}: {total}, with {free} free",
     }
 
 

@@ -14,7 +14,7 @@ from relax.config import TrainerConfig
 from relax.engine import devices, output
 from relax.engine.dry_run import dry_run
 from relax.engine.run import Job, JobResult
-from relax.engine.watch import Watch, end_of
+from relax.engine.watch import RunMonitor, final_status
 from relax.errors import CheckpointError, ConfigError
 from relax.monitor.status import ENDED, TrainingStatusWriter
 from relax.trainers.interrupt import Interrupt, Interrupted
@@ -82,7 +82,7 @@ class TrainerEngine:
     def _carry_out(self, config: TrainerConfig, rows) -> JobResult:
         with contextlib.ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt(grace_s=config.system.grace_s))
-            config, console = stack.enter_context(devices.joined(config, self.console))
+            config, console = stack.enter_context(devices.open_mesh(config, self.console))
             run_dir = stack.enter_context(devices.run_dir(config.output.output_dir))
             if not config.debug.dry_run:
                 stack.enter_context(run_dir)
@@ -96,7 +96,7 @@ class TrainerEngine:
                 job = Job(config, run_dir, console, rows)
                 stack.callback(job.close)
                 return dry_run(job)
-            watch = stack.enter_context(Watch(config, run_dir, console, self.status_writer))
+            watch = stack.enter_context(RunMonitor(config, run_dir, console, self.status_writer))
             warnings.showwarning = watch.show_warning
             job = Job(config, run_dir, console, rows, watch)
             stack.callback(job.close)
@@ -136,7 +136,7 @@ def _told(writer: TrainingStatusWriter, config: TrainerConfig) -> Iterator[None]
         yield
     except BaseException as error:
         if writer.fields["phase"] not in ENDED and jax.process_index() == 0:
-            writer.update(force=True, **end_of(error))
+            writer.update(force=True, **final_status(error))
         raise
 
 

@@ -201,16 +201,18 @@ def table(sizes: Sizes, capacity: Capacity, rows: tuple[int, int]) -> str:
         "activations": sizes.activations,
     }
     width = 16
-    lines = [f"  {name:{width}} {shown(n):>10}" for name, n in parts.items() if n]
-    have = "" if capacity.total is None else f" of {shown(capacity.total)} on {capacity.name}"
-    free = "" if capacity.free is None else f", {shown(capacity.free)} free"
-    lines.append(f"  {'together':{width}} {shown(sizes.total):>10}{have}{free}")
+    lines = [f"  {name:{width}} {format_bytes(n):>10}" for name, n in parts.items() if n]
+    have = (
+        "" if capacity.total is None else f" of {format_bytes(capacity.total)} on {capacity.name}"
+    )
+    free = "" if capacity.free is None else f", {format_bytes(capacity.free)} free"
+    lines.append(f"  {'together':{width}} {format_bytes(sizes.total):>10}{have}{free}")
     return "\n".join([f"memory of an update of {rows[0]} x {rows[1]} tokens", *lines])
 
 
-def shown(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
     """
-    >>> shown(1_536_000_000), shown(12_000_000), shown(2_500)
+    >>> format_bytes(1_536_000_000), format_bytes(12_000_000), format_bytes(2_500)
     ('1.54 GB', '12 MB', '0.0025 MB')
     """
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"

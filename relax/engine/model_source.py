@@ -10,7 +10,7 @@ from relax import data
 from relax.config import TrainerConfig, resolve_steps
 from relax.config.rules import OPTIMIZER_FIELDS
 from relax.data.loader import epoch_order
-from relax.errors import Collector, ConfigError
+from relax.errors import ConfigError, ErrorList
 from relax.models import (
     Transformer,
     TransformerConfig,
@@ -191,14 +191,14 @@ def source_rows(config: TrainerConfig, given=None):
         return data.arithmetic_rows("train"), data.arithmetic_rows("test")
     train_source, eval_source = given or (d.dataset_name, d.eval_dataset_name)
     options, split = d.dataset_kwargs, d.dataset_test_split
-    found, train, sets = Collector(), None, {}
-    with found.noting():
+    found, train, sets = ErrorList(), None, {}
+    with found.catch():
         train = data.read_rows(train_source, d.dataset_train_split, d.dataset_config, options)
     if eval_source is not None:
-        with found.noting():
+        with found.catch():
             named = named_sets(eval_source, split)
             for name, source in ({"": eval_source} if named is None else named).items():
-                with found.noting():
+                with found.catch():
                     sets[name] = data.read_rows(source, split)
     found.raise_all()
     if sets:

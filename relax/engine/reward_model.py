@@ -43,7 +43,7 @@ class ModelReward:
       note: what a person should know about how it reads completions; None: nothing.
     """
 
-    runs_here = True  # see `relax.rewards.runner`
+    in_process = True  # see `relax.rewards.runner`
 
     def __init__(
         self,

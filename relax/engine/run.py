@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from relax import fault, parallel
 from relax.callbacks import MetricsLog, Progress
 from relax.checkpoint.checkpointer import Checkpointer, full_disk, restore_checkpoint
-from relax.checkpoint.frozen import FrozenElsewhere
+from relax.checkpoint.frozen import WithoutFrozen
 from relax.checkpoint.storage import copies_are_apart
 from relax.config import TrainerConfig, resolve_steps
 from relax.engine import checks, devices, memory, model_source, output
 from relax.engine.recipes import recipe_of
 from relax.engine.run_dir import RunDir
-from relax.engine.watch import Watch
-from relax.errors import CheckpointError, Collector
+from relax.engine.watch import RunMonitor
+from relax.errors import CheckpointError, ErrorList
 from relax.models import kernels
 from relax.models.huggingface.peft import save_adapter
 from relax.models.lora import merge_adapters
@@ -80,18 +80,18 @@ class Job:
         run_dir: RunDir,
         console: Console,
         rows=None,
-        watch: Watch | None = None,
+        watch: RunMonitor | None = None,
     ):
         self.config, self.run_dir, self.console, self.rows = config, run_dir, console, rows
         self.start_s = time.monotonic()
         self.metrics: dict[str, float] = {}
-        self.problems = Collector()
+        self.problems = ErrorList()
         self.start = self.recipe = None
         output, dry = config.output, config.debug.dry_run
         asked = (output.resume, output.overwrite_output_dir, console.print)
-        with self.problems.noting():
+        with self.problems.catch():
             look = run_dir.look if dry else partial(run_dir.prepare, clear=False)
-            self.start = processes.from_main(lambda: _text(look(*asked)))
+            self.start = processes.broadcast_from_main(lambda: _text(look(*asked)))
         self.begun = self.start is not None  # there is a run here that can be resumed
         asynchronous = copies_are_apart() if output.save_async is None else output.save_async
         self.checkpointer = Checkpointer(
@@ -102,10 +102,10 @@ class Job:
         )
         if not dry:
             self.problems.raise_all()
-            processes.from_main(self.checkpointer.sweep)
-        with self.problems.noting():
-            self.watch = watch or Watch(config, run_dir, console)
-        with self.problems.noting():
+            processes.broadcast_from_main(self.checkpointer.sweep)
+        with self.problems.catch():
+            self.watch = watch or RunMonitor(config, run_dir, console)
+        with self.problems.catch():
             self.recipe = recipe_of(devices.for_all_devices(config), console)
         if not dry:
             self.problems.raise_all()
@@ -113,9 +113,9 @@ class Job:
         self.freezes = (
             config.peft.use_peft
             or config.peft.freeze is not None
-            or (self.recipe is not None and self.recipe.has_constant_reference)
+            or (self.recipe is not None and self.recipe.reference_is_initial_model)
         )
-        self.saver: Checkpointer | FrozenElsewhere = self.checkpointer
+        self.saver: Checkpointer | WithoutFrozen = self.checkpointer
         self.base: str | None = None  # what the exported adapter is for, if one is exported
 
     def close(self) -> None:
@@ -174,13 +174,13 @@ class Job:
         config, recipe, found = self.config, self.recipe, self.problems
         tokenizer = model = datasets = None
         if self.start is not None:
-            with found.noting():
+            with found.catch():
                 for line in checks.changed_fields(config, self._old_run()):
                     self.console.print(f"changed since the run began: {line}", markup=False)
         fault.point("data")
-        with found.noting():
+        with found.catch():
             tokenizer = model_source.make_tokenizer(config)
-        with found.noting():
+        with found.catch():
             weights = self.start is None or self.freezes
             make = partial(model_source.make_model, config) if recipe is None else recipe.make_model
             model, params = make(weights=weights)
@@ -188,7 +188,7 @@ class Job:
         if recipe is not None and tokenizer is not None and model is not None:
             datasets = checks.read_datasets(recipe, tokenizer, model.config, self.rows, found)
         else:  # files can be read all the same
-            with found.noting():
+            with found.catch():
                 model_source.source_rows(config, self.rows)
         found.raise_all()
         recipe.show_data(datasets)
@@ -200,7 +200,9 @@ class Job:
                 f"{recipe.updates_per_item} updates"
             )
         batch = memory.largest_batch(datasets.train, steps)
-        model, attention = kernels.settle(model, 2 if batch is None else memory.rows_of(batch)[1])
+        model, attention = kernels.select_attention(
+            model, 2 if batch is None else memory.rows_of(batch)[1]
+        )
         self.console.print(f"attention: {attention}", markup=False)
         trainer = self._trainer(model, tokenizer, steps, datasets.eval)
         checks.check_state_memory(config, trainer)
@@ -264,7 +266,7 @@ class Job:
             state = self.recipe.start(trainer, params)
         if self.freezes:
             frozen = state.frozen
-            self.saver = FrozenElsewhere(self.checkpointer, frozen)
+            self.saver = WithoutFrozen(self.checkpointer, frozen)
             self.watch.save_best_as(self.saver)
         if self.start is None:
             return state, None

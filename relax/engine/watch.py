@@ -25,7 +25,7 @@ from relax.callbacks.stopping import BestCheckpoint, EarlyStopping
 from relax.callbacks.trackers import Trackers, tracker_makers
 from relax.callbacks.warnings import RewardWarnings
 from relax.checkpoint.checkpointer import Checkpointer
-from relax.checkpoint.frozen import FrozenElsewhere
+from relax.checkpoint.frozen import WithoutFrozen
 from relax.config import TrainerConfig
 from relax.config.watch_rules import best_metric, is_greater_better, keeps_best, profile_window
 from relax.engine.run_dir import RunDir
@@ -38,7 +38,7 @@ from relax.trainers.interrupt import Interrupted
 STATUS_FILE = "status.json"
 
 
-def end_of(error: BaseException | None) -> dict[str, Any]:
+def final_status(error: BaseException | None) -> dict[str, Any]:
     """The last phase of a job that ended in an error, or in none, and what is told with it."""
     if error is None:
         return {"phase": "finished", "time_left_s": 0.0}
@@ -48,7 +48,7 @@ def end_of(error: BaseException | None) -> dict[str, Any]:
     return {"phase": "failed", "error": "\n".join([told, *getattr(error, "__notes__", ())])}
 
 
-class Watch:
+class RunMonitor:
     """Status, report, previews, trackers, guards and own callbacks of one job; a context.
 
     The order of callbacks is: metrics and progress, the recipe's, then these: guard, monitor,
@@ -92,14 +92,14 @@ class Watch:
             json.loads(without_secrets(json.dumps(config.to_dict()))),
         )
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "RunMonitor":
         for writer in self.status.writers:
             writer.begin(**self._circumstances())
             writer.write()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.status.enter(**end_of(error))
+        self.status.enter(**final_status(error))
         if self.begun:
             self.report.write()
 
@@ -172,7 +172,7 @@ class Watch:
 
     def save_best_as(self, saver) -> None:
         """The best state is saved as checkpoints are: without what is frozen elsewhere."""
-        if self.best is not None and isinstance(saver, FrozenElsewhere):
+        if self.best is not None and isinstance(saver, WithoutFrozen):
             self.best.saver = copy.copy(saver)
             self.best.saver.checkpointer = Checkpointer(self.best.directory, save_total_limit=1)
 
@@ -187,7 +187,7 @@ class Watch:
         if self.best.step is None or self.best.step not in store.steps():
             self.warn("no evaluation had a best state to go back to: the last one is written")
             return state, {}
-        frozen, without = state.frozen, isinstance(self.best.saver, FrozenElsewhere)
+        frozen, without = state.frozen, isinstance(self.best.saver, WithoutFrozen)
         template = jax.eval_shape(lambda s: s, state.replace(frozen={}) if without else state)
         found, _, step = store.restore(parallel.sharded_shapes(template))
         self.console.print(f"going back to the best state, of step {step}")

@@ -78,7 +78,7 @@ def nan_std(values: jax.Array, axis=None, keepdims: bool = False) -> jax.Array:
     return jnp.where(counts > 0, jnp.sqrt(squares / jnp.maximum(counts - 1, 1)), jnp.nan)
 
 
-def generalised_advantages(
+def gae(
     rewards: jax.Array,
     values: jax.Array,
     mask: jax.Array,

@@ -79,7 +79,7 @@ def linear_cross_entropy(
 
     _checked(hidden, chunk_size)
     # Each device goes through the chunks of its own tokens.
-    run = parallel.local(sums, (("batch",), None, ("batch",)), (("batch",),) * 4, auto=True)
+    run = parallel.per_device(sums, (("batch",), None, ("batch",)), (("batch",),) * 4, auto=True)
     return TokenSums(*(part.sum() for part in run(hidden, matrix, targets)))
 
 
@@ -102,7 +102,7 @@ def target_hits(
 
         return jax.lax.map(hit, (hidden, targets), batch_size=_checked(hidden, chunk_size))
 
-    run = parallel.local(hits, (("batch",), None, ("batch",)), ("batch",), auto=True)
+    run = parallel.per_device(hits, (("batch",), None, ("batch",)), ("batch",), auto=True)
     return run(hidden, matrix, targets)
 
 

@@ -79,7 +79,7 @@ def linear_logprobs(
         return tuple(jnp.zeros_like(x).at[order].set(x, unique_indices=True) for x in out)
 
     # Each device goes through the chunks of its own tokens.
-    run = parallel.local(of_part, (("batch",), None, ("batch",)), (("batch",),) * 2, auto=True)
+    run = parallel.per_device(of_part, (("batch",), None, ("batch",)), (("batch",),) * 2, auto=True)
     return TokenLogprobs(*run(hidden, matrix, jnp.asarray(targets)))
 
 

@@ -14,7 +14,7 @@ from relax import parallel
 
 SAVED = "attention"  # the name under which a checkpoint policy finds what attention keeps
 BLOCK = 256  # queries and keys whose scores exist at once, in rows that are longer
-LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # far from −inf, so that no row becomes NaN
+MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # far from −inf, so that no row becomes NaN
 
 
 def attention_mask(
@@ -56,7 +56,7 @@ def attend(
     """
     heads = ("batch", None, "heads")
     # Rows and heads are merged below, which XLA cannot cut along both: each device has its own.
-    run = parallel.local(
+    run = parallel.per_device(
         functools.partial(_attend_part, multiplier=multiplier, softcap=softcap, block=block),
         (heads, heads, heads, ("batch",)),
         heads,
@@ -137,7 +137,7 @@ def _gradients(softcap, q, k, v, mask, log_total, mean, d_out):
 
 
 def _scores(softcap, q, k, mask):
-    """`[X, G * T, S]` float32, LOWEST where a query may not see a key; and the cap's slope."""
+    """`[X, G * T, S]` float32, MASK_VALUE where a query may not see a key; and the cap's slope."""
     q = q.reshape(q.shape[0], -1, q.shape[3])
     scores = jnp.einsum("XTH,XSH->XTS", q, k, preferred_element_type=jnp.float32)
     slope = jnp.float32(1.0)
@@ -146,7 +146,7 @@ def _scores(softcap, q, k, mask):
         scores, slope = softcap * capped, 1.0 - jnp.square(capped)
     B, T, S = mask.shape
     split = scores.reshape(B, -1, T, S)  # [B, K * G, T, S]
-    return jnp.where(mask[:, None], split, LOWEST).reshape(scores.shape), slope
+    return jnp.where(mask[:, None], split, MASK_VALUE).reshape(scores.shape), slope
 
 
 class _Blocks:
@@ -173,7 +173,7 @@ def _forward_blocks(softcap, q, k, v, blocks):
             ), None
 
         empty = jnp.zeros((*q.shape[:3], 1), jnp.float32)
-        sums = (empty + LOWEST, empty, jnp.zeros(q.shape, jnp.float32))
+        sums = (empty + MASK_VALUE, empty, jnp.zeros(q.shape, jnp.float32))
         return None, jax.lax.scan(over_keys, sums, (*keys, mask, seen))[0]
 
     rows = (_cut(q, 2, blocks.n), blocks.mask, blocks.seen)

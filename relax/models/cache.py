@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from relax.models.attention import LOWEST
+from relax.models.attention import MASK_VALUE
 from relax.models.config import TransformerConfig
 
 
@@ -114,7 +114,7 @@ def attend_cached(
     seen = column <= last
     if window is not None:
         seen &= column > last - window
-    scores = jnp.where(seen[:, None, None, :], scores.reshape(B, K, G, -1), LOWEST)
+    scores = jnp.where(seen[:, None, None, :], scores.reshape(B, K, G, -1), MASK_VALUE)
     weights = jax.nn.softmax(scores).astype(values.dtype).reshape(B * K, G, -1)
     out = jnp.einsum("XGS,XSH->XGH", weights, values, preferred_element_type=jnp.float32)
     return out.astype(values.dtype).reshape(B, K, G, H)

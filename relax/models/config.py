@@ -64,7 +64,7 @@ class LoRA:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LayerSpec:
     """What one layer does differently from its neighbours.
 
     Attributes:
@@ -191,19 +191,19 @@ class TransformerConfig:
             f"moe_intermediate_size above 0, got {self.moe_intermediate_size}.",
         )
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int) -> LayerSpec:
         """What layer `index`, from 0, does."""
         sliding = bool(self.layer_types) and self.layer_types[index] == "sliding_attention"
         rope = Rope(self.rope_theta, self.rope_scaling)
         if sliding and self.local_rope_theta is not None:
             rope = Rope(self.local_rope_theta)
-        return Layer(
+        return LayerSpec(
             window=self.sliding_window if sliding else None,
             rope=None if index in self.no_rope_layers else rope,
             experts=self.num_experts > 0 and index not in self.dense_layers,
         )
 
     @property
-    def layer_kinds(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[LayerSpec, ...]:
         """The layers, one after the other."""
         return tuple(map(self.layer, range(self.num_hidden_layers)))

@@ -73,14 +73,14 @@ def group_outputs(
 
     R = config.rotary_dim or config.head_dim
     angles, masks = {None: None}, {}
-    for kind in config.layer_kinds:
+    for kind in config.layers:
         if kind.rope not in angles:
             angles[kind.rope] = rotary_angles(positions[:, None], kind.rope, R)
         if kind.window not in masks:
             completion_mask = _completion_mask(prompt_lengths, L, G, C, kind.window)
             masks[kind.window] = (attention_mask(None, P, L, kind.window), completion_mask)
     x, routers = model.embed(ids), []
-    for layer, kind in zip(model.layers, config.layer_kinds, strict=True):
+    for layer, kind in zip(model.layers, config.layers, strict=True):
         x, router = model.run(layer, x, (angles[kind.rope], masks[kind.window], real), _over_groups)
         routers.append(router)
     prompt, completion = _parted(model.norm(x), P, L)

@@ -33,7 +33,7 @@ class Device(NamedTuple):
     capability: tuple[int, int] | None = None
 
 
-class Need(NamedTuple):
+class AttentionSpec(NamedTuple):
     """What a layer asks of its attention.
 
     Attributes:
@@ -65,10 +65,10 @@ def this_device() -> Device:
     return Device("cuda", (int(major), int(minor or 0)))
 
 
-def refusal(path: str, need: Need, device: Device) -> str | None:
+def refusal(path: str, need: AttentionSpec, device: Device) -> str | None:
     """Why a path cannot do what a layer needs; None: it can.
 
-    >>> refusal("splash", Need("bfloat16", 64), Device("cpu"))
+    >>> refusal("splash", AttentionSpec("bfloat16", 64), Device("cpu"))
     'splash is for TPUs, and this is a cpu'
     """
     if path == "xla":
@@ -96,7 +96,7 @@ def _elsewhere(what: str, device: Device) -> str:
     return f"{what}, and this is a {device.platform}"
 
 
-def choose(asked: str, need: Need, device: Device) -> tuple[str, str]:
+def choose(asked: str, need: AttentionSpec, device: Device) -> tuple[str, str]:
     """The path of a layer, and why it is not the platform's kernel (or which platform it is).
 
     Args:
@@ -170,10 +170,10 @@ def attend_rows(
     heads = ("batch", None, "heads")
     if path == "splash":
         kernel = functools.partial(_splash, window=window, multiplier=multiplier, softcap=softcap)
-        run = parallel.local(kernel, (heads, heads, heads, ("batch",)), heads)
+        run = parallel.per_device(kernel, (heads, heads, heads, ("batch",)), heads)
         return run(q, k, v, segment_ids)
     kernel = functools.partial(_cudnn, window=window, multiplier=multiplier)
-    run = parallel.local(kernel, (heads, heads, heads, ("batch",)), heads)
+    run = parallel.per_device(kernel, (heads, heads, heads, ("batch",)), heads)
     return run(q, k, v, mask if segment_ids is not None else None)
 
 
@@ -227,7 +227,7 @@ def _splash(q, k, v, segment_ids, window, multiplier, softcap, interpret=False):
     return out[:, :, :T, :H].swapaxes(1, 2).reshape(q.shape)
 
 
-def settle(model, length: int):
+def select_attention(model, length: int):
     """Tries the chosen kernels once on this device, and settles for XLA where one fails.
 
     Args:
@@ -240,11 +240,11 @@ def settle(model, length: int):
     Raises:
       ConfigError: the path that is asked for does not work here.
     """
-    kinds = model.config.layer_kinds
+    kinds = model.config.layers
     choices = [model.attention_choice(kind, length, True) for kind in kinds]
     tried = {(path, kind.window) for (path, _), kind in zip(choices, kinds, strict=True)}
     for path, window in sorted(tried, key=str):
-        reason = None if path == "xla" else trial(path, model.config, model.dtype, window)
+        reason = None if path == "xla" else check_kernel(path, model.config, model.dtype, window)
         if reason is None:
             continue
         if model.attn_implementation != AUTO:
@@ -253,7 +253,7 @@ def settle(model, length: int):
     return model, summary(choices)
 
 
-def trial(path: str, config, dtype, window: int | None, T: int = 256) -> str | None:
+def check_kernel(path: str, config, dtype, window: int | None, T: int = 256) -> str | None:
     """What is wrong with a path on this device, by running it forward and backward; None: nothing.
 
     Drivers and libraries of other versions than those this was written for show themselves here,

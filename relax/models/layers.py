@@ -50,7 +50,7 @@ class Linear(nn.Module):
     def __call__(self, x):  # [M, D]
         init = nn.initializers.normal(self.stddev)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
-        y = matmul(x, parallel.used(kernel.astype(self.dtype), *self.path, "kernel"))
+        y = matmul(x, parallel.gather_for_use(kernel.astype(self.dtype), *self.path, "kernel"))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             # In float32, and so is its gradient: a sum over all tokens.

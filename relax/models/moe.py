@@ -43,7 +43,7 @@ class Experts(nn.Module):
         if c.norm_topk_prob:
             weights = weights / weights.sum(axis=-1, keepdims=True)
         # Each device sorts its own tokens, and has some of the columns of every expert.
-        run = parallel.local(
+        run = parallel.per_device(
             functools.partial(_mixed, act=activation(c.hidden_act)),
             (("batch",), ("batch",), ("batch",), *_COLUMNS),
             ("columns", "batch", None),

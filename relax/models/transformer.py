@@ -18,7 +18,7 @@ from relax import parallel
 from relax.models import cache as kv_cache
 from relax.models import kernels
 from relax.models.attention import attention_mask
-from relax.models.config import Layer, LoRA, TransformerConfig
+from relax.models.config import LayerSpec, LoRA, TransformerConfig
 from relax.models.layers import Linear, RMSNorm
 from relax.models.moe import Experts, activation, total_aux_loss
 from relax.models.remat import POLICIES, checkpointed
@@ -29,7 +29,7 @@ class Block(nn.Module):
     """One layer: x += attention(norm(x)); x += feed_forward(norm(x)); or norms after, or both."""
 
     config: TransformerConfig
-    layer: Layer
+    layer: LayerSpec
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     lora: LoRA | None = None
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
             self.lm_head = self.param(
                 "lm_head", init, (c.vocab_size, c.hidden_size), self.param_dtype
             )
-        self.layers = [self._block(layer) for layer in c.layer_kinds]
+        self.layers = [self._block(layer) for layer in c.layers]
         self.norm = RMSNorm(c.rms_norm_eps, c.norm_plus_one, self.dtype, self.param_dtype)
 
     def _block(self, layer, **options):
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         """
         B, T = input_ids.shape
         angles = self._angles(positions, segment_ids, B, T)
-        kinds = self.config.layer_kinds
+        kinds = self.config.layers
         masks = {w: attention_mask(segment_ids, B, T, w) for w in {kind.window for kind in kinds}}
         real = jnp.ones((B * T,), bool) if segment_ids is None else segment_ids.reshape(-1) > 0
         x, routers = self.embed(input_ids), []
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         angles = self._angles(None, None, B, T)
         real = jnp.ones((B * T,), bool)
         x, filled = self.embed(input_ids), []
-        for layer, kind in zip(self.layers, self.config.layer_kinds, strict=True):
+        for layer, kind in zip(self.layers, self.config.layers, strict=True):
             mask = attention_mask(None, B, T, kind.window)
             over = _over_row(self._attention(kind, T, None), mask, None)
             x, kept, _ = layer(x, angles[kind.rope], over, real)
@@ -216,14 +216,14 @@ class Transformer(nn.Module):
         angles = self._angles(positions[:, None], None, tokens.shape[0], 1)
         real = jnp.ones(tokens.shape, bool)
         x, filled = self.embed(tokens), []
-        for layer, kind, columns in zip(self.layers, self.config.layer_kinds, cache, strict=True):
+        for layer, kind, columns in zip(self.layers, self.config.layers, cache, strict=True):
             over = _over_cache(self.config, kind.window, columns, positions)
             x, kept, _ = layer(x, angles[kind.rope], over, real)
             filled.append(kept)
         return self.norm(x), tuple(filled)
 
     def embed(self, input_ids):
-        table = parallel.used(self.embed_tokens, "embed_tokens", dtype=self.dtype)
+        table = parallel.gather_for_use(self.embed_tokens, "embed_tokens", dtype=self.dtype)
         x = table[input_ids.reshape(-1)].astype(self.dtype)  # [M, D]
         x = parallel.constrain(x, "batch", None)
         multiplier = self.config.embedding_multiplier
@@ -234,14 +234,14 @@ class Transformer(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
         R = self.config.rotary_dim or self.config.head_dim
-        ropes = {kind.rope for kind in self.config.layer_kinds} - {None}
+        ropes = {kind.rope for kind in self.config.layers} - {None}
         angles = {rope: rotary_angles(positions, rope, R, segment_ids) for rope in ropes}
         return angles | {None: None}
 
     def attention_choice(self, layer, T, segments, device=None):
         """The path of a layer's attention over rows of T tokens, and why (`kernels.choose`)."""
         c = self.config
-        need = kernels.Need(
+        need = kernels.AttentionSpec(
             jnp.dtype(self.dtype).name,
             c.head_dim,
             layer.window,
@@ -329,7 +329,7 @@ def _over_cache(config, window, columns, positions):
 
     def attention(q, k, v):
         heads = ("batch", "heads")
-        run = parallel.local(
+        run = parallel.per_device(
             over_part, (heads, heads, heads, heads, ("batch",)), (heads, (heads, heads))
         )
         out, kept = run(q, k, v, columns, positions)

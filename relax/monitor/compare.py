@@ -11,7 +11,7 @@ from relax.monitor.sections import CHARTS, UNDRAWN, plain, text
 
 
 def with_distinct_names(runs: Sequence[Run]) -> list[Run]:
-    """The runs, numbered where directories share a name."""
+    """The runs, unique_name where directories share a name."""
     names = [run.name for run in runs]
     return [
         dataclasses.replace(run, name=f"{run.name} ({i})") if names.count(run.name) > 1 else run

@@ -21,12 +21,14 @@ class Series(NamedTuple):
     colour: int | None = None
 
 
-def thin(xs: Sequence[float], ys: Sequence[float], most: int) -> tuple[list[float], list[float]]:
+def downsample(
+    xs: Sequence[float], ys: Sequence[float], most: int
+) -> tuple[list[float], list[float]]:
     """At most about `most` points that look the same: of each stretch its least and its largest.
 
     A stretch without a number keeps one NaN, so that the gap stays.
 
-    >>> thin([0, 1, 2, 3, 4, 5, 6, 7], [0, 9, 1, 1, 1, -5, 1, 2], 4)
+    >>> downsample([0, 1, 2, 3, 4, 5, 6, 7], [0, 9, 1, 1, 1, -5, 1, 2], 4)
     ([0, 1, 5, 7], [0, 9, -5, 2])
     """
     n, stretches = len(xs), max(most // 2, 1)
@@ -203,7 +205,7 @@ def _axes(frame: _Frame) -> str:
 
 
 def _curve(series: Series, frame: _Frame, colour: int, most: int) -> str:
-    xs, ys = thin(series.xs, series.ys, most)
+    xs, ys = downsample(series.xs, series.ys, most)
     values = " ".join(f"{x:.6g},{y:.5g}" for x, y in zip(xs, ys, strict=True) if math.isfinite(y))
     head = f'<g class="s" style="--c:var(--c{colour})" data-n="{escape(series.name)}" '
     head += f'data-v="{values}">'
@@ -213,7 +215,7 @@ def _curve(series: Series, frame: _Frame, colour: int, most: int) -> str:
     out = f'<path class="{kind}" d="{_path(xs, ys, frame)}"/>'
     if smoothed:
         means = smooth(series.ys, max(len(series.ys) / 60, 2.0))
-        out += f'<path class="line" d="{_path(*thin(series.xs, means, most // 2), frame)}"/>'
+        out += f'<path class="line" d="{_path(*downsample(series.xs, means, most // 2), frame)}"/>'
     if points and len(xs) <= 60:
         out += "".join(
             f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"/>'

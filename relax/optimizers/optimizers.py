@@ -120,12 +120,14 @@ def learning_rate(opt_state) -> jax.Array | None:
 
 
 class ByKeyState(NamedTuple):
-    """State of `by_key`: those of the optimizers within, by their names."""
+    """State of `partition_by_key`: those of the optimizers within, by their names."""
 
     parts: dict[str, Any]
 
 
-def by_key(optimizers: dict[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+def partition_by_key(
+    optimizers: dict[str, optax.GradientTransformation],
+) -> optax.GradientTransformation:
     """An optimizer for each part of parameters that are a dict of parts, by the part's name."""
 
     def init(params):
@@ -144,13 +146,13 @@ def by_key(optimizers: dict[str, optax.GradientTransformation]) -> optax.Gradien
 
 
 class DelayedState(NamedTuple):
-    """State of `delayed`: that of the optimizer within, and the updates left out."""
+    """State of `freeze_for`: that of the optimizer within, and the updates left out."""
 
     inner: Any
     waited: jax.Array
 
 
-def delayed(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+def freeze_for(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
     """Begins after so many updates; until then parameters and the optimizer's state stay."""
     if not steps:
         return optimizer

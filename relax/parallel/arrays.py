@@ -1,6 +1,6 @@
 """Arrays where the rules put them: weights, optimizer state, batches, and what comes back.
 
-Without a mesh in use every function returns what it is given, and `born` calls its function.
+Without a mesh in use every function returns its argument, and `init_sharded` calls its function.
 """
 
 import functools
@@ -49,7 +49,7 @@ def sharded_shapes(tree):
     return _map(shape, tree)
 
 
-def born(f, *args):
+def init_sharded(f, *args):
     """`f(*args)`, compiled so that every leaf of the result comes to be where it lies."""
     current = layout()
     if current is None:
@@ -59,8 +59,8 @@ def born(f, *args):
     return jax.jit(f, out_shardings=places)(*args)
 
 
-def placed(tree):
-    """A state or parameters, moved to where they lie; within a compiled function, as `pinned`."""
+def shard(tree):
+    """Moves a state or parameters to where they lie; inside jit it is `constrain_tree`."""
     current = layout()
     if current is None:
         return tree
@@ -69,19 +69,19 @@ def placed(tree):
         where = _sharding(current, path, np.shape(leaf))
         if isinstance(leaf, jax.core.Tracer):
             return jax.lax.with_sharding_constraint(leaf, where)
-        return put(leaf, where)
+        return device_put(leaf, where)
 
     return _map(move, tree)
 
 
-def put(leaf, where: NamedSharding):
+def device_put(leaf, where: NamedSharding):
     """An array, the same in every process where there are several, cut as `where` says."""
     if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(where, leaf.ndim):
         return leaf
     if where.is_fully_addressable:
         return jax.device_put(leaf, where)
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = put(jax.random.key_data(leaf), NamedSharding(where.mesh, P()))
+        data = device_put(jax.random.key_data(leaf), NamedSharding(where.mesh, P()))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=where)(leaf)
@@ -89,7 +89,7 @@ def put(leaf, where: NamedSharding):
     return jax.make_array_from_callback(value.shape, where, value.__getitem__)
 
 
-def pinned(tree):
+def constrain_tree(tree):
     """Within a compiled function: leaves stay where the rules put them."""
     current = layout()
     if current is None:
@@ -102,7 +102,7 @@ def pinned(tree):
     return _map(pin, tree)
 
 
-def gathered(tree):
+def unshard_fsdp(tree):
     """Within a compiled function: parameters cut along `tensor` alone, for many uses of each."""
     current = layout()
     if current is None:
@@ -115,8 +115,8 @@ def gathered(tree):
     return _map(gather, tree)
 
 
-def gathered_shapes(tree, dtype):
-    """What `gathered` makes of parameters whose matrices are in a dtype, as shapes."""
+def unsharded_shapes(tree, dtype):
+    """What `unshard_fsdp` makes of parameters whose matrices are in a dtype, as shapes."""
     current = layout()
 
     def shape(path, leaf):
@@ -127,7 +127,7 @@ def gathered_shapes(tree, dtype):
     return _map(shape, tree)
 
 
-def used(weight, *path: str, dtype=None):
+def gather_for_use(weight, *path: str, dtype=None):
     """A weight as a layer multiplies with it: gathered over `fsdp` and `data`.
 
     Its gradient is cut as the weight is stored. On a mesh it is cast to `dtype`, if one is given,
@@ -180,8 +180,8 @@ def constrain(x, *dims: str | None):
     current = layout()
     if current is None:
         return x
-    parts = {"batch": current.batch_shards, "tensor": current.sizes["tensor"], "whole": 1}
-    axes = {"batch": BATCH, "tensor": "tensor", "whole": None}
+    parts = {"batch": current.batch_shards, "tensor": current.sizes["tensor"], "replicated": 1}
+    axes = {"batch": BATCH, "tensor": "tensor", "replicated": None}
 
     def entry(name, size):
         return P.UNCONSTRAINED if name is None or size % parts[name] else axes[name]
@@ -200,7 +200,7 @@ def _rows(current: Layout, shape) -> NamedSharding:
     return NamedSharding(current.mesh, P(BATCH) if shape else P())
 
 
-def place_batch(batch):
+def shard_batch(batch):
     """A batch of numpy arrays `[B, ...]`, all its rows in every process, shared out by rows.
 
     What is on the mesh already stays there.
@@ -215,13 +215,13 @@ def place_batch(batch):
     def place(leaf):
         if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) == current.mesh.size > 1:
             return leaf
-        return put(leaf, _rows(current, np.shape(leaf)))
+        return device_put(leaf, _rows(current, np.shape(leaf)))
 
     return jax.tree.map(place, batch)
 
 
-def place_own(batch, count: int):
-    """As `place_batch`, of the rows of this process alone: those of `local_rows(count)`."""
+def shard_local_batch(batch, count: int):
+    """As `shard_batch`, of the rows of this process alone: those of `local_rows(count)`."""
     current = layout()
 
     def place(leaf):

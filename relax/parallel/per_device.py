@@ -16,7 +16,7 @@ NAMES = {"batch": BATCH, "heads": "tensor", "columns": "tensor"}
 Dims = tuple[str | None, ...]
 
 
-def local(
+def per_device(
     f: Callable, inputs: Sequence[Dims | None], outputs: Dims | tuple, *, auto: bool = False
 ) -> Callable:
     """`f` over each device's part of its arguments; without a mesh `f` itself.

@@ -149,7 +149,7 @@ def _leave(line: str, code: int) -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def abort_on_error() -> Iterator[None]:
     """What fails in one process ends it at once, so that the others end, too, and none waits."""
     try:
         yield
@@ -212,16 +212,16 @@ def barrier(name: str) -> None:
     if count() > 1:
         from orbax.checkpoint import multihost
 
-        multihost.get_barrier_sync_fn()(key=numbered(name), timeout_ms=1000 * _PATIENCE_S)
+        multihost.get_barrier_sync_fn()(key=unique_name(name), timeout_ms=1000 * _PATIENCE_S)
 
 
-def numbered(name: str) -> str:
+def unique_name(name: str) -> str:
     """The name, and how often it was asked for: alike in all processes that ask in one order."""
     _asked[name] += 1
     return f"{name} {_asked[name]}"
 
 
-def from_main(f: Callable[[], Any]) -> Any:
+def broadcast_from_main(f: Callable[[], Any]) -> Any:
     """What `f` gives in process 0, everywhere; JSON.
 
     Raises:

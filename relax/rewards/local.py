@@ -23,7 +23,7 @@ def reference_of(function: Callable) -> dict | None:
     >>> reference_of(lambda completions: []) is None
     True
     """
-    if runs_here(function):
+    if in_process(function):
         return None
     if reference := getattr(function, "reference", None):
         spec, parameters = reference
@@ -38,12 +38,12 @@ def reference_of(function: Callable) -> dict | None:
     return None if spec is None else {"spec": spec, "parameters": parameters}
 
 
-def runs_here(function: Callable) -> bool:
+def in_process(function: Callable) -> bool:
     """Whether it says that it is a part of the trainer's process, as a reward model is.
 
     Nothing but its own code runs then: it is called as it is, without a time limit.
     """
-    return getattr(function, "runs_here", False)
+    return getattr(function, "in_process", False)
 
 
 def _path_of(function) -> str | None:
@@ -58,7 +58,7 @@ def score_here(function: Callable, info: RewardInfo, batch: Batch, timeout_s: fl
     """Scores a batch in this process, with the same results and failures as in a worker."""
 
     def call(indices: list[int]) -> Scores:
-        if runs_here(function):
+        if in_process(function):
             return invoke(function, info, batch, indices)
         return _in_thread(functools.partial(invoke, function, info, batch, indices), timeout_s)
 

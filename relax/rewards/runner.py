@@ -14,7 +14,7 @@ from relax.rewards.batch import RewardBatch, Tally, failures_of, gather
 from relax.rewards.host_process import HostProcess
 from relax.rewards.isolation import Scores, scores_of
 from relax.rewards.loading import parameters_by_reward
-from relax.rewards.local import reference_of, runs_here, score_here
+from relax.rewards.local import in_process, reference_of, score_here
 from relax.rewards.protocol import (
     RewardInfo,
     check_columns,
@@ -31,7 +31,7 @@ class RewardRunner:
     Functions that are named, or can be imported by name, run in worker processes: one that hangs
     is killed, one that ends its process ends nothing else. Others (lambdas, closures, what a
     notebook defines) run in a thread of this process, which `notes` says. An object that says
-    `runs_here`, as a reward model does, is called as it is.
+    `in_process`, as a reward model does, is called as it is.
 
     Args:
       functions: names (see `load_reward`) or functions, one or several.
@@ -92,7 +92,7 @@ class RewardRunner:
             f"reward {self.names[i]!r} is no function of a module: it runs inside this process and "
             "cannot be killed when it hangs. Put it into a file to isolate it."
             for i, function in self._local.items()
-            if not runs_here(function)
+            if not in_process(function)
         ]
         self.notes += [f.note for f in self._local.values() if getattr(f, "note", None)]
         self.tally = Tally(max_errors)
@@ -105,9 +105,9 @@ class RewardRunner:
         self.close()
 
     @property
-    def runs_here(self) -> bool:
+    def in_process(self) -> bool:
         """Whether a function is a part of this process, as a reward model is."""
-        return any(runs_here(function) for function in self._local.values())
+        return any(in_process(function) for function in self._local.values())
 
     def close(self) -> None:
         """Ends all workers, whatever they do; may be called again."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from relax import parallel
 from relax.sampling import step
-from relax.sampling.config import SamplingConfig, longest
+from relax.sampling.config import SamplingConfig, max_positions
 from relax.sampling.distribution import Rules
 from relax.sampling.stops import Decode, find_stop
 
@@ -63,9 +63,9 @@ class Batch:
         """keys: from the numbers of rows to their keys."""
         self.model, self.params, self.config = model, params, config
         self.keys, self.decode = keys, decode
-        self.room = longest(model.config)[0]
+        self.room = max_positions(model.config)[0]
         self.rules = _rules(config, model.config.vocab_size)
-        self.ends = step.Ends(
+        self.ends = step.StopRules(
             jnp.asarray(config.eos_token_ids, jnp.int32), jnp.int32(config.min_new_tokens)
         )
         # Prompts of like length share a prefill, and short ones, which need few columns, go first.

@@ -18,7 +18,7 @@ class SamplingConfig:
     The options change the logits in the order of this list, which is that of transformers.
 
     Attributes:
-      max_new_tokens: the longest completion (TRL's `max_completion_length`).
+      max_new_tokens: the max_positions completion (TRL's `max_completion_length`).
       min_new_tokens: no end-of-sequence token and no stop string ends a completion before it.
       repetition_penalty: divides the positive logits of tokens in the prompt or the completion by
         it, and multiplies the negative ones; 1: off. Keskar et al., CTRL, 2019, section 4.1.
@@ -117,7 +117,7 @@ def check_request(
     """Refuses what does not fit the model.
 
     Args:
-      limits: `[N]` at most so many new tokens, of the longest row of each prompt.
+      limits: `[N]` at most so many new tokens, of the max_positions row of each prompt.
       decodes: whether there is a function from ids to text.
 
     Raises:
@@ -125,7 +125,7 @@ def check_request(
         not fit the model's positions, or a stop string has no decoder.
     """
     bias = config.logit_bias or {}
-    room, why = longest(model)
+    room, why = max_positions(model)
     lengths = np.array([len(prompt) for prompt in prompts])
     worst = int((lengths + limits).argmax())
     V = model.vocab_size
@@ -156,14 +156,14 @@ def check_request(
     )
 
 
-def longest(model: TransformerConfig) -> tuple[int, str]:
-    """The longest row that can be decoded, and what sets it.
+def max_positions(model: TransformerConfig) -> tuple[int, str]:
+    """The max_positions row that can be decoded, and what sets it.
 
     Where rotary frequencies depend on a row's length, keys in the cache would have to turn again
     once the row grows past the original length; such models decode up to there.
     """
     room, why = model.max_position_embeddings, "of the model"
-    for scaling in {kind.rope.scaling for kind in model.layer_kinds if kind.rope}:
+    for scaling in {kind.rope.scaling for kind in model.layers if kind.rope}:
         if scaling is not None and scaling.depends_on_length:
             original = scaling.original_max_position_embeddings
             if original <= room:

@@ -23,7 +23,7 @@ class Rules(NamedTuple):
     min_p: jax.Array | None = None  # scalar
 
 
-def shape_logits(
+def process_logits(
     logits: jax.Array,
     rules: Rules,
     *,
@@ -141,7 +141,7 @@ def draw(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _token(cells, cell, place), logit - top - jnp.log(weights.sum(axis=-1))
 
 
-def most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The largest logit's token per row, the first of equals, and its log-probability."""
     top = logits.max(axis=-1)
     cells = _cells(logits)

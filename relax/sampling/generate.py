@@ -47,8 +47,8 @@ def generate(
     """
     prompts = checked_prompts(prompts, model.config)
     limits = _limits(limits, len(prompts) * config.n, config)
-    longest = limits.reshape(len(prompts), config.n).max(axis=1)
-    check_request(config, model.config, prompts, longest, decodes=decode is not None)
+    max_positions = limits.reshape(len(prompts), config.n).max(axis=1)
+    check_request(config, model.config, prompts, max_positions, decodes=decode is not None)
     keys = _Keys(key, len(prompts), config.n)
     rows = [
         Row(number, number // config.n, prompts[number // config.n], int(limit))
@@ -106,7 +106,7 @@ def _cast(leaves, like):
 def _gathered(params, like):
     """As `_narrowed`, and whole along fsdp: a step that gathered them would do little else."""
     cast = jax.tree.map(lambda x: x.astype(like.dtype) if x.ndim > 1 else x, params)
-    return parallel.gathered(cast)
+    return parallel.unshard_fsdp(cast)
 
 
 def _narrowed(params, dtype):

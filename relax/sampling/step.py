@@ -18,7 +18,7 @@ from relax import parallel
 from relax.losses.logprobs import token_logits
 from relax.models.cache import Cache, empty_cache, put, resized
 from relax.models.transformer import Transformer
-from relax.sampling.distribution import Rules, draw, most_likely, shape_logits
+from relax.sampling.distribution import Rules, draw, greedy, process_logits
 
 
 class Slots(NamedTuple):
@@ -33,7 +33,7 @@ class Slots(NamedTuple):
     seen: jax.Array | None  # [B, V] bool: tokens of prompt and completion
 
 
-class Ends(NamedTuple):
+class StopRules(NamedTuple):
     """When a row ends, apart from its limit."""
 
     eos_token_ids: jax.Array  # [E] int32
@@ -92,7 +92,7 @@ def admit(cache: Cache, slots: Slots, prefilled, prompts, count, places, sources
     if parallel.layout() is None:
         return _admit(cache, slots, prefilled, prompts, count, places, sources, rows)
     cut, heads = ("batch",), ("batch", "heads")
-    run = parallel.local(
+    run = parallel.per_device(
         _admit_mine, (heads, cut, (None, "heads"), *(None,) * 5, cut), (heads, cut)
     )
     mine = jnp.arange(len(places), dtype=jnp.int32)
@@ -133,7 +133,7 @@ def run_segment(
     slots: Slots,
     stopped: jax.Array,
     rules: Rules,
-    ends: Ends,
+    ends: StopRules,
     steps: jax.Array,
     leave: jax.Array,
     *,
@@ -165,7 +165,7 @@ def run_segment(
         )
         # First cut as the matrix is: to gather logits is little, to gather the matrix is much.
         logits = parallel.constrain(logits, "batch", "tensor")
-        logits = parallel.constrain(logits, "batch", "whole")
+        logits = parallel.constrain(logits, "batch", "replicated")
         drawn, logprob = _next(logits, slots, rules, ends, top_k)
         slots = _advance(slots, drawn, ends)
         return i + 1, cache, slots, (tokens.at[i].set(drawn), logprobs.at[i].set(logprob))
@@ -174,20 +174,20 @@ def run_segment(
     _, cache, slots, (tokens, logprobs) = jax.lax.while_loop(goes_on, step, state)
     cache, slots = _pinned(cache, slots)
     drawn = Segment(tokens, logprobs, slots.drawn - before, slots.ended)
-    whole = (parallel.constrain(x, *("whole",) * x.ndim) for x in drawn)
+    whole = (parallel.constrain(x, *("replicated",) * x.ndim) for x in drawn)
     return cache, slots, Segment(*whole)  # every process reads all of it
 
 
-def _next(logits, slots: Slots, rules: Rules, ends: Ends, top_k: int):
+def _next(logits, slots: Slots, rules: Rules, ends: StopRules, top_k: int):
     """A token per slot, and its log-probability."""
     too_short = slots.drawn < ends.min_new_tokens
-    shaped = shape_logits(logits, rules, top_k=top_k, seen=slots.seen, too_short=too_short)
+    shaped = process_logits(logits, rules, top_k=top_k, seen=slots.seen, too_short=too_short)
     if rules.temperature is None:
-        return most_likely(shaped)
+        return greedy(shaped)
     return draw(jax.vmap(jax.random.fold_in)(slots.keys, slots.drawn), shaped)
 
 
-def _advance(slots: Slots, drawn: jax.Array, ends: Ends) -> Slots:
+def _advance(slots: Slots, drawn: jax.Array, ends: StopRules) -> Slots:
     """Slots one token further, but for those that have ended."""
     moves = ~slots.ended
     is_end = (drawn[:, None] == ends.eos_token_ids[None, :]).any(axis=1)

@@ -8,11 +8,11 @@ from relax.trainers.ppo_trainer import PPOTrainer
 from relax.trainers.reward_trainer import RewardTrainer
 from relax.trainers.rl_trainer import RLTrainer
 from relax.trainers.sft_trainer import SFTTrainer
-from relax.trainers.trainer import Annotated, Trainer, TrainState
+from relax.trainers.trainer import LoggedBatch, Trainer, TrainState
 from relax.trainers.update import LossOutput, Max, Mean, Min, Sum
 
 __all__ = [
-    "Annotated",
+    "LoggedBatch",
     "Callback",
     "DPOTrainer",
     "Event",

@@ -33,7 +33,7 @@ from relax.models.forward import hidden_states
 from relax.models.groups import group_hidden_states
 from relax.models.trainable import merge
 from relax.trainers.pairs import num_tokens
-from relax.trainers.reference import reference_params, synced
+from relax.trainers.reference import reference_params, update_reference
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import Trainer
 from relax.trainers.update import LossOutput, Mean, Sum
@@ -132,7 +132,7 @@ class DPOTrainer(Trainer):
         if not self.sync_ref_model:
             return frozen
         every = self.ref_model_sync_steps
-        return synced(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
+        return update_reference(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         frozen = frozen or {}
@@ -158,7 +158,7 @@ class DPOTrainer(Trainer):
 
     def answer_logprobs(self, params, batch) -> np.ndarray:
         """`[N, 2]` log-probabilities of a batch's answers under all parameters `params`."""
-        return parallel.to_host(self._answer_logprobs(params, parallel.place_batch(batch)))
+        return parallel.to_host(self._answer_logprobs(params, parallel.shard_batch(batch)))
 
     def _of_reference(self, frozen, batch, logprobs):
         if not self.needs_reference:

@@ -29,9 +29,9 @@ from relax.losses.advantages import ADVANTAGES
 from relax.losses.kl import KL_ESTIMATORS, kl_estimate
 from relax.losses.masked import masked_mean
 from relax.losses.policy import LOSS_TYPES, RATIOS, Clip, clip_fractions, log_ratios, policy_loss
-from relax.trainers.reference import reference_params, synced
+from relax.trainers.reference import reference_params, update_reference
 from relax.trainers.rl.rollout import concatenate
-from relax.trainers.rl_trainer import RESAMPLING, Collected, RLTrainer, difference_metrics
+from relax.trainers.rl_trainer import RESAMPLING, RLTrainer, ScoredRollout, difference_metrics
 from relax.trainers.state import TrainState
 from relax.trainers.update import LossOutput, Max, Mean, Min
 
@@ -51,7 +51,7 @@ class GRPOTrainer(RLTrainer):
       mask_truncated_completions: those that did not end by themselves are not trained on.
       entropy_coef: of the tokens' entropy, which is taken off their losses.
       max_resample_rounds: how often groups whose rewards are all equal are replaced by those of
-        fresh prompts, from the item's `spares` (DAPO's dynamic sampling); 0: never.
+        fresh prompts, from the item's `extra_prompts` (DAPO's dynamic sampling); 0: never.
       sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every so many updates the
         reference becomes alpha times the policy plus (1 - alpha) times itself.
     """
@@ -115,18 +115,20 @@ class GRPOTrainer(RLTrainer):
         """
         return ADVANTAGES[self.scale_rewards](rewards)
 
-    def collect(self, state: TrainState, item, key: jax.Array) -> Collected:
+    def collect(self, state: TrainState, item, key: jax.Array) -> ScoredRollout:
         """As `RLTrainer`'s; then groups without variance are replaced, where that is asked for."""
         kept = super().collect(state, item, key)
         size, metrics = len(item["rows"]), dict(kept.metrics)
-        spares = item.get("spares", {"prompt_ids": [], "rows": []})
+        extra_prompts = item.get("extra_prompts", {"prompt_ids": [], "rows": []})
         replaced, drawn = 0, kept.rewards[~np.isnan(kept.rewards)]
         if self.max_resample_rounds and drawn.size:
             metrics["reward_drawn"] = float(drawn.mean())
         for attempt in range(self.max_resample_rounds):
-            flat = np.flatnonzero(_is_flat(kept.rewards))
+            flat = np.flatnonzero(has_zero_std(kept.rewards))
             first = attempt * size
-            fresh_item = {name: spares[name][first : first + len(flat)] for name in spares}
+            fresh_item = {
+                name: extra_prompts[name][first : first + len(flat)] for name in extra_prompts
+            }
             if not fresh_item["rows"]:
                 break
             fresh_key = jax.random.fold_in(self._key(state, RESAMPLING), attempt)
@@ -139,7 +141,7 @@ class GRPOTrainer(RLTrainer):
             metrics["resampled_groups"] = replaced
         return kept._replace(metrics=metrics)
 
-    def experience(self, state: TrainState, collected: Collected) -> dict[str, np.ndarray]:
+    def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
         rollout, rewards = collected.rollout, collected.rewards
         mask = rollout.mask
         if self.mask_truncated_completions:
@@ -194,7 +196,7 @@ class GRPOTrainer(RLTrainer):
         if not self.sync_ref_model or "ref" not in frozen:
             return frozen
         every = self.ref_model_sync_steps
-        return synced(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
+        return update_reference(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
 
     def _clip_metrics(self, ratio, advantages, mask) -> dict:
         tokens, clipped = mask.sum(), clip_fractions(ratio, advantages, mask, self.clip)
@@ -209,19 +211,21 @@ class GRPOTrainer(RLTrainer):
         }
 
 
-def _is_flat(rewards: np.ndarray) -> np.ndarray:
+def has_zero_std(rewards: np.ndarray) -> np.ndarray:
     """`[P]` bool: the rewards of a group `[P, G]` are all equal, or fewer than two apply."""
     highest = np.where(np.isnan(rewards), -np.inf, rewards).max(axis=1)
     lowest = np.where(np.isnan(rewards), np.inf, rewards).min(axis=1)
     return ~(highest - lowest > 1e-6)
 
 
-def _replace(kept: Collected, fresh: Collected, flat: np.ndarray) -> tuple[Collected, int]:
+def _replace(
+    kept: ScoredRollout, fresh: ScoredRollout, flat: np.ndarray
+) -> tuple[ScoredRollout, int]:
     """Puts fresh groups that have variance in the places of those that have none."""
-    good = np.flatnonzero(~_is_flat(fresh.rewards))
+    good = np.flatnonzero(~has_zero_std(fresh.rewards))
     source = np.arange(len(kept.rewards))
     source[flat[: len(good)]] = len(kept.rewards) + good
-    both = Collected(
+    both = ScoredRollout(
         concatenate([kept.rollout, fresh.rollout]),
         np.concatenate([kept.rewards, fresh.rewards]),
         np.concatenate([kept.by_function, fresh.by_function]),

@@ -34,20 +34,20 @@ from relax.models.forward import completion_states
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.lora import merge_adapters
 from relax.models.trainable import merge
-from relax.optimizers.optimizers import by_key, delayed, learning_rate
+from relax.optimizers.optimizers import freeze_for, learning_rate, partition_by_key
 from relax.trainers.reference import reference_params
 from relax.trainers.rl.experience import (
     AFTER_EOS,
     REWARD_AT,
     Experience,
+    adapt_kl_coef,
     estimate,
     experience_metrics,
-    followed,
     per_completion,
     take,
 )
-from relax.trainers.rl.rollout import Rollout, with_place_behind
-from relax.trainers.rl_trainer import Collected, RLTrainer, difference_metrics
+from relax.trainers.rl.rollout import Rollout, with_slot_after_eos
+from relax.trainers.rl_trainer import RLTrainer, ScoredRollout, difference_metrics
 from relax.trainers.state import TrainState, initial_weights
 from relax.trainers.update import (
     LossOutput,
@@ -118,10 +118,10 @@ class PPOTrainer(RLTrainer):
         **options,
     ):
         critic_optimizer = critic_optimizer or optimizer
-        parts = {"policy": delayed(optimizer, critic_warmup_steps), "value": critic_optimizer}
+        parts = {"policy": freeze_for(optimizer, critic_warmup_steps), "value": critic_optimizer}
         super().__init__(
             model,
-            by_key(parts),
+            partition_by_key(parts),
             num_generations=num_generations,
             num_iterations=num_ppo_epochs,
             reference=kl_coef != 0,
@@ -190,10 +190,10 @@ class PPOTrainer(RLTrainer):
         rollout = super().generate(state, item, key, sampling)
         if self.reward_at == AFTER_EOS:
             most = (sampling or self.sampling).max_new_tokens
-            rollout = with_place_behind(rollout, most)
+            rollout = with_slot_after_eos(rollout, most)
         return rollout
 
-    def experience(self, state: TrainState, collected: Collected) -> dict[str, np.ndarray]:
+    def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
         rollout, score = collected.rollout, collected.rewards
         shape = rollout.completion_ids.shape
         if self.missing_eos_penalty is not None:
@@ -228,7 +228,7 @@ class PPOTrainer(RLTrainer):
             "score": score,
         }
 
-    def experience_metrics(self, collected: Collected, experience: dict) -> dict:
+    def experience_metrics(self, collected: ScoredRollout, experience: dict) -> dict:
         return experience_metrics(experience) | {
             "val/num_eos_tokens": float((~collected.rollout.truncated).sum())
         }
@@ -338,7 +338,7 @@ class PPOTrainer(RLTrainer):
         if "kl_coef" in control:
             count = batch.mask.shape[0] * batch.mask.shape[1] * self._updates_per_pass
             options = {"target": self.kl_target, "horizon": self.kl_horizon, "count": count}
-            after = followed(control["kl_coef"], batch.kl[0], **options)
+            after = adapt_kl_coef(control["kl_coef"], batch.kl[0], **options)
             control["kl_coef"] = jnp.where(ends, after, control["kl_coef"])
         if "stopped" in control:
             control["stopped"] &= ~ends

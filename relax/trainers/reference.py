@@ -11,7 +11,7 @@ def reference_params(frozen) -> dict:
     return merge(frozen["ref"], frozen) if "ref" in frozen else frozen["base"]
 
 
-def synced(frozen, params, step: jax.Array, *, alpha: float, every: int):
+def update_reference(frozen, params, step: jax.Array, *, alpha: float, every: int):
     """`frozen` after an update: every so many, the reference moves towards the policy.
 
         θ_ref ← α θ + (1 - α) θ_ref

@@ -32,20 +32,20 @@ from relax.models.forward import completion_states
 from relax.parallel import processes
 from relax.rewards import Environment, RewardRunner
 from relax.sampling import SamplingConfig, generate
-from relax.trainers.rl.episodes import play
+from relax.trainers.rl.episodes import rollout_episodes
 from relax.trainers.rl.rollout import (
-    Collected,
     Rollout,
+    ScoredRollout,
     completion_records,
     is_truncated,
     make_rollout,
     reward_metrics,
     rollout_metrics,
-    with_end,
+    with_eos,
 )
-from relax.trainers.rl.scoring import judged, shared_scores
+from relax.trainers.rl.scoring import score_across_processes, submit_rewards
 from relax.trainers.state import TrainState, initial_state
-from relax.trainers.trainer import Annotated, Trainer
+from relax.trainers.trainer import LoggedBatch, Trainer
 from relax.trainers.update import Max, Mean
 
 # Streams of random numbers, folded into the root key before the update's number. `train_step` folds
@@ -115,8 +115,8 @@ class RLTrainer(Trainer):
         self.tokenizer, self.environment = tokenizer, environment
         self.reward_names = [*self.rewards.names, *(["environment"] if environment else [])]
         sampling = dataclasses.replace(sampling or SamplingConfig(), n=num_generations)
-        self.sampling = with_end(sampling, tokenizer)
-        self.eval_sampling = with_end(eval_sampling or sampling, tokenizer)
+        self.sampling = with_eos(sampling, tokenizer)
+        self.eval_sampling = with_eos(eval_sampling or sampling, tokenizer)
         self.params, self.freeze, self.reference = params, freeze, reference
         self.num_generations, self.num_iterations = num_generations, num_iterations
         self.recompute_old_logprobs = recompute_old_logprobs
@@ -131,7 +131,7 @@ class RLTrainer(Trainer):
         self._token_logprobs = jax.jit(self._token_logprobs)
 
     @abc.abstractmethod
-    def experience(self, state: TrainState, collected: Collected) -> dict[str, np.ndarray]:
+    def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
         """What `compute_loss` needs of each prompt's group: arrays with leading axes `[P, G]`."""
 
     @property
@@ -142,7 +142,7 @@ class RLTrainer(Trainer):
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
         return initial_state(self.model, self.optimizer, key, params, self.freeze, self.reference)
 
-    def make_batches(self, state: TrainState, item) -> Iterator[Annotated]:
+    def make_batches(self, state: TrainState, item) -> Iterator[LoggedBatch]:
         """Rollout, rewards and experience of an item, then the batches of its updates."""
         key = self._key(state, ROLLOUT)
         collected = self.collect(state, item, key)
@@ -153,14 +153,14 @@ class RLTrainer(Trainer):
         metrics["time/reference"] = time.monotonic() - start_s
         records = completion_records(collected, self.reward_names, experience.get("advantages"))
         for batch in self._split(collected.rollout, experience, order_key):
-            yield Annotated(batch, metrics, records)
+            yield LoggedBatch(batch, metrics, records)
             metrics, records = {}, ()
 
-    def experience_metrics(self, collected: Collected, experience: dict) -> dict:
+    def experience_metrics(self, collected: ScoredRollout, experience: dict) -> dict:
         """Numbers to log about the experience of an item; here none."""
         return {}
 
-    def collect(self, state: TrainState, item, key: jax.Array) -> Collected:
+    def collect(self, state: TrainState, item, key: jax.Array) -> ScoredRollout:
         """Completions of an item's prompts, and their rewards."""
         start_s = time.monotonic()
         rollout = self.generate(state, item, key)
@@ -183,20 +183,22 @@ class RLTrainer(Trainer):
             out = generate(self.model, params, prompts, key, sampling, decode=self._decode)
         else:
             texts = (self._encode, self._decode)
-            item, out, given = play(
+            item, out, given = rollout_episodes(
                 self.model, params, item, key, sampling, self.environment, *texts
             )
         return make_rollout(item, out, sampling, self._decode, given)
 
-    def score(self, rollout: Rollout, step: int = 0) -> Collected:
+    def score(self, rollout: Rollout, step: int = 0) -> ScoredRollout:
         """What the reward functions say of each completion."""
-        return shared_scores(
-            lambda part: self.judged(part, step)(), rollout, everywhere=self.rewards.runs_here
+        return score_across_processes(
+            lambda part: self.submit_rewards(part, step)(),
+            rollout,
+            everywhere=self.rewards.in_process,
         )
 
-    def judged(self, rollout: Rollout, step: int) -> Callable[[], Collected]:
+    def submit_rewards(self, rollout: Rollout, step: int) -> Callable[[], ScoredRollout]:
         """Hands completions to the reward functions; what it returns waits for their answers."""
-        return judged(self.rewards, rollout, step, in_turns=self.environment is not None)
+        return submit_rewards(self.rewards, rollout, step, in_turns=self.environment is not None)
 
     def completion_logprobs(
         self, params, batch, rng: jax.Array | None = None
@@ -244,7 +246,7 @@ class RLTrainer(Trainer):
         parts = []
         for first in range(0, rows, size):
             batch = {name: value[first : first + size] for name, value in arrays.items()}
-            parts.append(parallel.to_host(function(parallel.place_batch(batch))))
+            parts.append(parallel.to_host(function(parallel.shard_batch(batch))))
         return np.concatenate(parts).reshape(rollout.completion_ids.shape)
 
     def _token_logprobs(self, params, batch):
@@ -305,7 +307,7 @@ class RLTrainer(Trainer):
         """The batch of some rows."""
         return {name: value[rows] for name, value in buffer.items()}
 
-    def _metrics(self, collected: Collected) -> dict[str, float | int]:
+    def _metrics(self, collected: ScoredRollout) -> dict[str, float | int]:
         rollout, rewards, by_function, _, metrics = collected
         rewards = reward_metrics(rewards, by_function, self.reward_names)
         return rollout_metrics(rollout) | rewards | metrics
@@ -313,14 +315,16 @@ class RLTrainer(Trainer):
     def evaluate_item(self, state: TrainState, params, item, index: int) -> Callable[[], tuple]:
         """Held-out prompts, completed as `eval_sampling` says, and what that is worth.
 
-        They are judged while the next ones are completed. In training there is nothing to judge
+        They are scored while the next ones are completed. In training there is nothing to judge
         beside: the next rollout waits for an update, which waits for the rewards.
         """
         key = jax.random.fold_in(jax.random.fold_in(state.rng, EVALUATION), index)
         step, state = int(state.step), state.replace(params=params)
         rollout = self.generate(state, item, key, self.eval_sampling)
         alone = processes.count() == 1
-        collected = self.judged(rollout, step) if alone else lambda: self.score(rollout, step)
+        collected = (
+            self.submit_rewards(rollout, step) if alone else lambda: self.score(rollout, step)
+        )
 
         def part() -> tuple:
             rollout, rewards, by_function, _, metrics = collected()

@@ -111,7 +111,7 @@ class SFTTrainer(Trainer):
         """
         params, right, documents = state.eval_params, 0, 0
         for batch in loader:
-            batch = parallel.place_batch(batch)
+            batch = parallel.shard_batch(batch)
             exact, counted = self._document_hits(params, state.frozen, batch)
             right, documents = right + int(exact), documents + int(counted)
         return right / max(documents, 1)

@@ -43,15 +43,15 @@ class TrainState:
         rng = jax.random.wrap_key_data(
             jnp.array(jax.random.key_data(rng), copy=True), impl=jax.random.key_impl(rng)
         )
-        params = parallel.placed(params)
+        params = parallel.shard(params)
         state = cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=parallel.born(optimizer.init, params),
+            opt_state=parallel.init_sharded(optimizer.init, params),
             rng=rng,
             frozen=frozen if frozen is not None else {},
         )
-        return parallel.placed(state)
+        return parallel.shard(state)
 
     @property
     def eval_params(self):
@@ -91,8 +91,8 @@ def initial_weights(
     """
     if params is None:
         ids = jnp.zeros((1, 8), jnp.int32)
-        params = parallel.born(jax.jit(model.init), key, ids)["params"]
-    params = parallel.placed(params)
+        params = parallel.init_sharded(jax.jit(model.init), key, ids)["params"]
+    params = parallel.shard(params)
     trained, frozen = partition(model, params, key, freeze)
     if reference and model.lora is None:
         frozen = frozen | {"ref": jax.tree.map(jnp.copy, trained)}

@@ -41,7 +41,7 @@ from relax.trainers.update import (
 )
 
 
-class Annotated(NamedTuple):
+class LoggedBatch(NamedTuple):
     """A batch, and what is to be logged with its update.
 
     Attributes:
@@ -107,7 +107,7 @@ class Trainer(abc.ABC):
     def make_batches(self, state: TrainState, item) -> Iterable:
         """The batches to train on, from one item of the loader; here the item itself.
 
-        What has numbers of its own to log yields `Annotated` batches. The first update donates
+        What has numbers of its own to log yields `LoggedBatch` batches. The first update donates
         `state`: all that is read of it is read before the first batch is given.
         """
         return (item,)
@@ -154,7 +154,7 @@ class Trainer(abc.ABC):
         step = state.step + 1
         frozen = self.update_frozen(state.frozen, params, step)
         state = state.replace(step=step, params=params, opt_state=opt_state, frozen=frozen)
-        return parallel.pinned(state), metrics
+        return parallel.constrain_tree(state), metrics
 
     def eval_step(self, params, frozen, batch) -> LossOutput:
         """The loss of one batch without a gradient."""
@@ -196,7 +196,7 @@ class Trainer(abc.ABC):
 
         It may be a function that is called for it when the other items are under way too.
         """
-        return jax.device_get(self.eval_step(params, state.frozen, parallel.place_batch(item)))
+        return jax.device_get(self.eval_step(params, state.frozen, parallel.shard_batch(item)))
 
     def reduce_evaluation(self, parts: list) -> dict[str, float]:
         """The metrics of all that `evaluate_item` gave."""
@@ -347,10 +347,10 @@ class _Run:
     def _train_on(self, event: Event, item) -> Event:
         event = dataclasses.replace(event, position=event.position + 1)
         for given in self.trainer.make_batches(event.state, item):
-            note = given if isinstance(given, Annotated) else Annotated(given)
+            note = given if isinstance(given, LoggedBatch) else LoggedBatch(given)
             event = dataclasses.replace(event, batch=note.batch, records=note.records)
             event = self._call("on_batch_begin", event)
-            rows = parallel.place_batch(note.batch)
+            rows = parallel.shard_batch(note.batch)
             state, metrics = self.trainer.train_step(event.state, rows)
             metrics |= note.metrics
             event = dataclasses.replace(event, state=state, step=event.step + 1, metrics=metrics)

@@ -118,7 +118,7 @@ def accumulate_gradients(loss_fn: Callable, params, batch, count: int):
         def body(total, slice_and_index):
             gradients, output = differentiate(*slice_and_index)
             total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients)
-            return parallel.pinned(total), output
+            return parallel.constrain_tree(total), output
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         xs = (split_micro_batches(batch, count), jnp.arange(count))

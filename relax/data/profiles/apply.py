@@ -35,7 +35,7 @@ def apply_profile(
     """
     if type(profile) is ChatProfile:
         return rows
-    make = _Maker(profile, system_prompt)
+    make = _PairEncoder(profile, system_prompt)
     transform = {
         "completions": make.completion,
         "preferences": make.preference,
@@ -79,7 +79,7 @@ def early_stops(rows: Sequence[Mapping[str, Any]], stops: Sequence[str]) -> dict
     return {stop: count for stop, count in counts.items() if count}
 
 
-class _Maker:
+class _PairEncoder:
     """Makes rows of one kind."""
 
     def __init__(self, profile: DataProfile, system_prompt: str | None):

@@ -16,7 +16,9 @@ CHUNK, MOST = 10, 800  # updates between two looks, and at most
 LOOKED_AT = 500  # training rows
 
 
-def warm_up(model, tokenizer, seed: int, console: Console, most: int = MOST, share: float = SHARE):
+def pretrain_demo(
+    model, tokenizer, seed: int, console: Console, most: int = MOST, share: float = SHARE
+):
     """Parameters after supervised updates on the embedded task, up to a share of right sums.
 
     Half is where rewards can begin to teach: a model that is always wrong has nothing to compare.

@@ -29,7 +29,7 @@ class DPORecipe(PairsRecipe):
         return {"unpaired": self.config.dpo.loss_type == [KTO]}
 
     @property
-    def has_constant_reference(self) -> bool:
+    def reference_is_initial_model(self) -> bool:
         d, named = self.config.dpo, self.config.model.model_name_or_path is not None
         return named and not d.sync_ref_model and not d.precompute_ref_log_probs
 

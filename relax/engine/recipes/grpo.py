@@ -10,7 +10,7 @@ class GRPORecipe(RLRecipe):
     """Groups of completions against each other."""
 
     @property
-    def spare_rounds(self) -> int:
+    def extra_rounds(self) -> int:
         return self.config.grpo.max_resample_rounds
 
     @property
@@ -23,7 +23,7 @@ class GRPORecipe(RLRecipe):
         return self.config.rollout.num_iterations
 
     @property
-    def has_constant_reference(self) -> bool:
+    def reference_is_initial_model(self) -> bool:
         g = self.config.grpo
         named = self.config.model.model_name_or_path is not None
         return g.beta > 0 and named and not g.sync_ref_model

@@ -4,9 +4,9 @@ import numpy as np
 
 from relax.data import PreferenceLoader, Preferences, prepare_preferences
 from relax.engine.model_source import data_seed
-from relax.engine.recipes.demo import CHUNK, MOST, SHARE, warm_up
+from relax.engine.recipes.demo import CHUNK, MOST, SHARE, pretrain_demo
 from relax.engine.recipes.recipe import Datasets, Recipe
-from relax.errors import Collector, DataError
+from relax.errors import DataError, ErrorList
 from relax.models import TransformerConfig
 from relax.trainers.interrupt import Interrupt, Interrupted
 
@@ -32,9 +32,9 @@ class PairsRecipe(Recipe):
 
     def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
         d, reports, digest = self.config.data, {}, ""
-        found = Collector()
+        found = ErrorList()
         for name, part in self.sources(rows).items():
-            with found.noting():
+            with found.catch():
                 preferences, reports[name] = prepare_preferences(
                     part,
                     tokenizer,
@@ -78,7 +78,7 @@ class PairsRecipe(Recipe):
     def fresh_params(self, model, tokenizer):
         seed = self.config.hyperparams.seed
         with Interrupt() as interrupt:
-            params = warm_up(
+            params = pretrain_demo(
                 model,
                 tokenizer,
                 seed,

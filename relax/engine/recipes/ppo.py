@@ -12,7 +12,7 @@ from relax.models.huggingface.classifiers import load_classifier
 from relax.models.huggingface.directories import find_directory
 from relax.models.huggingface.peft import is_adapter_directory
 from relax.models.huggingface.pretrained import is_classifier
-from relax.sampling.config import longest
+from relax.sampling.config import max_positions
 from relax.trainers import PPOTrainer
 from relax.trainers.ppo_trainer import COPY
 
@@ -41,12 +41,12 @@ class PPORecipe(RLRecipe):
         return self.config.ppo.num_ppo_epochs
 
     @property
-    def has_constant_reference(self) -> bool:
+    def reference_is_initial_model(self) -> bool:
         named = self.config.model.model_name_or_path is not None
         return self.config.ppo.kl_coef > 0 and named
 
     def positions(self, shape: TransformerConfig) -> tuple[int, str]:
-        found = [longest(shape)]
+        found = [max_positions(shape)]
         if self.critic is not None:
             critic = read_pretrained_config(self.critic)
             found.append((critic.max_position_embeddings, "of value_model"))

@@ -152,7 +152,7 @@ class Recipe(abc.ABC):
         return self.config.data.dataset_name is None
 
     @property
-    def has_constant_reference(self) -> bool:
+    def reference_is_initial_model(self) -> bool:
         """Whether `state.frozen` holds a reference that can be had again from the model's files."""
         return False
 

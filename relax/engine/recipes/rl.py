@@ -9,14 +9,14 @@ from relax.callbacks.completions import Completions, RewardCounters
 from relax.callbacks.warnings import RewardWarnings
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.engine.model_source import data_seed, end_tokens
-from relax.engine.recipes.demo import CHUNK, MOST, warm_up
+from relax.engine.recipes.demo import CHUNK, MOST, pretrain_demo
 from relax.engine.recipes.judges import reward_functions_of, shortest
 from relax.engine.recipes.recipe import Datasets, Recipe
-from relax.errors import Collector, DataError
+from relax.errors import DataError, ErrorList
 from relax.models import TransformerConfig
 from relax.rewards import RewardRunner, load_environment
 from relax.sampling import SamplingConfig
-from relax.sampling.config import longest
+from relax.sampling.config import max_positions
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 
@@ -43,7 +43,7 @@ class RLRecipe(Recipe):
 
     headline = ("eval_reward", "eval_pass@1")
     what, kind = "prompts", "prompts"
-    spare_rounds = 0  # items' worth of prompts that an item holds to replace its own
+    extra_rounds = 0  # items' worth of prompts that an item holds to replace its own
 
     def __init__(self, config, console):
         super().__init__(config, console)
@@ -125,9 +125,9 @@ class RLRecipe(Recipe):
                 f"for a prompt in the {positions} positions {which}. Lower it."
             )
         loaders, reports, digest = {}, {}, 0
-        found = Collector()
+        found = ErrorList()
         for name, part in parts.items():
-            with found.noting():
+            with found.catch():
                 prompts = prepare_prompts(
                     part,
                     tokenizer,
@@ -145,7 +145,7 @@ class RLRecipe(Recipe):
 
     def positions(self, shape: TransformerConfig) -> tuple[int, str]:
         """The positions that prompt and completion have together, and whose they are."""
-        return longest(shape)
+        return max_positions(shape)
 
     def embedded_rows(self, rows):
         return with_answers(rows)
@@ -181,7 +181,7 @@ class RLRecipe(Recipe):
     def fresh_params(self, model, tokenizer):
         seed = self.config.hyperparams.seed
         with Interrupt() as interrupt:
-            params = warm_up(
+            params = pretrain_demo(
                 model, tokenizer, seed, self.console, CHUNK if self.config.debug.dry_run else MOST
             )
             if interrupt.requested is not None:  # half a warm-up is nothing to go on from
@@ -220,7 +220,7 @@ class RLRecipe(Recipe):
             self._prompts_per_item,
             seed=data_seed(self.config),
             shuffle=self.config.data.shuffle_dataset,
-            spares=self._prompts_per_item * self.spare_rounds,
+            extra_prompts=self._prompts_per_item * self.extra_rounds,
         )
 
 

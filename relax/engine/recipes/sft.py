@@ -5,7 +5,7 @@ import zlib
 from relax import data
 from relax.engine.model_source import data_seed
 from relax.engine.recipes.recipe import Datasets, Recipe
-from relax.errors import Collector, DataError
+from relax.errors import DataError, ErrorList
 from relax.models import TransformerConfig
 from relax.trainers import SFTTrainer
 
@@ -22,9 +22,9 @@ class SFTRecipe(Recipe):
 
     def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
         loaders, reports, digest = {}, {}, 0
-        found = Collector()
+        found = ErrorList()
         for name, part in self.sources(rows).items():
-            with found.noting():
+            with found.catch():
                 strategy = self._packing(training=name == self.training)
                 options = self._format_options(strategy)
                 examples, reports[name] = data.prepare(part, tokenizer, options, shape.vocab_size)

@@ -9,7 +9,7 @@ from relax.models.families.fields import Field, read_values
 from relax.models.families.rope import RopeFields
 
 # Fields that would change the computation in a way we do not have, and the values we do have.
-ONLY = {
+REQUIRED_VALUES = {
     "attention_dropout": (0,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -23,7 +23,7 @@ ONLY = {
 
 # Fields that do not change what the weights compute for given tokens: bookkeeping, and how
 # transformers 4 wrote the settings of generation.
-HARMLESS = frozenset(
+IGNORED_FIELDS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
     _name_or_path architectures bos_token_id cache_implementation chunk_size_feed_forward
@@ -92,8 +92,8 @@ class Family:
       derive: `values of fields -> fields of TransformerConfig`, for those that map to none alone.
       restore: back from a TransformerConfig.
       rope: what it says about rotary positions.
-      only: fields that are refused unless they have one of these values, beside `ONLY`.
-      harmless: fields that change nothing, beside `HARMLESS`.
+      only: fields that are refused unless they have one of these values, beside `REQUIRED_VALUES`.
+      harmless: fields that change nothing, beside `IGNORED_FIELDS`.
       aliases: second name of a field -> its name.
       repeats: a field that says the same as another -> the other.
       names: where its leaves are, beside `LAYER`.
@@ -163,8 +163,8 @@ class Family:
         return f"model.layers.{path[0].removeprefix('layers_')}.{name}"
 
     def _read(self, fields: dict) -> TransformerConfig:
-        only = {n: v for n, v in (ONLY | self.only).items() if n not in self._known()}
-        unknown = sorted(set(fields) - self._known() - only.keys() - HARMLESS - self.harmless)
+        only = {n: v for n, v in (REQUIRED_VALUES | self.only).items() if n not in self._known()}
+        unknown = sorted(set(fields) - self._known() - only.keys() - IGNORED_FIELDS - self.harmless)
         if unknown:
             raise ValueError(
                 f"fields that ReLax does not know, and so cannot honour: {', '.join(unknown)}."
@@ -236,7 +236,7 @@ def _comparable(config: TransformerConfig) -> dict:
         values.pop(name)
     values["rotary_dim"] = config.rotary_dim or config.head_dim
     values["attention_multiplier"] = config.attention_multiplier or config.head_dim**-0.5
-    return values | {f"layer {i}": layer for i, layer in enumerate(config.layer_kinds)}
+    return values | {f"layer {i}": layer for i, layer in enumerate(config.layers)}
 
 
 def _list(names: list[str], values: dict) -> str:

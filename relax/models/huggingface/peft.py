@@ -34,7 +34,7 @@ Modules = dict[str, list[tuple[str, ...]]]
 
 # Fields that would change the computation in a way we do not have, and the values we do have; null
 # is one of them everywhere.
-ONLY = {
+REQUIRED_VALUES = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
     "bias": ("none",),
@@ -48,7 +48,7 @@ ONLY = {
     **dict.fromkeys(("monteclora_config", "use_bdlora"), (False,)),
 }
 # Fields that a loaded adapter does not depend on: what made it, and bookkeeping.
-HARMLESS = set(
+IGNORED_FIELDS = set(
     "auto_mapping corda_config ensure_weight_tying eva_config inference_mode layers_pattern "
     "loftq_config lora_ga_config megatron_core peft_version qalora_group_size "
     "runtime_config".split()
@@ -192,17 +192,17 @@ def _modules(model: Transformer, params) -> Modules:
 def _read_config(directory: Path) -> dict:
     where = directory / CONFIG
     fields = read_json(directory, CONFIG)
-    unknown = sorted(fields.keys() - ONLY.keys() - HARMLESS - READ)
+    unknown = sorted(fields.keys() - REQUIRED_VALUES.keys() - IGNORED_FIELDS - READ)
     if unknown:
         raise ModelLoadError(
             f"{where}: fields that ReLax does not know, and so cannot honour: {', '.join(unknown)}."
         )
     fields = {name: value for name, value in fields.items() if value is not None}
-    for name in ONLY.keys() & fields.keys():
-        if fields[name] not in ONLY[name]:
+    for name in REQUIRED_VALUES.keys() & fields.keys():
+        if fields[name] not in REQUIRED_VALUES[name]:
             raise ModelLoadError(
                 f"{where}: {name} is {repr(fields[name])[:80]}, which is not implemented; only "
-                f"{' or '.join(map(repr, ONLY[name])) or 'its absence'} is."
+                f"{' or '.join(map(repr, REQUIRED_VALUES[name])) or 'its absence'} is."
             )
     fields = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False} | fields
     fields = {"rank_pattern": {}, "alpha_pattern": {}, "target_modules": ""} | fields

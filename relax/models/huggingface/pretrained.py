@@ -25,7 +25,7 @@ from relax.models.huggingface.directories import (
 )
 from relax.models.huggingface.sharded_read import read_params
 from relax.models.huggingface.shards import are_equal, check_tensors, tensor_files, write_shards
-from relax.models.huggingface.tensors import Tensors, disassemble, expected_tensors, shape_of
+from relax.models.huggingface.tensors import Tensors, expected_tensors, from_params, shape_of
 from relax.models.transformer import Transformer
 from relax.parallel import processes
 from relax.tools.gguf.convert import load_gguf, read_gguf_config, read_gguf_ends
@@ -142,10 +142,10 @@ def write_model(
     sizes = {n: int(np.prod(shape_of(parts))) * dtype.itemsize for n, parts in expected.items()}
     if not processes.is_main():  # takes part in gathering what lies in several processes
         for parts in expected.values():
-            disassemble(parts, flat, dtype)
+            from_params(parts, flat, dtype)
         return Path(path)
     with new_directory(path) as (directory, path):
-        write_shards(directory, sizes, lambda name: disassemble(expected[name], flat, dtype))
+        write_shards(directory, sizes, lambda name: from_params(expected[name], flat, dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         write_json(directory / "config.json", fields | {"dtype": dtype.name})

@@ -15,7 +15,7 @@ import numpy as np
 
 from relax import parallel
 from relax.models.huggingface.shards import open_tensors, read_tensors
-from relax.models.huggingface.tensors import Part, Tensors, assemble, output_axis
+from relax.models.huggingface.tensors import Part, Tensors, output_axis, to_params
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop in every dimension
 Read = Callable[[str, Bounds], np.ndarray]
@@ -31,7 +31,7 @@ def read_params(directory: Path, expected: Tensors, files: Mapping[str, str], dt
       dtype: of the parameters.
     """
     if parallel.layout() is None:
-        return assemble(expected, read_tensors(directory, expected, files), dtype)
+        return to_params(expected, read_tensors(directory, expected, files), dtype)
     sources = collections.defaultdict(list)
     for name, parts in expected.items():
         start, axis = 0, output_axis(parts[0].shape)

@@ -62,7 +62,7 @@ def expected_tensors(
 def leaf_shapes(config: TransformerConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter of a model."""
     # Layers with the same parameters are traced once, which takes the same time for a deep model.
-    experts = [layer.experts for layer in config.layer_kinds]
+    experts = [layer.experts for layer in config.layers]
     kinds = sorted(set(experts))
     plain = {"layer_types": (), "no_rope_layers": (), "num_hidden_layers": len(kinds)}
     dense = tuple(i for i, has in enumerate(kinds) if not has)
@@ -84,7 +84,7 @@ def shape_of(parts: tuple[Part, ...]) -> tuple[int, ...]:
     return (*first[:axis], total, *first[axis + 1 :])
 
 
-def assemble(expected: Tensors, tensors: Iterable[tuple[str, np.ndarray]], dtype) -> dict:
+def to_params(expected: Tensors, tensors: Iterable[tuple[str, np.ndarray]], dtype) -> dict:
     """Parameters from the tensors of a file, which are read one after the other.
 
     Args:
@@ -112,10 +112,10 @@ def _placed(path: tuple[str, ...], array: np.ndarray, dtype):
     where = parallel.sharding_of("/".join(path), array.shape)
     if where is None:
         return jnp.asarray(array, dtype)
-    return parallel.put(array.astype(dtype), where)
+    return parallel.device_put(array.astype(dtype), where)
 
 
-def disassemble(parts: tuple[Part, ...], flat: Mapping, dtype: np.dtype) -> np.ndarray:
+def from_params(parts: tuple[Part, ...], flat: Mapping, dtype: np.dtype) -> np.ndarray:
     """The tensor of a file, from flattened parameters."""
     pieces = []
     for part in parts:

@@ -17,7 +17,7 @@ from relax.errors import ModelLoadError
 from relax.models.config import TransformerConfig
 from relax.models.families import Family, family_of
 from relax.models.huggingface.directories import some
-from relax.models.huggingface.tensors import assemble, expected_tensors, shape_of
+from relax.models.huggingface.tensors import expected_tensors, shape_of, to_params
 from relax.tools.gguf.fields import ROPE_FREQS, architecture_of, hugging_face_fields
 from relax.tools.gguf.file import GGUFFile, read_gguf
 
@@ -94,7 +94,7 @@ def load_gguf(path, param_dtype) -> tuple[TransformerConfig, dict]:
     expected = expected_tensors(family, config)
     _check_tensors(source, {name: shape_of(parts) for name, parts in expected.items()})
     tensors = ((name, source.read(name)) for name in expected)
-    return config, assemble(expected, tensors, param_dtype)
+    return config, to_params(expected, tensors, param_dtype)
 
 
 def read_gguf_config(path) -> TransformerConfig:

@@ -34,7 +34,7 @@ SCALING = {
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
 # Keys that are checked elsewhere, or say nothing about what is computed.
-HARMLESS = {
+IGNORED_FIELDS = {
     "attention.value_length",
     "rope.dimension_count",
     "rope.scaling.finetuned",
@@ -80,7 +80,7 @@ def hugging_face_fields(file: GGUFFile) -> dict:
         if key.startswith(f"{name}.")
     }
     table = FIELDS | kind.fields
-    _check_keys(file, given, {*table, *HARMLESS, *SCALING})
+    _check_keys(file, given, {*table, *IGNORED_FIELDS, *SCALING})
     fields = {field: given[key] for key, field in table.items() if key in given}
     heads = fields["num_attention_heads"]
     fields.setdefault("num_key_value_heads", heads)

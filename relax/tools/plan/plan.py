@@ -73,7 +73,7 @@ def plan(config: PlanConfig) -> list[str]:
     rules = parallel.RULES if d.sharding_rules is None else parallel.read_rules(d.sharding_rules)
     with parallel.use(mesh, rules, shape.num_key_value_heads) as layout:
         model = _model(config, shape)
-        kinds = shape.layer_kinds
+        kinds = shape.layers
         attention = kernels.summary(
             model.attention_choice(kind, config.steps.max_length, True) for kind in kinds
         )
@@ -184,7 +184,7 @@ def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
 
 def _is_told(shape: TransformerConfig) -> bool:
     """Whether a few layers tell of all: where each is like the next."""
-    return shape.num_hidden_layers > max(DEPTHS) and len(set(shape.layer_kinds)) == 1
+    return shape.num_hidden_layers > max(DEPTHS) and len(set(shape.layers)) == 1
 
 
 def shallow(shape: TransformerConfig, depth: int) -> TransformerConfig:
@@ -235,7 +235,7 @@ def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
     B, S = config.steps.slots * layout.batch_shards, config.steps.max_length
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     params = jax.eval_shape(model.init, _key(), ids)["params"]
-    params = parallel.gathered_shapes(params, model.dtype)
+    params = parallel.unsharded_shapes(params, model.dtype)
     keys = jax.eval_shape(lambda key: jax.random.split(key, B), _key())
     cache, slots = jax.eval_shape(lambda keys: step.empty(model, keys, B, S, False), keys)
     heads = None if shape.num_key_value_heads % layout.sizes["tensor"] else "tensor"
@@ -251,7 +251,7 @@ def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
         slots,
         jax.ShapeDtypeStruct((B,), bool),
         Rules(temperature=jax.ShapeDtypeStruct((), jnp.float32)),
-        step.Ends(jax.ShapeDtypeStruct((1,), jnp.int32), number),
+        step.StopRules(jax.ShapeDtypeStruct((1,), jnp.int32), number),
         number,
         number,
         top_k=0,
@@ -311,17 +311,19 @@ def described(program: Program | str, topology: str, flops: float) -> list[str]:
     """A program in lines; `flops` are those of the model, per device."""
     if isinstance(program, str):
         return [f"  does not fit, and was not compiled: {program}"]
-    lines = [f"  {name:16} {memory.shown(n):>10}" for name, n in program.parts.items() if n]
+    lines = [f"  {name:16} {memory.format_bytes(n):>10}" for name, n in program.parts.items() if n]
     chip = CHIPS.get(topology.partition(":")[0])
     have = ""
     if chip is not None:
         fits = "fits" if program.total <= chip.memory else "does not fit"
-        have = f" of {memory.shown(chip.memory)}: {fits}"
-    lines.append(f"  {'together':16} {memory.shown(program.total):>10}{have}")
+        have = f" of {memory.format_bytes(chip.memory)}: {fits}"
+    lines.append(f"  {'together':16} {memory.format_bytes(program.total):>10}{have}")
     lines.append(f"  {'computes':16} {flops / 1e12:>7.3g} TFLOP")
     for kind, (count, nbytes) in program.traffic.items():
-        lines.append(f"  {kind:16} {memory.shown(nbytes):>10} in {count}")
-    lines.append(f"  {'memory traffic':16} {memory.shown(program.accessed):>10} by XLA's account")
+        lines.append(f"  {kind:16} {memory.format_bytes(nbytes):>10} in {count}")
+    lines.append(
+        f"  {'memory traffic':16} {memory.format_bytes(program.accessed):>10} by XLA's account"
+    )
     if chip is not None:
         # What is held is read once at least. XLA's account is of no use: where a part of a buffer
         # is read it counts the whole.

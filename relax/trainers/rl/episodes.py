@@ -18,7 +18,7 @@ TURNS = 104  # the stream of the turns' keys
 
 
 @dataclasses.dataclass
-class _Play:
+class _EpisodeState:
     """One conversation, and what the sampler said of its tokens."""
 
     environment: Environment
@@ -47,7 +47,7 @@ class _Play:
             self.finish = "length"
 
 
-def play(
+def rollout_episodes(
     model,
     params,
     item: dict,
@@ -103,12 +103,14 @@ def play(
     return item | {"prompt_ids": prompts}, _output(plays, limit), np.array(rewards, np.float64)
 
 
-def _begin(row, prompt_ids, n: int, make_environment, encode) -> list[_Play]:
+def _begin(row, prompt_ids, n: int, make_environment, encode) -> list[_EpisodeState]:
     """The episodes of one prompt."""
     group = []
     for _ in range(n):
         environment = make_environment()
-        group.append(_Play(environment, Episode.start(environment, row, prompt_ids, encode), []))
+        group.append(
+            _EpisodeState(environment, Episode.start(environment, row, prompt_ids, encode), [])
+        )
     if len({one.episode.prompt_ids for one in group}) > 1:
         raise ValueError(
             "an environment must show all episodes of a row the same beginning, and "
@@ -124,7 +126,7 @@ def _row_keys(key, prompts: int, n: int):
     return one(rows // n, rows % n)
 
 
-def _output(plays: list[_Play], limit: int) -> SampleOutput:
+def _output(plays: list[_EpisodeState], limit: int) -> SampleOutput:
     """The episodes as if each were one completion; an answer past the limit is cut off."""
     lengths = np.array([min(len(p.episode.completion_ids), limit) for p in plays], np.int32)
     shape = (len(plays), int(lengths.max()))

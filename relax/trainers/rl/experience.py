@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.losses.advantages import generalised_advantages
+from relax.losses.advantages import gae
 from relax.losses.masked import masked_whiten
 
 LAST_TOKEN, AFTER_EOS = "last_token", "after_eos"
@@ -115,7 +115,7 @@ def estimate(
     Args:
       values: `[B, C]`, entry t of the state that token t was drawn in.
       whiten_rewards: the rewards of the rollout get variance 1, and keep their mean.
-      gamma, lam: of `generalised_advantages`.
+      gamma, lam: of `gae`.
       others: those of `token_rewards`.
 
     Returns:
@@ -127,7 +127,7 @@ def estimate(
     )
     if whiten_rewards:
         rewards = masked_whiten(rewards, value_mask, shift_mean=False)
-    advantages, returns = generalised_advantages(rewards, values, value_mask, gamma=gamma, lam=lam)
+    advantages, returns = gae(rewards, values, value_mask, gamma=gamma, lam=lam)
     return {
         "rewards": rewards,
         "returns": returns,
@@ -136,7 +136,7 @@ def estimate(
     }
 
 
-def followed(
+def adapt_kl_coef(
     kl_coef: jax.Array, kl: jax.Array, *, target: float, horizon: float, count: int
 ) -> jax.Array:
     """The coefficient after a rollout, moved so that the KL comes to a target.

@@ -27,7 +27,7 @@ class Rollout:
         where it was not drawn but written by an environment.
       finish: `[P, G]` str, why each ended: `eos`, `stop` or `length`.
       texts: `[P][G]`, the completions without special tokens.
-      given: `[P, G]` float64, what an environment gave; NaN where there is none.
+      environment_rewards: `[P, G]` float64, what an environment gave; NaN where there is none.
     """
 
     rows: list[dict]
@@ -38,7 +38,7 @@ class Rollout:
     logprobs: np.ndarray
     finish: np.ndarray
     texts: list[list[str]]
-    given: np.ndarray
+    environment_rewards: np.ndarray
 
     @property
     def truncated(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class Rollout:
         )
 
 
-class Collected(NamedTuple):
+class ScoredRollout(NamedTuple):
     """Completions and their rewards.
 
     Attributes:
@@ -80,11 +80,11 @@ class Collected(NamedTuple):
     extras: dict[str, np.ndarray]
     metrics: dict[str, float | int]
 
-    def take(self, prompts: Sequence[int]) -> "Collected":
+    def take(self, prompts: Sequence[int]) -> "ScoredRollout":
         """The groups of some prompts, in that order, with the same metrics."""
         chosen = list(prompts)
         extras = {name: values[chosen] for name, values in self.extras.items()}
-        return Collected(
+        return ScoredRollout(
             self.rollout.take(chosen),
             self.rewards[chosen],
             self.by_function[chosen],
@@ -98,7 +98,7 @@ def make_rollout(
     output: SampleOutput,
     sampling: SamplingConfig,
     decode: Callable[[Sequence[int]], str],
-    given: np.ndarray | None = None,
+    environment_rewards: np.ndarray | None = None,
 ) -> Rollout:
     """The rollout that an item's prompts and the sampler's output for them make.
 
@@ -107,7 +107,7 @@ def make_rollout(
       output: of `P * sampling.n` completions.
       sampling: the `SamplingConfig` of `output`.
       decode: tokens to text.
-      given: `[P * G]`, of an environment.
+      environment_rewards: `[P * G]`, of an environment.
     """
     prompts, G = item["prompt_ids"], sampling.n
     P = len(prompts)
@@ -124,7 +124,9 @@ def make_rollout(
         logprobs=_pad(output.logprobs, C).reshape(P, G, C),
         finish=np.array(output.finish_reasons).reshape(P, G),
         texts=[texts[p * G : (p + 1) * G] for p in range(P)],
-        given=(np.full(P * G, np.nan) if given is None else given).reshape(P, G),
+        environment_rewards=(
+            np.full(P * G, np.nan) if environment_rewards is None else environment_rewards
+        ).reshape(P, G),
     )
 
 
@@ -143,7 +145,7 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(**joined)
 
 
-def with_place_behind(rollout: Rollout, most: int) -> Rollout:
+def with_slot_after_eos(rollout: Rollout, most: int) -> Rollout:
     """Padded so that there is a place behind every completion of fewer tokens than `most`."""
     width = bucket(int(rollout.completion_lengths.max()) + 1, most)
     if width <= rollout.completion_ids.shape[2]:
@@ -174,7 +176,7 @@ def padded(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
     return out
 
 
-def with_end(sampling: SamplingConfig, tokenizer) -> SamplingConfig:
+def with_eos(sampling: SamplingConfig, tokenizer) -> SamplingConfig:
     """With the tokenizer's end token, where nothing else ends a completion."""
     if sampling.eos_token_ids or tokenizer.eos_token_id is None:
         return sampling
@@ -214,21 +216,23 @@ def warn_of_none(scores: RewardBatch, texts: Sequence[str]) -> None:
         )
 
 
-def collect_scores(rollout: Rollout, scores: RewardBatch, *, with_given: bool) -> Collected:
+def collect_scores(
+    rollout: Rollout, scores: RewardBatch, *, with_environment_rewards: bool
+) -> ScoredRollout:
     """The rewards of a rollout; what an environment gave is a function of its own, the last."""
     shape = rollout.completion_lengths.shape
     rewards, by_function = scores.total.reshape(shape), scores.rewards.reshape(*shape, -1)
-    if with_given:
-        by_function = np.concatenate([by_function, rollout.given[:, :, None]], axis=2)
-        both = np.stack([rewards, rollout.given], axis=2).reshape(-1, 2)
+    if with_environment_rewards:
+        by_function = np.concatenate([by_function, rollout.environment_rewards[:, :, None]], axis=2)
+        both = np.stack([rewards, rollout.environment_rewards], axis=2).reshape(-1, 2)
         rewards = weighted_total(both, np.ones(2)).reshape(shape)
     extras = {name: _objects(values).reshape(shape) for name, values in scores.extras.items()}
     metrics = scores.metrics | {"reward_errors": len(scores.failures)}
-    return Collected(rollout, rewards, by_function, extras, metrics)
+    return ScoredRollout(rollout, rewards, by_function, extras, metrics)
 
 
 def completion_records(
-    collected: Collected, names: Sequence[str], advantages: np.ndarray | None
+    collected: ScoredRollout, names: Sequence[str], advantages: np.ndarray | None
 ) -> list[dict]:
     """One per completion: what a table of completions shows."""
     rollout, rewards, by_function, extras, _ = collected

@@ -1,7 +1,7 @@
 """What reward functions say of a rollout; of several processes each asks for its own prompts.
 
 Completions are known to all processes, since all drive the sampler; rewards are not: a function may
-be slow, random or a service. So each completion is judged once, and all are told.
+be slow, random or a service. So each completion is scored once, and all are told.
 """
 
 from collections.abc import Callable
@@ -11,17 +11,17 @@ import numpy as np
 from relax.parallel import processes
 from relax.rewards import RewardRunner, collect_columns
 from relax.trainers.rl.rollout import (
-    Collected,
     Rollout,
+    ScoredRollout,
     collect_scores,
     warn_of_failures,
     warn_of_none,
 )
 
 
-def judged(
+def submit_rewards(
     rewards: RewardRunner, rollout: Rollout, step: int, *, in_turns: bool
-) -> Callable[[], Collected]:
+) -> Callable[[], ScoredRollout]:
     """Hands completions to the reward functions; what it returns waits for their answers.
 
     Args:
@@ -44,19 +44,19 @@ def judged(
         trainer_state={"global_step": step},
     )
 
-    def wait() -> Collected:
+    def wait() -> ScoredRollout:
         scores = pending.result()
         warn_of_failures(scores, len(texts))
         if not in_turns:  # an episode that is cut short has no reward, as a rule
             warn_of_none(scores, texts)
-        return collect_scores(rollout, scores, with_given=in_turns)
+        return collect_scores(rollout, scores, with_environment_rewards=in_turns)
 
     return wait
 
 
-def shared_scores(
-    score: Callable[[Rollout], Collected], rollout: Rollout, *, everywhere: bool = False
-) -> Collected:
+def score_across_processes(
+    score: Callable[[Rollout], ScoredRollout], rollout: Rollout, *, everywhere: bool = False
+) -> ScoredRollout:
     """`score(rollout)`, of which every process computes a part.
 
     Args:
@@ -76,7 +76,7 @@ def shared_scores(
     return _joined(rollout, [part for part in told if part is not None])
 
 
-def _told(part: Collected) -> dict:
+def _told(part: ScoredRollout) -> dict:
     return {
         "rewards": part.rewards.tolist(),
         "by_function": part.by_function.tolist(),
@@ -86,14 +86,14 @@ def _told(part: Collected) -> dict:
     }
 
 
-def _joined(rollout: Rollout, parts: list[dict]) -> Collected:
+def _joined(rollout: Rollout, parts: list[dict]) -> ScoredRollout:
     def stacked(name, dtype=np.float64):
         return np.concatenate([np.array(part[name], dtype) for part in parts])
 
     names = set.intersection(*(set(part["extras"]) for part in parts))
     extras = {n: _objects([group for p in parts for group in p["extras"][n]]) for n in names}
     metrics = {name: _total(name, parts) for part in parts for name in part["metrics"]}
-    return Collected(rollout, stacked("rewards"), stacked("by_function"), extras, metrics)
+    return ScoredRollout(rollout, stacked("rewards"), stacked("by_function"), extras, metrics)
 
 
 def _objects(groups: list[list]) -> np.ndarray:
