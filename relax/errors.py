@@ -7,6 +7,9 @@ A script prints the message of a `RelaxError` without a traceback and exits with
 import contextlib
 from collections.abc import Iterator
 
+# Of every loader that is given such a file.
+CONVERT_FIRST = "'{path}' is a GGUF file: convert it with `relax gguf {path} DIR`, then load DIR."
+
 
 class RelaxError(Exception):
     """Base of all errors that ReLax raises on purpose."""

@@ -1,5 +1,6 @@
-"""GGUF files load as the Hugging Face directories that they were made from."""
+"""A GGUF file is converted to the Hugging Face directory that it was made from."""
 
+import json
 import math
 import os
 import sys
@@ -24,6 +25,8 @@ from relax.models import (
     save_pretrained,
 )
 from relax.models.families import family_of
+from relax.tools.gguf.convert import convert_gguf, read_gguf_config
+from relax.tools.gguf.program import main as gguf_program
 
 gguf = pytest.importorskip("gguf")
 
@@ -57,12 +60,23 @@ def made(tmp_path_factory):
     return make
 
 
+def convert(file: Path, dtype="float32") -> Path:
+    """The directory that a file is converted to."""
+    directory = file.with_suffix("")
+    convert_gguf(file, directory, dtype)
+    return directory
+
+
+def load(file: Path):
+    return load_pretrained(convert(file))
+
+
 def write(path: Path, made, architecture: str, kind: str = "F32", **metadata) -> Path:
     tensors = made(architecture)[1]
     return gguf_files.write(path, architecture, CASES[architecture][1] | metadata, tensors, kind)
 
 
-def refusal(path, read=load_pretrained) -> str:
+def refusal(path, read=convert) -> str:
     with pytest.raises(ModelLoadError) as caught:
         read(path)
     message = str(caught.value)
@@ -74,7 +88,7 @@ def refusal(path, read=load_pretrained) -> str:
 def test_a_file_loads_as_the_directory_that_it_was_made_from(tmp_path, made, architecture):
     """Same sizes and same parameters, so the same logits."""
     file = write(tmp_path / "model.gguf", made, architecture)
-    model, params = load_pretrained(file)
+    model, params = load(file)
     expected_model, expected = load_pretrained(made(architecture)[0])
     assert model.config == expected_model.config
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), params, expected)
@@ -93,7 +107,7 @@ def test_the_logits_of_a_file_equal_those_of_transformers(tmp_path, made, archit
     ids = np.random.default_rng(1).integers(0, 61, (2, 11))
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
-    model, params = load_pretrained(file)
+    model, params = load(file)
     logits = jax.jit(model.apply)({"params": params}, ids)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-4)
 
@@ -101,7 +115,7 @@ def test_the_logits_of_a_file_equal_those_of_transformers(tmp_path, made, archit
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
 def test_matrices_are_what_the_gguf_package_dequantises(tmp_path, made, kind):
     directory, tensors = made("qwen2")
-    _, params = load_pretrained(write(tmp_path / "model.gguf", made, "qwen2", kind))
+    _, params = load(write(tmp_path / "model.gguf", made, "qwen2", kind))
     _, exact = load_pretrained(directory)
     kind = gguf.GGMLQuantizationType[kind]
     for module, name in {"q_proj": "attn_q", "down_proj": "ffn_down"}.items():
@@ -112,24 +126,30 @@ def test_matrices_are_what_the_gguf_package_dequantises(tmp_path, made, kind):
     np.testing.assert_array_equal(params["norm"]["scale"], exact["norm"]["scale"])
 
 
-def test_parameters_are_of_the_asked_dtype(tmp_path, made):
-    file = write(tmp_path / "model.gguf", made, "llama", "Q8_0")
-    _, params = load_pretrained(file, param_dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tensors_are_written_in_the_asked_dtype(tmp_path, made, dtype):
+    directory = convert(write(tmp_path / "model.gguf", made, "llama", "Q8_0"), dtype)
+    tensors = load_file(directory / "model.safetensors")
+    assert {tensor.dtype.name for tensor in tensors.values()} == {dtype}
+    assert json.loads((directory / "config.json").read_text())["dtype"] == dtype
+    exact = load_file(
+        convert(write(tmp_path / "b.gguf", made, "llama", "Q8_0")) / "model.safetensors"
+    )
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, exact[name].astype(tensor.dtype))
 
 
 def test_without_an_output_matrix_the_embedding_is_it(tmp_path, made):
-    assert not load_pretrained(write(tmp_path / "a.gguf", made, "llama"))[
-        0
-    ].config.tie_word_embeddings
-    model, params = load_pretrained(write(tmp_path / "b.gguf", made, "qwen2"))
+    model, _ = load(write(tmp_path / "a.gguf", made, "llama"))
+    assert not model.config.tie_word_embeddings
+    model, params = load(write(tmp_path / "b.gguf", made, "qwen2"))
     assert model.config.tie_word_embeddings and "lm_head" not in params
 
 
 def sizes(path, architecture="llama", tensors=EMBEDDING, **metadata):
     metadata = {key.replace("__", "."): value for key, value in metadata.items()}
     given = {k: v for k, v in (CASES[architecture][1] | metadata).items() if v is not None}
-    return read_pretrained_config(gguf_files.write(path, architecture, given, tensors))
+    return read_gguf_config(gguf_files.write(path, architecture, given, tensors))
 
 
 def rope_factors(theta, size, factor, low=1.0, high=4.0, original=8192):
@@ -204,10 +224,18 @@ def test_gemma_2_has_llama_cpp_s_defaults_where_an_old_file_has_none(tmp_path):
     assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
 
 
-def test_all_tokens_that_end_a_turn_are_kept(tmp_path):
+def test_all_tokens_that_end_a_turn_are_in_the_generation_config(tmp_path, made):
     ids = {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 5}
-    file = gguf_files.write(tmp_path / "a.gguf", "llama", SIZES | ids, EMBEDDING)
-    assert read_generation_config(file) == {"eos_token_id": [1, 5]}
+    directory = convert(write(tmp_path / "a.gguf", made, "llama", **ids))
+    assert read_generation_config(directory) == {"eos_token_id": [1, 5]}
+
+
+def test_a_gguf_file_is_refused_by_every_loader_with_the_command_that_converts_it(tmp_path, made):
+    file = write(tmp_path / "a.gguf", made, "llama")
+    readers = (load_pretrained, read_pretrained_config, read_generation_config, load_tokenizer)
+    for path in (file, tmp_path / "absent.GGUF"):
+        for read in readers:
+            assert f"convert it with `relax gguf {path} DIR`" in refusal(path, read)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +259,7 @@ def test_all_tokens_that_end_a_turn_are_kept(tmp_path):
 def test_metadata_that_asks_for_something_else_is_refused_by_name(tmp_path, metadata, told):
     given = {key: value for key, value in (SIZES | metadata).items() if value is not None}
     file = gguf_files.write(tmp_path / "a.gguf", "llama", given, EMBEDDING)
-    assert told in refusal(file, read_pretrained_config)
+    assert told in refusal(file, read_gguf_config)
 
 
 def test_a_period_of_gemma_that_is_no_count_is_refused(tmp_path):
@@ -313,7 +341,7 @@ def test_without_the_gguf_package_its_extra_is_named(tmp_path, made, monkeypatch
     assert "pip install 'relax-trainers[gguf]'" in refusal(file)
 
 
-def test_the_parts_of_a_run_come_from_the_file_and_are_saved_as_a_directory(tmp_path, made):
+def test_the_program_writes_a_directory_that_a_run_begins_with(tmp_path, made, capsys):
     tokens = [*"abcdefghijklmnopqrstuvwxyz", *(f"<{i}>" for i in range(35))]
     words = {
         "tokenizer.ggml.model": "gpt2",
@@ -323,16 +351,30 @@ def test_the_parts_of_a_run_come_from_the_file_and_are_saved_as_a_directory(tmp_
         "tokenizer.ggml.eos_token_id": 60,
         "tokenizer.chat_template": "{{ messages[0]['content'] }}<34>",
     }
-    file = write(tmp_path / "model.gguf", made, "gemma3", **words)
-    config = create_default_config(str(file), max_steps=1)
-    tokenizer, (model, params) = make_tokenizer(config), make_model(config, weights=True)
-    saved = save_pretrained(tmp_path / "final", model, params, tokenizer)
-    again, params_again = load_pretrained(saved)
-    assert again.config == model.config
-    jax.tree.map(np.testing.assert_array_equal, params_again, params)
-    reloaded = load_tokenizer(saved)
-    assert reloaded("abz<34>")["input_ids"] == tokenizer("abz<34>")["input_ids"] == [0, 1, 25, 60]
-    assert (reloaded.eos_token, reloaded.chat_template) == ("<34>", tokenizer.chat_template)
+    file, directory = write(tmp_path / "model.gguf", made, "gemma3", **words), tmp_path / "out"
+    assert gguf_program([str(file), str(directory)]) == 0
+    assert capsys.readouterr().out == f"the model is in '{directory}'\n"
+    config = create_default_config(str(directory), max_steps=1)
+    tokenizer, (_, params) = make_tokenizer(config), make_model(config, weights=True)
+    expected = load_pretrained(made("gemma3")[0])[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), params, expected)
+    assert tokenizer("abz<34>")["input_ids"] == [0, 1, 25, 60]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<34>", 60)
+    assert tokenizer.chat_template == "{{ messages[0]['content'] }}<34>"
+
+
+def test_the_program_says_that_a_file_holds_no_tokenizer(tmp_path, made, capsys):
+    file = write(tmp_path / "model.gguf", made, "llama")
+    assert gguf_program([str(file), str(tmp_path / "out")]) == 0
+    assert "holds no tokenizer" in capsys.readouterr().out
+
+
+def test_the_program_refuses_in_one_line_and_leaves_nothing_behind(tmp_path, made, capsys):
+    file = write(tmp_path / "model.gguf", made, "llama", **{"attention.clamp_kqv": 8.0})
+    assert gguf_program([str(file), str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["model.gguf"]
 
 
 PROMPTS = (
@@ -347,7 +389,7 @@ REAL = ("RELAX_SMOLLM2_GGUF", "RELAX_GEMMA3_GGUF")
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variable", REAL)
-def test_a_real_file_gives_the_logits_and_the_greedy_text_of_transformers(variable):
+def test_a_real_file_gives_the_logits_and_the_greedy_text_of_transformers(tmp_path, variable):
     """64 tokens after each prompt, and logits beyond the window of Gemma 3, 512 tokens."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -359,8 +401,9 @@ def test_a_real_file_gives_the_logits_and_the_greedy_text_of_transformers(variab
         file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer = load_tokenizer(file)
-    model, params = load_pretrained(file)
+    convert_gguf(file, tmp_path / "model")
+    tokenizer = load_tokenizer(tmp_path / "model")
+    model, params = load_pretrained(tmp_path / "model")
     apply = jax.jit(model.apply)
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]

@@ -8,6 +8,8 @@ import pytest
 
 from relax.data import load_tokenizer
 from relax.errors import ModelLoadError
+from relax.tools.gguf.file import read_gguf
+from relax.tools.gguf.tokenizer import gguf_tokenizer
 
 pytest.importorskip("gguf")
 
@@ -46,7 +48,8 @@ def load(path, fields, **changes):
     metadata = {f"tokenizer.ggml.{key}": value for key, value in given.items()}
     template = metadata.pop("tokenizer.ggml.template", None)
     metadata |= {} if template is None else template
-    return load_tokenizer(gguf_files.write(path / "a.gguf", "llama", metadata, EMBEDDING))
+    file = gguf_files.write(path / "a.gguf", "llama", metadata, EMBEDDING)
+    return gguf_tokenizer(read_gguf(file))
 
 
 def pieces(tokenizer, text: str) -> list[str]:

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from relax.errors import DataError, ModelLoadError
-from relax.tools.gguf.file import is_gguf
-from relax.tools.gguf.tokenizer import gguf_tokenizer
+from relax.errors import CONVERT_FIRST, DataError, ModelLoadError
 
 # One token per role, so that an arithmetic example is about ten tokens long.
 _TEMPLATE = """\
@@ -22,7 +20,7 @@ def load_tokenizer(path, chat_template_path=None, eos_token: str | None = None):
     """Loads a Hugging Face tokenizer; none of the model's own code is executed.
 
     Args:
-      path: a directory, a hub name or a GGUF file.
+      path: a directory or a hub name.
       chat_template_path: a tokenizer directory or a `.jinja` file whose template replaces its own.
       eos_token: the token that ends a text or a turn, if not the tokenizer's own.
 
@@ -30,8 +28,8 @@ def load_tokenizer(path, chat_template_path=None, eos_token: str | None = None):
       ModelLoadError: if there is no tokenizer.
       DataError: if the template or the end token does not exist.
     """
-    if is_gguf(path):
-        return adapt_tokenizer(gguf_tokenizer(path), chat_template_path, eos_token)
+    if str(path).lower().endswith(".gguf") and not Path(path).is_dir():
+        raise ModelLoadError(CONVERT_FIRST.format(path=path))
     from transformers import AutoTokenizer
 
     try:

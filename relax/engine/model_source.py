@@ -49,7 +49,7 @@ def make_tokenizer(config: TrainerConfig):
 
 
 def load_tokenizer(path: str, chat_template_path: str | None = None, eos_token: str | None = None):
-    """The tokenizer of a model or adapter directory, a .gguf file or a hub name."""
+    """The tokenizer of a model or adapter directory, or a hub name."""
     changes = (chat_template_path, eos_token)
     # The model first: a wrong path would be reported as a directory without a tokenizer.
     directory = find_directory(path)
@@ -129,7 +129,7 @@ def adapter_base(config: TrainerConfig) -> str | None:
     if not config.peft.use_peft or config.peft.merge_lora or path is None:
         return None
     local = Path(path).expanduser()
-    if local.is_file() or is_adapter_directory(find_directory(path)):
+    if is_adapter_directory(find_directory(path)):
         return None
     return str(local.resolve()) if local.is_dir() else path
 

@@ -7,19 +7,25 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from relax.errors import ModelLoadError, RelaxError
-from relax.tools.gguf.file import is_gguf
+from relax.errors import CONVERT_FIRST, ModelLoadError, RelaxError
 
 MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 JSON_BYTES = 50_000_000  # the longest indices of real models are a fifth of that
 
 
 def find_directory(path: str | os.PathLike) -> Path:
-    """A local directory or GGUF file as it is; a hub name downloaded where there is a network."""
+    """A local directory as it is; a hub name downloaded where there is a network.
+
+    Raises:
+      ModelLoadError: there is no such directory; a GGUF file is named with the command that
+        converts it.
+    """
     name = str(path)
     directory = os.path.expanduser(name)
-    if os.path.isdir(directory) or is_gguf(directory):
+    if os.path.isdir(directory):
         return Path(directory)
+    if name.lower().endswith(".gguf"):
+        raise ModelLoadError(CONVERT_FIRST.format(path=name))
     if os.path.lexists(directory) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelLoadError(
             f"no model directory at '{name}'. Give a directory with config.json and "

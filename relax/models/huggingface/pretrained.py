@@ -5,7 +5,7 @@ missing, extra or misshapen tensor is refused with the list of them. No model co
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import flax.traverse_util
@@ -28,8 +28,6 @@ from relax.models.huggingface.shards import are_equal, check_tensors, tensor_fil
 from relax.models.huggingface.tensors import Tensors, expected_tensors, from_params, shape_of
 from relax.models.transformer import Transformer
 from relax.parallel import processes
-from relax.tools.gguf.convert import load_gguf, read_gguf_config, read_gguf_ends
-from relax.tools.gguf.file import is_gguf
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERATION = "generation_config.json"
@@ -43,11 +41,10 @@ def load_pretrained(
     param_dtype=jnp.float32,
     gradient_checkpointing: bool = False,
 ) -> tuple[Transformer, dict]:
-    """Reads a Hugging Face directory, or a GGUF file.
+    """Reads a Hugging Face directory.
 
     Args:
-      path: a directory with config.json and safetensors, or a hub name where there is a network;
-        or a `.gguf` file, whose tensors are dequantised.
+      path: a directory with config.json and safetensors, or a hub name where there is a network.
       dtype: of the computation.
       param_dtype: of the parameters.
       gradient_checkpointing: see `Transformer`.
@@ -59,9 +56,7 @@ def load_pretrained(
       ModelLoadError: the architecture is unknown, a field of config.json asks for what we do not
         compute, or a tensor is missing, extra, misshapen or unreadable.
     """
-    directory = find_directory(path)
-    load = load_gguf if is_gguf(directory) else _load_directory
-    config, params = load(directory, param_dtype)
+    config, params = _load_directory(find_directory(path), param_dtype)
     model = Transformer(config, jnp.dtype(dtype), jnp.dtype(param_dtype), gradient_checkpointing)
     return model, params
 
@@ -113,12 +108,19 @@ def save_pretrained(
       ValueError: `params` are not those of the model, or its family has no such model.
     """
     family = family_of(model.config.model_type)
-    fields = family.to_hugging_face(model.config)
-    generation = _generation_config(tokenizer, dict(generation_config or {}))
-    # Null where there is none, since transformers takes 1 and 2 for absent ones.
-    fields |= {name: generation.get(name) for name in TOKEN_IDS}
+    fields, generation = config_fields(model.config, tokenizer, generation_config)
     expected = expected_tensors(family, model.config)
     return write_model(path, fields, expected, params, tokenizer, dtype, generation)
+
+
+def config_fields(
+    config: TransformerConfig, tokenizer=None, generation_config: Mapping | None = None
+) -> tuple[dict, dict]:
+    """The contents of config.json and generation_config.json that `save_pretrained` writes."""
+    generation = _generation_config(tokenizer, dict(generation_config or {}))
+    fields = family_of(config.model_type).to_hugging_face(config)
+    # Null where there is none, since transformers takes 1 and 2 for absent ones.
+    return fields | {name: generation.get(name) for name in TOKEN_IDS}, generation
 
 
 def write_model(
@@ -139,13 +141,36 @@ def write_model(
     if dtype is None:  # one that holds every leaf exactly: transformers loads all in this one
         dtype = jnp.result_type(*(leaf.dtype for leaf in flat.values()))
     dtype = np.dtype(dtype)
-    sizes = {n: int(np.prod(shape_of(parts))) * dtype.itemsize for n, parts in expected.items()}
     if not processes.is_main():  # takes part in gathering what lies in several processes
         for parts in expected.values():
             from_params(parts, flat, dtype)
         return Path(path)
+
+    def read(name: str) -> np.ndarray:
+        return from_params(expected[name], flat, dtype)
+
+    return write_directory(path, fields, expected, read, tokenizer, dtype, generation)
+
+
+def write_directory(
+    path: str | os.PathLike,
+    fields: dict,
+    expected: Tensors,
+    read: Callable[[str], np.ndarray],
+    tokenizer,
+    dtype: np.dtype,
+    generation: dict | None,
+) -> Path:
+    """Writes a directory from tensors that are read one after the other.
+
+    Args:
+      path, fields, expected, tokenizer, generation: see `write_model`.
+      read: gives the array of a tensor of `expected`, of the type `dtype`.
+      dtype: of all arrays; config.json names it.
+    """
+    sizes = {n: int(np.prod(shape_of(parts))) * dtype.itemsize for n, parts in expected.items()}
     with new_directory(path) as (directory, path):
-        write_shards(directory, sizes, lambda name: from_params(expected[name], flat, dtype))
+        write_shards(directory, sizes, read)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         write_json(directory / "config.json", fields | {"dtype": dtype.name})
@@ -156,15 +181,12 @@ def write_model(
 
 def read_pretrained_config(path: str | os.PathLike) -> TransformerConfig:
     """The sizes of a model that `load_pretrained` reads, without its weights."""
-    directory = find_directory(path)
-    return read_gguf_config(directory) if is_gguf(directory) else read_config(directory)[1]
+    return read_config(find_directory(path))[1]
 
 
 def read_generation_config(path: str | os.PathLike) -> dict:
     """What generation_config.json of a Hugging Face directory holds; {} where there is none."""
     directory = find_directory(path)
-    if is_gguf(directory):
-        return read_gguf_ends(directory)
     return read_json(directory, GENERATION) if (directory / GENERATION).exists() else {}
 
 

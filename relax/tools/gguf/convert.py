@@ -1,25 +1,30 @@
-"""GGUF files as Hugging Face directories: the fields of config.json, and tensors by their names.
+"""Converts a GGUF file to a Hugging Face model directory.
 
-The family then reads them as it reads a directory, with all its checks. What llama.cpp's converter
-changed is undone: it reorders the rows of Llama's queries and keys, since it turns neighbouring
-entries of a head where Hugging Face turns the two halves, and adds 1 to the norms of Gemma.
+Fields of config.json and names of tensors are translated, and the family checks them as it checks
+those of a directory. The changes of llama.cpp's converter are undone: it reorders the rows of
+Llama's queries and keys, since it rotates neighbouring entries of a head where Hugging Face rotates
+the two halves, and adds 1 to the norms of Gemma.
 
 Source: llama.cpp authors, convert_hf_to_gguf.py and src/llama-model.cpp, 2023-2026.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from relax.errors import ModelLoadError
 from relax.models.config import TransformerConfig
 from relax.models.families import Family, family_of
 from relax.models.huggingface.directories import some
-from relax.models.huggingface.tensors import expected_tensors, shape_of, to_params
+from relax.models.huggingface.pretrained import config_fields, write_directory
+from relax.models.huggingface.tensors import expected_tensors, shape_of
 from relax.tools.gguf.fields import ROPE_FREQS, architecture_of, hugging_face_fields
 from relax.tools.gguf.file import GGUFFile, read_gguf
+from relax.tools.gguf.tokenizer import gguf_tokenizer
 
 # Tensors there -> here; `{}` is the number of an expert, whose matrices lie together there.
 TOP = {
@@ -82,19 +87,38 @@ class GGUFModel:
         return array
 
 
-def load_gguf(path, param_dtype) -> tuple[TransformerConfig, dict]:
-    """Sizes and parameters of a GGUF file's model, dequantised a tensor at a time.
+def convert_gguf(path: str | os.PathLike, directory: str | os.PathLike, dtype="float32") -> bool:
+    """Writes the model of a GGUF file as a Hugging Face directory, a tensor at a time.
+
+    The directory holds config.json, safetensors, generation_config.json and the tokenizer with its
+    chat template. It appears whole or not at all.
+
+    Args:
+      path: the file; its tensors are dequantised.
+      directory: where the model goes; a model that is there is replaced.
+      dtype: of the written tensors. float32 holds the values of every quantisation exactly.
+
+    Returns:
+      Whether the file held a tokenizer, which is then in the directory.
 
     Raises:
-      ModelLoadError: see `open_gguf`; or a tensor is missing, extra, misshapen or of a type that
-        cannot be dequantised.
+      ModelLoadError: see `open_gguf` and `gguf_tokenizer`; or a tensor is missing, extra, misshapen
+        or of a type that cannot be dequantised.
+      RelaxError: `directory` is a file, or a directory with more in it than a model.
     """
     source = open_gguf(path)
     family, config = _read_config(source)
     expected = expected_tensors(family, config)
     _check_tensors(source, {name: shape_of(parts) for name, parts in expected.items()})
-    tensors = ((name, source.read(name)) for name in expected)
-    return config, to_params(expected, tensors, param_dtype)
+    tokenizer = gguf_tokenizer(source.file)
+    fields, generation = config_fields(config, tokenizer, end_tokens(source.file))
+    kind = jnp.dtype(dtype)  # numpy alone knows no bfloat16
+
+    def read(name: str) -> np.ndarray:
+        return source.read(name).astype(kind)
+
+    write_directory(directory, fields, expected, read, tokenizer, kind, generation)
+    return tokenizer is not None
 
 
 def read_gguf_config(path) -> TransformerConfig:
@@ -102,11 +126,10 @@ def read_gguf_config(path) -> TransformerConfig:
     return _read_config(open_gguf(path))[1]
 
 
-def read_gguf_ends(path) -> dict:
-    """What generation_config.json would hold: all tokens that end a text or a turn."""
-    metadata = read_gguf(path).metadata
+def end_tokens(file: GGUFFile) -> dict:
+    """The part of generation_config.json that names all tokens that end a text or a turn."""
     names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    ids = list(dict.fromkeys(metadata[name] for name in names if name in metadata))
+    ids = list(dict.fromkeys(file.metadata[name] for name in names if name in file.metadata))
     return {"eos_token_id": ids} if len(ids) > 1 else {}
 
 

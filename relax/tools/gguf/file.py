@@ -65,15 +65,6 @@ class GGUFFile:
         return np.asarray(values, np.float32)
 
 
-def is_gguf(path) -> bool:
-    """Whether a model's path means a GGUF file.
-
-    >>> is_gguf("models/gemma.gguf"), is_gguf("owner/model")
-    (True, False)
-    """
-    return str(path).lower().endswith(".gguf") and not Path(path).expanduser().is_dir()
-
-
 def read_gguf(path) -> GGUFFile:
     """Opens a file and reads all but the tensors.
 

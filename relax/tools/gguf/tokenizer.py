@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from relax.errors import ModelLoadError
-from relax.tools.gguf.file import read_gguf
+from relax.tools.gguf.file import GGUFFile
 
 _BEGIN = r"[^\r\n\p{L}\p{N}]?"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,22 +57,24 @@ WORDS = {
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
-# After `tokenizer.ggml.`: what they are, and what changes nothing with this value.
+PREFIX = "tokenizer.ggml."
+# After the prefix: what they are, and what changes nothing with this value.
 LISTS = {"tokens": str, "merges": str, "token_type": int, "scores": float}
 FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
 NEUTRAL = {"add_sep_token": False, "remove_extra_whitespaces": False, "precompiled_charsmap": []}
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
-def gguf_tokenizer(path):
-    """The tokenizer of a GGUF file, with its chat template.
+def gguf_tokenizer(file: GGUFFile):
+    """The tokenizer of a GGUF file, with its chat template; None where the file holds none.
 
     Raises:
-      ModelLoadError: the file has no tokenizer, or one that we would not build as it was.
+      ModelLoadError: the file describes a tokenizer that cannot be rebuilt exactly.
     """
     from transformers import PreTrainedTokenizerFast
 
-    file = read_gguf(path)
+    if not {PREFIX + "model", PREFIX + "tokens"} & file.metadata.keys():
+        return None
     try:
         fields = _fields(file.metadata)
         ids = {role: fields.get(f"{name}_token_id") for role, name in ROLES.items()}
@@ -95,8 +97,7 @@ def gguf_tokenizer(path):
 
 def _fields(metadata: Mapping) -> dict:
     """The entries about the tokenizer, by their names, checked."""
-    prefix = "tokenizer.ggml."
-    fields = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
+    fields = {key.removeprefix(PREFIX): v for key, v in metadata.items() if key.startswith(PREFIX)}
     if fields.get("model") not in ("gpt2", "llama"):
         raise ValueError(
             f"tokenizer.ggml.model must be gpt2 or llama, got {fields.get('model')!r}; no other "
@@ -116,7 +117,7 @@ def _fields(metadata: Mapping) -> dict:
             wanted = "absent, since ReLax does not know it"
             fits = key in NEUTRAL and value == NEUTRAL[key]
         if key not in ("model", "pre") and not fits:
-            name = repr(prefix + key)[1:-1]  # a damaged file may name it anything
+            name = repr(PREFIX + key)[1:-1]  # a damaged file may name it anything
             raise ValueError(f"{name[:200]} must be {wanted}, got {repr(value)[:80]}.")
     tokens = fields.get("tokens", [])
     fields.setdefault("token_type", [_NORMAL] * len(tokens))
@@ -124,11 +125,11 @@ def _fields(metadata: Mapping) -> dict:
     for key in wanted:
         if len(fields.get(key, [])) != len(tokens) or not tokens:
             raise ValueError(
-                f"{prefix}{key} must have one entry per token, got {len(fields.get(key, []))} for "
+                f"{PREFIX}{key} must have one entry per token, got {len(fields.get(key, []))} for "
                 f"{len(tokens)} tokens."
             )
     if len(set(tokens)) != len(tokens):
-        raise ValueError(f"{prefix}tokens must differ, got {len(tokens) - len(set(tokens))} twice.")
+        raise ValueError(f"{PREFIX}tokens must differ, got {len(tokens) - len(set(tokens))} twice.")
     return fields
 
 

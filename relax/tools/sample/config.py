@@ -14,7 +14,7 @@ class SampleModelConfig:
     """Which model writes."""
 
     model_name_or_path: str | None = option(
-        None, "Hugging Face model directory or name, adapter directory, or .gguf file."
+        None, "Hugging Face model directory or name, or an adapter directory."
     )
     dtype: Dtype = option("float32", "Precision of the computation.")
     param_dtype: Dtype = option("float32", "Precision of the parameters.")
