@@ -17,17 +17,29 @@ def fsync_path(path: str | Path) -> None:
         os.close(fd)
 
 
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Writes a file that is, after any kill, either the old one or the new one, whole."""
+def atomic_write(path: str | Path, data: bytes, *, sync: bool = True) -> None:
+    """Writes a file whole: after any kill it is either the old one or the new one.
+
+    Args:
+      path: the file; its directory is made.
+      data: all of its bytes.
+      sync: wait until the disk has them, so that they survive a power loss as well.
+
+    Raises:
+      OSError: the file cannot be written; the old one is unchanged.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # One writer per directory, so a fixed name: what a killed run left is overwritten.
     temporary = path.with_name(path.name + TMP_SUFFIX)
     with open(temporary, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)
-    fsync_path(path.parent)
+    if sync:
+        fsync_path(path.parent)
 
 
 def write_json(path: str | Path, obj) -> None:

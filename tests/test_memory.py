@@ -216,11 +216,11 @@ GROUPS = [
 @pytest.mark.parametrize(
     "limit, said",
     [
-        (950, "By estimate --rows 4 makes it fit (0.0009 MB)."),
-        (850, "By estimate --rows 2 makes it fit (0.0007 MB)."),
-        (700, "By estimate --rows 2 makes it fit (0.0007 MB)."),
+        (950, "By estimate --rows 4 makes it fit (0.9 kB)."),
+        (850, "By estimate --rows 2 makes it fit (0.7 kB)."),
+        (700, "By estimate --rows 2 makes it fit (0.7 kB)."),
         (600, "By estimate no one flag is enough; together --rows 2 --optim sgd make it fit"),
-        (400, "By estimate no flags make it fit (all together: 0.0005 MB)"),
+        (400, "By estimate no flags make it fit (all together: 0.5 kB)"),
     ],
 )
 def test_the_first_flag_that_is_enough_is_named_or_else_those_that_are_together(limit, said):
@@ -228,7 +228,7 @@ def test_the_first_flag_that_is_enough_is_named_or_else_those_that_are_together(
 
 
 def test_more_than_there_is_is_refused_and_more_than_is_free_is_warned_of():
-    with pytest.raises(ConfigError, match=r"needs 0.001 MB, and cpu has 0.0009 MB. By estimate"):
+    with pytest.raises(ConfigError, match=r"needs 1 kB, and cpu has 0.9 kB. By estimate"):
         advice.check(SIZES, Capacity(900, 900, "cpu"), GROUPS)
     warning = advice.check(SIZES, Capacity(2000, 900, "cpu"), GROUPS)
     assert "0.0009 MB are free. Should memory run out: By estimate --rows 4" in warning
@@ -237,7 +237,7 @@ def test_more_than_there_is_is_refused_and_more_than_is_free_is_warned_of():
 
 def test_an_accelerator_is_given_a_margin_of_a_twentieth():
     assert advice.check(SIZES, Capacity(960, None, "NVIDIA H100"), GROUPS) is None
-    with pytest.raises(ConfigError, match="NVIDIA H100 has 0.00095 MB"):
+    with pytest.raises(ConfigError, match="NVIDIA H100 has 0.95 kB"):
         advice.check(SIZES, Capacity(950, None, "NVIDIA H100"), GROUPS)
 
 

@@ -194,5 +194,5 @@ def test_logging_steps_may_not_change_because_it_changes_the_metrics():
 
 
 def test_allowing_a_field_that_does_not_exist_is_refused():
-    with pytest.raises(ConfigError, match="got 'sed'. Did you mean 'seed'"):
+    with pytest.raises(ConfigError, match="got 'sed'. Did you mean seed"):
         check_same_config({"seed": 1}, {"seed": 1}, ["sed"])

@@ -8,10 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from relax.config.text import nan_to_null, shorten
+from relax.files import atomic_write
 from relax.monitor.run_files import logged_columns
-from relax.monitor.status import visible
 from relax.rewards import RewardRunner
 from relax.trainers.callback import Callback, Event
+
+_SHORT = 300  # characters of a cell
 
 
 class Completions(Callback):
@@ -39,12 +42,11 @@ class Completions(Callback):
             (event.step - 1) // self.every
         ):
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(_plain(record), ensure_ascii=False) for record in event.records]
+        lines = (json.dumps(nan_to_null(record), ensure_ascii=False) for record in event.records)
         path = self.directory / f"step_{event.step:06d}.jsonl"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        atomic_write(
+            path, "".join(f"{line}\n" for line in lines).encode(errors="replace"), sync=False
+        )
         if self.shown:
             self.console.print(table(event.records[: self.shown], f"step {event.step}"))
 
@@ -77,10 +79,10 @@ def table(records: list[dict], title: str) -> Table:
         rewards = [record["rewards"][name] for name in names]
         # Texts are the model's and the user's: never markup.
         out.add_row(
-            Text(_shorten(_text(record["prompt"]))),
-            Text(_shorten(record["completion"])),
+            Text(shorten(_text(record["prompt"]), _SHORT)),
+            Text(shorten(record["completion"], _SHORT)),
             *map(_number, rewards),
-            *(Text(_shorten(_value(record.get(name)))) for name in logged),
+            *(Text(shorten(_value(record.get(name)), _SHORT)) for name in logged),
             _number(record.get("advantage")),
         )
     return out
@@ -99,19 +101,3 @@ def _value(value) -> str:
 
 def _text(prompt) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
-
-
-def _shorten(text: str, most: int = 300) -> str:
-    text = visible(text)
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
-
-
-def _plain(record: dict) -> dict:
-    """JSON has no NaN: a reward that does not apply is null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {name: plain(inner) for name, inner in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {name: plain(value) for name, value in record.items()}

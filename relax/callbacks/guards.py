@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from relax.config.text import nan_to_null
 from relax.errors import NonFiniteError
-from relax.monitor.status import finite
 from relax.trainers.callback import Callback, Event
 
 _LAG = 2  # updates that may be under way on the device while the ones before are looked at
@@ -181,6 +181,6 @@ def _plain(batch):
         array = np.asarray(leaf)
         if array.size > _MOST_VALUES or array.dtype.kind not in "iufb":
             return f"{array.dtype}{list(array.shape)}"
-        return finite(array.tolist())
+        return nan_to_null(array.tolist())
 
     return jax.tree.map(plain, dict(batch)) if isinstance(batch, dict) else str(type(batch))

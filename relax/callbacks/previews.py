@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from relax.callbacks.questions import Question, is_right
-from relax.monitor.status import visible
+from relax.config.text import shorten
+from relax.files import atomic_write
 from relax.sampling import SamplingConfig, generate
 from relax.sampling.config import max_positions
 from relax.trainers.callback import Callback, Event
@@ -107,12 +108,9 @@ class Previews(Callback):
         return records
 
     def _keep(self, step: int) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"step_{step:06d}.jsonl"
-        temporary = path.with_suffix(".tmp")
-        lines = [json.dumps(record, ensure_ascii=False) for record in self.last]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.last)
+        atomic_write(path, lines.encode(errors="replace"), sync=False)
 
     def _decode(self, ids) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -128,10 +126,5 @@ def table(records: list[dict], title: str) -> Table:
     for record in records:
         cells = (record["prompt"], record["expected"] or "", record["completion"])
         # Texts are the model's and the user's: never markup.
-        out.add_row(*(Text(_shorten(cell)) for cell in cells), marks[record["right"]])
+        out.add_row(*(Text(shorten(cell, _SHORT)) for cell in cells), marks[record["right"]])
     return out
-
-
-def _shorten(text: str) -> str:
-    text = visible(text)
-    return text if len(text) <= _SHORT else f"{text[: _SHORT // 2]} ... {text[-_SHORT // 2 :]}"

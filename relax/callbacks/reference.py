@@ -1,10 +1,11 @@
 """The reference's log-probabilities, computed once for a whole data set and kept in files."""
 
-import os
+import io
 import time
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from relax import fault
 from relax.checkpoint.storage import leaf_crc, named_leaves
 from relax.data.preference_loader import PreferenceLoader
 from relax.errors import CheckpointError
+from relax.files import atomic_write
 from relax.trainers.callback import Callback, Event
 from relax.trainers.reference import reference_params
 
@@ -98,8 +100,8 @@ def _read(file: Path, count: int) -> np.ndarray:
 
 
 def _write(file: Path, values: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        np.save(stream, values, allow_pickle=False)
-    temporary.replace(file)
+    if jax.process_index():
+        return  # all processes have the same values and read the same file
+    stream = io.BytesIO()
+    np.save(stream, values, allow_pickle=False)
+    atomic_write(file, stream.getvalue(), sync=False)

@@ -36,12 +36,12 @@ from relax.checkpoint.storage import (
     read_arrays,
     read_leaf,
     read_manifests,
-    shorten,
     snapshot,
     tree_bytes,
     where,
     write,
 )
+from relax.config.text import format_bytes, join_some
 from relax.errors import CheckpointError
 from relax.files import fsync_path, list_steps
 from relax.parallel import processes
@@ -245,8 +245,8 @@ class Checkpointer:
             return f"checkpoint {step} could not be written to '{self.directory}': {reason}; {kept}"
         need, free = tree_bytes(taken.arrays), shutil.disk_usage(_existing(self.directory)).free
         return (
-            f"checkpoint {step} does not fit on the disk: it needs about {_size(need)}, "
-            f"'{self.directory}' has {_size(free)} free ({said}); {kept}. "
+            f"checkpoint {step} does not fit on the disk: it needs about {format_bytes(need)}, "
+            f"'{self.directory}' has {format_bytes(free)} free ({said}); {kept}. "
             "Free some space, or lower save_total_limit."
         )
 
@@ -270,7 +270,7 @@ def restore_checkpoint(
         arrays, bad_leaves = read_arrays(path, sums["leaves"])
     if bad_files or bad_leaves:
         what = [f"file {name}" for name in bad_files] + [f"leaf {name}" for name in bad_leaves]
-        raise DamagedError(f"checkpoint '{path}' is damaged: {shorten(what)}.")
+        raise DamagedError(f"checkpoint '{path}' is damaged: {join_some(what, 8)}.")
     changed = fingerprint_diff(info["fingerprint"], fingerprint())
     if changed:
         warn(f"bit-identity with the run that saved step {info['step']} is not promised: {changed}")
@@ -319,11 +319,12 @@ def check_space(directory: str | Path, nbytes: int, copies: int, others: int = 0
     free = shutil.disk_usage(_existing(Path(directory).absolute())).free
     need = nbytes * copies + others
     if free < need:
-        what = [f"{copies} checkpoints of {_size(nbytes)}"] if copies else []
-        what += [f"a model of {_size(others)}"] if others else []
+        what = [f"{copies} checkpoints of {format_bytes(nbytes)}"] if copies else []
+        what += [f"a model of {format_bytes(others)}"] if others else []
         raise CheckpointError(
-            f"{' and '.join(what)} need {_size(need)}, and '{directory}' has {_size(free)} free. "
-            "Free some space, lower save_total_limit, or choose another output_dir."
+            f"{' and '.join(what)} need {format_bytes(need)}, and '{directory}' has "
+            f"{format_bytes(free)} free. Free some space, lower save_total_limit, "
+            "or choose another output_dir."
         )
 
 
@@ -331,11 +332,3 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _size(nbytes: int) -> str:
-    """
-    >>> _size(1_500_000_000), _size(2_000)
-    ('1.50 GB', '0.002 MB')
-    """
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"

@@ -7,7 +7,8 @@ a checksum of each: a run that goes on over other weights is refused.
 from pathlib import Path
 
 from relax.checkpoint.checkpointer import Checkpointer
-from relax.checkpoint.storage import leaf_crc, named_leaves, shorten
+from relax.checkpoint.storage import leaf_crc, named_leaves
+from relax.config.text import join_some
 from relax.errors import CheckpointError
 
 _KEY = "frozen"  # in the progress that is saved
@@ -41,6 +42,6 @@ class WithoutFrozen:
         if changed:
             raise CheckpointError(
                 "a resumed run must have the frozen weights that it began with, and of "
-                f"{len(self.checksums)} these are others now: {shorten(sorted(changed))}. Restore "
-                "the model that it was started from."
+                f"{len(self.checksums)} these are others now: {join_some(sorted(changed), 8)}. "
+                "Restore the model that it was started from."
             )

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from relax import fault, parallel
+from relax.config.text import join_some
 from relax.errors import CheckpointError
 from relax.files import STATE_FILE, fsync_path
 from relax.parallel import processes
@@ -32,7 +33,6 @@ _CHECKSUMS = "checksums.json"
 # Orbax holds a second copy of the leaves that it is writing; this bounds it.
 _IN_FLIGHT_BYTES = 200_000_000
 _HOST = "pinned_host"  # the kind of memory that outlives a donated array
-_SHOWN = 8
 
 
 class DamagedError(CheckpointError):
@@ -353,7 +353,7 @@ def check_structure(path: Path, want: dict, have: dict) -> None:
     if problems:
         raise CheckpointError(
             f"checkpoint '{path}' must hold the leaves of this state, and differs: "
-            f"{shorten(sorted(problems))}. Is it of the same model and optimizer?"
+            f"{join_some(sorted(problems), 8)}. Is it of the same model and optimizer?"
         )
 
 
@@ -387,8 +387,3 @@ def fingerprint_diff(old: dict, new: dict) -> str:
     """
     names = [name for name in old | new if old.get(name) != new.get(name)]
     return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
-
-
-def shorten(items: list[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more

@@ -11,7 +11,8 @@ from typing import Any
 from relax.config import device_rules, watch_rules
 from relax.config.names import suggestion
 from relax.config.options import INT_MAX, Option
-from relax.config.values import check_value, shown
+from relax.config.text import quote
+from relax.config.values import check_value
 
 Given = Callable[[str], bool]
 
@@ -86,7 +87,7 @@ def _range(option: Option, value: Any) -> Iterator[str]:
         f"{_LIMITS[k][1]} {limit}" for k, limit in limits.items() if not _LIMITS[k][0](value, limit)
     ]
     if broken:
-        yield f"{option.name} must be {broken[0]}, got {shown(value)}"
+        yield f"{option.name} must be {broken[0]}, got {quote(value)}"
     elif option.steps and value > 1 and value != int(value):
         yield f"{option.name} must be a whole number, or a ratio below 1, got {value}"
 
@@ -146,7 +147,7 @@ def _peft(values: dict[str, Any], given: Given) -> Iterator[str]:
     try:
         re.compile(freeze or "")
     except re.error as error:
-        yield f"freeze must be a regular expression, got {shown(freeze)}: {error}"
+        yield f"freeze must be a regular expression, got {quote(freeze)}: {error}"
 
 
 def _data(values: dict[str, Any], given: Given) -> Iterator[str]:
@@ -211,7 +212,7 @@ def _profile(values: dict[str, Any], given: Given) -> Iterator[str]:
         yield unused("stop_sequences", "the run samples nothing; give num_samples for previews")
     for sequence in values["stop_sequences"] or ():
         if values["stop_sequences"].count(sequence) > 1:
-            yield f"stop_sequences must name each text once, got {shown(sequence)} again"
+            yield f"stop_sequences must name each text once, got {quote(sequence)} again"
             return
 
 

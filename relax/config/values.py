@@ -7,6 +7,8 @@ import types
 import typing
 from typing import Any, Literal
 
+from relax.config.text import quote
+
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NONE = ("none", "null")
 _INT = re.compile(r"[+-]?[0-9]{1,400}")
@@ -106,7 +108,7 @@ def check_value(annotation: Any, value: Any) -> Any:
     if not fits:
         kinds = {str: "text", bool: "boolean", list: "list", dict: "object", float: "number"}
         kind = kinds.get(type(value))
-        _refuse(annotation, shown(value) + f" (a {kind})" * bool(kind))
+        _refuse(annotation, quote(value) + f" (a {kind})" * bool(kind))
     if inner is str and not value:
         raise ValueError("must not be empty: leave it away to have the default")
     return value
@@ -116,14 +118,6 @@ def _is_item(value: Any, kind) -> bool:
     if kind is str:
         return isinstance(value, str) and bool(value)
     return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: short, and on one line."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a huge number"
-    if len(text) > 80:
-        text = text[:77] + "..."
-    return text
 
 
 def parse_text(annotation: Any, text: str) -> Any:
@@ -142,7 +136,7 @@ def parse_text(annotation: Any, text: str) -> Any:
         return None
     if typing.get_origin(inner) is Literal:
         if text not in typing.get_args(inner):
-            _refuse(annotation, shown(text))
+            _refuse(annotation, quote(text))
         return text
     if is_list(inner):
         return _parse_list(annotation, text)
@@ -150,15 +144,15 @@ def parse_text(annotation: Any, text: str) -> Any:
         return _parse_object(annotation, text)
     if inner is bool:
         if text.lower() not in _WORDS:
-            _refuse(annotation, shown(text))
+            _refuse(annotation, quote(text))
         return _WORDS[text.lower()]
     if inner is int:
         if not _INT.fullmatch(text):
-            _refuse(annotation, shown(text))
+            _refuse(annotation, quote(text))
         return int(text)
     if inner is float:
         if not _FLOAT.fullmatch(text) or not math.isfinite(float(text)):
-            _refuse(annotation, shown(text))
+            _refuse(annotation, quote(text))
         return float(text)
     return check_value(annotation, text)
 
@@ -168,15 +162,15 @@ def _parse_list(annotation: Any, text: str) -> list[str]:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError(f"must be a,b or a JSON list, got {shown(text)}") from None
+            raise ValueError(f"must be a,b or a JSON list, got {quote(text)}") from None
         return check_value(annotation, value)
     items = [item.strip() for item in text.split(",")]
     if not all(items):
-        raise ValueError(f"must be a list a,b without empty parts, got {shown(text)}")
+        raise ValueError(f"must be a list a,b without empty parts, got {quote(text)}")
     if not _of_numbers(split_optional(annotation)[0]):
         return items
     if not all(_FLOAT.fullmatch(item) for item in items):
-        _refuse(annotation, shown(text))
+        _refuse(annotation, quote(text))
     return check_value(annotation, [float(item) for item in items])
 
 
@@ -184,7 +178,7 @@ def _parse_object(annotation: Any, text: str) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f'must be a JSON object such as {{"a": 1}}, got {shown(text)}') from None
+        raise ValueError(f'must be a JSON object such as {{"a": 1}}, got {quote(text)}') from None
     return check_value(annotation, value)
 
 

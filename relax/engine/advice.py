@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from relax.checkpoint.checkpointer import tree_bytes
-from relax.engine.memory import Capacity, Sizes, format_bytes, rows_of
+from relax.config.text import format_bytes
+from relax.engine.memory import Capacity, Sizes, rows_of
 from relax.errors import ConfigError
 from relax.optimizers.optimizers import OPTIMIZERS
 

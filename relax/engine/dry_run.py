@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from relax import parallel
+from relax.config.text import format_bytes, format_seconds
 from relax.engine import checks, memory, output
-from relax.engine.memory import format_bytes
 from relax.engine.run import Job, JobResult, Parts
 from relax.errors import ConfigError, ErrorList, Problems, RelaxError
 from relax.trainers.trainer import LoggedBatch
@@ -110,18 +110,8 @@ def _lines(job: Job, parts: Parts, measured: dict, disk) -> dict[str, str]:
         "data": ", ".join(data),
         "memory": f"{format_bytes(measured['dry_run/memory_bytes'])}{have}",
         "steps": f"{steps:,} updates, {epochs:.3g} epochs of {parts.updates_per_epoch:,}",
-        "one step": f"{_duration(seconds)}; all of them {_duration(seconds * steps)}, without "
-        "evaluating and saving",
+        "one step": f"{format_seconds(seconds)}; all of them {format_seconds(seconds * steps)}, "
+        "without evaluating and saving",
         "disk": f"{copies} checkpoints of {format_bytes(checkpoint)} and a model of "
         f"{format_bytes(model)}: {total}, with {free} free",
     }
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(0.0123), _duration(75), _duration(7200)
-    ('0.0123 s', '75 s', '2.0 h')
-    """
-    if seconds < 300:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

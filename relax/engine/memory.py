@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax import parallel
+from relax.config.text import format_bytes
 from relax.data.loader import DataLoader, epoch_order
 from relax.parallel.cpu import release_freed_memory
 
@@ -208,11 +209,3 @@ def table(sizes: Sizes, capacity: Capacity, rows: tuple[int, int]) -> str:
     free = "" if capacity.free is None else f", {format_bytes(capacity.free)} free"
     lines.append(f"  {'together':{width}} {format_bytes(sizes.total):>10}{have}{free}")
     return "\n".join([f"memory of an update of {rows[0]} x {rows[1]} tokens", *lines])
-
-
-def format_bytes(nbytes: int) -> str:
-    """
-    >>> format_bytes(1_536_000_000), format_bytes(12_000_000), format_bytes(2_500)
-    ('1.54 GB', '12 MB', '0.0025 MB')
-    """
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"

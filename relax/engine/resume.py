@@ -1,9 +1,9 @@
 """What a resumed run may change about its configuration."""
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 
+from relax.config.names import suggestion
 from relax.errors import ConfigError
 
 # Fields that say where and when things are written, not what is computed.
@@ -36,9 +36,8 @@ def check_same_config(old: Mapping, new: Mapping, allow: Iterable[str] = ()) -> 
     names = sorted(set(old) | set(new))
     allow = set(allow)
     for name in sorted(allow - set(names)):
-        close = difflib.get_close_matches(name, names, 1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"allow_config_change must name fields, got '{name}'.{hint}")
+        hint = suggestion(name, names)
+        raise ConfigError(f"allow_config_change must name fields, got {name!r}.{hint}")
     changed = {}
     for name in names:
         if name in FREE_FIELDS or name.startswith(FREE_PREFIX):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from relax.config.text import join_some
 from relax.errors import ConfigError
 from relax.files import STATE_FILE, TMP_SUFFIX, list_steps
 
@@ -226,7 +227,7 @@ class RunDir:
         steps = list_steps(self.checkpoints)
         if not any(name in RUN_FILES + RUN_FOLDERS for name in used):
             raise ConfigError(
-                f"output_dir must be empty, and '{self.path}' holds {_some(used)}. Pass "
+                f"output_dir must be empty, and '{self.path}' holds {join_some(used, 3)}. Pass "
                 "--overwrite_output_dir to write beside that, or choose another --output_dir."
             )
         last = f"from step {steps[-1]}" if steps else "from the beginning: nothing was saved"
@@ -252,7 +253,3 @@ class RunDir:
 
 def _is_half_written(name: str) -> bool:
     return name.endswith(TMP_SUFFIX) and name.removesuffix(TMP_SUFFIX) in RUN_FILES
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")

@@ -5,7 +5,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from relax.monitor.curves import Series, chart, duration, label
+from relax.config.text import format_number, format_seconds
+from relax.monitor.curves import Series, chart
 from relax.monitor.run_files import TIME, Run
 from relax.monitor.sections import CHARTS, UNDRAWN, plain, text
 
@@ -24,7 +25,7 @@ def head(runs: Sequence[Run]) -> str:
     title = " · ".join(run.name for run in runs)
     facts = "".join(
         f"<div><dt>{text(run.name)}</dt><dd>{text(run.status.get('phase') or 'unknown')} <small>"
-        f"{text(run.algorithm.upper())}, {duration(run.last('elapsed_s'))}</small></dd></div>"
+        f"{text(run.algorithm.upper())}, {format_seconds(run.last('elapsed_s'))}</small></dd></div>"
         for run in runs
     )
     return f'<header><h1>{text(title, 400)}</h1></header><dl class="facts">{facts}</dl>'
@@ -93,4 +94,4 @@ def _table(runs: Sequence[Run], rows: str, kind: str) -> str:
 
 
 def _shown(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else label(value)
+    return "–" if value is None or not math.isfinite(value) else format_number(value)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+from relax.config.text import format_number, format_seconds
+
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 30  # margins round the plot
 SMOOTHED_FROM = 40  # points from which on a curve is also shown smoothed
@@ -93,20 +95,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def label(value: float) -> str:
-    """A number for an axis or a caption: four digits at most.
-
-    >>> [label(v) for v in (0, 12345, 0.00002, 0.25, 1.5e7, -3)]
-    ['0', '12.3k', '2e-05', '0.25', '15M', '-3']
-    """
-    if not math.isfinite(value):
-        return "–"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
-    return f"{value:.4g}"
-
-
 def limits(series: Sequence[Series]) -> tuple[float, float] | None:
     """The range of the vertical axis; a few points far outside of the rest are left out of it."""
     values = sorted(y for s in series for y in s.ys if math.isfinite(y))
@@ -192,13 +180,15 @@ def _axes(frame: _Frame) -> str:
     for value in ticks(frame.y0, frame.y1):
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}">{label(value)}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}">{format_number(value)}</text>'
+        )
     bottom = HEIGHT - BOTTOM
     for value in ticks(frame.x0, frame.x1, 6):
         if value == int(value):  # updates are whole
             x = frame.x(value)
             parts.append(
-                f'<text class="tick x" x="{x:.1f}" y="{bottom + 19}">{label(value)}</text>'
+                f'<text class="tick x" x="{x:.1f}" y="{bottom + 19}">{format_number(value)}</text>'
             )
     parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
     return "".join(parts)
@@ -239,9 +229,10 @@ def _path(xs: Sequence[float], ys: Sequence[float], frame: _Frame) -> str:
 
 def _legend(series: Series, colour: int) -> str:
     real = [y for y in series.ys if math.isfinite(y)]
+    last, low, high = (format_number(y) for y in (real[-1], min(real), max(real)))
     return (
         f'<span style="--c:var(--c{colour})"><i></i>{escape(series.name)} '
-        f"<b>{label(real[-1])}</b> <small>{label(min(real))} … {label(max(real))}</small></span>"
+        f"<b>{last}</b> <small>{low} … {high}</small></span>"
     )
 
 
@@ -260,31 +251,10 @@ def bar(parts: dict[str, float]) -> str:
         x += share
         legend.append(
             f'<span style="--c:var(--c{i % COLOURS})"><i></i>{escape(name)} <b>{share:.1%}</b> '
-            f"<small>{duration(value)}</small></span>"
+            f"<small>{format_seconds(value)}</small></span>"
         )
     return (
         '<svg class="bar" viewBox="0 0 1000 22" preserveAspectRatio="none" role="img" '
         f'aria-label="shares of time">{"".join(drawn)}</svg>'
         f'<div class="legend">{"".join(legend)}</div>'
     )
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in words.
-
-    >>> [duration(s) for s in (0.0312, 42.4, 3725, 93600, None)]
-    ['0.031 s', '42 s', '1 h 2 min', '1 d 2 h', '–']
-    """
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = int(seconds // 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"

@@ -1,10 +1,10 @@
 """The page: what a run is, how it went, what it wrote, and under which circumstances."""
 
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from relax.files import atomic_write
 from relax.monitor import compare, sections
 from relax.monitor.run_files import Run, read_run
 from relax.monitor.style import SCRIPT, STYLE, policy
@@ -92,9 +92,6 @@ def _document(title: str, body: str) -> str:
 
 
 def _write(path: Path, page: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     # A lone surrogate, which JSON can hold, cannot be encoded.
-    temporary.write_bytes(page.encode(errors="replace"))
-    os.replace(temporary, path)
+    atomic_write(path, page.encode(errors="replace"), sync=False)
     return path

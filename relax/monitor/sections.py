@@ -8,9 +8,10 @@ from typing import Any
 
 from relax.config import options
 from relax.config.schema import TrainerConfig
-from relax.monitor.curves import Series, bar, chart, duration, label
+from relax.config.text import format_number, format_seconds, strip_control
+from relax.monitor.curves import Series, bar, chart
 from relax.monitor.run_files import TIME, Run, logged_columns
-from relax.monitor.status import visible, without_secrets
+from relax.monitor.status import without_secrets
 
 # What is drawn first, in this order: a title, and the metrics that belong in it.
 CHARTS = (
@@ -59,10 +60,10 @@ def _facts(run: Run) -> Iterable[str]:
         yield _fact("Updates", f"{step:,}", f"of {total:,}" if total else "")
     elapsed = run.last("elapsed_s")
     if elapsed is not None:
-        yield _fact("Time", duration(elapsed))
+        yield _fact("Time", format_seconds(elapsed))
     left = run.status.get("time_left_s")
     if left and run.status.get("phase") not in ("finished", "failed", "stopped"):
-        yield _fact("Time left", duration(left))
+        yield _fact("Time left", format_seconds(left))
     for name, title in (
         ("loss", "Loss"),
         ("eval_loss", "Evaluation loss"),
@@ -75,14 +76,16 @@ def _facts(run: Run) -> Iterable[str]:
         value = run.last(name)
         if value is not None and not (name == "loss" and run.last("reward") is not None):
             first = next(v for v in run.series[name][1] if math.isfinite(v))
-            yield _fact(title, label(value), f"from {label(first)}")
+            yield _fact(title, format_number(value), f"from {format_number(first)}")
     right = accuracy(run)
     if right is not None:
         yield _fact("Previews right", f"{right[1][-1]:.0%}", f"of {len(_last(run.previews))}")
     tokens = run.last("num_tokens")
     if tokens is not None:
         rate = run.last("tokens_per_second")
-        yield _fact("Tokens", label(tokens), f"{label(rate)} a second" if rate else "")
+        yield _fact(
+            "Tokens", format_number(tokens), f"{format_number(rate)} a second" if rate else ""
+        )
 
 
 def _fact(title: str, value: str, small: str = "") -> str:
@@ -292,7 +295,7 @@ def text(value: Any, most: int = 200) -> str:
     shown = "" if value is None else str(value)
     if len(shown) > most:
         shown = f"{shown[: most // 2]} … {shown[-most // 2 :]}"
-    return escape(without_secrets(visible(shown)))
+    return escape(without_secrets(strip_control(shown)))
 
 
 def _mark(right: Any) -> str:
@@ -302,7 +305,11 @@ def _mark(right: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return label(value) if isinstance(value, int | float) and not isinstance(value, bool) else "–"
+    return (
+        format_number(value)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else "–"
+    )
 
 
 def _prompt(prompt: Any) -> str:

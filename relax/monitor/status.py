@@ -10,11 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from relax.config.text import nan_to_null
+from relax.files import atomic_write
+
 VERSION = 1
 MOST_WARNINGS = 20
 _SECRET = re.compile(r"(?<=://)[^/\s@\"]+(?=@)|\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})\b")
-# Control characters but for tab and newline, and those that turn the direction of writing.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 ENDED = ("finished", "stopped", "failed")  # phases after which nothing follows
 
 
@@ -78,13 +79,10 @@ class TrainingStatusWriter:
     def write(self) -> None:
         """Writes the file now."""
         self._written_s = time.monotonic()
-        fields = finite(self.fields | {"updated_at": _now()})
+        fields = nan_to_null(self.fields | {"updated_at": _now()})
         text = without_secrets(json.dumps(fields, indent=1, default=str))
-        temporary = self.path.with_name(self.path.name + ".tmp")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
+            atomic_write(self.path, f"{text}\n".encode(), sync=False)
             self.problem = None
         except OSError as error:  # a full disk ends a run where checkpoints are written, not here
             self.problem = str(error)
@@ -112,19 +110,6 @@ def is_alive(status: dict[str, Any]) -> bool | None:
     return True
 
 
-def finite(value: Any) -> Any:
-    """The same value without NaN and infinities, which JSON does not have: null in their place.
-
-    >>> finite({"a": [1.0, float("nan")]})
-    {'a': [1.0, None]}
-    """
-    if isinstance(value, dict):
-        return {name: finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def without_secrets(text: str) -> str:
     """A text without passwords in addresses and without access tokens.
 
@@ -132,15 +117,6 @@ def without_secrets(text: str) -> str:
     'https://***@host/rows.jsonl ***'
     """
     return _SECRET.sub("***", text)
-
-
-def visible(text: str) -> str:
-    """A text without characters that a terminal obeys, which a model may well have written.
-
-    >>> visible("\\x1b[2Jall\\tis\\nwell\\x07") == "\\ufffd[2Jall\\tis\\nwell\\ufffd"
-    True
-    """
-    return _OBEYED.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _now() -> str:

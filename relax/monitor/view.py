@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from relax.monitor.curves import duration, label
-from relax.monitor.status import ENDED, is_alive, read_status, visible
+from relax.config.text import format_number, format_seconds, strip_control
+from relax.monitor.status import ENDED, is_alive, read_status
 from relax.monitor.tail import Tail, sparkline
 
 _COLOURS = {"finished": "green", "failed": "red", "stopped": "yellow", "killed": "red"}
@@ -85,9 +85,9 @@ def view(name: str, status: dict[str, Any] | None, series: dict[str, list[float]
             parts += [Text(), _preview(record)]
     for warning in (status.get("warnings") or [])[-3:]:
         said = warning.get("text") if isinstance(warning, dict) else warning
-        parts.append(Text(f"! {visible(str(said))}", "yellow"))
+        parts.append(Text(f"! {strip_control(str(said))}", "yellow"))
     if status.get("error"):
-        parts.append(Text(visible(str(status["error"])), "red"))
+        parts.append(Text(strip_control(str(status["error"])), "red"))
     return Panel(Group(*parts), title=title, title_align="left", border_style=colour)
 
 
@@ -98,13 +98,13 @@ def _progress(status: dict[str, Any]) -> Table:
         words.append(f"epoch {status['epoch']:.2f}")
     goes_on = phase_of(status) not in (*ENDED, "killed")
     if status.get("time_left_s") and goes_on:
-        words.append(f"{duration(status['time_left_s'])} left")
+        words.append(f"{format_seconds(status['time_left_s'])} left")
     saved = status.get("last_checkpoint")
     if isinstance(saved, dict):
         words.append(f"saved at step {saved.get('step'):,}")
     age = _age_s(status)
     if age is not None and age > 10 and goes_on:
-        words.append(f"last heard of {duration(age)} ago")
+        words.append(f"last heard of {format_seconds(age)} ago")
     out = Table.grid(padding=(0, 2))
     out.add_row(
         ProgressBar(total=total or 1, completed=step if total else 0, width=24),
@@ -122,7 +122,7 @@ def _numbers(series: dict[str, list[float]]) -> Table:
         values = series.get(name)
         if not values or (name == "skipped_steps" and not values[-1]):
             continue
-        last = "not finite" if not math.isfinite(values[-1]) else label(values[-1])
+        last = "not finite" if not math.isfinite(values[-1]) else format_number(values[-1])
         out.add_row(title, last, sparkline(values))
     return out
 
@@ -135,7 +135,7 @@ def _preview(record: dict[str, Any]) -> Table:
     mark = marks.get(record.get("right"), ("", ""))
     for title, key in (("prompt", "prompt"), ("expected", "expected"), ("answer", "completion")):
         if record.get(key) is not None:
-            said = Text(visible(str(record[key]))[-400:])
+            said = Text(strip_control(str(record[key]))[-400:])
             out.add_row(title, Text.assemble(said, mark) if key == "completion" else said)
     return out
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from relax.config.text import quote
 from relax.errors import RewardError
 from relax.rewards.isolation import Kind, Scores
-from relax.rewards.protocol import shorten, text_of
+from relax.rewards.protocol import text_of
 
 # The share of failures is taken of at least so many completions: one early failure is no trend.
 _LEAST_SCORED = 100
@@ -126,7 +127,9 @@ class Tally:
 def failures_of(name: str, scores: Scores, prompts: list, completions: list) -> list[RewardFailure]:
     """The failures of one function, with the prompts and completions they are about."""
     return [
-        RewardFailure(name, i, *why, shorten(text_of(prompts[i])), shorten(text_of(completions[i])))
+        RewardFailure(
+            name, i, *why, quote(text_of(prompts[i]), 200), quote(text_of(completions[i]), 200)
+        )
         for i, why in sorted(scores.failures.items())
     ]
 

@@ -7,8 +7,9 @@ import traceback
 from collections.abc import Callable
 from types import SimpleNamespace
 
+from relax.config.text import quote
 from relax.rewards.isolation import CallFailed, Scores
-from relax.rewards.protocol import BadResult, RewardInfo, check_rewards, shorten
+from relax.rewards.protocol import BadResult, RewardInfo, check_rewards
 
 # A batch, as it travels: `prompts`, `completions`, `columns` {name: values}, `trainer_state`
 # {name: value}, and `completion_ids` (or None), all but the state with one item a completion.
@@ -68,7 +69,9 @@ def _arguments(info: RewardInfo, batch: Batch, indices: list[int], logs: dict) -
 
 
 def _loggable(value):
-    return value if value is None or isinstance(value, str | int | float | bool) else shorten(value)
+    return (
+        value if value is None or isinstance(value, str | int | float | bool) else quote(value, 200)
+    )
 
 
 def _describe(error: BaseException) -> str:

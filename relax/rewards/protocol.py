@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from relax.config.names import suggestion
+from relax.config.text import quote
 from relax.errors import ConfigError, DataError
 
 # Given to every function that takes them; no column may bear these names.
@@ -183,7 +184,7 @@ def check_rewards(result, n: int) -> tuple[list[float | None], dict[int, str]]:
     result = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(result, list | tuple):
         raise BadResult(
-            f"returned {shorten(result)} (a {type(result).__name__}), not a list of {n} rewards"
+            f"returned {quote(result, 200)} (a {type(result).__name__}), not a list of {n} rewards"
         )
     if len(result) != n:
         raise BadResult(f"returned {len(result)} rewards for {n} completions")
@@ -194,7 +195,7 @@ def check_rewards(result, n: int) -> tuple[list[float | None], dict[int, str]]:
         number = _number(value)
         rewards.append(number)
         if value is not None and number is None:
-            refused[i] = f"returned {shorten(value)}"
+            refused[i] = f"returned {quote(value, 200)}"
     return rewards, refused
 
 
@@ -206,26 +207,6 @@ def _number(value) -> float | None:
     except OverflowError:
         return None
     return value if math.isfinite(value) else None
-
-
-def shorten(value, limit: int = 200) -> str:
-    """A value as one line of at most about `limit` characters.
-
-    >>> shorten("a" * 50, 10)
-    "'aaaaaaaaaa'... (50 characters)"
-    """
-    if isinstance(value, str | bytes):
-        # The start is enough: the representation of a gigabyte would take another one.
-        unit = "bytes" if isinstance(value, bytes) else "characters"
-        more = f"... ({len(value)} {unit})" if len(value) > limit else ""
-        return repr(value[:limit]) + more
-    if isinstance(value, list | tuple | dict | set) and len(value) > limit:
-        return f"a {type(value).__name__} of {len(value)} items"
-    try:
-        text = repr(value)
-    except Exception as error:  # another's __repr__
-        text = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def text_of(completion: str | list[dict]) -> str:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from relax.config.text import join_some
 from relax.errors import CONVERT_FIRST, ModelLoadError, RelaxError
 
 MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
@@ -56,13 +57,13 @@ def file_of(directory: Path, name: str) -> Path:
         stores += [repository / "blobs", repository.parent / "blobs"]
     if name != os.path.basename(name):
         raise ModelLoadError(
-            f"'{directory}': {some([name])} is not the plain name of a file in it."
+            f"'{directory}': {join_some([name])} is not the plain name of a file in it."
         )
     try:
         target = Path(os.path.realpath(root / name))
         regular, there = target.is_file(), os.path.lexists(root / name)
     except (OSError, ValueError):  # a name too long, or with a zero byte
-        raise ModelLoadError(f"'{directory}': no file can be named {some([name])}.") from None
+        raise ModelLoadError(f"'{directory}': no file can be named {join_some([name])}.") from None
     if not there:
         raise ModelLoadError(f"'{directory}' has no {name}.")
     if not any(target.is_relative_to(store) for store in stores):
@@ -98,14 +99,6 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def some(names: list[str], separator: str = ", ", most: int = 4) -> str:
-    """The first few, fit for one line: a damaged file may name its tensors anything."""
-    shown = [name if name.isprintable() and name else repr(name) for name in names[:most]]
-    shown = [name if len(name) <= 200 else f"{name[:200]}..." for name in shown]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(shown) + more
-
-
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
     """A directory that appears whole, when the context ends well, or not at all.
@@ -137,8 +130,8 @@ def _check_replaceable(path: Path) -> None:
     other = [f.name for f in path.iterdir() if f.suffix not in MODEL_FILES or f.is_dir()]
     if other:
         raise RelaxError(
-            f"'{path}' holds more than a model, which saving would delete: {some(sorted(other))}. "
-            "Choose another directory, or move them away."
+            f"'{path}' holds more than a model, which saving would delete: "
+            f"{join_some(sorted(other))}. Choose another directory, or move them away."
         )
 
 

@@ -12,6 +12,7 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
+from relax.config.text import join_some
 from relax.errors import ModelLoadError
 from relax.models.config import TransformerConfig
 from relax.models.families import Family, family_of
@@ -20,7 +21,6 @@ from relax.models.huggingface.directories import (
     find_directory,
     new_directory,
     read_json,
-    some,
     write_json,
 )
 from relax.models.huggingface.sharded_read import read_params
@@ -230,7 +230,7 @@ def _check_leaves(expected: Tensors, flat: Mapping) -> None:
         if flat[path].shape != shapes[path]
     ]
     if wrong:
-        raise ValueError(f"params are not those of the model: {some(sorted(wrong))}.")
+        raise ValueError(f"params are not those of the model: {join_some(sorted(wrong))}.")
 
 
 def _generation_config(tokenizer, before: dict) -> dict:

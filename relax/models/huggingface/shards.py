@@ -9,8 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from relax.config.text import join_some
 from relax.errors import ModelLoadError
-from relax.models.huggingface.directories import file_of, read_json, some, write_json
+from relax.models.huggingface.directories import file_of, read_json, write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,7 +48,9 @@ def tensor_files(directory: Path, ignored: str) -> dict[str, str]:
         found |= _names(directory, file, ignored)
     wrong = sorted(name for name in files | found if files.get(name) != found.get(name))
     if wrong:
-        raise ModelLoadError(f"{directory / INDEX} disagrees with the files about {some(wrong)}.")
+        raise ModelLoadError(
+            f"{directory / INDEX} disagrees with the files about {join_some(wrong)}."
+        )
     return files
 
 
@@ -65,9 +68,9 @@ def check_tensors(
     missing = sorted(set(shapes) - set(files))
     extra = sorted(set(files) - set(shapes))
     if missing:
-        problems.append(f"{len(missing)} missing: {some(missing)}")
+        problems.append(f"{len(missing)} missing: {join_some(missing)}")
     if extra:
-        problems.append(f"{len(extra)} not in the architecture: {some(extra)}")
+        problems.append(f"{len(extra)} not in the architecture: {join_some(extra)}")
     for file, names in _by_file(shapes, files).items():
         with open_tensors(directory, file) as tensors:
             for name in names:
@@ -81,7 +84,9 @@ def check_tensors(
         hint = ""
         if "lm_head.weight" in missing + extra:
             hint = " Is tie_word_embeddings in config.json right?"
-        raise ModelLoadError(f"tensors of '{directory}': {some(problems, '; ')}.{hint}")
+        raise ModelLoadError(
+            f"tensors of '{directory}': {join_some(problems, separator='; ')}.{hint}"
+        )
 
 
 def read_tensors(

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from relax.config.text import join_some
 from relax.errors import ModelLoadError
 from relax.models.config import TransformerConfig
 from relax.models.families import Family, family_of
-from relax.models.huggingface.directories import some
 from relax.models.huggingface.pretrained import config_fields, write_directory
 from relax.models.huggingface.tensors import expected_tensors, shape_of
 from relax.tools.gguf.fields import ROPE_FREQS, architecture_of, hugging_face_fields
@@ -151,7 +151,7 @@ def open_gguf(path) -> GGUFModel:
         for expert in experts:
             full = ours if expert is None else ours.format(expert)
             if full in names:
-                raise ModelLoadError(f"{file.path}: two tensors are {some([full])}.")
+                raise ModelLoadError(f"{file.path}: two tensors are {join_some([full])}.")
             names[full] = name, expert
     return GGUFModel(file, fields, names)
 
@@ -175,7 +175,9 @@ def _check_tensors(source: GGUFModel, shapes: Mapping[str, tuple[int, ...]]) -> 
         if name in source.names and source.shape(name) != shape
     ]
     if problems:
-        raise ModelLoadError(f"tensors of {source.file.path}: {some(sorted(problems), '; ')}.")
+        raise ModelLoadError(
+            f"tensors of {source.file.path}: {join_some(sorted(problems), separator='; ')}."
+        )
 
 
 def _name(name: str, modules: Mapping[str, str]) -> str:

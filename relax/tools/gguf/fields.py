@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from relax.config.text import join_some
 from relax.errors import ModelLoadError
 from relax.models.config import Rope, RopeScaling
-from relax.models.huggingface.directories import some
 from relax.models.rotary import frequencies
 from relax.tools.gguf.file import GGUFFile
 
@@ -119,7 +119,7 @@ def _check_keys(file: GGUFFile, given: Mapping, known: set[str]) -> None:
     if unknown:
         raise ModelLoadError(
             f"{file.path}: metadata that ReLax does not know, and so cannot honour: "
-            f"{some(sorted(unknown))}."
+            f"{join_some(sorted(unknown))}."
         )
     for key in (*SIZES, "attention.head_count_kv", "attention.key_length"):
         value = given.get(key, None if key in SIZES else 1)

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from relax import parallel
+from relax.config.text import format_bytes
 from relax.engine import memory
 from relax.errors import ConfigError
 from relax.models import Transformer, TransformerConfig, kernels, read_pretrained_config
@@ -311,19 +312,17 @@ def described(program: Program | str, topology: str, flops: float) -> list[str]:
     """A program in lines; `flops` are those of the model, per device."""
     if isinstance(program, str):
         return [f"  does not fit, and was not compiled: {program}"]
-    lines = [f"  {name:16} {memory.format_bytes(n):>10}" for name, n in program.parts.items() if n]
+    lines = [f"  {name:16} {format_bytes(n):>10}" for name, n in program.parts.items() if n]
     chip = CHIPS.get(topology.partition(":")[0])
     have = ""
     if chip is not None:
         fits = "fits" if program.total <= chip.memory else "does not fit"
-        have = f" of {memory.format_bytes(chip.memory)}: {fits}"
-    lines.append(f"  {'together':16} {memory.format_bytes(program.total):>10}{have}")
+        have = f" of {format_bytes(chip.memory)}: {fits}"
+    lines.append(f"  {'together':16} {format_bytes(program.total):>10}{have}")
     lines.append(f"  {'computes':16} {flops / 1e12:>7.3g} TFLOP")
     for kind, (count, nbytes) in program.traffic.items():
-        lines.append(f"  {kind:16} {memory.format_bytes(nbytes):>10} in {count}")
-    lines.append(
-        f"  {'memory traffic':16} {memory.format_bytes(program.accessed):>10} by XLA's account"
-    )
+        lines.append(f"  {kind:16} {format_bytes(nbytes):>10} in {count}")
+    lines.append(f"  {'memory traffic':16} {format_bytes(program.accessed):>10} by XLA's account")
     if chip is not None:
         # What is held is read once at least. XLA's account is of no use: where a part of a buffer
         # is read it counts the whole.
