@@ -139,4 +139,7 @@ def test_files_have_at_most_400_lines_and_functions_60():
         assert len(text.splitlines()) <= 400, file
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{file}: {node.name}"
+                lines = node.end_lineno - node.lineno
+                if ast.get_docstring(node) is not None:
+                    lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+                assert lines < 60, f"{file}: {node.name}"

@@ -167,10 +167,10 @@ def test_stopped_runs_print_the_command_that_goes_on_to_the_same_bytes(job, unbr
 # What a test does to the program where no fault point is: a minute spent in native code, as in
 # XLA's compiler, where no signal handler runs; or in an evaluation.
 def compiling():
-    def train_step(self, state, batch):
+    def update(self, state, batch):
         hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)
 
-    Trainer.train_step = train_step
+    Trainer.update = update
 
 
 def evaluating():

@@ -389,7 +389,7 @@ def test_a_window_of_updates_is_traced_into_a_file_that_perfetto_reads(tmp_path)
     assert all(event["dur"] >= 0 and "ts" in event for event in events)
     steps = [e["args"]["step_num"] for e in events if "step_num" in e.get("args", {})]
     assert sorted(steps) == ["2", "3"]
-    assert any(e.get("args", {}).get("hlo_module") == "jit_train_step" for e in events)
+    assert any(e.get("args", {}).get("hlo_module") == "jit_update" for e in events)
     assert not any(event["name"].startswith("$") for event in events)  # functions of Python
     assert "the trace is in" in console.file.getvalue()
 

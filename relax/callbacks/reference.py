@@ -15,7 +15,7 @@ from relax.data.preference_loader import PreferenceLoader
 from relax.errors import CheckpointError
 from relax.files import atomic_write
 from relax.trainers.callback import Callback, Event
-from relax.trainers.reference import reference_params
+from relax.trainers.state import reference_params
 
 SAVE_EVERY_S = 20.0
 

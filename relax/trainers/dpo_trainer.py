@@ -33,8 +33,13 @@ from relax.models.forward import hidden_states
 from relax.models.groups import group_hidden_states
 from relax.models.trainable import merge
 from relax.trainers.pairs import num_tokens
-from relax.trainers.reference import reference_params, update_reference
-from relax.trainers.state import TrainState, initial_state
+from relax.trainers.state import (
+    TrainState,
+    copy_tree,
+    initial_state,
+    reference_params,
+    update_reference,
+)
 from relax.trainers.trainer import Trainer
 from relax.trainers.update import LossOutput, Mean, Sum
 
@@ -48,7 +53,7 @@ class DPOTrainer(Trainer):
 
     Args:
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
-      params: pretrained parameters to start from (copied); None: `ref_params`, or fresh ones.
+      params: as for `Trainer`; None: `ref_params`, or fresh ones.
       ref_params: parameters of the reference (copied); None: those of the start. With adapters the
         reference is the model without them, and costs nothing.
       freeze: as for `SFTTrainer`.
@@ -72,7 +77,6 @@ class DPOTrainer(Trainer):
         model,
         optimizer,
         *,
-        params=None,
         ref_params=None,
         freeze: str | None = None,
         loss_type: str | Sequence[str] = "sigmoid",
@@ -114,19 +118,19 @@ class DPOTrainer(Trainer):
                 "ref_params has no effect: the reference is the frozen base, precomputed, or not "
                 "read by the loss. Leave it out."
             )
-        self.params = ref_params if params is None else params
+        if self.params is None:  # the policy starts as its reference, which stays usable
+            self.params = copy_tree(ref_params)
         self.ref_params, self.freeze = ref_params, freeze
         self.loss_chunk_size = loss_chunk_size
-        self._answer_logprobs = jax.jit(self._answer_logprobs)
+        self._compiled_logprobs = jax.jit(self._answer_logprobs)
 
     def create_train_state(self, key: jax.Array) -> TrainState:
-        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        params = self.initial_params()
         copies = self.reference and self.ref_params is None
         state = initial_state(self.model, self.optimizer, key, params, self.freeze, copies)
         if self.ref_params is None:
             return state
-        ref = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.ref_params)
-        return state.replace(frozen={"ref": ref})
+        return state.replace(frozen={"ref": copy_tree(self.ref_params)})
 
     def update_frozen(self, frozen, params, step):
         if not self.sync_ref_model:
@@ -158,7 +162,7 @@ class DPOTrainer(Trainer):
 
     def answer_logprobs(self, params, batch) -> np.ndarray:
         """`[N, 2]` log-probabilities of a batch's answers under all parameters `params`."""
-        return parallel.to_host(self._answer_logprobs(params, parallel.shard_batch(batch)))
+        return parallel.to_host(self._compiled_logprobs(params, parallel.shard_batch(batch)))
 
     def _of_reference(self, frozen, batch, logprobs):
         if not self.needs_reference:

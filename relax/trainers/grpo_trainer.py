@@ -29,10 +29,9 @@ from relax.losses.advantages import ADVANTAGES
 from relax.losses.kl import KL_ESTIMATORS, kl_estimate
 from relax.losses.masked import masked_mean
 from relax.losses.policy import LOSS_TYPES, RATIOS, Clip, clip_fractions, log_ratios, policy_loss
-from relax.trainers.reference import reference_params, update_reference
 from relax.trainers.rl.rollout import concatenate
 from relax.trainers.rl_trainer import RESAMPLING, RLTrainer, ScoredRollout, difference_metrics
-from relax.trainers.state import TrainState
+from relax.trainers.state import TrainState, reference_params, update_reference
 from relax.trainers.update import LossOutput, Max, Mean, Min
 
 

@@ -35,7 +35,6 @@ from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.lora import merge_adapters
 from relax.models.trainable import merge
 from relax.optimizers.optimizers import freeze_for, learning_rate, partition_by_key
-from relax.trainers.reference import reference_params
 from relax.trainers.rl.experience import (
     AFTER_EOS,
     REWARD_AT,
@@ -48,7 +47,7 @@ from relax.trainers.rl.experience import (
 )
 from relax.trainers.rl.rollout import Rollout, with_slot_after_eos
 from relax.trainers.rl_trainer import RLTrainer, ScoredRollout, difference_metrics
-from relax.trainers.state import TrainState, initial_weights
+from relax.trainers.state import TrainState, copy_tree, initial_weights, reference_params
 from relax.trainers.update import (
     LossOutput,
     Mean,
@@ -150,10 +149,8 @@ class PPOTrainer(RLTrainer):
         self._values = jax.jit(self.completion_values)
 
     def create_train_state(self, key: jax.Array) -> TrainState:
-        return self.start(key, *(_copy(tree) for tree in (self.params, self.value_params)))
-
-    def start(self, key: jax.Array, params=None, value_params=None) -> TrainState:
-        """The state before the first update; the parameters are taken over."""
+        params = self.initial_params()
+        value_params = self.value_params if self.donate_params else copy_tree(self.value_params)
         policy, frozen = initial_weights(self.model, key, params, self.freeze, self.reference)
         value = self._initial_critic(key, merge(policy, frozen), value_params)
         state = TrainState.create(
@@ -177,7 +174,7 @@ class PPOTrainer(RLTrainer):
             return {HEAD: head}
         if self.copies_policy:
             lora = self.model.lora
-            params = _copy(policy if lora is None else merge_adapters(policy, lora))
+            params = copy_tree(policy if lora is None else merge_adapters(policy, lora))
         elif params is None:
             key = jax.random.fold_in(key, 1)
             params, _ = initial_weights(self.value_model, key)
@@ -324,10 +321,10 @@ class PPOTrainer(RLTrainer):
         }
         return {name: Mean(masked_mean(x, mask), mask.sum()) for name, x in of.items()}
 
-    def train_step(self, state: TrainState, batch: Experience):
-        """As `Trainer.train_step`; then what the algorithm steers itself by."""
+    def update(self, state: TrainState, batch: Experience):
+        """`Trainer.update`, then the numbers in `state.control` that the algorithm adapts."""
         if self.target_kl is None:
-            state, metrics = super().train_step(state, batch)
+            state, metrics = super().update(state, batch)
         else:
             state, metrics = self._step_or_stop(state, batch)
         for name, part in (("learning_rate", "policy"), ("critic_learning_rate", "value")):
@@ -346,7 +343,7 @@ class PPOTrainer(RLTrainer):
 
     def _step_or_stop(self, state: TrainState, batch: Experience):
         """An update, unless the policy is further than `target_kl` from that of the rollout."""
-        update = super().train_step
+        update = super().update
 
         def go_on(state):
             new, metrics = update(state, batch)
@@ -380,7 +377,3 @@ class PPOTrainer(RLTrainer):
 
 
 TOKENS = ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths")
-
-
-def _copy(tree):
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)

@@ -27,7 +27,7 @@ from relax.models.groups import group_outputs
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.trainable import merge
 from relax.trainers.pairs import num_tokens
-from relax.trainers.state import TrainState, initial_state
+from relax.trainers.state import TrainState, fresh_params, initial_state
 from relax.trainers.trainer import Trainer
 from relax.trainers.update import LossOutput, Max, Min, Sum
 
@@ -55,7 +55,6 @@ class RewardTrainer(Trainer):
         model,
         optimizer,
         *,
-        params=None,
         freeze: str | None = None,
         center_rewards_coefficient: float | None = None,
         **options,
@@ -66,13 +65,13 @@ class RewardTrainer(Trainer):
                 "center_rewards_coefficient must be above 0, or None for no centering, got "
                 f"{center_rewards_coefficient}."
             )
-        self.params, self.freeze = params, freeze
+        self.freeze = freeze
         self.center_rewards_coefficient = center_rewards_coefficient
 
     def create_train_state(self, key: jax.Array) -> TrainState:
-        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        params = self.initial_params()
         if params is None:
-            params = jax.jit(self.model.init)(key, jnp.zeros((1, 8), jnp.int32))["params"]
+            params = fresh_params(self.model, key)
         if HEAD not in params:
             params = with_head(
                 params, init_head(key, self.model.config, dtype=self.model.param_dtype)

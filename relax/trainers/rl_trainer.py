@@ -63,7 +63,6 @@ class RLTrainer(Trainer):
       reward_funcs: functions or names, see `relax.rewards`, or the `RewardRunner` that holds them.
       tokenizer: turns completions into text; its end token ends them unless `sampling` says more.
       sampling: how completions are drawn; `n` is set to the size of a group.
-      params: pretrained parameters to start from (copied); None initialises from the key.
       freeze: as for `SFTTrainer`.
       environment: makes what the model talks to, one for each completion, which then has several
         turns (`relax.rewards.Environment`); what it gives is added to the rewards.
@@ -90,7 +89,6 @@ class RLTrainer(Trainer):
         reward_funcs,
         tokenizer,
         sampling: SamplingConfig | None = None,
-        params=None,
         freeze: str | None = None,
         environment: Callable[[], Environment] | None = None,
         reward_weights: Sequence[float] | None = None,
@@ -117,7 +115,7 @@ class RLTrainer(Trainer):
         sampling = dataclasses.replace(sampling or SamplingConfig(), n=num_generations)
         self.sampling = with_eos(sampling, tokenizer)
         self.eval_sampling = with_eos(eval_sampling or sampling, tokenizer)
-        self.params, self.freeze, self.reference = params, freeze, reference
+        self.freeze, self.reference = freeze, reference
         self.num_generations, self.num_iterations = num_generations, num_iterations
         self.recompute_old_logprobs = recompute_old_logprobs
         self.pass_reward, self.loss_chunk_size = pass_reward, loss_chunk_size
@@ -128,7 +126,7 @@ class RLTrainer(Trainer):
             completions_per_update,
             self.gradient_accumulation_steps,
         )
-        self._token_logprobs = jax.jit(self._token_logprobs)
+        self._compiled_logprobs = jax.jit(self._token_logprobs)
 
     @abc.abstractmethod
     def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
@@ -139,7 +137,7 @@ class RLTrainer(Trainer):
         return self.num_iterations * self._updates_per_pass
 
     def create_train_state(self, key: jax.Array) -> TrainState:
-        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        params = self.initial_params()
         return initial_state(self.model, self.optimizer, key, params, self.freeze, self.reference)
 
     def make_batches(self, state: TrainState, item) -> Iterator[LoggedBatch]:
@@ -233,7 +231,7 @@ class RLTrainer(Trainer):
 
     def token_logprobs(self, params, rollout: Rollout) -> np.ndarray:
         """`[P, G, C]` of a rollout's completions under all parameters `params`, no gradient."""
-        return self.per_token(rollout, lambda batch: self._token_logprobs(params, batch))
+        return self.per_token(rollout, lambda batch: self._compiled_logprobs(params, batch))
 
     def per_token(self, rollout: Rollout, function: Callable) -> np.ndarray:
         """What a function of batches gives for each token of a rollout, `[P, G, C]`.

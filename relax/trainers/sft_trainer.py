@@ -33,13 +33,12 @@ class SFTTrainer(Trainer):
 
     Args:
       model, optimizer: as for `Trainer`.
-      params: pretrained parameters to start from (copied); None initialises from the key. Where
-        the model has `lora`, only its adapters are trained.
+        Where the model has `lora`, only its adapters are trained.
       freeze: a regular expression of weights that are not trained, see `relax.models.trainable`.
       loss_chunk_size: tokens whose logits exist at once.
-      exact_matches: evaluation tells `exact_match` as well, see there. It costs a second pass over
-        the vocabulary.
-      **options: of `Trainer`.
+      exact_matches: evaluation also computes `exact_match`, see there. It costs a second pass
+        over the vocabulary.
+      **options: those of `Trainer`, `params` among them.
 
     Metrics, over trained tokens: `loss` (nats), `mean_token_accuracy` (share of argmax hits),
     `entropy` (of the predictions, nats); `num_tokens` counts all tokens but padding; `aux_loss`, of
@@ -51,21 +50,19 @@ class SFTTrainer(Trainer):
         model,
         optimizer,
         *,
-        params=None,
         freeze: str | None = None,
         loss_chunk_size: int = 256,
         exact_matches: bool = False,
         **options,
     ):
         super().__init__(model, optimizer, **options)
-        self._document_hits = jax.jit(self._document_hits)
+        self._compiled_hits = jax.jit(self._document_hits)
         self.exact_matches = exact_matches
-        self.params = params
         self.freeze = freeze
         self.loss_chunk_size = loss_chunk_size
 
     def create_train_state(self, key: jax.Array) -> TrainState:
-        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.params)
+        params = self.initial_params()
         return initial_state(self.model, self.optimizer, key, params, self.freeze)
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
@@ -91,8 +88,8 @@ class SFTTrainer(Trainer):
             metrics["aux_loss"] = aux_loss
         return LossOutput(loss=loss, weight=sums.weight, metrics=metrics)
 
-    def eval_step(self, params, frozen, batch) -> LossOutput:
-        output = super().eval_step(params, frozen, batch)
+    def evaluate_batch(self, params, frozen, batch) -> LossOutput:
+        output = super().evaluate_batch(params, frozen, batch)
         if not self.exact_matches:
             return output
         exact, counted = self._document_hits(params, frozen, batch)
@@ -112,7 +109,7 @@ class SFTTrainer(Trainer):
         params, right, documents = state.eval_params, 0, 0
         for batch in loader:
             batch = parallel.shard_batch(batch)
-            exact, counted = self._document_hits(params, state.frozen, batch)
+            exact, counted = self._compiled_hits(params, state.frozen, batch)
             right, documents = right + int(exact), documents + int(counted)
         return right / max(documents, 1)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from relax import parallel
-from relax.models.trainable import partition
+from relax.models.trainable import merge, partition
 from relax.optimizers import optimizers as optimizers
 
 
@@ -59,6 +59,11 @@ class TrainState:
         return optimizers.eval_params(self.opt_state, self.params)
 
 
+def copy_tree(tree):
+    """A tree of fresh arrays with the same values; None stays None."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
 def initial_state(
     model,
     optimizer,
@@ -77,6 +82,12 @@ def initial_state(
     return TrainState.create(params=trained, optimizer=optimizer, rng=key, frozen=frozen)
 
 
+def fresh_params(model, key: jax.Array) -> dict:
+    """Parameters that the key makes, each created with its final sharding."""
+    ids = jnp.zeros((1, 8), jnp.int32)
+    return parallel.init_sharded(jax.jit(model.init), key, ids)["params"]
+
+
 def initial_weights(
     model, key: jax.Array, params=None, freeze: str | None = None, reference: bool = False
 ) -> tuple[dict, dict]:
@@ -89,11 +100,31 @@ def initial_weights(
       reference: hold a copy of what is trained, as it is now, in `frozen["ref"]`. With adapters
         there is none: the reference is the model without them.
     """
-    if params is None:
-        ids = jnp.zeros((1, 8), jnp.int32)
-        params = parallel.init_sharded(jax.jit(model.init), key, ids)["params"]
-    params = parallel.shard(params)
+    params = parallel.shard(fresh_params(model, key) if params is None else params)
     trained, frozen = partition(model, params, key, freeze)
     if reference and model.lora is None:
-        frozen = frozen | {"ref": jax.tree.map(jnp.copy, trained)}
+        frozen = frozen | {"ref": copy_tree(trained)}
     return trained, frozen
+
+
+def reference_params(frozen) -> dict:
+    """All parameters of the reference: the copy under "ref", else the model without adapters."""
+    return merge(frozen["ref"], frozen) if "ref" in frozen else frozen["base"]
+
+
+def update_reference(frozen, params, step: jax.Array, *, alpha: float, every: int):
+    """`frozen` after an update: every so many, the reference moves towards the policy.
+
+        θ_ref ← α θ + (1 - α) θ_ref
+
+    Args:
+      step: updates done.
+      alpha: the policy's share.
+      every: updates between moves.
+    """
+    share = jnp.where(step % every == 0, alpha, 0.0)
+
+    def mix(old, new):
+        return jnp.where(share > 0, share * new + (1 - share) * old, old).astype(old.dtype)
+
+    return frozen | {"ref": jax.tree.map(mix, frozen["ref"], params)}

@@ -11,10 +11,10 @@ update n is `fold_in(state.rng, n)`, and no attribute of a trainer changes while
 
 import abc
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from relax import fault, parallel
+from relax import parallel
 from relax.models.trainable import merge
-from relax.optimizers import optimizers as optimizers
+from relax.optimizers import optimizers
 from relax.trainers import callback as hooks
 from relax.trainers import evaluation
 from relax.trainers.callback import Event
 from relax.trainers.interrupt import Interrupt
 from relax.trainers.items import items_of
-from relax.trainers.state import TrainState
+from relax.trainers.state import TrainState, copy_tree
 from relax.trainers.update import (
     LossOutput,
     accumulate_gradients,
@@ -42,11 +42,11 @@ from relax.trainers.update import (
 
 
 class LoggedBatch(NamedTuple):
-    """A batch, and what is to be logged with its update.
+    """A batch plus metrics and records to log with its step.
 
     Attributes:
-      batch: what `train_step` eats.
-      metrics: numbers by name: floats are averaged, integers are counted.
+      batch: the argument of `train_step`.
+      metrics: numbers by name: floats are averaged over a logging window, integers are summed.
       records: anything that callbacks show or keep, such as sampled texts.
     """
 
@@ -62,9 +62,16 @@ class Trainer(abc.ABC):
       model: anything the subclass's loss knows how to apply; a Flax module as a rule.
       optimizer: an optax transformation. Where it holds its learning rate in its state
         (`optax.inject_hyperparams`), the rate is among the metrics.
+      params: pretrained parameters for `create_train_state`; None: those that the key makes.
+      donate_params: the trainer may use `params` up: the first state takes their memory over, and
+        the first step donates it. False copies them, so that the caller keeps a usable tree.
       gradient_accumulation_steps: micro-batches that one batch is cut into, along axis 0.
       max_grad_norm: gradients of a larger global norm are scaled down to it; None or 0: never.
       callbacks: see `relax.callbacks`.
+
+    Attributes:
+      train_step: `update`, compiled once per batch shape; the state is donated.
+      eval_step: `evaluate_batch`, compiled once per batch shape.
     """
 
     def __init__(
@@ -72,6 +79,8 @@ class Trainer(abc.ABC):
         model,
         optimizer: optax.GradientTransformation,
         *,
+        params=None,
+        donate_params: bool = False,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         callbacks: Iterable = (),
@@ -83,14 +92,16 @@ class Trainer(abc.ABC):
             )
         self.model = model
         self.optimizer = optimizer
+        self.params = params
+        self.donate_params = donate_params
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.max_grad_norm = max_grad_norm
         self.callbacks = tuple(callbacks)
         wanted = inspect.signature(self.compute_loss).parameters
         self._extras = tuple(name for name in ("rng", "frozen") if name in wanted)
-        # Compiled per trainer, so that compiled code goes when the trainer goes.
-        self.train_step = jax.jit(self.train_step, donate_argnums=0)
-        self.eval_step = jax.jit(self.eval_step)
+        # Compiled per trainer, so that compiled code is freed with the trainer.
+        self.train_step = jax.jit(self.update, donate_argnums=0)
+        self.eval_step = jax.jit(self.evaluate_batch)
 
     @abc.abstractmethod
     def create_train_state(self, key: jax.Array) -> TrainState:
@@ -104,34 +115,39 @@ class Trainer(abc.ABC):
         parameter `frozen` (`state.frozen`).
         """
 
-    def make_batches(self, state: TrainState, item) -> Iterable:
-        """The batches to train on, from one item of the loader; here the item itself.
+    def initial_params(self):
+        """`params` for `create_train_state`, which may use them up: a copy, or with
+        `donate_params` the very arrays; None where there are none."""
+        return self.params if self.donate_params else copy_tree(self.params)
 
-        What has numbers of its own to log yields `LoggedBatch` batches. The first update donates
-        `state`: all that is read of it is read before the first batch is given.
+    def make_batches(self, state: TrainState, item) -> Iterable:
+        """The batches to train on, from one loader item; here the item itself.
+
+        A subclass with numbers of its own to log yields `LoggedBatch`es. Read everything you need
+        from `state` before yielding the first batch; the first step donates its buffers.
         """
         return (item,)
 
     @property
     def updates_per_item(self) -> int:
-        """How many batches `make_batches` gives per item of the loader."""
+        """Batches that `make_batches` gives per loader item."""
         return 1
 
     def update_frozen(self, frozen, params, step: jax.Array):
-        """What `state.frozen` is after update `step`, inside the compiled step; here the same."""
+        """`state.frozen` after update `step`, inside the compiled step; here unchanged."""
         return frozen
 
     def model_params(self, params, frozen):
-        """All parameters of the model that is trained, from a state's: what writes and is saved."""
+        """All parameters of the trained model, from a state's: for sampling and for export."""
         return merge(params, frozen)
 
-    def train_step(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update. Compiled once per batch shape; `state` is donated.
+    def update(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update, pure: loss, gradient, clipping, optimizer, counter.
 
         Returns:
           The new state and scalars: the loss's metrics, `grad_norm` before clipping,
           `skipped_steps` (1 where the gradient was not finite and nothing changed), and
-          `learning_rate` where the optimizer tells one.
+          `learning_rate` where the optimizer's state holds one.
         """
         rng = jax.random.fold_in(state.rng, state.step)
 
@@ -156,8 +172,8 @@ class Trainer(abc.ABC):
         state = state.replace(step=step, params=params, opt_state=opt_state, frozen=frozen)
         return parallel.constrain_tree(state), metrics
 
-    def eval_step(self, params, frozen, batch) -> LossOutput:
-        """The loss of one batch without a gradient."""
+    def evaluate_batch(self, params, frozen, batch) -> LossOutput:
+        """The loss of one batch, pure, without a gradient."""
         return as_loss_output(self._loss(params, batch, rng=None, frozen=frozen))
 
     def _loss(self, params, batch, **extras):
@@ -181,30 +197,30 @@ class Trainer(abc.ABC):
           ValueError: if a loader gave no batch.
         """
         event = Event(self, state, int(state.step))
-        hooks.call(self.callbacks, "on_validation_begin", event)
-        metrics = self._evaluate(state, loader, max_batches)
-        event = dataclasses.replace(event, metrics=metrics)
-        hooks.call(self.callbacks, "on_validation_end", event)
-        return metrics
+        return _validate(event, loader, max_batches).metrics
 
     def _evaluate(self, state: TrainState, loader, max_batches: int | None):
         items = functools.partial(items_of, epoch=0, start=0)
         return evaluation.evaluate(self, state, loader, max_batches, items)
 
     def evaluate_item(self, state: TrainState, params, item, index: int) -> Any:
-        """What an item of an evaluation loader gives; `params` are the state's `eval_params`.
+        """The result of one item of an evaluation loader, for `reduce_evaluation`.
 
-        It may be a function that is called for it when the other items are under way too.
+        It may be a function without arguments, called once all items are under way, so that
+        rewards are computed while the next item is sampled.
+
+        Args:
+          params: the state's `eval_params`.
         """
         return jax.device_get(self.eval_step(params, state.frozen, parallel.shard_batch(item)))
 
     def reduce_evaluation(self, parts: list) -> dict[str, float]:
-        """The metrics of all that `evaluate_item` gave."""
+        """The metrics of several results of `evaluate_item`."""
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
         return {name: value.item() for name, value in reduce_metrics(stacked).items()}
 
     def test(self, state: TrainState, loader, max_batches: int | None = None) -> dict:
-        """As `validate`, under the name that reports use for the last, untouched set."""
+        """`validate`, under the name that reports use for the last, untouched set."""
         return self.validate(state, loader, max_batches)
 
     def train(
@@ -232,10 +248,10 @@ class Trainer(abc.ABC):
           train_loader: an `OrderedLoader`, or any iterable of batches that can be iterated anew.
           num_epochs: passes over the loader (>= 1).
           key: the root key; not needed with `state`.
-          state: where to go on from. It is donated.
-          progress: what the checkpoint of `state` holds; without it the position follows from
-            `state.step` and `updates_per_item`.
-          max_steps: stop when so many updates are done in all, and the item under way is.
+          state: the state to continue from. It is donated.
+          progress: the progress stored with the checkpoint of `state`; without it the position
+            follows from `state.step` and `updates_per_item`.
+          max_steps: stop after so many updates in all, at the end of the current item.
           eval_loader, eval_steps, max_eval_batches: validate every `eval_steps` updates (None: at
             the end of every epoch; 0: not), and at the end of the run.
           eval_on_start: and before the first update.
@@ -251,138 +267,122 @@ class Trainer(abc.ABC):
                 "train needs either a key, such as jax.random.key(0), to begin with, or a state to "
                 f"go on from, got {'neither' if key is None else 'both'}. A state holds its key."
             )
-        if state is None:
-            state = self.create_train_state(key)
-        run = _Run(
-            self, train_loader, num_epochs, max_steps, eval_loader, eval_steps, eval_on_start,
-            max_eval_batches, checkpointer, save_steps,
-        )  # fmt: skip
+        state = self.create_train_state(key) if state is None else state
+        event = _first_event(self, state, train_loader, num_epochs, max_steps, progress)
+        saved = None if progress is None else event.step
+        evaluate = functools.partial(_validate_once, loader=eval_loader, most=max_eval_batches)
         with Interrupt() as interrupt, contextlib.ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.close)
             if checkpointer is not None:
                 stack.callback(checkpointer.wait)
             interrupt.arm()
-            return run(state, progress, interrupt)
 
+            def is_over(event: Event) -> bool:
+                interrupt.agree()
+                enough = max_steps is not None and event.step >= max_steps
+                return enough or event.stop or interrupt.requested is not None
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """The loop of `Trainer.train`: batch, step, metrics, callbacks, validation, checkpoint."""
-
-    trainer: Trainer
-    loader: Any
-    num_epochs: int
-    max_steps: int | None
-    eval_loader: Any
-    eval_steps: int | None
-    eval_on_start: bool
-    max_eval_batches: int | None
-    checkpointer: Any
-    save_steps: int | None
-
-    def __call__(self, state, progress, interrupt) -> TrainState:
-        event = self._start(state, progress)
-        saved = None if progress is None else event.step
-        event = self._call("on_train_begin", event)
-        if self.eval_on_start and event.step == 0:
-            event = self._validate(event)
-        while event.epoch < self.num_epochs and not self._ended(event, interrupt):
-            if event.position == 0:
-                event = self._call("on_epoch_begin", event)
-            for item in items_of(self.loader, event.epoch, event.position):
-                if self._ended(event, interrupt):
-                    break
-                before = event.step
-                event = self._train_on(event, item)
-                if _due(self.eval_steps, before, event.step):
-                    event = self._validate(event)
-                if _due(self.save_steps, before, event.step):
-                    event, saved = self._save(event), event.step
-                fault.point("step")
-            else:
-                event = self._end_epoch(event)
-                if self.save_steps == 0:
-                    event, saved = self._save(event), event.step
-        if interrupt.requested is None:
-            event = self._validate(event)
-        if self.checkpointer is not None and saved != event.step:
-            event = self._save(event)
-        if self.checkpointer is not None:
-            self.checkpointer.wait()
-        self._call("on_train_end", event)
+            event = _call("on_train_begin", event)
+            if eval_on_start and event.step == 0:
+                event = evaluate(event)
+            while event.epoch < num_epochs and not is_over(event):
+                if event.position == 0:
+                    event = _call("on_epoch_begin", event)
+                for item in items_of(train_loader, event.epoch, event.position):
+                    if is_over(event):
+                        break
+                    before = event.step
+                    event = replace(event, position=event.position + 1)
+                    for given in self.make_batches(event.state, item):
+                        logged = given if isinstance(given, LoggedBatch) else LoggedBatch(given)
+                        event = replace(event, batch=logged.batch, records=logged.records)
+                        event = _call("on_batch_begin", event)
+                        batch = parallel.shard_batch(logged.batch)
+                        state, metrics = self.train_step(event.state, batch)
+                        metrics |= logged.metrics
+                        event = replace(event, state=state, step=event.step + 1, metrics=metrics)
+                        event = _call("on_batch_end", event)
+                    event = replace(event, batch=None, records=(), metrics={})
+                    if _is_due(eval_steps, before, event.step):
+                        event = evaluate(event)
+                    if _is_due(save_steps, before, event.step):
+                        event, saved = _save(checkpointer, event), event.step
+                else:  # the loader has ended: the epoch is done
+                    event = _call("on_epoch_end", _require_batches(event))
+                    if eval_steps is None:
+                        event = evaluate(event)
+                    event = replace(event, epoch=event.epoch + 1, position=0)
+                    if save_steps == 0:
+                        event, saved = _save(checkpointer, event), event.step
+            if interrupt.requested is None:
+                event = evaluate(event)
+            if checkpointer is not None and saved != event.step:
+                event = _save(checkpointer, event)
+            if checkpointer is not None:
+                checkpointer.wait()
+            _call("on_train_end", event)
         return event.state
 
-    def _start(self, state, progress) -> Event:
-        length = len(self.loader) if hasattr(self.loader, "__len__") else None
-        step = int(state.step)
-        updates = self.trainer.updates_per_item
-        if progress is None:
-            items = step // updates
-            epoch, position = divmod(items, length) if length else (0, items)
-            progress = {"epoch": epoch, "position": position}
-        hooks.load_state_dicts(self.trainer.callbacks, progress.get("callbacks", {}))
-        limits = [length * self.num_epochs * updates] if length else []
-        limits += [] if self.max_steps is None else [self.max_steps]
-        return Event(
-            self.trainer,
-            state,
-            step,
-            epoch=progress["epoch"],
-            position=progress["position"],
-            epoch_length=length,
-            total_steps=min(limits, default=None),
-            evaluated=progress.get("evaluated"),
+
+def _first_event(trainer, state, loader, num_epochs, max_steps, progress) -> Event:
+    """Where a run begins: at its start, or where `progress` or the state's step says."""
+    length = len(loader) if hasattr(loader, "__len__") else None
+    step, updates = int(state.step), trainer.updates_per_item
+    if progress is None:
+        items = step // updates
+        epoch, position = divmod(items, length) if length else (0, items)
+        progress = {"epoch": epoch, "position": position}
+    hooks.load_state_dicts(trainer.callbacks, progress.get("callbacks", {}))
+    limits = [length * num_epochs * updates] if length else []
+    limits += [] if max_steps is None else [max_steps]
+    return Event(
+        trainer,
+        state,
+        step,
+        epoch=progress["epoch"],
+        position=progress["position"],
+        epoch_length=length,
+        total_steps=min(limits, default=None),
+        evaluated=progress.get("evaluated"),
+    )
+
+
+def _call(hook: str, event: Event) -> Event:
+    """Calls a hook of every callback; the event notes whether one of them asked for the end."""
+    stop = hooks.call(event.trainer.callbacks, hook, event)
+    return replace(event, stop=event.stop or stop)
+
+
+def _require_batches(event: Event) -> Event:
+    if event.position == 0:
+        raise ValueError(
+            f"the train loader gave no batch in epoch {event.epoch}. Pass something that can "
+            "be iterated anew for every epoch, such as a list; a generator runs out."
         )
-
-    def _ended(self, event: Event, interrupt) -> bool:
-        interrupt.agree()
-        enough = self.max_steps is not None and event.step >= self.max_steps
-        return enough or event.stop or interrupt.requested is not None
-
-    def _call(self, hook: str, event: Event) -> Event:
-        stop = hooks.call(self.trainer.callbacks, hook, event)
-        return dataclasses.replace(event, stop=event.stop or stop)
-
-    def _train_on(self, event: Event, item) -> Event:
-        event = dataclasses.replace(event, position=event.position + 1)
-        for given in self.trainer.make_batches(event.state, item):
-            note = given if isinstance(given, LoggedBatch) else LoggedBatch(given)
-            event = dataclasses.replace(event, batch=note.batch, records=note.records)
-            event = self._call("on_batch_begin", event)
-            rows = parallel.shard_batch(note.batch)
-            state, metrics = self.trainer.train_step(event.state, rows)
-            metrics |= note.metrics
-            event = dataclasses.replace(event, state=state, step=event.step + 1, metrics=metrics)
-            event = self._call("on_batch_end", event)
-        return dataclasses.replace(event, batch=None, records=(), metrics={})
-
-    def _end_epoch(self, event: Event) -> Event:
-        if event.position == 0:
-            raise ValueError(
-                f"the train loader gave no batch in epoch {event.epoch}. Pass something that can "
-                "be iterated anew for every epoch, such as a list; a generator runs out."
-            )
-        event = self._call("on_epoch_end", event)
-        if self.eval_steps is None:
-            event = self._validate(event)
-        return dataclasses.replace(event, epoch=event.epoch + 1, position=0)
-
-    def _validate(self, event: Event) -> Event:
-        if self.eval_loader is None or event.evaluated == event.step:
-            return event
-        event = self._call("on_validation_begin", event)
-        metrics = self.trainer._evaluate(event.state, self.eval_loader, self.max_eval_batches)
-        event = self._call("on_validation_end", dataclasses.replace(event, metrics=metrics))
-        return dataclasses.replace(event, metrics={}, evaluated=event.step)
-
-    def _save(self, event: Event) -> Event:
-        progress = {name: getattr(event, name) for name in ("epoch", "position", "evaluated")}
-        progress["callbacks"] = hooks.state_dicts(self.trainer.callbacks)
-        self.checkpointer.save(event.step, event.state, progress)
-        return self._call("on_save", event)
+    return event
 
 
-def _due(every: int | None, before: int, after: int) -> bool:
+def _validate_once(event: Event, loader, most: int | None) -> Event:
+    """Validates, unless there is nothing to validate on or this step has been validated."""
+    if loader is None or event.evaluated == event.step:
+        return event
+    return replace(_validate(event, loader, most), metrics={}, evaluated=event.step)
+
+
+def _validate(event: Event, loader, most: int | None) -> Event:
+    event = _call("on_validation_begin", event)
+    metrics = event.trainer._evaluate(event.state, loader, most)
+    return _call("on_validation_end", replace(event, metrics=metrics))
+
+
+def _save(checkpointer, event: Event) -> Event:
+    progress = {name: getattr(event, name) for name in ("epoch", "position", "evaluated")}
+    progress["callbacks"] = hooks.state_dicts(event.trainer.callbacks)
+    checkpointer.save(event.step, event.state, progress)
+    return _call("on_save", event)
+
+
+def _is_due(every: int | None, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
     return bool(every) and after // every > before // every

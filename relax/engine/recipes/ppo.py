@@ -83,7 +83,9 @@ class PPORecipe(RLRecipe):
 
     def start(self, trainer, params):
         key = jax.random.key(self.config.hyperparams.seed)
-        return trainer.start(key, params, self._critic_params(trainer))
+        trainer.params, trainer.donate_params = params, True
+        trainer.value_params = self._critic_params(trainer)
+        return trainer.create_train_state(key)
 
     def _critic_params(self, trainer):
         if self.critic is None:
