@@ -1,4 +1,4 @@
-"""What README, docs and the notebook tell a reader to type, and the things that they take as there.
+"""The code and commands of README, docs and the notebook, and the files that they assume.
 
 `python tests/doc_code.py` runs the notebook and writes down what it prints.
 """
@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import doc_code
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_layering
 from doc_code import PAGES, ROOT, commands, snippets
 from runs import environment
 
@@ -32,6 +32,21 @@ SCRIPTS = {
 }
 WITH_CODE = [page for page in PAGES if snippets(page)]
 WRITTEN = sorted({tuple(command) for page in PAGES for command in commands(page)})
+TRAINER = """\
+class MyTrainer(Trainer):
+    def create_train_state(self, key):
+        params = self.model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+        return TrainState.create(params=params, optimizer=self.optimizer, rng=key)
+
+    def compute_loss(self, params, batch):
+        logits = self.model.apply({"params": params}, batch["input_ids"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+
+
+trainer = MyTrainer(model, optax.adamw(1e-3))
+state = trainer.train(train_loader, num_epochs=3, key=jax.random.key(0))
+metrics = trainer.validate(state, eval_loader)
+"""
 SHORT = {  # of runs that go on for minutes as they stand
     "run_grpo.py": ["--max_steps=2"],
     "run_rl.py": ["--max_steps=8"],
@@ -40,7 +55,7 @@ SHORT = {  # of runs that go on for minutes as they stand
 
 @pytest.fixture(scope="module")
 def given(arithmetic_tokenizer):
-    """What the snippets take as there: a model, its tokenizer, data, rewards."""
+    """The names that snippets assume: a model, its tokenizer, data, rewards."""
     config = TransformerConfig(
         vocab_size=len(arithmetic_tokenizer),
         hidden_size=16,
@@ -128,16 +143,23 @@ def test_a_command_of_the_pages_is_a_valid_one(command, folder, monkeypatch):
     monkeypatch.chdir(folder)
     program, *args = command
     if program == "pip":
-        named = set(re.findall(r"\[(.*?)\]", " ".join(args)))
+        named = set(re.findall(r"(?:\.|relax-trainers)\[(.*?)\]", " ".join(args)))
+        named = {extra for group in named for extra in group.split(",")}
         extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
         assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in named)
         return
     assert program == "python"
-    if args[0] in SCRIPTS or args[:2] == ["-m", "relax.sampling"]:
+    if args[0] in SCRIPTS or args[:2] == ["-m", "relax.tools.sample"]:
         known = SCRIPTS.get(args[0], SampleConfig)
         found = []
-        cli.run(known, found.append, args[1 if args[0] in SCRIPTS else 2 :])
-        assert isinstance(found[0], known)
+        words = args[1 if args[0] in SCRIPTS else 2 :]
+        if {"--help", "--print_config"} & set(words):
+            with contextlib.suppress(SystemExit):
+                cli.run(known, found.append, words)
+            assert found == []
+        else:
+            cli.run(known, found.append, words)
+            assert isinstance(found[0], known)
     elif args[0] == "-m":
         name = args[1].replace(".", "/")
         is_ours = (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()
@@ -170,18 +192,34 @@ def test_a_command_of_the_pages_runs(command, folder, tmp_path):
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_file_tree_of_the_readme_names_what_is_there():
-    tree = (ROOT / "README.md").read_text().split("## The files")[1].split("```")[1]
-    named = re.findall(r"[\w]+\.py", tree)
-    there = {path.name for path in (*ROOT.glob("*.py"), *ROOT.glob("relax/**/*.py"))}
-    assert set(named) <= there
-    folders = re.findall(r"([\w]+)/", tree)
-    assert all((ROOT / f).is_dir() or list(ROOT.glob(f"relax/**/{f}")) for f in folders)
-    top = {path.name for path in ROOT.glob("relax/*") if not path.name.startswith("_")}
-    missing = {name for name in top if name not in tree and Path(name).stem not in tree}
-    assert not missing
+def test_every_page_can_be_reached_from_the_index_and_is_in_the_navigation():
+    pages = {page for page in PAGES if page.parent != ROOT}
+    reached, new = set(), [ROOT / "docs" / "index.md"]
+    while new:
+        page = new.pop()
+        if page.suffix == ".md" and page not in reached:
+            reached.add(page)
+            links = re.findall(r"\]\(([^)#:]+)", page.read_text(encoding="utf-8"))
+            new += [(page.parent / link).resolve() for link in links]
+    assert pages <= reached, pages - reached
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    named = {ROOT / "docs" / name for name in re.findall(r"- (\S+\.md)$", navigation, re.MULTILINE)}
+    assert named == pages
+
+
+def test_the_readme_has_at_most_130_lines_and_the_trainer_of_twelve():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    assert TRAINER in text
+
+
+def test_the_architecture_page_has_the_layers_that_are_tested():
+    blocks = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")
+    assert blocks[1].strip() == test_layering.LAYERS.strip()
+    drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    assert all(name in drawn for name in test_layering.LAYERS.split())
