@@ -197,14 +197,16 @@ def test_assistant_only_loss_needs_a_template_with_marks_and_a_row_with_an_assis
         prepare([{"messages": [user("a")]}], byte_tokenizer(MARKED), options)
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused_with_the_row():
+def test_where_a_template_rewrites_the_prompt_what_both_begin_with_is_the_prompt():
+    """DeepSeek's and Qwen's open a thought for a prompt that a later answer does not have."""
     rewriting = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}T{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}T{% endif %}"
     )
     row = {"prompt": [user("Hi")], "completion": [bot("Yo")]}
-    with pytest.raises(DataError, match="row 0: .*'T' becomes 'Yo' at character 2.*chat_template"):
-        prepare([row], byte_tokenizer(rewriting))
+    tokenizer = byte_tokenizer(rewriting)
+    examples, report = prepare([row], tokenizer)
+    assert marked(examples[0], tokenizer) == "Hi«Yo<|im_end|>»" and report.merged == 1
 
 
 def test_a_row_that_the_template_refuses_is_named():

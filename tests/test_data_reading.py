@@ -95,7 +95,9 @@ GOOD = '{"text": "a"}\n'
         ("a.json", '[{"a": 1}]\n[]', r"a.json:1: broken JSON: text follows the end"),
         ("a.json", "[]", r"a.json: the file holds no rows"),
         ("a.json", b"[\n\xff]", r"a.json:2: not UTF-8"),
-        ("a.csv", "text\na\n", r"cannot read .*a.csv.* ends in .jsonl"),
+        ("a.xlsx", "text\na\n", r"cannot read .*a.xlsx.* ends in .jsonl"),
+        ("a.csv", "text,b\na,b\nc\n", r"a.csv:3: the row has 1 cells, the first line names 2 col"),
+        ("a.csv", 'text\n"a\n', r"a.csv:2: broken CSV: unexpected end of data"),
     ],
 )
 def test_a_broken_file_is_refused_with_file_and_line(tmp_path, name, content, message):

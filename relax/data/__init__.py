@@ -4,6 +4,7 @@ from relax.data.arithmetic import arithmetic_rows
 from relax.data.batching import bucket_lengths, collate
 from relax.data.examples import IGNORE, Encoded, Examples
 from relax.data.formats import FormatOptions
+from relax.data.limits import Limits
 from relax.data.loader import DataLoader
 from relax.data.packing import pack
 from relax.data.preference import Preferences, prepare_preferences
@@ -21,6 +22,7 @@ __all__ = [
     "Encoded",
     "Examples",
     "FormatOptions",
+    "Limits",
     "PreferenceLoader",
     "Preferences",
     "PromptLoader",

@@ -1,6 +1,5 @@
 """From rows to tokens and labels: chat templates, joint tokenisation, loss masks, the end token."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,14 +8,21 @@ import numpy as np
 
 from relax.data.examples import IGNORE, Encoded
 from relax.data.formats import Format, FormatOptions, conversation
+from relax.data.templates import ChatRenderer, Job
+from relax.data.tokens import common_length, token_mask, tokenize
 from relax.errors import ConfigError, DataError
 
-_CHUNK = 1000  # rows tokenised in one call: fast tokenizers work on them in parallel
+CHUNK = 1000  # rows tokenised in one call: fast tokenizers work on them in parallel
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Encoder:
-    """Encodes rows of one format with one tokenizer; `counts` says what happened on the way.
+    """Encodes rows of one format with one tokenizer.
+
+    Attributes:
+      counts: `merged`, rows whose prompt by itself is not what the whole begins with: a token is
+        of both, or the template renders the prompt otherwise once the completion follows.
+      renderer: of the conversations; its notes say what the template left out.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
@@ -30,6 +36,7 @@ class Encoder:
     def __init__(self, tokenizer, found: Format, options: FormatOptions):
         self.tokenizer, self.format, self.options = tokenizer, found, options
         self.counts: Counter[str] = Counter()
+        self.renderer = ChatRenderer(tokenizer, options.limits)
         self.eos = options.eos_token or tokenizer.eos_token
         if found.conversational:
             self._check_template()
@@ -46,8 +53,8 @@ class Encoder:
             "text": self._texts,
             "prompt-completion": self._prompt_completions,
         }.get(self.format.name, self._conversations)
-        for first in range(0, len(rows), _CHUNK):
-            chunk = rows[first : first + _CHUNK]
+        for first in range(0, len(rows), CHUNK):
+            chunk = rows[first : first + CHUNK]
             yield from encode_chunk(chunk, [origin(first + i) for i in range(len(chunk))])
 
     def _check_template(self) -> None:
@@ -101,53 +108,37 @@ class Encoder:
     def _prompt_completions(self, rows, where) -> Iterator[Encoded]:
         chat = self.format.conversational
         if chat:
-            prompts = [
-                self._render(self._messages(row, "prompt"), row, place, add_generation_prompt=True)
-                for row, place in zip(rows, where, strict=True)
-            ]
+            prompts = self.renderer.texts(
+                [
+                    Job(self._messages(row, "prompt"), row, place, add_generation_prompt=True)
+                    for row, place in zip(rows, where, strict=True)
+                ]
+            )
         else:
             prompts = [row["prompt"] for row in rows]
-        fulls = [
-            self._render(self._whole(row), row, place) if chat else self._joined(row)
-            for row, place in zip(rows, where, strict=True)
-        ]
+        if self.options.assistant_only_loss:
+            wholes = self._marked(rows, where)
+        else:
+            fulls = self._rendered(rows, where) if chat else [self._joined(row) for row in rows]
+            wholes = _all_trained(self._tokenize(fulls, special=not chat))
         all_prompt_ids = self._tokenize(prompts, special=not chat)
-        all_ids = self._tokenize(fulls, special=not chat)
-        for i, (prompt_ids, ids) in enumerate(zip(all_prompt_ids, all_ids, strict=True)):
-            if not fulls[i].startswith(prompts[i]):
-                raise _not_a_prefix(where[i], prompts[i], fulls[i])
-            labels = np.array(ids, np.int64)
-            if self.options.assistant_only_loss:
-                labels = self._marked(rows[i], where[i]).labels
+        for prompt_ids, whole in zip(all_prompt_ids, wholes, strict=True):
+            length = common_length(prompt_ids, whole.input_ids.tolist())
+            self.counts["merged"] += length < len(prompt_ids)
             if self.completion_only:
-                labels[: self._prompt_length(prompt_ids, ids)] = IGNORE
-            yield Encoded(np.array(ids, np.int64), labels)
+                whole.labels[:length] = IGNORE
+            yield whole
 
     def _conversations(self, rows, where) -> Iterator[Encoded]:
         if self.options.assistant_only_loss:
-            yield from (self._marked(row, place) for row, place in zip(rows, where, strict=True))
-            return
-        texts = [
-            self._render(self._whole(row), row, place)
-            for row, place in zip(rows, where, strict=True)
-        ]
-        for ids in self._tokenize(texts, special=False):
-            yield Encoded(np.asarray(ids, np.int64), np.asarray(ids, np.int64))
+            yield from self._marked(rows, where)
+        else:
+            yield from _all_trained(self._tokenize(self._rendered(rows, where), special=False))
 
-    def _prompt_length(self, prompt_ids: list[int], ids: list[int]) -> int:
-        """How many tokens of `ids` are the prompt's.
-
-        Tokenising the whole may merge the prompt's last characters with the completion's first.
-        The merged token is part of the answer, so it is trained on: the prompt is what both share.
-        """
-        common = len(prompt_ids)
-        if ids[:common] != prompt_ids:
-            self.counts["merged"] += 1
-            common = next(
-                (i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b),
-                min(len(prompt_ids), len(ids)),
-            )
-        return common
+    def _rendered(self, rows, where) -> list[str]:
+        return self.renderer.texts(
+            [Job(self._whole(row), row, place) for row, place in zip(rows, where, strict=True)]
+        )
 
     def _messages(self, row: dict, column: str) -> list[dict]:
         return conversation(row, column, self.options)
@@ -164,57 +155,33 @@ class Encoder:
         return text if text.endswith(self.eos) else text + self.eos
 
     def _tokenize(self, texts: list[str], special: bool) -> list[list[int]]:
-        # Templates write their special tokens themselves; verbose would warn of every long text.
-        return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        return tokenize(self.tokenizer, texts, special=special)
 
-    def _marked(self, row: dict, where: str) -> Encoded:
-        """A conversation with labels where the template marks the assistant's words."""
-        messages = self._whole(row)
-        out = self._render(
-            messages, row, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        if not any(out["assistant_masks"]):
-            raise DataError(
-                f"{where}: assistant_only_loss found no word of the assistant: the row has the "
-                f"roles {[m['role'] for m in messages]}."
+    def _marked(self, rows, where) -> list[Encoded]:
+        """Conversations with labels where the template marks the assistant's words."""
+        jobs = [Job(self._whole(row), row, place) for row, place in zip(rows, where, strict=True)]
+        special = _special_ids(self.tokenizer)
+        made = []
+        for job, (text, spans) in zip(jobs, self.renderer.render(jobs, spans=True), strict=True):
+            out = self.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
-        ids, spoken = np.array(out["input_ids"], np.int64), np.array(out["assistant_masks"])
-        return Encoded(ids, np.where(spoken == 0, IGNORE, ids))
-
-    def _render(self, messages: list[dict], row: dict, where: str, **how):
-        return render_template(self.tokenizer, messages, row, where, **how)
-
-
-def render_template(tokenizer, messages: list[dict], row: dict, where: str, **how):
-    """Applies the chat template, in transformers' sandbox: the only place that renders one.
-
-    Args:
-      row: its `tools` and `chat_template_kwargs` reach the template.
-      where: the row's place, for what is said when the template refuses it.
-      how: of `apply_chat_template`.
-    """
-    try:
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=tools or None,
-            # Written out so that a row's own arguments cannot bring another template.
-            chat_template=None,
-            **{"tokenize": False, **how},
-            **(row.get("chat_template_kwargs") or {}),
-        )
-    except Exception as error:  # a template may raise anything
-        raise DataError(f"{where}: the chat template refuses the row: {error}") from error
+            mask = token_mask(out["offset_mapping"], out["input_ids"], spans, special)
+            if not any(mask):
+                raise DataError(
+                    f"{job.where}: assistant_only_loss found no word of the assistant: the row has "
+                    f"the roles {[m['role'] for m in job.messages]}."
+                )
+            ids = np.array(out["input_ids"], np.int64)
+            made.append(Encoded(ids, np.where(mask, ids, IGNORE)))
+        return made
 
 
-def _not_a_prefix(where: str, prompt: str, full: str) -> DataError:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b),
-        min(len(prompt), len(full)),
-    )
-    return DataError(
-        f"{where}: the chat template renders the prompt differently once the completion follows: "
-        f"{prompt[at : at + 30]!r} becomes {full[at : at + 30]!r} at character {at}, so what the "
-        "completion is cannot be told. Use a template that only appends (--chat_template_path)."
-    )
+def _all_trained(all_ids: list[list[int]]) -> list[Encoded]:
+    return [Encoded(np.array(ids, np.int64), np.array(ids, np.int64)) for ids in all_ids]
+
+
+def _special_ids(tokenizer) -> set[int]:
+    """Ids of special tokens, those that are not named (EOS, ...) included."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)

@@ -1,8 +1,10 @@
 """The formats of a row: which there are, how one is recognised, what every row of it must have."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from relax.data.limits import DEFAULT, Limits
 from relax.errors import ConfigError, DataError
 
 TRUNCATION_MODES = ("keep_start", "keep_end", "drop", "error")
@@ -17,6 +19,8 @@ _SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # read by chat templates
+ALPACA = ("instruction", "output")  # and "input", which may be empty
 _MASKS = ("labels", "completion_mask", "assistant_masks")
 
 
@@ -32,6 +36,7 @@ class FormatOptions:
       eos_token: ends a plain text, if not the tokenizer's own end token.
       max_length: tokens per row, >= 2; None: any number (packing splits long rows itself).
       truncation_mode: what happens to a longer row: `keep_start`, `keep_end`, `drop`, `error`.
+      limits: on rendering.
     """
 
     text_field: str = "text"
@@ -41,6 +46,7 @@ class FormatOptions:
     eos_token: str | None = None
     max_length: int | None = 1024
     truncation_mode: str = "keep_start"
+    limits: Limits = DEFAULT
 
     def __post_init__(self):
         if self.truncation_mode not in TRUNCATION_MODES:
@@ -69,13 +75,31 @@ class Format:
     conversational: bool = False
 
 
-def find_format(row: dict, where: str, options: FormatOptions) -> Format:
+def columns_of(rows: Iterable[dict]) -> tuple[str, ...]:
+    """The columns that have a value in some row.
+
+    >>> columns_of([{"a": 1, "b": None}, {"c": 2}])
+    ('a', 'c')
+    """
+    return tuple(
+        dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
+    )
+
+
+def find_format(
+    row: dict, where: str, options: FormatOptions, columns: Iterable[str] = ()
+) -> Format:
     """Recognises the format of the first row and refuses options that it cannot have.
+
+    Args:
+      row: the first row, at `where`.
+      options: how rows become tokens.
+      columns: of all rows: `tools`, template arguments and masks may begin in a later one.
 
     >>> find_format({"prompt": "2+2=", "completion": "4"}, "a.jsonl:1", FormatOptions()).name
     'prompt-completion'
     """
-    found = _recognise(row, where, options)
+    found = _recognise(row, where, options, columns)
     if options.completion_only_loss and found.name not in ("prompt-completion", "tokens"):
         raise ConfigError(
             f"completion_only_loss needs rows with 'prompt' and 'completion', {where} has "
@@ -87,21 +111,23 @@ def find_format(row: dict, where: str, options: FormatOptions) -> Format:
     return found
 
 
-def _recognise(row: dict, where: str, options: FormatOptions) -> Format:
-    present = [name for name, value in row.items() if value is not None]
-    extra = tuple(c for c in ("tools", "chat_template_kwargs") if c in present)
+def _recognise(row: dict, where: str, options: FormatOptions, columns: Iterable[str]) -> Format:
+    present = columns_of([row])
+    columns = {*present, *columns}
+    extra = tuple(c for c in TEMPLATE_COLUMNS if c in columns)
     if "input_ids" in present:
-        masks = tuple(c for c in (*_MASKS, "attention_mask") if c in present)
+        masks = tuple(c for c in (*_MASKS, "attention_mask") if c in columns)
         return Format("tokens", ("input_ids", *masks))
     if options.text_field != FormatOptions.text_field:
         return Format("text", (options.text_field,))  # asked for by name
-    if "prompt" in present or "completion" in present:
+    chats = [name for name in ("messages", "conversations") if name in present]
+    # Beside whole conversations a prompt repeats their beginning, as in UltraChat.
+    if "completion" in present or ("prompt" in present and not chats):
         conversational = isinstance(row.get("prompt"), list)
         columns = ("prompt", "completion", *(extra if conversational else ()))
         return Format("prompt-completion", columns, conversational)
-    for name in ("messages", "conversations"):
-        if name in present:
-            return Format(name, (name, *extra), True)
+    if chats:
+        return Format(chats[0], (chats[0], *extra), True)
     if options.text_field in present:
         return Format("text", (options.text_field,))
     known = ("messages", "prompt", "completion", "conversations", "input_ids")
@@ -189,6 +215,26 @@ def conversation(row: dict, column: str, options: FormatOptions) -> list[dict]:
     if options.system_prompt and not has_system and column != "completion":
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
     return messages
+
+
+def from_alpaca(row: dict, where: str, *, conversational: bool) -> dict:
+    """A row with Alpaca's columns as a prompt and a completion.
+
+    >>> from_alpaca({"instruction": "Add", "input": "2, 3", "output": "5"}, "row 0",
+    ...             conversational=False)
+    {'prompt': 'Add\n\n2, 3', 'completion': '5'}
+    """
+    for column in ALPACA:
+        if not isinstance(row.get(column), str):
+            raise _wrong_type(where, column, "a string", row.get(column))
+    prompt = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+    others = {n: v for n, v in row.items() if n not in (*ALPACA, "input")}
+    if not conversational:
+        return others | {"prompt": prompt, "completion": row["output"]}
+    return others | {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": row["output"]}],
+    }
 
 
 def _wrong_type(where: str, place: str, expected: str, value) -> DataError:

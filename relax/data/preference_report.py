@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 
+from relax.data.report import MERGED
+
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceReport:
@@ -18,6 +20,7 @@ class PreferenceReport:
       lengths, answer_lengths: percentiles of prompt and longer answer, and of answers, in tokens.
       num_tokens: of all prompts and answers, prompts counted per answer.
       example: one of them as text: prompt, first and second answer.
+      notes: further things to know.
     """
 
     format: str
@@ -32,6 +35,7 @@ class PreferenceReport:
     answer_lengths: dict[int, int]
     num_tokens: int
     example: tuple[str, str, str]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict:
         """The report as JSON types, without the example."""
@@ -50,6 +54,8 @@ class PreferenceReport:
             yield f"dropped      {sum(self.dropped.values()):,} ({reasons})"
         yield f"truncated    {self.truncated:,}"
         if self.merged:
-            yield f"merged       {self.merged:,} rows whose prompt ends before the template's does"
+            yield f"merged       {self.merged:,} {MERGED}"
         for name, n in (("tokens", self.lengths), ("answers", self.answer_lengths)):
             yield f"{name:12} min {n[0]:,}, median {n[50]:,}, 99 % {n[99]:,}, max {n[100]:,}"
+        for note in self.notes:
+            yield f"note         {note}"

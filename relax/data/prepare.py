@@ -1,5 +1,6 @@
 """From rows to examples that can be trained on, and the report of all that was cut or left out."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
@@ -7,7 +8,15 @@ import numpy as np
 
 from relax.data.encode import Encoder
 from relax.data.examples import IGNORE, Encoded, Examples
-from relax.data.formats import Format, FormatOptions, check_row, find_format
+from relax.data.formats import (
+    ALPACA,
+    Format,
+    FormatOptions,
+    check_row,
+    columns_of,
+    find_format,
+    from_alpaca,
+)
 from relax.data.reading import Rows, read_rows
 from relax.data.report import DataReport, percentiles, spans
 from relax.errors import DataError
@@ -40,7 +49,8 @@ def prepare(
     rows = rows if isinstance(rows, Rows) else read_rows(rows)
     if not rows.rows:
         raise DataError("the data set has no rows.")
-    found = find_format(rows.rows[0], rows.origin(0), options)
+    rows = _with_known_columns(rows, tokenizer, options)
+    found = find_format(rows.rows[0], rows.origin(0), options, columns_of(rows.rows))
     for i, row in enumerate(rows.rows):
         check_row(row, found, rows.origin(i))
     encoder = Encoder(tokenizer, found, options)
@@ -49,6 +59,21 @@ def prepare(
     if not len(examples):
         raise DataError(_nothing_left(fate, options))
     return examples, _report(rows, found, encoder, fate, examples, tokenizer)
+
+
+def _with_known_columns(rows: Rows, tokenizer, options: FormatOptions) -> Rows:
+    """Alpaca's columns as prompt and completion; other rows as they are."""
+    present = columns_of(rows.rows[:1])
+    others = {"input_ids", "text", "messages", "conversations", "prompt", "completion"}
+    if not set(ALPACA) <= set(present) or others & {*present, options.text_field} - {"text"}:
+        return rows
+    chat = bool(tokenizer.chat_template)
+    made = [
+        from_alpaca(row, rows.origin(i), conversational=chat) for i, row in enumerate(rows.rows)
+    ]
+    kind = "messages" if chat else "texts, since the tokenizer has no chat template"
+    note = f"instruction and input are read as the prompt, output as the completion ({kind})"
+    return dataclasses.replace(rows, rows=made, notes=(*rows.notes, note))
 
 
 class _Truncator:
@@ -134,7 +159,10 @@ def _nothing_left(fate: _Truncator, options: FormatOptions) -> str:
 def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examples, tokenizer):
     last = examples[0].labels[examples[0].labels != IGNORE][-1]
     used = set(found.columns)
-    notes = []
+    notes = [*rows.notes, *encoder.renderer.notes()]
+    beside = {"prompt", "completion"} & set(columns_of(rows.rows))
+    if found.name in ("messages", "conversations") and beside:
+        notes.append(f"{found.name} are used, the {' and '.join(sorted(beside))} beside is not")
     if found.name == "conversations":
         notes.append("conversations (from, value) are read as messages (role, content)")
     if fate.endless:
@@ -150,7 +178,7 @@ def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examp
         ),
         columns=found.columns,
         unused_columns=tuple(sorted({str(k) for row in rows.rows for k in row} - used)),
-        num_rows=len(rows.rows),
+        num_rows=len(rows),
         num_examples=len(examples),
         dropped=dict(fate.dropped),
         truncated=fate.truncated,

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Iterator
 
-from relax.data.encode import render_template
-from relax.data.formats import Format, FormatOptions, check_row, conversation
+from relax.data.formats import TEMPLATE_COLUMNS, Format, FormatOptions, check_row, conversation
+from relax.data.limits import DEFAULT, Limits
 from relax.data.loader import epoch_order
 from relax.data.reading import Rows, read_rows
 from relax.data.report import percentiles
+from relax.data.templates import ChatRenderer, Job
+from relax.data.tokens import tokenize
 from relax.errors import DataError
 
 
@@ -19,11 +21,13 @@ class Prompts:
       prompt_ids: the tokens of each.
       rows: with the columns of all of them, which reward functions read; None where one has none.
       conversational: prompts are lists of messages.
+      notes: what was normalised, and what the chat template left out.
     """
 
     prompt_ids: list[list[int]]
     rows: list[dict]
     conversational: bool
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -34,13 +38,14 @@ class Prompts:
         return tuple(self.rows[0])
 
     def report(self) -> str:
-        """One line about them."""
+        """One line about them, and one for each note."""
         lengths = percentiles([len(ids) for ids in self.prompt_ids])
         kind = "conversations" if self.conversational else "texts"
-        return (
+        line = (
             f"{len(self):,} prompts ({kind}), tokens: min {lengths[0]}, median {lengths[50]}, "
             f"max {lengths[100]}; columns: {', '.join(self.columns)}"
         )
+        return "\n".join([line, *(f"note: {note}" for note in self.notes)])
 
 
 def prepare_prompts(
@@ -50,6 +55,7 @@ def prepare_prompts(
     system_prompt: str | None = None,
     vocab_size: int | None = None,
     max_prompt_length: int | None = None,
+    limits: Limits = DEFAULT,
 ) -> Prompts:
     """Turns rows with a `prompt`, a string or messages, into tokens.
 
@@ -61,15 +67,17 @@ def prepare_prompts(
       system_prompt: put before conversations that have no system message.
       vocab_size: rows of the model's embedding; None: not checked.
       max_prompt_length: a longer prompt is refused, never cut; None: any length.
+      limits: on rows and rendering.
 
     Raises:
       DataError: a row without a prompt, of another format than the first, or too long.
     """
-    rows = rows if isinstance(rows, Rows) else read_rows(rows)
+    rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=limits)
     if not rows.rows:
         raise DataError("the data set has no rows.")
     conversational = isinstance(rows.rows[0].get("prompt"), list)
-    found = Format("prompts", ("prompt",), conversational)
+    extra = TEMPLATE_COLUMNS if conversational else ()
+    found = Format("prompts", ("prompt", *extra), conversational)
     for i, row in enumerate(rows.rows):
         check_row(row, found, rows.origin(i))
     if system_prompt and not conversational:
@@ -79,25 +87,24 @@ def prepare_prompts(
             "prompts of messages need a chat template and the tokenizer has none: give one with "
             "--chat_template_path (a .jinja file or a tokenizer directory)."
         )
-    options = FormatOptions(system_prompt=system_prompt)
-    texts = [
-        render_template(
-            tokenizer,
-            conversation(row, "prompt", options),
-            row,
-            rows.origin(i),
-            add_generation_prompt=True,
+    options = FormatOptions(system_prompt=system_prompt, limits=limits)
+    renderer = ChatRenderer(tokenizer, limits)
+    if conversational:
+        texts = renderer.texts(
+            [
+                Job(conversation(row, "prompt", options), row, rows.origin(i), True)
+                for i, row in enumerate(rows.rows)
+            ]
         )
-        if conversational
-        else row["prompt"]
-        for i, row in enumerate(rows.rows)
-    ]
-    all_ids = tokenizer(texts, add_special_tokens=not conversational, verbose=False)["input_ids"]
+    else:
+        texts = [row["prompt"] for row in rows.rows]
+    all_ids = tokenize(tokenizer, texts, special=not conversational)
     for i, ids in enumerate(all_ids):
         _check_ids(ids, rows.origin(i), vocab_size, max_prompt_length)
     # Whatever rows come together, a reward function is given the same columns.
     columns = dict.fromkeys(name for row in rows.rows for name in row)
-    return Prompts(all_ids, [dict.fromkeys(columns) | row for row in rows.rows], conversational)
+    full = [dict.fromkeys(columns) | row for row in rows.rows]
+    return Prompts(all_ids, full, conversational, (*rows.notes, *renderer.notes()))
 
 
 def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int | None) -> None:

@@ -1,47 +1,63 @@
 """Reading rows: files, directories, hub names and Python objects, with the place of each row."""
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from relax.data.arrow import shape_of_features, without_aligned_nulls
+from relax.data.limits import DEFAULT, Limits, check_files
+from relax.data.normalize import normalize
+from relax.data.readers import READERS, SUFFIXES, FileRows, read_file
 from relax.data.tasks import is_task, task_rows
 from relax.errors import ConfigError, DataError
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _SPLITS = re.compile(r"(train|test|validation|valid|val|eval|dev)([-_.\d].*)?")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 # Written beside the data by the `datasets` library; they hold no rows.
+_CACHE = re.compile(r"cache-.*\.arrow")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows and where each comes from: `origin(i)` is "file:line" for row i, as messages need it."""
+    """Rows in their normal form.
+
+    Attributes:
+      rows: one dict each.
+      origin: `origin(i)` is the place of row i for messages, "file:line".
+      notes: what was normalised, for the report.
+    """
 
     rows: list[dict]
     origin: Callable[[int], str]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 def read_rows(
-    dataset, split: str = "train", config: str | None = None, options: Mapping | None = None
+    dataset,
+    split: str = "train",
+    config: str | None = None,
+    options: Mapping | None = None,
+    limits: Limits = DEFAULT,
 ) -> Rows:
-    """Reads a data set from wherever it is.
+    """Reads a data set from wherever it is, and brings its rows into their normal form.
 
     Args:
-      dataset: a .jsonl, .json or .parquet file; a directory of them; a hub name; the name of a
-        task, `reasoning_gym/...`; a list or other iterable of dicts (a `datasets.Dataset` is one);
-        a mapping of split names to such iterables.
+      dataset: a .jsonl, .json, .parquet, .csv, .tsv or .txt file; a directory of them (but for
+        .txt), or of `datasets.save_to_disk`; a hub name; the name of a task, `reasoning_gym/...`;
+        a list or other iterable of dicts (a `datasets.Dataset` is one); a mapping of split names to
+        such iterables.
       split: which one. In a directory the files named after it (train.jsonl, or
         train-00000-of-00002.parquet); where no file is named after a split, all are `train`. One
         file is whatever it is asked for as, unless it is named after `train`.
       config: a subdirectory: hub data sets keep each of their configurations in one.
       options: of a task, see `relax.data.tasks.task_rows`.
+      limits: on rows and files.
 
     Raises:
       DataError: as "file:line: reason" if a row is broken; if there is nothing to read.
@@ -52,14 +68,14 @@ def read_rows(
             raise ConfigError(
                 f"{dataset!r} has no configurations, got {config!r}: pass dataset_kwargs instead."
             )
-        return _python_rows(task_rows(dataset, split, options), split)
+        return _python_rows(task_rows(dataset, split, options), split, limits)
     if options:
         raise ConfigError(
             f"dataset_kwargs are options of reasoning_gym tasks, got {dict(options)} for a data "
             "set that is none. Leave them out."
         )
     if not isinstance(dataset, str | Path):
-        return _python_rows(dataset, split)
+        return _python_rows(dataset, split, limits)
     path = Path(dataset)
     if path.is_file():
         files = [_single_file(path, split)]
@@ -67,7 +83,12 @@ def read_rows(
         files = split_files(path, split, config)
     else:
         files = split_files(_download(str(dataset)), split, config)
-    return _join([(file, *_READERS[file.suffix](file)) for file in files])
+    check_files([file.stat().st_size for file in files], str(dataset), limits)
+    joined = _join([(file, read_file(file, limits)) for file in files])
+    names = sorted({file.name for file in files if not _SHARD.search(file.stem)})
+    notes = (f"the split is read from {', '.join(names)}",) if len(names) > 1 else ()
+    rows, changes = normalize(joined.rows, joined.origin, limits)
+    return Rows(rows, joined.origin, (*notes, *changes))
 
 
 def split_files(directory: Path, split: str, config: str | None = None) -> list[Path]:
@@ -81,22 +102,33 @@ def split_files(directory: Path, split: str, config: str | None = None) -> list[
     files = [
         path
         for path in sorted(directory.rglob("*"))
-        if path.suffix in _SUFFIXES
+        if path.suffix in SUFFIXES
         and path.is_file()
         and path.name not in _METADATA
+        and not _CACHE.fullmatch(path.name)
         and not any(part.startswith(".") for part in path.relative_to(directory).parts)
     ]
     if not files:
-        raise DataError(f"no .jsonl, .json or .parquet file in {str(directory)!r}.")
+        raise DataError(
+            f"no .jsonl, .json or .parquet file in {str(directory)!r}, nor one of "
+            f"{', '.join(SUFFIXES)}."
+        )
     names = {path: _split_name(path, directory) for path in files}
+    # As in `datasets`: a shard's name before its number is the whole name of its split
+    # (train_sft-00000-of-00002), other names may go on behind it (train_2024).
     chosen = [path for path in files if names[path] == split] or [
-        path for path in files if re.match(re.escape(split) + r"[-_.\d]", names[path])
+        path
+        for path in files
+        if not _SHARD.search(path.stem) and re.match(re.escape(split) + r"[-_.\d]", names[path])
     ]
     if not chosen and split == "train" and not any(map(_SPLITS.fullmatch, names.values())):
         chosen = files
     if not chosen:
         found = ", ".join(sorted(set(names.values())))
-        raise DataError(f"no split {split!r} in {str(directory)!r}: it has {found}.")
+        raise DataError(
+            f"no split {split!r} in {str(directory)!r}: it has {found}. Name one with "
+            "dataset_train_split or dataset_test_split."
+        )
     folders = sorted({_config_folder(path, directory, split) for path in chosen})
     if len(folders) > 1:
         raise DataError(
@@ -119,8 +151,8 @@ def _config_folder(path: Path, directory: Path, split: str) -> str:
 
 
 def _single_file(path: Path, split: str) -> Path:
-    if path.suffix not in _SUFFIXES:
-        raise DataError(f"cannot read {str(path)!r}: a data file ends in {', '.join(_SUFFIXES)}.")
+    if path.suffix not in READERS:
+        raise DataError(f"cannot read {str(path)!r}: a data file ends in {', '.join(READERS)}.")
     # A file is what it is asked for as, but training rows are no rows to evaluate on.
     if split != "train" and re.fullmatch(r"train([-_.\d].*)?", path.stem):
         raise DataError(f"{str(path)!r} holds the split 'train' by its name, not {split!r}.")
@@ -132,23 +164,27 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     problem = f"{name!r} is neither a file nor a directory"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).suffix in _SUFFIXES:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).suffix in READERS:
         raise DataError(f"{problem}: check the path.")
     try:
-        patterns = [f"*{suffix}" for suffix in _SUFFIXES]
+        patterns = [f"*{suffix}" for suffix in SUFFIXES]
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # network, authorisation, cache: many libraries' errors
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(f"{problem}, nor a data set that the hub gives: {reason}") from error
 
 
-def _join(files: list[tuple[Path, list[dict], list[int]]]) -> Rows:
+def _join(files: list[tuple[Path, FileRows]]) -> Rows:
     rows: list[dict] = []
     starts: list[int] = []
-    for _, file_rows, _ in files:
+    shapes: dict = {}
+    for _, found in files:
         starts.append(len(rows))
-        rows += file_rows
-    places = [(path, lines) for path, _, lines in files]
+        rows += found.rows
+        shapes |= found.shapes or {}
+    if all(found.shapes is not None for _, found in files):
+        rows = without_aligned_nulls(rows, shapes)
+    places = [(path, found.numbers) for path, found in files]
 
     def origin(i: int) -> str:
         file = bisect_right(starts, i) - 1
@@ -158,7 +194,7 @@ def _join(files: list[tuple[Path, list[dict], list[int]]]) -> Rows:
     return Rows(rows, origin)
 
 
-def _python_rows(dataset, split: str) -> Rows:
+def _python_rows(dataset, split: str, limits: Limits) -> Rows:
     if isinstance(dataset, Rows):
         return dataset
     if isinstance(dataset, Mapping):
@@ -175,124 +211,13 @@ def _python_rows(dataset, split: str) -> Rows:
             raise DataError(f"row {i}: is a {type(row).__name__}, not a dict.")
     if not rows:
         raise DataError("the data set has no rows.")
-    return Rows(rows, lambda i: f"row {i}")
+    rows = [row if isinstance(row, dict) else dict(row) for row in rows]
+    features = getattr(dataset, "features", None)
+    if hasattr(features, "to_dict"):  # of the `datasets` library, which reads JSON columns itself
+        rows = without_aligned_nulls(rows, shape_of_features(features.to_dict(), json_shape=None))
+    normal, notes = normalize(rows, _row_number, limits)
+    return Rows(normal, _row_number, notes)
 
 
-def _read_jsonl(path: Path) -> tuple[list[dict], list[int]]:
-    rows, numbers = [], []
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            text = _decode(raw, f"{path}:{number}", first=number == 1)
-            if text.strip():
-                rows.append(_object(_parse_line(text, f"{path}:{number}"), f"{path}:{number}"))
-                numbers.append(number)
-    if not rows:
-        raise DataError(f"{path}: the file holds no rows.")
-    return rows, numbers
-
-
-def _decode(raw: bytes, where: str, first: bool) -> str:
-    try:
-        text = raw.decode("utf-8-sig" if first else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}. "
-            "Save the file as UTF-8."
-        ) from error
-    if "\0" in text:
-        raise DataError(
-            f"{where}: byte {raw.index(0) + 1} is NUL: the file is damaged, as after a crash "
-            "while it was written."
-        )
-    return text
-
-
-def _parse_line(text: str, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if not text.endswith("\n"):
-            raise DataError(
-                f"{where}: broken JSON in the last line, which has no line end: the file looks "
-                f"cut off ({_json_reason(error)})."
-            ) from error
-        raise DataError(f"{where}: broken JSON: {_json_reason(error)}.") from error
-
-
-def _json_reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _object(value, where: str) -> dict:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a row must be a JSON object, this is a {type(value).__name__}.")
-    return value
-
-
-def _read_json(path: Path) -> tuple[list[dict], list[int]]:
-    """A list of objects; a file that begins with an object is read as JSON lines."""
-    text = "".join(
-        _decode(raw, f"{path}:{number}", first=number == 1)
-        for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), 1)
-    )
-    position = _skip_space(text, 0)
-    if not text.startswith("[", position):
-        return _read_jsonl(path)
-    rows, numbers = [], []
-    decoder = json.JSONDecoder()
-    line, counted = 1, 0  # the line number at position `counted`
-    position = _skip_space(text, position + 1)
-    while not text.startswith("]", position):
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = getattr(error, "lineno", line)
-            raise DataError(f"{path}:{at}: broken JSON: {_json_reason(error)}.") from error
-        rows.append(_object(value, f"{path}:{line}"))
-        numbers.append(line)
-        position = _skip_space(text, position)
-        if text.startswith(",", position):
-            position = _skip_space(text, position + 1)
-        elif not text.startswith("]", position):
-            at = text.count("\n", 0, position) + 1
-            raise DataError(f"{path}:{at}: broken JSON: the list of rows is not closed by ']'.")
-    if text[position + 1 :].strip():
-        at = text.count("\n", 0, position) + 1
-        raise DataError(f"{path}:{at}: broken JSON: text follows the end of the list.")
-    if not rows:
-        raise DataError(f"{path}: the file holds no rows.")
-    return rows, numbers
-
-
-def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _read_parquet(path: Path) -> tuple[list[dict], list[int]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(
-            f"{path}: parquet files need pyarrow: pip install 'relax-trainers[parquet]'."
-        ) from error
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{path}: not a readable parquet file: {reason}") from error
-    if not rows:
-        raise DataError(f"{path}: the file holds no rows.")
-    return rows, list(range(1, len(rows) + 1))
-
-
-_READERS = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
+def _row_number(i: int) -> str:
+    return f"row {i}"

@@ -8,6 +8,7 @@ import numpy as np
 from relax.data.examples import IGNORE, Encoded
 
 PERCENTS = (0, 50, 90, 99, 100)
+MERGED = "rows whose prompt alone is not how the whole begins: the prompt is what both begin with"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class DataReport:
       num_examples: rows that are trained on.
       dropped: how many were left out, by reason.
       truncated: how many were cut to max_length.
-      merged: how many have a token of both prompt and completion (it is trained on).
+      merged: how many have a prompt that by itself is not what the whole begins with: a token is of
+        both prompt and completion, or the chat template renders the prompt otherwise once the
+        completion follows. The prompt is what both begin with, the rest is trained on.
       endless: how many are trained on no end token.
       lengths: tokens per row before cutting, by percentile.
       num_tokens: of the examples.
@@ -144,7 +147,7 @@ def _lines(report: DataReport):
         yield "dropped", f"{dropped:,} ({reasons})"
     yield "truncated", f"{report.truncated:,}"
     if report.merged:
-        yield "merged", f"{report.merged:,} rows whose prompt and completion share a token"
+        yield "merged", f"{report.merged:,} {MERGED}"
     names = {0: "min", 50: "median", 90: "90 %", 99: "99 %", 100: "max"}
     yield "tokens a row", ", ".join(f"{names[p]} {n:,}" for p, n in report.lengths.items())
     trained = f"{report.num_trained_tokens:,} trained ({report.share:.1%}): {report.trained_on}"

@@ -256,7 +256,7 @@ def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]
 
     def part(indices):
         origins = [rows.origin(i) for i in indices]
-        return data.Rows([rows.rows[i] for i in indices], origins.__getitem__)
+        return data.Rows([rows.rows[i] for i in indices], origins.__getitem__, rows.notes)
 
     return part(kept), part(held_out)
 

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax.data import load_tokenizer
-from relax.data.encode import render_template
+from relax.data.templates import render_template
+from relax.data.tokens import tokenize
 from relax.errors import ConfigError
 from relax.models.heads import scores
 from relax.models.huggingface.classifiers import load_classifier
@@ -132,8 +133,7 @@ class ModelReward:
         return self._ids(before + text_of(completion))
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
-        # Templates write the special tokens themselves.
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return tokenize(self.tokenizer, [text], special=special)[0]
 
     def _render(self, messages: list[dict], row: dict, **how) -> str:
         where = f"reward model {self.__name__!r}"

@@ -193,7 +193,10 @@ class DPOTrainer(Trainer):
                 rngs={"dropout": rng} if dropout else None,
                 method=group_hidden_states,
             )
-            is_real = jnp.arange(ids.shape[2])[None, None, :] < lengths[:, :, None]
+            place = jnp.arange(ids.shape[2])[None, None, :]
+            is_real = place < lengths[:, :, None]
+            # Nothing precedes the first token where the answer has swallowed the prompt.
+            is_real &= (place > 0) | (batch["prompt_lengths"] > 0)[:, None, None]
             targets = jnp.where(is_real, ids, IGNORED)
         return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), aux_loss
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from relax.data.preference import split_prompt
+from relax.data.preference_encode import split_prompt
 from relax.data.profiles.base import CONVERSATION, DataProfile, Message
 from relax.data.profiles.chat import ChatProfile
 from relax.data.reading import Rows
@@ -52,7 +52,7 @@ def apply_profile(
                 f"{rows.origin(i)}: the profile {type(profile).__name__} cannot read the row: "
                 f"{type(error).__name__}: {error}."
             ) from error
-    return Rows(made, rows.origin)
+    return Rows(made, rows.origin, rows.notes)
 
 
 def remaining_system_prompt(profile: DataProfile, system_prompt: str | None) -> str | None:

@@ -1,0 +1,206 @@
+"""Pairs of answers and labelled answers: their formats, and their tokens with nothing cut."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from relax.data.encode import CHUNK
+from relax.data.formats import (
+    TEMPLATE_COLUMNS,
+    Format,
+    FormatOptions,
+    check_row,
+    columns_of,
+    conversation,
+)
+from relax.data.reading import Rows
+from relax.data.templates import ChatRenderer, Job
+from relax.data.tokens import common_length, tokenize
+from relax.errors import ConfigError, DataError
+
+TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+PAIRED, UNPAIRED = ("chosen", "rejected"), ("completion",)
+MARGIN = "margin"
+UNPAIRED_NAME = "unpaired preference"
+
+
+class Preference(NamedTuple):
+    """A prompt and two answers, int32.
+
+    Of unpaired data the second answer is another row's, which KTO compares with.
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    is_desirable: bool = True  # the first answer; of a pair it always is
+    margin: float = 0.0
+
+
+class PairEncoder:
+    """Iterates over what rows are in tokens, nothing cut."""
+
+    def __init__(self, rows: Rows, tokenizer, options: FormatOptions, judges: bool):
+        self.rows, self.tokenizer, self.judges = rows, tokenizer, judges
+        columns = columns_of(rows.rows)
+        self.format = find_format(rows.rows[0], rows.origin(0), judges, columns)
+        self.has_margins = judges and MARGIN in columns
+        self.options = options
+        self.eos = options.eos_token or tokenizer.eos_token
+        self.is_pair = self.format.name != UNPAIRED_NAME
+        self.ignores_prompt = "prompt" in columns and "prompt" not in self.format.columns
+        self.renderer = ChatRenderer(tokenizer, options.limits)
+        self.merged = 0
+        for i, row in enumerate(rows.rows):
+            _check(row, self.format, rows.origin(i))
+            if self.has_margins:
+                _check_margin(row, rows.origin(i))
+        if self.format.conversational and not tokenizer.chat_template:
+            raise DataError(
+                "messages need a chat template and the tokenizer has none: give one with "
+                "--chat_template_path (a .jinja file or a tokenizer directory)."
+            )
+        if options.system_prompt and not self.format.conversational:
+            raise ConfigError("system_prompt needs conversations, and the rows are texts.")
+        if self.format.name != "tokens" and not self.format.conversational and not self.eos:
+            raise DataError(
+                "plain texts need an end token to learn where to stop and the tokenizer has none: "
+                "name one with --eos_token."
+            )
+
+    def __iter__(self) -> Iterator[Preference]:
+        if self.format.name == "tokens":
+            for i, row in enumerate(self.rows.rows):
+                parts = row
+                if "prompt_ids" not in self.format.columns:
+                    split = split_prompt(row["chosen_ids"], row["rejected_ids"], may_be_empty=True)
+                    parts = {f"{name}_ids": ids for name, ids in split.items()}
+                self._check_prompt(parts["prompt_ids"], i)
+                arrays = [np.asarray(parts[name], np.int32) for name in TOKENS]
+                yield Preference(*arrays, margin=self._margin(row))
+            return
+        for first in range(0, len(self.rows), CHUNK):
+            places = range(first, min(first + CHUNK, len(self.rows)))
+            parts = [self._parts(self.rows.rows[i], self.rows.origin(i)) for i in places]
+            chat = self.format.conversational
+            texts = [part for row in parts for part in row]
+            if chat:
+                texts = self.renderer.texts(texts)
+            # Templates write their own special tokens.
+            all_ids = iter(tokenize(self.tokenizer, texts, special=not chat))
+            for i, row in zip(places, parts, strict=True):
+                yield self._item([next(all_ids) for _ in row], i)
+
+    def _parts(self, row: dict, where: str) -> list:
+        """The prompt, if there is one, and it with each answer: texts, or conversations."""
+        columns = PAIRED if self.is_pair else UNPAIRED
+        if "prompt" not in self.format.columns:
+            row = row | split_prompt(row["chosen"], row["rejected"], where, self.judges)
+        if not self.format.conversational:
+            answers = [row[name] for name in columns]
+            answers = [a if a.endswith(self.eos) else a + self.eos for a in answers]
+            return [row["prompt"], *(row["prompt"] + answer for answer in answers)]
+        if not row["prompt"]:  # a reward model's pair, whose conversations share no beginning
+            return [Job(conversation(row, n, self.options), row, where) for n in columns]
+        prompt = conversation(row, "prompt", self.options)
+        wholes = [prompt + row[name] for name in columns]
+        return [Job(prompt, row, where, True), *(Job(whole, row, where) for whole in wholes)]
+
+    def _item(self, parts: list[list[int]], i: int) -> Preference:
+        *before, first, last = parts if self.is_pair else (*parts, parts[-1])
+        prompt, wholes = before[0] if before else [], (first, last)
+        self._check_prompt(prompt, i)
+        length = min(common_length(prompt, whole) for whole in wholes)
+        self.merged += length < len(prompt)
+        answers = [np.array(whole[length:], np.int32) for whole in wholes]
+        row, prompt = self.rows.rows[i], np.array(prompt[:length], np.int32)
+        label = self.is_pair or row["label"]
+        return Preference(prompt, answers[0], answers[-1], label, self._margin(row))
+
+    def _check_prompt(self, prompt: list[int], i: int) -> None:
+        if not prompt and not self.judges:
+            raise DataError(
+                f"{self.rows.origin(i)}: the prompt has no token: it needs one for the answer to "
+                "follow."
+            )
+
+    def _margin(self, row: dict) -> float:
+        return float(row[MARGIN]) if self.has_margins else 0.0
+
+
+def find_format(row: dict, where: str, judges: bool = False, columns: Iterable[str] = ()) -> Format:
+    """Recognises the kind of the first row; for `judges` tokens may come without a prompt.
+
+    A text `prompt` beside answers that are conversations repeats their beginning, as in
+    UltraFeedback: the prompt is taken from the conversations.
+
+    >>> find_format({"chosen": "a b", "rejected": "a c"}, "a.jsonl:1").name
+    'preference'
+    """
+    present = [name for name, value in row.items() if value is not None]
+    if "chosen_ids" in present:
+        return Format("tokens", TOKENS[judges and "prompt_ids" not in present :])
+    extra = tuple(name for name in TEMPLATE_COLUMNS if name in {*present, *columns})
+    if "chosen" in present or "rejected" in present:
+        conversational = isinstance(row.get("chosen"), list)
+        repeats = conversational and isinstance(row.get("prompt"), str)
+        prompt = ("prompt",) if "prompt" in present and not repeats else ()
+        columns = (*prompt, *PAIRED, *(extra if conversational else ()))
+        return Format("preference", columns, conversational)
+    if "completion" in present and "label" in row:
+        conversational = isinstance(row["completion"], list)
+        columns = ("prompt", *UNPAIRED, *(extra if conversational else ()))
+        return Format(UNPAIRED_NAME, columns, conversational)
+    raise DataError(
+        f"{where}: no preference: the row has {', '.join(map(repr, row)) or 'nothing'}. A row has "
+        "'prompt', 'chosen' and 'rejected' (or, for KTO, 'prompt', 'completion' and 'label')."
+    )
+
+
+def _check(row: dict, found: Format, where: str) -> None:
+    if found.name == "tokens":
+        for name in found.columns:
+            value = row.get(name)
+            value = value.tolist() if hasattr(value, "tolist") else value
+            if not isinstance(value, list) or not all(
+                type(item) is int and abs(item) < 2**31 for item in value
+            ):
+                raise DataError(f"{where}: {name!r} must be a list of 32-bit integers.")
+        return
+    check_row(row, found, where)
+    if found.name == UNPAIRED_NAME and not isinstance(row.get("label"), bool):
+        raise DataError(f"{where}: 'label' must be true or false, it is {row.get('label')!r}.")
+
+
+def _check_margin(row: dict, where: str) -> None:
+    value = row.get(MARGIN)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise DataError(f"{where}: 'margin' must be a number in every row, it is {value!r}.")
+
+
+def split_prompt(chosen, rejected, where: str = "row", may_be_empty: bool = False) -> dict:
+    """The prompt that two answers begin with, strings or messages, and what is left of them.
+
+    A space before the first difference belongs to the answers. Only a prompt that may be empty is
+    taken from messages that do not begin alike.
+
+    >>> split_prompt("The sky is blue.", "The sky is green.")
+    {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'}
+    """
+    common = common_length(chosen, rejected)
+    if isinstance(chosen, str):
+        common -= chosen[:common].endswith(" ")
+    elif may_be_empty:
+        common = common if common < min(len(chosen), len(rejected)) else 0
+    elif not 0 < common < min(len(chosen), len(rejected)):
+        raise DataError(
+            f"{where}: without 'prompt' the messages of 'chosen' and 'rejected' must begin alike "
+            f"and differ in a later one, and {common} of {len(chosen)} and {len(rejected)} are "
+            "alike."
+        )
+    return {
+        "prompt": chosen[:common],
+        "chosen": chosen[common:],
+        "rejected": rejected[common:],
+    }

@@ -1,0 +1,245 @@
+"""Readers of data files: one function per suffix, each row with the place it came from."""
+
+import contextlib
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from relax.data.arrow import Shape, read_json, shape_of_schema
+from relax.data.limits import Limits, json_reason, row_too_large
+from relax.errors import DataError
+
+_BATCH = 64  # Arrow rows decoded at once
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of a file.
+
+    Attributes:
+      rows: as the file holds them.
+      numbers: the line of each, or its number in an Arrow file, from 1.
+      shapes: of the columns of an Arrow file, else None.
+    """
+
+    rows: list[dict]
+    numbers: list[int]
+    shapes: dict[str, Shape] | None = None
+
+
+def read_file(path: Path, limits: Limits) -> FileRows:
+    """Reads a file by its suffix, one of `SUFFIXES` or `.txt`.
+
+    Raises:
+      DataError: as "file:line: reason".
+    """
+    try:
+        found = READERS[path.suffix](path, limits)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if not found.rows:
+        raise DataError(f"{path}: the file holds no rows.")
+    return found
+
+
+def _lines(path: Path, limits: Limits) -> Iterator[tuple[int, str]]:
+    """Line numbers and texts; a line above the limit is refused before it is read to its end."""
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(limits.max_row_bytes + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(raw) > limits.max_row_bytes and not raw.endswith(b"\n"):
+                raise row_too_large(where, None, limits)
+            yield number, _decode(raw, where, first=number == 1)
+
+
+def _read_jsonl(path: Path, limits: Limits) -> FileRows:
+    rows, numbers = [], []
+    for number, text in _lines(path, limits):
+        if text.strip():
+            where = f"{path}:{number}"
+            rows.append(_object(_parse_line(text, where), where))
+            numbers.append(number)
+    return FileRows(rows, numbers)
+
+
+def _read_text(path: Path, limits: Limits) -> FileRows:
+    """A row for each line that is not blank; only a line feed ends a line, unlike in `str`."""
+    rows, numbers = [], []
+    for number, text in _lines(path, limits):
+        if text.strip():
+            rows.append({"text": text.rstrip("\r\n")})
+            numbers.append(number)
+    return FileRows(rows, numbers)
+
+
+def _read_csv(path: Path, limits: Limits) -> FileRows:
+    """Rows of texts, named by the first line; an empty cell is None."""
+    rows, numbers = [], []
+    line = 0  # the last one that was read: the module counts whole rows
+
+    def lines() -> Iterator[str]:
+        nonlocal line
+        for line, text in _lines(path, limits):
+            yield text
+
+    # A quoted cell may go over lines, and the module's own limit of a cell is lower than ours.
+    csv.field_size_limit(max(csv.field_size_limit(), limits.max_row_bytes))
+    reader = csv.DictReader(lines(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    try:
+        for row in reader:
+            where = f"{path}:{line}"
+            if None in row or None in row.values():
+                got = sum(value is not None for value in row.values()) + len(row.get(None) or ())
+                raise DataError(
+                    f"{where}: the row has {got - (None in row)} cells, the first line names "
+                    f"{len(reader.fieldnames)} columns."
+                )
+            rows.append({name: value or None for name, value in row.items()})
+            numbers.append(line)
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: broken CSV: {error}.") from error
+    return FileRows(rows, numbers)
+
+
+def _decode(raw: bytes, where: str, first: bool) -> str:
+    try:
+        text = raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}. "
+            "Save the file as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise DataError(
+            f"{where}: byte {raw.index(0) + 1} is NUL: the file is damaged, as after a crash "
+            "while it was written."
+        )
+    return text
+
+
+def _parse_line(text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not text.endswith("\n"):
+            raise DataError(
+                f"{where}: broken JSON in the last line, which has no line end: the file looks "
+                f"cut off ({json_reason(error)})."
+            ) from error
+        raise DataError(f"{where}: broken JSON: {json_reason(error)}.") from error
+
+
+def _object(value, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a row must be a JSON object, this is a {type(value).__name__}.")
+    return value
+
+
+def _read_json(path: Path, limits: Limits) -> FileRows:
+    """A list of objects; a file that begins with an object is read as JSON lines."""
+    text = "".join(
+        _decode(raw, f"{path}:{number}", first=number == 1)
+        for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), 1)
+    )
+    position = _skip_space(text, 0)
+    if not text.startswith("[", position):
+        return _read_jsonl(path, limits)
+    rows, numbers = [], []
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0  # the line number at position `counted`
+    position = _skip_space(text, position + 1)
+    while not text.startswith("]", position):
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            at = getattr(error, "lineno", line)
+            raise DataError(f"{path}:{at}: broken JSON: {json_reason(error)}.") from error
+        rows.append(_object(value, f"{path}:{line}"))
+        numbers.append(line)
+        position = _skip_space(text, position)
+        if text.startswith(",", position):
+            position = _skip_space(text, position + 1)
+        elif not text.startswith("]", position):
+            at = text.count("\n", 0, position) + 1
+            raise DataError(f"{path}:{at}: broken JSON: the list of rows is not closed by ']'.")
+    if text[position + 1 :].strip():
+        at = text.count("\n", 0, position) + 1
+        raise DataError(f"{path}:{at}: broken JSON: text follows the end of the list.")
+    return FileRows(rows, numbers)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _read_parquet(path: Path, limits: Limits) -> FileRows:
+    pyarrow = _pyarrow(path)
+    with _readable(path, pyarrow):
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return _arrow_rows(path, file.schema_arrow, file.iter_batches(batch_size=_BATCH))
+
+
+def _read_arrow(path: Path, limits: Limits) -> FileRows:
+    """A file of `datasets.save_to_disk`, or any Arrow stream or file."""
+    pyarrow = _pyarrow(path)
+    with _readable(path, pyarrow), path.open("rb") as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = reader = pyarrow.ipc.open_stream(file)
+        return _arrow_rows(path, reader.schema, batches)
+
+
+def _arrow_rows(path: Path, schema, batches) -> FileRows:
+    shapes, rows = shape_of_schema(schema), []
+    for batch in batches:
+        for row in batch.to_pylist():
+            where = f"{path}:{len(rows) + 1}"
+            rows.append({n: read_json(v, shapes[n], where) for n, v in row.items()})
+    return FileRows(rows, list(range(1, len(rows) + 1)), shapes)
+
+
+def _pyarrow(path: Path):
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: {path.suffix[1:]} files need pyarrow: pip install 'relax-trainers[parquet]'."
+        ) from error
+    return pyarrow
+
+
+@contextlib.contextmanager
+def _readable(path: Path, pyarrow):
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        kind = path.suffix[1:]
+        raise DataError(f"{path}: not a readable {kind} file: {reason}") from error
+
+
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".txt": _read_text,
+}
+# Of a directory; a .txt file there may be anything.
+SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")

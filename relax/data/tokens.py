@@ -1,0 +1,76 @@
+"""Texts to tokens: one beginning token, no end token that nobody wrote, prompt and completion."""
+
+from collections.abc import Iterator, Sequence
+
+_CHUNK_CHARACTERS = 2**20  # tokenised at once: a tokenizer's answer takes 100 bytes a character
+
+
+def tokenize(tokenizer, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Tokens of each text.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      texts: what chat templates wrote, or plain texts.
+      special: begin each with what the tokenizer puts before a text (BOS), unless it begins so
+        already. What a tokenizer puts behind a text (EOS) is never added: a prompt goes on, and the
+        end of a completion is part of its text. Templates write their special tokens themselves.
+    """
+    prefix = leading_tokens(tokenizer) if special else []
+    made = []
+    for chunk in _chunks(texts):
+        # verbose would warn of every long text
+        all_ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+        made += [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in all_ids]
+    return made
+
+
+def leading_tokens(tokenizer) -> list[int]:
+    """The tokens that a tokenizer puts before a text, such as BOS."""
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
+    starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return list(whole[: next(starts, 0)])
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    chunk, size = [], 0
+    for text in texts:
+        if chunk and size + len(text) > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(text)
+        size += len(text)
+    if chunk:
+        yield chunk
+
+
+def common_length(one, other) -> int:
+    """How many first items of two sequences are the same.
+
+    The prompt of a row is what the tokens of prompt and whole have in common. Tokenising the whole
+    may merge the prompt's last characters with the completion's first, and a chat template may
+    render a prompt otherwise once an answer follows: what is not common belongs to the completion.
+
+    >>> common_length("blue", "black")
+    2
+    """
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def token_mask(encoding_offsets, ids: Sequence[int], spans, special_ids: set[int]) -> list[bool]:
+    """Which tokens lie in spans of characters.
+
+    A token that reaches over the beginning of a span is inside, as in a completion, but not if it
+    is a special token: those of some tokenizers take the space behind them.
+
+    >>> token_mask([(0, 3), (3, 5), (5, 6)], [9, 7, 7], [(2, 5)], {9})
+    [False, True, False]
+    """
+    mask, rest = [], list(spans)
+    for token, (start, end) in zip(ids, encoding_offsets, strict=True):
+        while rest and start >= rest[0][1]:
+            rest.pop(0)
+        inside = bool(rest) and end > rest[0][0]
+        mask.append(inside and not (token in special_ids and start < rest[0][0]))
+    return mask
