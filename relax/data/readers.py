@@ -83,7 +83,8 @@ def _read_csv(path: Path, limits: Limits) -> FileRows:
 
     def lines() -> Iterator[str]:
         nonlocal line
-        for line, text in _lines(path, limits):
+        for number, text in _lines(path, limits):
+            line = number
             yield text
 
     # A quoted cell may go over lines, and the module's own limit of a cell is lower than ours.
