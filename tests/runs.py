@@ -2,6 +2,8 @@
 has imported what a run imports, where many must start; and compared byte for byte."""
 
 import atexit
+import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -14,7 +16,8 @@ import threading
 from multiprocessing import forkserver
 from pathlib import Path
 
-from relax import fault as faults
+from faults import meet
+
 from relax.callbacks.metrics import CLOCK_FIELDS
 from relax.checkpoint.storage import read_arrays
 from relax.config import SFTConfig, cli
@@ -41,12 +44,11 @@ def flags(**fields) -> list[str]:
     return [f"--{name}={value}" for name, value in fields.items()]
 
 
-def environment(fault: str | None = None) -> dict[str, str]:
-    """This process's environment, with the fault that the child is to meet."""
-    env = {name: value for name, value in os.environ.items() if name != "RELAX_FAULT"}
+def environment() -> dict[str, str]:
+    """This process's environment, as a child gets it."""
     # The command that a run prints begins with `python`.
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
-    return env | {"PYTHONPATH": str(ROOT)} | ({"RELAX_FAULT": fault} if fault else {})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
 
 _forks = multiprocessing.get_context("forkserver")
@@ -64,11 +66,11 @@ class Forked:
       before: called first, to change what the script will find.
     """
 
-    def __init__(self, script: Path, *args: str, fault: str | None = None, before=None):
+    def __init__(self, script: Path, *args: str, before=None):
         _start_server()
         (out, out_end), (err, err_end) = (_forks.Pipe(duplex=False) for _ in range(2))
         self._process = _forks.Process(
-            target=_become, args=(str(script), args, environment(fault), before, out_end, err_end)
+            target=_become, args=(str(script), args, environment(), before, out_end, err_end)
         )
         self._process.start()
         out_end.close(), err_end.close()
@@ -82,7 +84,9 @@ class Forked:
     poll = returncode.fget
 
     def send_signal(self, signum: int) -> None:
-        os.kill(self.pid, signum)
+        # One that has ended is no error, as with Popen.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signum)
 
     def kill(self) -> None:
         self._process.kill()
@@ -117,7 +121,6 @@ def _become(script: str, args, env: dict[str, str], before, out, err) -> None:
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv = [script, *args]
-    faults._wanted = faults._parse(env.get("RELAX_FAULT"))
     if before is not None:
         before()
     try:
@@ -142,11 +145,11 @@ class Child:
       command: to start, or a `Forked` that is running.
     """
 
-    def __init__(self, command, fault: str | None = None, shell: bool = False, cwd=ROOT):
+    def __init__(self, command, shell: bool = False, cwd=ROOT):
         self.process = command
         if not isinstance(command, Forked):
             self.process = subprocess.Popen(
-                command, shell=shell, cwd=cwd, env=environment(fault), text=True,
+                command, shell=shell, cwd=cwd, env=environment(), text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         _running.append(self)
@@ -199,14 +202,20 @@ class Child:
         return code
 
 
-def start(*args: str, fault: str | None = None, script: Path = SCRIPT) -> Child:
+def start(*args: str, script: Path = SCRIPT) -> Child:
     """Starts `python run_sft.py ...`."""
-    return Child([sys.executable, str(script), *args], fault)
+    return Child([sys.executable, str(script), *args])
 
 
 def fork(*args: str, fault: str | None = None, script: Path = SCRIPT, before=None) -> Child:
-    """The same in a forked process, which starts in a moment."""
-    return Child(Forked(script, *args, fault=fault, before=before))
+    """The same in a forked process, which starts in a moment.
+
+    Args:
+      fault: where it dies, sleeps or meets a full disk; see `faults.meet`.
+      before: called first, to change what the script will find.
+    """
+    assert fault is None or before is None
+    return Child(Forked(script, *args, before=functools.partial(meet, fault) if fault else before))
 
 
 def finish(*args: str, script: Path = SCRIPT) -> str:

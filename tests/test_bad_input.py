@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import meet
 from runs import additions, call, flags, model_bytes, outcome, start, write_rows
 from safetensors.numpy import load_file, save_file
 
-from relax import fault
 from relax.callbacks import MetricsLog
 from relax.data import arithmetic_tokenizer
 from relax.files import list_steps
 from relax.models import Transformer, TransformerConfig, save_pretrained
+from relax.trainers import Trainer
 
 ROWS = additions(4)
 LONG = {"prompt": "1+" * 40, "completion": "80"}  # 83 tokens, the last three trained
@@ -317,22 +318,17 @@ def test_overwriting_deletes_the_earlier_run_only_when_all_is_well(run, refused,
 SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
 
-def arm(monkeypatch, text: str | None) -> None:
-    monkeypatch.setattr(fault, "_wanted", fault._parse(text))
-    monkeypatch.setattr(fault, "_passes", 0)
-
-
 def test_a_disk_that_fills_up_while_saving_ends_the_run_and_a_resume_completes_it(
     run, tmp_path, monkeypatch
 ):
     file = write_rows(tmp_path / "rows.jsonl", ROWS)
     assert run(dataset_name=file, output_dir=tmp_path / "whole", **SAVING)[0] == 0
-    arm(monkeypatch, "mid_write:2:enospc")
-    code, _, err = run(dataset_name=file, **SAVING)
+    with monkeypatch.context() as patch:
+        meet("mid_write:2:enospc", patch)
+        code, _, err = run(dataset_name=file, **SAVING)
     assert code == 1 and len(err.splitlines()) == 1
     assert err.startswith("error: checkpoint 2 does not fit on the disk: it needs about 9.85 MB, '")
     assert "B free (No space left); checkpoint 1 is intact. Free some space" in err
-    arm(monkeypatch, None)
     assert run(dataset_name=file, resume="auto", **SAVING)[0] == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
@@ -342,14 +338,18 @@ def test_a_disk_that_is_full_at_the_export_keeps_the_checkpoints(run, tmp_path, 
     file = write_rows(tmp_path / "rows.jsonl", ROWS)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(name: str) -> None:
-        if name == "export":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    train = Trainer.train
 
-    monkeypatch.setattr("relax.engine.run.fault", SimpleNamespace(point=fill))
+    def train_and_fill(*args, **kwargs):
+        state = train(*args, **kwargs)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        return state
+
     fields = {"dataset_name": file, "save_strategy": "steps", "save_steps": 1}
     try:
-        code, _, err = run(**fields)
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train", train_and_fill)
+            code, _, err = run(**fields)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     final = tmp_path / "run" / "final"
@@ -357,7 +357,6 @@ def test_a_disk_that_is_full_at_the_export_keeps_the_checkpoints(run, tmp_path, 
     assert err.startswith(f"error: the model cannot be written to '{final}': File too large")
     assert "Checkpoint 1 is intact; make room and run: " in err and "--resume auto" in err
     assert [p.name for p in final.parent.iterdir() if "final" in p.name] == []
-    monkeypatch.setattr("relax.engine.run.fault", fault)
     assert run(**fields, resume="auto")[0] == 0
     assert model_bytes(tmp_path / "run")
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from faults import meet
 
-from relax import fault
 from relax.checkpoint import checkpointer as checkpoints
 from relax.checkpoint.checkpointer import (
     Checkpointer,
@@ -130,8 +130,7 @@ def test_what_an_asynchronous_save_met_is_raised_by_what_comes_next(tmp_path, mo
     checkpointer = Checkpointer(tmp_path, asynchronous=True)
     checkpointer.save(1, make_state(), {})
     checkpointer.wait()
-    monkeypatch.setattr(fault, "_wanted", ("mid_write", 1, "enospc"))
-    monkeypatch.setattr(fault, "_passes", 0)
+    meet("mid_write:1:enospc", monkeypatch)
     checkpointer.save(2, make_state(), {})
     with pytest.raises(
         CheckpointError, match="checkpoint 2 does not fit .* checkpoint 1 is intact"

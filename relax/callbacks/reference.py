@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from relax import fault
 from relax.checkpoint.storage import leaf_crc, named_leaves
 from relax.data.preference_loader import PreferenceLoader
 from relax.errors import CheckpointError
@@ -76,7 +75,6 @@ class ReferenceLogprobs(Callback):
                 if time.monotonic() - saved_s > SAVE_EVERY_S:
                     _write(file, found)
                     saved_s = time.monotonic()
-                fault.point("reference")
         _write(file, found)
         return found
 

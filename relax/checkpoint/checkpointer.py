@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from relax import fault, parallel
+from relax import parallel
 from relax.checkpoint.storage import (
     DamagedError,
     Snapshot,
@@ -139,7 +139,6 @@ class Checkpointer:
         if step < 0:
             raise CheckpointError(f"the step of a checkpoint must be 0 or more, got {step}")
         self.wait()
-        fault.point("before_write")
         taken = snapshot(step, state, progress, copied=self._writer is not None)
         if self._writer is None:
             self._write(taken)
@@ -164,7 +163,6 @@ class Checkpointer:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self.sweep()
             write(temporary, taken)
-            fault.point("before_rename")
             if processes.is_main():
                 self._remove_later(taken.step)
                 self._commit(temporary, taken.step)
@@ -174,7 +172,6 @@ class Checkpointer:
             if isinstance(error, CheckpointError) or not isinstance(error, Exception):
                 raise
             raise CheckpointError(self._why_not_written(taken, error)) from error
-        fault.point("after_rename")
         if processes.is_main():
             self._keep_newest()
         processes.barrier(f"{where(temporary)}: saved")
@@ -219,7 +216,6 @@ class Checkpointer:
         replaced = self.directory / f"tmp-{step}-replaced"
         if self.path(step).exists():
             os.rename(self.path(step), replaced)
-            fault.point("mid_replace")
         os.rename(temporary, self.path(step))
         fsync_path(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -233,7 +229,6 @@ class Checkpointer:
         # Renamed first: a kill in the middle must not leave half a checkpoint under a step's name.
         removed = self.directory / f"tmp-{step}-removed"
         os.rename(self.path(step), removed)
-        fault.point("mid_retention")
         shutil.rmtree(removed)
 
     def _why_not_written(self, taken: Snapshot, error: Exception) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from relax import fault, parallel
+from relax import parallel
 from relax.config.text import join_some
 from relax.errors import CheckpointError
 from relax.files import STATE_FILE, fsync_path
@@ -219,9 +219,7 @@ def write(directory: Path, taken: Snapshot) -> None:
     processes.barrier(f"{where(directory)}: arrays")
     if not processes.is_main():
         return
-    fault.point("mid_write")
     (directory / STATE_FILE).write_bytes(taken.info)
-    fault.point("before_checksums")
     sums = {name: spec | sums[name] for name, spec in taken.specs.items()}
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
     files = {name: file_crc(directory / name) for name in names}

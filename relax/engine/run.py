@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from safetensors import SafetensorError
 
-from relax import fault, parallel
+from relax import parallel
 from relax.callbacks import MetricsLog, Progress
 from relax.checkpoint.checkpointer import Checkpointer, full_disk, restore_checkpoint
 from relax.checkpoint.frozen import WithoutFrozen
@@ -150,7 +150,6 @@ class Job:
         )
         if interrupt.requested is not None:
             raise Interrupted(interrupt.requested)
-        fault.point("trained")
         self.metrics |= output.last_evaluation(self.run_dir.path / "metrics.jsonl")
         state, evaluation = self.watch.best_state(state)
         self.metrics |= evaluation
@@ -177,7 +176,6 @@ class Job:
             with found.catch():
                 for line in checks.changed_fields(config, self._old_run()):
                     self.console.print(f"changed since the run began: {line}", markup=False)
-        fault.point("data")
         with found.catch():
             tokenizer = model_source.make_tokenizer(config)
         with found.catch():
@@ -307,7 +305,6 @@ class Job:
         model, tokenizer = parts.model, parts.tokenizer
         model_dir = self.run_dir.path / "final"
         try:
-            fault.point("export")
             weights = parts.trainer.model_params(state.eval_params, state.frozen)
             if self.base is not None:
                 return save_adapter(model_dir, model, weights, self.base, tokenizer)

@@ -7,13 +7,12 @@ reward) is settled by `gather`, which all must call. One process alone takes par
 
 import collections
 import contextlib
-import ctypes
 import functools
 import json
 import os
-import re
 import sys
 import threading
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,17 +24,7 @@ import numpy as np
 
 from relax.errors import ConfigError, RelaxError
 
-LOST = 75  # the exit code when another process is gone: EX_TEMPFAIL, a relaunch may succeed
-_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # how errors of jax's runtime begin, of any class
-# What they say when a peer is gone, whichever library noticed.
-_GONE = (
-    "gloo",
-    "connection reset",
-    "connection closed",
-    "unavailable",
-    "heartbeat",
-    "coordination",
-)
+_SAY_EVERY_S = 30.0
 _PATIENCE_S = 24 * 3600  # with a process that lives: of one that does not, the heartbeat tells
 _asked: collections.Counter[str] = collections.Counter()
 
@@ -76,19 +65,23 @@ def start(
     """
     if jax.distributed.is_initialized():
         return
-    where = {} if coordinator == "auto" else {"coordinator_address": coordinator}
+    address = None if coordinator == "auto" else coordinator
+    where = f"at {address}" if address else "as the environment tells"
+    who = "this process" if process_id is None else f"process {process_id}"
+    who += "" if num_processes is None else f" of {num_processes}"
+    # That service takes SIGTERM for itself; `Interrupt` saves the run on it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        _say_who_is_gone()
-        jax.distributed.initialize(
-            **where,
-            num_processes=num_processes,
-            process_id=process_id,
-            heartbeat_timeout_seconds=heartbeat_s,
-            initialization_timeout=timeout_s,
-        )
+        with _saying_that_it_waits(f"{who} waits for the others {where}, up to {timeout_s} s"):
+            jax.distributed.initialize(
+                coordinator_address=address,
+                num_processes=num_processes,
+                process_id=process_id,
+                heartbeat_timeout_seconds=heartbeat_s,
+                initialization_timeout=timeout_s,
+            )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        where = f"at {coordinator}" if where else "as the environment tells"
         raise ConfigError(
             f"the processes of the run did not come together {where}: {reason}. Start all of them "
             "with the same coordinator (HOST:PORT) and num_processes, and each its own process_id; "
@@ -96,91 +89,60 @@ def start(
         ) from error
 
 
-def _say_who_is_gone() -> None:
-    """Lets a missed heartbeat end this process with a sentence.
+@contextlib.contextmanager
+def _saying_that_it_waits(line: str) -> Iterator[None]:
+    """Says at once, and every half minute, that this process waits for the others."""
+    over = threading.Event()
+    start_s = time.monotonic()
 
-    The runtime tells of one in a thread of its own. It calls a function of Python's with a status
-    that it cannot turn into a Python object, and ends by the C++ exception of that; with no
-    function it aborts, and cannot be told from a crash.
-    """
-    from jax._src.lib import _jax
+    def speak():
+        print(line, file=sys.stderr, flush=True)
+        while not over.wait(_SAY_EVERY_S):
+            waited_s = time.monotonic() - start_s
+            print(f"{line}: {waited_s:.0f} s so far", file=sys.stderr, flush=True)
 
-    make = _jax.get_distributed_runtime_client
-    make = getattr(make, "func", make)
-    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=_lost)
+    speaker = threading.Thread(target=speak, name="waiting", daemon=True)
+    speaker.start()
     try:
-        library = ctypes.CDLL("libstdc++.so.6")
-    except OSError:  # another C++ library: the exception ends the process in its own words
-        return
-    library.__cxa_current_exception_type.restype = ctypes.POINTER(ctypes.c_char_p)
-    set_terminate = library._ZSt13set_terminatePFvvE
-    set_terminate.restype = _HANDLER
-
-    @_HANDLER
-    def handler():
-        kind = library.__cxa_current_exception_type()
-        if kind and kind[1] == b"St8bad_cast":  # a type_info: its table of functions, its name
-            _lost()
-        previous()
-
-    previous = set_terminate(handler)
-    _kept.append(handler)
-
-
-_HANDLER = ctypes.CFUNCTYPE(None)
-_kept: list[Any] = []  # what C++ points to
-
-
-def _lost(*_) -> None:
-    _leave(
-        "error: another process of the run is gone: ending this one; start all of them again", LOST
-    )
-
-
-_leaving = threading.Lock()
-
-
-def _leave(line: str, code: int) -> None:
-    """Ends at once: what runs at a normal exit would wait for the processes that are gone."""
-    _leaving.acquire()  # never released: two threads may have noticed, and one speaks
-    sys.stdout.flush()
-    os.write(2, line.encode() + b"\n")
-    os._exit(code)
+        yield
+    finally:
+        over.set()
+        speaker.join()
 
 
 @contextlib.contextmanager
 def abort_on_error() -> Iterator[None]:
-    """What fails in one process ends it at once, so that the others end, too, and none waits."""
+    """Ends this process at once when it fails, so that the others end, too, and none waits.
+
+    The exit code is that of the error, and never 0.
+    """
     try:
         yield
     except BaseException as error:
         if count() == 1:
             raise
-        _leave(*_last_words(error))
+        line, code = _last_words(error)
+        sys.stdout.flush()
+        os.write(2, line.encode() + b"\n")
+        # A normal exit would wait for the other processes, which may be gone.
+        os._exit(code)
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
-    if _is_of_a_peer(error):
-        return (
-            f"error: another process of the run is gone, so process {index()} of {count()} ends; "
-            "start all of them again",
-            LOST,
-        )
+    """The text to end with, and the exit code."""
     if isinstance(error, RelaxError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted", getattr(error, "exit_code", 130)
-    return "".join(traceback.format_exception(error)), 1
-
-
-def _is_of_a_peer(error: BaseException | None) -> bool:
-    """Whether jax's runtime says that another process is gone; a user's function may say alike."""
-    while error is not None:
-        said = str(error)
-        if _STATUS.match(said) and any(word in said.lower() for word in _GONE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    text = "".join(traceback.format_exception(error))
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        # Nothing in the error tells whether a peer or this process is at fault.
+        text += (
+            f"error: process {index()} of {count()} failed in jax's runtime, as it does when "
+            "another process of the run has ended: see what the others say, then start all of "
+            "them again with --resume auto"
+        )
+    return text, 1
 
 
 def gather(value: Any) -> list[Any]:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax import fault, parallel
+from relax import parallel
 from relax.losses import IGNORED
 from relax.losses.logprobs import TokenLogprobs, linear_logprobs
 from relax.losses.masked import masked_mean
@@ -163,9 +163,7 @@ class RLTrainer(Trainer):
         start_s = time.monotonic()
         rollout = self.generate(state, item, key)
         rolled_s = time.monotonic()
-        fault.point("rollout")
         collected = self.score(rollout, int(state.step))
-        fault.point("reward")
         times = {"time/rollout": rolled_s - start_s, "time/reward": time.monotonic() - rolled_s}
         return collected._replace(metrics=collected.metrics | times)
 
