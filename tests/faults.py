@@ -95,6 +95,12 @@ def _checkpoints():
     return checkpointer
 
 
+def _model_source():
+    from relax.engine import model_source
+
+    return model_source
+
+
 def _trainer():
     from relax.trainers import Trainer
 
@@ -122,7 +128,7 @@ def _renames_to(end: str) -> Callable:
 
 
 _POINTS = {
-    "data": _around(_checkpointer, "sweep"),  # the lock is taken, and no row is read
+    "data": _around(_model_source, "make_tokenizer", before=True),
     "reference": _around(_dpo_trainer, "answer_logprobs"),
     "rollout": _around(_rl_trainer, "score", before=True),  # completions are not yet scored
     "reward": _around(_rl_trainer, "score"),

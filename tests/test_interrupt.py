@@ -55,6 +55,8 @@ with Interrupt() as stop:
     time.sleep(30)
 """
 
+LONG_STEP_SOON_OVER = LONG_STEP.replace("Interrupt()", "Interrupt(grace_s=1.5)")
+
 COMPILING = """
 with Interrupt(grace_s=0.5) as stop:
     stop.arm()
@@ -114,6 +116,43 @@ def test_in_the_loop_a_signal_lets_the_step_end_and_the_run_save(signum, code):
     returncode, out, err = signalled(STEPS, signum)
     assert (returncode, out) == (code, "saved\n")
     assert err == "finishing this step, then saving (press Ctrl-C again to stop at once)\n"
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
+def test_a_closed_terminal_and_a_batch_system_ask_as_sigterm_does(signum, code):
+    """However often: a closing terminal sends several, and SIGTERM follows SIGUSR1."""
+    assert signalled(STEPS, signum)[:2] == (code, "saved\n")
+    returncode, _, err = signalled(LONG_STEP_SOON_OVER, signum, signum, signal.SIGTERM)
+    assert returncode == code and "1.5 s after SIG" in err and "stopped at once" not in err
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As under `nohup`; a handler of the user's stays, too."""
+    before = signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGUSR1)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, print)
+    try:
+        with Interrupt():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGUSR1) is print
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
+
+
+class Swallower:
+    """An object at whose end a signal comes; what is raised in `__del__` goes no further."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_whose_exception_is_swallowed_is_found_when_the_loop_begins():
+    with pytest.raises(Interrupted), Interrupt() as stop:
+        Swallower()
+        assert stop.requested == signal.SIGINT
+        stop.arm()
 
 
 @pytest.mark.parametrize("code", [LONG_STEP, COMPILING], ids=["python", "native"])

@@ -6,6 +6,7 @@ arguments are checked against the configuration class first, and fire gets clean
 with a parser for each. Nothing here imports jax: a wrong command ends before it costs anything.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ def run(
 
     Raises:
       SystemExit: 2 after `error: ...` lines on stderr when the command line or the configuration is
-        wrong; the `exit_code` of a `RelaxError` or an interruption that leaves `main`.
+        wrong; the `exit_code` of a `RelaxError` or an interruption that leaves `main`. An
+        interruption ends the process itself where `argv` is None.
     """
     try:
         command = read_command(config_class, sys.argv[1:] if argv is None else argv)
@@ -45,7 +47,7 @@ def run(
 
         print(help_text(config_class, _script()))
     else:
-        dispatch(config_class, command, partial(_call, main))
+        dispatch(config_class, command, partial(_call, main, ends_process=argv is None))
 
 
 def dispatch(config_class: type[Settings], command: Command, main: Callable[[Any], object]) -> None:
@@ -77,8 +79,12 @@ def dispatch(config_class: type[Settings], command: Command, main: Callable[[Any
     )
 
 
-def _call(main: Callable[[Any], object], config: Settings) -> None:
-    """Calls `main`; an error that ReLax raises on purpose becomes one message and an exit code."""
+def _call(main: Callable[[Any], object], config: Settings, *, ends_process: bool = False) -> None:
+    """Calls `main`; an error that ReLax raises on purpose becomes one message and an exit code.
+
+    Args:
+      ends_process: nothing runs after this, so an interruption may end the process here.
+    """
     try:
         main(config)
     except RelaxError as error:
@@ -86,8 +92,15 @@ def _call(main: Callable[[Any], object], config: Settings) -> None:
             print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+        code = getattr(stop, "exit_code", 130)
+        with contextlib.suppress(OSError):  # the signal may tell that the terminal is gone
+            print(str(stop) or "interrupted", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        if ends_process:
+            # Everything is closed. A normal exit would wait for a compiler that is still at work,
+            # for minutes, and then crash in it.
+            os._exit(code)
+        raise SystemExit(code) from None
 
 
 def _refuse(error: ConfigError) -> NoReturn:

@@ -14,6 +14,7 @@ from relax.config import TrainerConfig
 from relax.engine import devices, output
 from relax.engine.dry_run import dry_run
 from relax.engine.run import Job, JobResult
+from relax.engine.terminal import StandardOutput
 from relax.engine.watch import RunMonitor, final_status
 from relax.errors import CheckpointError, ConfigError
 from relax.monitor.status import ENDED, TrainingStatusWriter
@@ -36,7 +37,7 @@ class TrainerEngine:
         self, status_writer: TrainingStatusWriter | None = None, *, console: Console | None = None
     ):
         self.status_writer = status_writer
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(file=StandardOutput(), highlight=False, soft_wrap=True)
 
     def run_job(
         self,

@@ -1,9 +1,12 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave; or leave at once when asked twice.
+"""Signals that ask for the end: finish the step, save, leave; or leave at once when asked twice.
+
+SIGINT is Ctrl-C, SIGTERM is what schedulers send, SIGHUP comes when a terminal is closed, and
+SIGUSR1 is what batch systems are told to send some time before the end.
 
 A Python signal handler runs in the main thread, and only between bytecodes: never while that thread
 is inside XLA's compiler. So two parts share the work. The handler tells the loop to stop. A watcher
 thread, woken by the interpreter's wakeup descriptor even then, ends the process on a second signal
-or when the grace time of a SIGTERM is over. Ending by force is safe because files are committed by
+or when the grace time is over. Ending by force is safe because files are committed by
 a rename.
 """
 
@@ -21,6 +24,9 @@ from relax.parallel import processes
 
 # One Ctrl-C can arrive twice: from the terminal and from a wrapper that passes it on.
 _SAME_PRESS_S = 0.1
+# Signals of which a second one ends the process at once. The others may come in any number: a
+# closing terminal sends several, and a batch system sends SIGTERM after SIGUSR1.
+_URGENT = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,20 +38,21 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM, as shells count."""
+        """128 and the number of the signal, as shells count: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into an orderly end while its context lasts.
+    """Turns SIGINT, SIGTERM, SIGHUP and SIGUSR1 into an orderly end while its context lasts.
 
     Until `arm()` a signal raises `Interrupted` in the main thread. After it the first signal only
-    sets `requested`, which the loop looks at between steps. A second signal ends the process at
-    once. In a notebook SIGTERM is left alone; outside the main thread nothing is installed; inside
-    another active `Interrupt` this one shares that one's state.
+    sets `requested`, which the loop looks at between steps. A second Ctrl-C or SIGTERM ends the
+    process at once. In a notebook only Ctrl-C is handled; SIGHUP and SIGUSR1 are left alone where
+    they are ignored (`nohup`) or have a handler; outside the main thread nothing is installed;
+    inside another active `Interrupt` this one shares that one's state.
 
     Args:
-      grace_s: seconds (> 0) between a SIGTERM and the end of the process by force.
+      grace_s: seconds (> 0) between a signal other than Ctrl-C and the end of the process by force.
       say: prints one line; default: to stderr.
 
     Example:
@@ -74,19 +81,26 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """What the process should exit with: 0, 130 or 143."""
+        """What the process should exit with: 0, or 128 and the number of the signal."""
         return 0 if self.requested is None else 128 + self.requested
 
     def agree(self) -> None:
-        """Of several processes, all stop where one was asked to: they must all call this."""
+        """Stops all processes where one was asked to stop. All of them must call it."""
         asked = [signum for signum in processes.gather(self.requested) if signum is not None]
         if asked and self.requested is None:
             owner = self._outer or self
             owner._signum = asked[0]
 
     def arm(self) -> None:
-        """From here on the caller polls `requested`: a first signal no longer raises."""
+        """From here on the caller polls `requested`: a first signal no longer raises.
+
+        Raises:
+          Interrupted: a signal came before and the exception that it raised was swallowed, as it
+            is in a callback of the garbage collector.
+        """
         self._set_armed(True)
+        if self.requested is not None:
+            raise Interrupted(self.requested)
 
     def disarm(self) -> None:
         """From here on nobody polls: a signal raises `Interrupted` again."""
@@ -106,8 +120,7 @@ class Interrupt:
             return self
         Interrupt._active = self
         self._start_watcher()
-        notebook = hasattr(builtins, "__IPYTHON__")
-        for signum in [signal.SIGINT] if notebook else [signal.SIGINT, signal.SIGTERM]:
+        for signum in _handled():
             self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
@@ -124,10 +137,13 @@ class Interrupt:
             Interrupt._active = None
 
     def _handle(self, signum: int, frame) -> None:
+        first = self._signum is None
+        if first:
+            # Before anything is raised: an exception may be swallowed where it is raised.
+            self._signum = signum
         if not self._armed:
             raise Interrupted(signum)
-        if self._signum is None:
-            self._signum = signum
+        if first:
             self._say("finishing this step, then saving (press Ctrl-C again to stop at once)")
 
     def _start_watcher(self) -> None:
@@ -145,14 +161,16 @@ class Interrupt:
         os.close(self._write_fd)
 
     def _watch(self) -> None:
-        """Counts signals, which arrive as one byte each, and keeps the deadline of a SIGTERM."""
+        """Counts signals, which arrive as one byte each, and keeps the deadline."""
         first_s = deadline_s = None
+        last = signal.SIGTERM  # the signal that the deadline is of
         while True:
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
             if not select.select([self._read_fd], [], [], left_s)[0]:
                 _end(
-                    signal.SIGTERM,
-                    f"{self.grace_s:g} s after SIGTERM the run had not ended: ending it by force",
+                    last,
+                    f"{self.grace_s:g} s after {last.name} the run had not ended: ending it by "
+                    "force",
                 )
             for signum in os.read(self._read_fd, 64):
                 if signum == 0:
@@ -162,11 +180,20 @@ class Interrupt:
                 if signum not in self._previous:
                     continue
                 now_s = time.monotonic()
-                if first_s is not None and now_s - first_s > _SAME_PRESS_S:
-                    _end(signum, "stopped at once; what was saved before is intact")
-                first_s = first_s or now_s
-                if signum == signal.SIGTERM and deadline_s is None:
-                    deadline_s = now_s + self.grace_s
+                if signum in _URGENT:
+                    if first_s is not None and now_s - first_s > _SAME_PRESS_S:
+                        _end(signum, "stopped at once; what was saved before is intact")
+                    first_s = first_s or now_s
+                if signum != signal.SIGINT and deadline_s is None:
+                    deadline_s, last = now_s + self.grace_s, signal.Signals(signum)
+
+
+def _handled() -> list[int]:
+    """The signals to handle here."""
+    if hasattr(builtins, "__IPYTHON__"):
+        return [signal.SIGINT]
+    others = (signal.SIGHUP, signal.SIGUSR1)
+    return [*_URGENT, *(s for s in others if signal.getsignal(s) == signal.SIG_DFL)]
 
 
 def _forget_in_child() -> None:
@@ -186,6 +213,8 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except RuntimeError:  # the signal came in the middle of a print to the same stream
         os.write(2, line.encode() + b"\n")
+    except OSError:  # the terminal is gone: that may be what the signal tells
+        pass
 
 
 def _pass_on(fd: int, signum: int) -> None:
