@@ -12,8 +12,8 @@ from relax.errors import ConfigError, DataError
 from relax.rewards import RewardRunner, load_reward
 from relax.rewards.lengths import cosine_scaled
 from relax.rewards.loading import parameters_by_reward
-from relax.rewards.local import reference_of
 from relax.rewards.protocol import check_columns, check_plain, describe, distinct, name_of, text_of
+from relax.rewards.workers.threads import reference_of
 
 
 def test_rewards_are_imported_without_jax_and_without_what_extras_bring():

@@ -285,7 +285,7 @@ def test_an_interrupted_runner_does_not_give_the_answer_to_another_question(file
     with RewardRunner([f"{file}:acts"]) as runner:
         pending = runner.submit(["p"], ["1"])
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("relax.rewards.frames.read", interrupted)
+            patch.setattr("relax.rewards.workers.messages.read", interrupted)
             pending.result()
         with pytest.raises(RewardError, match="is closed"):
             runner.score(["p"], ["2"])

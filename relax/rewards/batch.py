@@ -9,8 +9,8 @@ import numpy as np
 
 from relax.config.text import quote
 from relax.errors import RewardError
-from relax.rewards.isolation import Kind, Scores
 from relax.rewards.protocol import text_of
+from relax.rewards.workers.scores import Kind, Scores
 
 # The share of failures is taken of at least so many completions: one early failure is no trend.
 _LEAST_SCORED = 100

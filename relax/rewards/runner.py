@@ -11,10 +11,7 @@ import numpy as np
 
 from relax.errors import ConfigError, RewardError
 from relax.rewards.batch import RewardBatch, Tally, failures_of, gather
-from relax.rewards.host_process import HostProcess
-from relax.rewards.isolation import Scores, scores_of
 from relax.rewards.loading import parameters_by_reward
-from relax.rewards.local import in_process, reference_of, score_here
 from relax.rewards.protocol import (
     RewardInfo,
     check_columns,
@@ -23,6 +20,9 @@ from relax.rewards.protocol import (
     describe,
     distinct,
 )
+from relax.rewards.workers.client import HostProcess
+from relax.rewards.workers.scores import Scores, scores_of
+from relax.rewards.workers.threads import in_process, reference_of, score_here
 
 
 class RewardRunner:

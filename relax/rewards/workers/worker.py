@@ -11,9 +11,9 @@ import time
 import traceback
 from collections.abc import Callable
 
-from relax.rewards import frames
-from relax.rewards.calling import invoke
-from relax.rewards.isolation import CallFailed, Scores, scores_of
+from relax.rewards.workers import messages
+from relax.rewards.workers.calls import invoke
+from relax.rewards.workers.scores import CallFailed, Scores, scores_of
 
 MAX_ANSWER_BYTES = 64 << 20
 MAX_PRINTED_BYTES = 16 << 10  # of what functions print, for each batch
@@ -73,7 +73,7 @@ class Worker:
     def send(self, frame: bytes) -> None:
         # A dead worker is found out about by the next question.
         with contextlib.suppress(BrokenPipeError):
-            frames.write(self._requests, frame)
+            messages.write(self._requests, frame)
 
     def ask(self, function: int, indices: list[int], timeout_s: float, parent: int) -> Scores:
         """One call of a function.
@@ -85,7 +85,7 @@ class Worker:
           CallFailed: it raised, or it hung or died, and the worker is no more.
           ParentGone: as said.
         """
-        self.send(frames.encode({"function": function, "indices": indices}))
+        self.send(messages.encode({"function": function, "indices": indices}))
         try:
             answer = self._wait(timeout_s, parent)
         except (CallFailed, ParentGone):
@@ -115,9 +115,9 @@ class Worker:
                 data += part
                 if not part:
                     raise CallFailed("died", self._end())
-                if (frames.frame_size(data) or 0) > MAX_ANSWER_BYTES:
+                if (messages.frame_size(data) or 0) > MAX_ANSWER_BYTES:
                     raise CallFailed("result", f"answers with more than {MAX_ANSWER_BYTES} bytes")
-                if (answer := frames.decode(data)) is not None:
+                if (answer := messages.decode(data)) is not None:
                     self._read_output()
                     return answer
         raise CallFailed("hung", f"gave no answer within {timeout_s:g} s and was killed")
@@ -187,7 +187,7 @@ def _be_first_to_go() -> None:
 
 def _work(functions: Functions, requests: int, answers: int) -> None:
     batch: dict = {}
-    while (message := frames.read(requests)) is not None:
+    while (message := messages.read(requests)) is not None:
         if "prompts" in message:
             batch = message
             continue
@@ -198,4 +198,4 @@ def _work(functions: Functions, requests: int, answers: int) -> None:
             answer = {"failed": [error.kind, error.reason]}
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        frames.write(answers, frames.encode(answer))
+        messages.write(answers, messages.encode(answer))

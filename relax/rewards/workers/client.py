@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterable
 
 from relax.errors import ConfigError, RewardError
-from relax.rewards import frames
 from relax.rewards.protocol import RewardInfo
+from relax.rewards.workers import messages
 
 LOAD_TIMEOUT_S = 120.0
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from relax.rewards.host import main; main()"
+    "from relax.rewards.workers.host import main; main()"
 )
 
 
@@ -84,7 +84,7 @@ class HostProcess:
 
     def send(self, message) -> None:
         try:
-            frames.write(self._process.stdin.fileno(), frames.encode(message))
+            messages.write(self._process.stdin.fileno(), messages.encode(message))
         except BrokenPipeError:
             pass  # `receive` says how it ended
 
@@ -95,7 +95,7 @@ class HostProcess:
           RewardError: the host is no more.
         """
         try:
-            answer = frames.read(self._process.stdout.fileno())
+            answer = messages.read(self._process.stdout.fileno())
         except EOFError:
             answer = None
         if answer is None:

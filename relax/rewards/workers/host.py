@@ -13,11 +13,11 @@ import time
 import warnings
 
 from relax.errors import ConfigError
-from relax.rewards import frames
-from relax.rewards.isolation import score
 from relax.rewards.loading import load_reward
 from relax.rewards.protocol import describe
-from relax.rewards.worker import Functions, ParentGone, Printed, Worker
+from relax.rewards.workers import messages
+from relax.rewards.workers.scores import score
+from relax.rewards.workers.worker import Functions, ParentGone, Printed, Worker
 
 
 def main() -> None:
@@ -27,15 +27,15 @@ def main() -> None:
     os.dup2(2, 1)  # modules may print while they load
     # Python 3.12 and later warn of forks beside threads, such as those of numpy's BLAS.
     warnings.filterwarnings("ignore", "(?s).*fork", DeprecationWarning)
-    setup = frames.read(inbox)
+    setup = messages.read(inbox)
     if setup is None:
         return
     try:
         functions = [_load(**reference) for reference in setup["functions"]]
     except ConfigError as error:
-        frames.write(outbox, frames.encode({"error": str(error)}))
+        messages.write(outbox, messages.encode({"error": str(error)}))
         return
-    frames.write(outbox, frames.encode({"functions": [vars(info) for _, info in functions]}))
+    messages.write(outbox, messages.encode({"functions": [vars(info) for _, info in functions]}))
     _Host(functions, setup["timeout_s"], inbox, outbox).serve()
 
 
@@ -54,8 +54,8 @@ class _Host:
 
     def serve(self) -> None:
         try:
-            while (batch := frames.read(self.inbox)) is not None:
-                frames.write(self.outbox, frames.encode(self.answer(batch)))
+            while (batch := messages.read(self.inbox)) is not None:
+                messages.write(self.outbox, messages.encode(self.answer(batch)))
         except (ParentGone, BrokenPipeError, EOFError):
             sys.exit(1)
         finally:
@@ -64,7 +64,7 @@ class _Host:
 
     def answer(self, batch: dict) -> dict:
         start = time.monotonic()
-        self.batch = frames.encode(batch)
+        self.batch = messages.encode(batch)
         if self.worker and self.worker.pid:
             self.worker.send(self.batch)
         scores = [

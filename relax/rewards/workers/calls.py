@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from relax.config.text import quote
-from relax.rewards.isolation import CallFailed, Scores
 from relax.rewards.protocol import BadResult, RewardInfo, check_rewards
+from relax.rewards.workers.scores import CallFailed, Scores
 
 # A batch, as it travels: `prompts`, `completions`, `columns` {name: values}, `trainer_state`
 # {name: value}, and `completion_ids` (or None), all but the state with one item a completion.

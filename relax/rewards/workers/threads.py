@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable
 
 from relax.errors import DataError
-from relax.rewards.calling import Batch, invoke
-from relax.rewards.isolation import CallFailed, Scores, score
 from relax.rewards.protocol import RewardInfo, check_plain
+from relax.rewards.workers.calls import Batch, invoke
+from relax.rewards.workers.scores import CallFailed, Scores, score
 
 
 def reference_of(function: Callable) -> dict | None:
