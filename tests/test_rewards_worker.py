@@ -12,9 +12,10 @@ import pytest
 
 from relax.errors import ConfigError, DataError, RewardError
 from relax.rewards import RewardRunner
+from relax.rewards.workers import client
 
 FUNCTIONS = '''
-import asyncio, ctypes, os, re, sys, time
+import asyncio, ctypes, os, re, signal, subprocess, sys, time
 
 def act(text):
     if text == "raise": raise ValueError("no such thing")
@@ -22,6 +23,10 @@ def act(text):
     if text == "hang": time.sleep(100)
     if text == "regex": re.match("(a+)+$", "a" * 60 + "b")
     if text == "exit": os._exit(3)
+    if text == "stop the parent":
+        os.kill(os.getppid(), signal.SIGSTOP)
+        time.sleep(100)
+    if text == "stop": os.kill(os.getpid(), signal.SIGSTOP)
     if text == "segfault": ctypes.string_at(0)
     if text == "recurse": act(text)
     if text == "gigabyte": return bytes(2**30)
@@ -73,6 +78,18 @@ def logs_much(completions, log_extra):
 def looks_up(completions):
     return [os.getpid()] * len(completions)
 
+def leaves_a_process(completions, then=("return",)):
+    """In a session of its own, and with a parent that has ended."""
+    code = "import os, sys, time; os.fork() and os._exit(0); os.setsid(); "
+    code += "print(os.getpid(), os.getsid(0), file=open(sys.argv[1], 'w'), flush=True); "
+    code += "time.sleep(100)"
+    subprocess.run([sys.executable, "-c", code, completions[0]])
+    while not os.path.exists(completions[0]) or not open(completions[0]).read().endswith("\\n"):
+        time.sleep(0.01)
+    if then[0] == "hang":
+        time.sleep(100)
+    return [1.0]
+
 def pids(completions):
     with open(completions[0], "w") as file: print(os.getpid(), os.getppid(), file=file, flush=True)
     time.sleep(100)
@@ -110,6 +127,8 @@ def make(file):
         ("leave", "raised", "raised SystemExit: 4"),
         ("recurse", "raised", "raised RecursionError"),
         ("hang", "hung", "gave no answer within 0.5 s and was killed"),
+        ("stop", "hung", "gave no answer within 0.5 s and was killed"),
+        ("stop the parent", "hung", "gave no answer within 0.5 s and was killed"),
         ("regex", "hung", "gave no answer within 0.5 s and was killed"),
         ("exit", "died", "ended its process with exit code 3"),
         ("segfault", "died", "ended its process by signal SIGSEGV"),
@@ -279,7 +298,7 @@ def test_functions_that_cannot_be_loaded_are_refused(tmp_path):
 
 
 def test_an_interrupted_runner_does_not_give_the_answer_to_another_question(file, monkeypatch):
-    def interrupted(fd):
+    def interrupted(fd, wait):
         raise KeyboardInterrupt
 
     with RewardRunner([f"{file}:acts"]) as runner:
@@ -302,14 +321,18 @@ def test_a_closed_runner_says_so(file):
 def gone(pid):
     """Whether a process has ended; a zombie has."""
     for _ in range(200):
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return True
-        except FileNotFoundError:
+        if is_gone(pid):
             return True
         time.sleep(0.05)
     return False
+
+
+def is_gone(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def read_pids(path):
@@ -325,6 +348,50 @@ def test_closing_kills_a_function_that_runs(file, tmp_path):
         runner.submit(["p"], [str(tmp_path / "pids")])
         pids = read_pids(tmp_path / "pids")
     assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("how", ["hung", "closed", "trainer killed"])
+def test_a_process_in_a_session_of_its_own_ends_with_the_worker_or_the_run(file, tmp_path, how):
+    reward, pids = f"{file}:leaves_a_process", tmp_path / "pids"
+    if how == "trainer killed":
+        code = f"""
+            import time
+            from relax.rewards import RewardRunner
+            runner = RewardRunner({reward!r})
+            runner.score(["p"], [{str(pids)!r}])
+            print("scored", flush=True)
+            time.sleep(100)
+        """
+        trainer = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+        )
+        assert trainer.stdout.readline() == "scored\n"
+        pid, session = read_pids(pids)
+        assert not is_gone(pid)
+        trainer.kill()
+        trainer.communicate()
+    else:
+        with RewardRunner(reward, timeout_s=5.0, max_errors=1.0) as runner:
+            if how == "hung":
+                runner.score(["p"], [str(pids)], columns={"then": ["hang"]})
+                pid, session = read_pids(pids)
+                assert gone(pid)
+            else:
+                assert runner.score(["p"], [str(pids)]).total.tolist() == [1.0]
+                pid, session = read_pids(pids)
+                assert not is_gone(pid)
+    assert pid == session and gone(pid)
+
+
+def test_a_host_that_stays_silent_ends_the_run_with_a_sentence(file, monkeypatch):
+    monkeypatch.setattr(client, "GIVE_UP_AFTER_S", 0.5)
+    with RewardRunner(f"{file}:acts", timeout_s=0.5) as runner:
+        [(_, host)] = runner._hosts
+        kill = host._signal
+        monkeypatch.setattr(host, "_signal", lambda s: s == signal.SIGKILL and kill(s))
+        os.kill(host._process.pid, signal.SIGSTOP)
+        with pytest.raises(RewardError, match="has been silent for 1 s, though a call may take 0"):
+            runner.score(["p"], ["1"])
 
 
 @pytest.mark.parametrize("victim", ["trainer", "host"])

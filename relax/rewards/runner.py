@@ -20,7 +20,7 @@ from relax.rewards.protocol import (
     describe,
     distinct,
 )
-from relax.rewards.workers.client import HostProcess
+from relax.rewards.workers.client import Host
 from relax.rewards.workers.scores import Scores, scores_of
 from relax.rewards.workers.threads import in_process, reference_of, score_here
 
@@ -71,13 +71,13 @@ class RewardRunner:
         self._local = {i: functions[i] for i, ref in enumerate(references) if ref is None}
         isolated = [i for i in range(len(functions)) if i not in self._local]
         dealt = [isolated[k::workers] for k in range(workers) if isolated[k::workers]]
-        hosts: list[HostProcess] = []
+        hosts: list[Host] = []
         self._close = weakref.finalize(self, _close_all, hosts)
         infos: dict[int, RewardInfo] = {i: describe(f) for i, f in self._local.items()}
         try:
             for indices in dealt:
                 chosen = [references[i] for i in indices]
-                hosts.append(HostProcess(chosen, timeout_s, tuple(keep_env)))
+                hosts.append(Host(chosen, timeout_s, tuple(keep_env)))
             for indices, host in zip(dealt, hosts, strict=True):
                 infos |= dict(zip(indices, host.infos(), strict=True))
         except BaseException:
@@ -295,6 +295,6 @@ def _plain_ids(completion_ids) -> list[list[int]] | None:
     return [np.asarray(ids, np.int64).tolist() for ids in completion_ids]
 
 
-def _close_all(hosts: list[HostProcess]) -> None:
+def _close_all(hosts: list[Host]) -> None:
     for host in hosts:
         host.close()

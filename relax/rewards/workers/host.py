@@ -15,9 +15,12 @@ import warnings
 from relax.errors import ConfigError
 from relax.rewards.loading import load_reward
 from relax.rewards.protocol import describe
-from relax.rewards.workers import messages
+from relax.rewards.workers import descendants, messages
 from relax.rewards.workers.scores import score
 from relax.rewards.workers.worker import Functions, ParentGone, Printed, Worker
+
+ALIVE = {"alive": True}
+_SAY_EVERY_S = 1.0  # that the host is alive, between two calls
 
 
 def main() -> None:
@@ -27,16 +30,22 @@ def main() -> None:
     os.dup2(2, 1)  # modules may print while they load
     # Python 3.12 and later warn of forks beside threads, such as those of numpy's BLAS.
     warnings.filterwarnings("ignore", "(?s).*fork", DeprecationWarning)
-    setup = messages.read(inbox)
-    if setup is None:
-        return
+    descendants.adopt()
     try:
-        functions = [_load(**reference) for reference in setup["functions"]]
-    except ConfigError as error:
-        messages.write(outbox, messages.encode({"error": str(error)}))
-        return
-    messages.write(outbox, messages.encode({"functions": [vars(info) for _, info in functions]}))
-    _Host(functions, setup["timeout_s"], inbox, outbox).serve()
+        setup = messages.read(inbox)
+        if setup is None:
+            return
+        try:
+            functions = [_load(**reference) for reference in setup["functions"]]
+        except ConfigError as error:
+            messages.write(outbox, {"error": str(error)})
+            return
+        messages.write(outbox, {"functions": [vars(info) for _, info in functions]})
+        _Host(functions, setup["timeout_s"], inbox, outbox).serve()
+    except (ParentGone, BrokenPipeError, EOFError):
+        sys.exit(1)
+    finally:
+        descendants.kill()
 
 
 def _load(spec: str, parameters: dict):
@@ -51,31 +60,40 @@ class _Host:
         self.printed = Printed()
         self.worker: Worker | None = None
         self.batch = b""
+        self.own = descendants.children()  # what the modules have started: it stays
+        self.said_s = time.monotonic()
 
     def serve(self) -> None:
         try:
             while (batch := messages.read(self.inbox)) is not None:
-                messages.write(self.outbox, messages.encode(self.answer(batch)))
-        except (ParentGone, BrokenPipeError, EOFError):
-            sys.exit(1)
+                messages.write(self.outbox, self.answer(batch))
         finally:
-            if self.worker:
+            if self.worker is not None:
                 self.worker.kill()
 
     def answer(self, batch: dict) -> dict:
-        start = time.monotonic()
+        start_s = self.said_s = time.monotonic()
         self.batch = messages.encode(batch)
-        if self.worker and self.worker.pid:
-            self.worker.send(self.batch)
+        if self.worker is not None:
+            self.worker.forget_batch()
         scores = [
             vars(score(functools.partial(self.call, i), len(batch["prompts"])))
             for i in range(len(self.functions))
         ]
-        seconds = time.monotonic() - start
+        descendants.reap(but={*self.own, self.worker.pid})
+        seconds = time.monotonic() - start_s
         return {"scores": scores, "seconds": seconds, "printed": self.printed.take()}
 
     def call(self, function: int, indices: list[int]):
+        """Calls a function in the worker, which is replaced where it has ended."""
+        if time.monotonic() - self.said_s > _SAY_EVERY_S:
+            messages.write(self.outbox, ALIVE)
+            self.said_s = time.monotonic()
         if self.worker is None or not self.worker.pid:
             private = (self.inbox, self.outbox)
-            self.worker = Worker(self.functions, self.batch, self.printed, private)
-        return self.worker.ask(function, indices, self.timeout_s, self.inbox)
+            self.worker = Worker(self.functions, self.printed, private)
+        try:
+            return self.worker.ask(function, indices, self.batch, self.timeout_s, self.inbox)
+        finally:
+            if not self.worker.pid:  # what it has started in a session of its own
+                descendants.kill(but=self.own)

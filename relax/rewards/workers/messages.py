@@ -1,10 +1,18 @@
-"""Messages over a pipe: eight bytes of length, then JSON. Nothing in them can run."""
+"""Messages over a pipe: eight bytes of length, then JSON. Nothing in them can run.
+
+`write` and `read` call `wait` before every system call: it returns when the pipe is ready, or
+raises when that takes too long, so that neither blocks on a process that has stopped.
+"""
 
 import json
 import os
 import struct
+from collections.abc import Callable
 
 _HEADER = struct.Struct(">Q")
+# A pipe that is ready to be written to takes this much at once (PIPE_BUF of POSIX is at least 512,
+# of Linux 4096).
+_CHUNK = 4096
 
 
 def encode(message) -> bytes:
@@ -28,14 +36,16 @@ def frame_size(data: bytes | bytearray) -> int | None:
     return None if len(data) < _HEADER.size else _HEADER.size + _HEADER.unpack_from(data)[0]
 
 
-def write(fd: int, frame: bytes) -> None:
-    """Writes all of it."""
-    view = memoryview(frame)
+def write(fd: int, message, wait: Callable[[], object] | None = None) -> None:
+    """Writes a message, or one that is encoded already."""
+    view = memoryview(message if isinstance(message, bytes) else encode(message))
     while view:
-        view = view[os.write(fd, view) :]
+        if wait is not None:
+            wait()
+        view = view[os.write(fd, view if wait is None else view[:_CHUNK]) :]
 
 
-def read(fd: int):
+def read(fd: int, wait: Callable[[], object] = lambda: None):
     """The next message, or None at the end.
 
     Raises:
@@ -44,6 +54,7 @@ def read(fd: int):
     data = bytearray()
     wanted = _HEADER.size
     while len(data) < wanted:
+        wait()
         part = os.read(fd, min(wanted - len(data), 1 << 20))
         if not part:
             if not data:

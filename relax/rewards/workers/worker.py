@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import select
@@ -47,19 +48,17 @@ class Worker:
 
     Args:
       functions: to be run there.
-      batch: the frame of the batch to be scored first.
       printed: gets what the functions print.
       private: file descriptors that the worker must not hold: what hangs on their end would not
         notice that this process is gone.
     """
 
-    def __init__(
-        self, functions: Functions, batch: bytes, printed: Printed, private: tuple[int, ...]
-    ):
+    def __init__(self, functions: Functions, printed: Printed, private: tuple[int, ...]):
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         self._output, output = os.pipe()
         self._printed = printed
+        self._has_batch = False
         parent = os.getpid()
         libc = ctypes.CDLL(None)
         self.pid = os.fork()
@@ -68,26 +67,35 @@ class Worker:
             _become_worker(functions, (requests, answers, output), own_ends + private, parent, libc)
         for fd in (requests, answers, output):
             os.close(fd)
-        self.send(batch)
 
-    def send(self, frame: bytes) -> None:
-        # A dead worker is found out about by the next question.
-        with contextlib.suppress(BrokenPipeError):
-            messages.write(self._requests, frame)
+    def forget_batch(self) -> None:
+        """The next question is about another batch."""
+        self._has_batch = False
 
-    def ask(self, function: int, indices: list[int], timeout_s: float, parent: int) -> Scores:
+    def ask(
+        self, function: int, indices: list[int], batch: bytes, timeout_s: float, parent: int
+    ) -> Scores:
         """One call of a function.
 
         Args:
+          batch: the frame of the batch that `indices` count in.
           parent: the file descriptor whose end tells that nobody waits any more.
 
         Raises:
           CallFailed: it raised, or it hung or died, and the worker is no more.
-          ParentGone: as said.
+          ParentGone: nobody waits, and the worker is no more.
         """
-        self.send(messages.encode({"function": function, "indices": indices}))
+        deadline_s = time.monotonic() + timeout_s
         try:
-            answer = self._wait(timeout_s, parent)
+            # A worker that has died is found out about by reading.
+            with contextlib.suppress(BrokenPipeError):
+                wait = functools.partial(self._wait_to_write, deadline_s, timeout_s)
+                if not self._has_batch:
+                    messages.write(self._requests, batch, wait)
+                    self._has_batch = True
+                question = {"function": function, "indices": indices}
+                messages.write(self._requests, question, wait)
+            answer = self._read_answer(deadline_s, timeout_s, parent)
         except (CallFailed, ParentGone):
             self.kill()
             raise
@@ -95,15 +103,19 @@ class Worker:
             raise CallFailed(*answer["failed"])
         return scores_of(answer)
 
-    def _wait(self, timeout_s: float, parent: int) -> dict:
-        deadline = time.monotonic() + timeout_s
+    def _wait_to_write(self, deadline_s: float, timeout_s: float) -> None:
+        left_s = max(0.0, deadline_s - time.monotonic())
+        if not select.select([], [self._requests], [], left_s)[1]:
+            raise _hung(timeout_s)
+
+    def _read_answer(self, deadline_s: float, timeout_s: float, parent: int) -> dict:
         poll = select.poll()
         poll.register(self._answers, select.POLLIN)
         poll.register(self._output, select.POLLIN)
         poll.register(parent, 0)  # its end only
         data = bytearray()
-        while (left := deadline - time.monotonic()) > 0:
-            for fd, _ in poll.poll(left * 1000 + 1):
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            for fd, _ in poll.poll(left_s * 1000 + 1):
                 if fd == parent:
                     raise ParentGone
                 part = os.read(fd, 1 << 16)
@@ -120,7 +132,7 @@ class Worker:
                 if (answer := messages.decode(data)) is not None:
                     self._read_output()
                     return answer
-        raise CallFailed("hung", f"gave no answer within {timeout_s:g} s and was killed")
+        raise _hung(timeout_s)
 
     def _read_output(self) -> None:
         """What was printed before the answer; not more, as a thread may print without end."""
@@ -149,6 +161,10 @@ class Worker:
             os.close(fd)
         self.pid = 0
         return status
+
+
+def _hung(timeout_s: float) -> CallFailed:
+    return CallFailed("hung", f"gave no answer within {timeout_s:g} s and was killed")
 
 
 def _become_worker(functions, pipes: tuple, private: tuple, parent: int, libc) -> None:
@@ -198,4 +214,4 @@ def _work(functions: Functions, requests: int, answers: int) -> None:
             answer = {"failed": [error.kind, error.reason]}
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        messages.write(answers, messages.encode(answer))
+        messages.write(answers, answer)
