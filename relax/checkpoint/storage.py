@@ -136,7 +136,8 @@ def leaf_crc(array) -> int:
     if isinstance(array, jax.Array) and not _on_host(array):
         # A jax array keeps the host copy that it was read through: read through a passing one.
         array = jnp.copy(array)
-    return zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    flat = np.asarray(array, order="C").reshape(-1).view(np.uint8)
+    return zlib.crc32(flat)  # type: ignore[arg-type]
 
 
 def _on_host(array: jax.Array) -> bool:

@@ -117,7 +117,7 @@ def unshard_fsdp(tree):
 
 def unsharded_shapes(tree, dtype):
     """What `unshard_fsdp` makes of parameters whose matrices are in a dtype, as shapes."""
-    current = layout()
+    current = _layout_in_use()
 
     def shape(path, leaf):
         where = NamedSharding(current.mesh, _in_use(current, path, leaf.shape))
@@ -220,9 +220,15 @@ def shard_batch(batch):
     return jax.tree.map(place, batch)
 
 
+def _layout_in_use() -> Layout:
+    current = layout()
+    assert current is not None, "this needs a mesh in use"
+    return current
+
+
 def shard_local_batch(batch, count: int):
     """As `shard_batch`, of the rows of this process alone: those of `local_rows(count)`."""
-    current = layout()
+    current = _layout_in_use()
 
     def place(leaf):
         shape = (count, *leaf.shape[1:])
@@ -250,7 +256,7 @@ def local_rows(count: int) -> np.ndarray:
     if current is None:
         return np.arange(count)
     where = _rows(current, (count,)).addressable_devices_indices_map((count,))
-    rows = {row for (index,) in where.values() for row in range(count)[index]}
+    rows = {row for index in where.values() if index for row in range(count)[index[0]]}
     return np.array(sorted(rows))
 
 
@@ -258,6 +264,7 @@ def to_host(array) -> np.ndarray:
     """An array's numbers; where other processes hold parts, all of them must ask for it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         if not array.is_fully_replicated:
+            assert isinstance(array.sharding, NamedSharding)
             everywhere = NamedSharding(array.sharding.mesh, P())
             array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
         array = array.addressable_data(0)

@@ -152,7 +152,9 @@ def gather(value: Any) -> list[Any]:
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32([data.size]))).reshape(-1)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size], np.int32))).reshape(
+        -1
+    )
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: data.size] = data
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(count(), -1)
@@ -191,7 +193,7 @@ def broadcast_from_main(f: Callable[[], Any]) -> Any:
     """
     if count() == 1:
         return f()
-    told = [None, None]
+    told: list[Any] = [None, None]
     error = None
     if is_main():
         try:

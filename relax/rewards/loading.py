@@ -44,7 +44,7 @@ def reward_factory(factory: Callable) -> Callable:
         reward.reference = (where, dict(bound.arguments))
         return reward
 
-    make.is_reward_factory = True
+    make.is_reward_factory = True  # type: ignore[attr-defined]
     return make
 
 

@@ -122,4 +122,5 @@ def _math_verify() -> tuple[Callable, Callable, Callable]:
     )
 
 
-accuracy_reward.prepare = reasoning_accuracy_reward.prepare = _math_verify
+accuracy_reward.prepare = _math_verify  # type: ignore[attr-defined]
+reasoning_accuracy_reward.prepare = _math_verify  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ class RewardRunner:
         infos: dict[int, RewardInfo] = {i: describe(f) for i, f in self._local.items()}
         try:
             for indices in dealt:
-                chosen = [references[i] for i in indices]
+                chosen = [ref for i in indices if (ref := references[i]) is not None]
                 hosts.append(Host(chosen, timeout_s, tuple(keep_env)))
             for indices, host in zip(dealt, hosts, strict=True):
                 infos |= dict(zip(indices, host.infos(), strict=True))
@@ -150,7 +151,7 @@ class RewardRunner:
             raise RewardError("the reward runner is closed: no batch can be scored any more.")
         if self._pending is not None:
             self._pending.wait()  # its answer must be read before the next question is written
-        batch = {
+        batch: dict[str, Any] = {
             "prompts": list(prompts),
             "completions": list(completions),
             "completion_ids": _plain_ids(completion_ids),
@@ -236,7 +237,8 @@ class PendingRewards:
 
     def __init__(self, receive: Callable, finish: Callable):
         self._receive, self._finish = receive, finish
-        self._received = self._result = None
+        self._received: tuple[dict[int, Scores], float, str] | None = None
+        self._result: RewardBatch | None = None
 
     def wait(self) -> None:
         """Until the isolated functions have answered."""
@@ -249,8 +251,8 @@ class PendingRewards:
         Raises:
           RewardError: a function fails too often, or the host process is gone.
         """
-        self.wait()
         if self._result is None:
+            self.wait()
             self._result = self._finish(self._received)
         return self._result
 

@@ -65,7 +65,7 @@ def gym():
     return reasoning_gym.factory
 
 
-reasoning_gym.prepare = gym
+reasoning_gym.prepare = gym  # type: ignore[attr-defined]
 
 
 def pack(value):

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from relax.errors import ConfigError
 from relax.parallel import processes
@@ -72,7 +73,7 @@ class Interrupt:
         self._signum: int | None = None
         self._armed = False
         self._outer: Interrupt | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # handlers, by signal
 
     @property
     def requested(self) -> int | None:
@@ -162,7 +163,8 @@ class Interrupt:
 
     def _watch(self) -> None:
         """Counts signals, which arrive as one byte each, and keeps the deadline."""
-        first_s = deadline_s = None
+        first_s: float | None = None
+        deadline_s: float | None = None
         last = signal.SIGTERM  # the signal that the deadline is of
         while True:
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())

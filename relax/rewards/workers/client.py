@@ -55,13 +55,15 @@ class Host:
 
     def __init__(self, references: list[dict], timeout_s: float, keep_env: Iterable[str] = ()):
         self._timeout_s = timeout_s
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", _CODE, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=clean_environment(dict(os.environ), keep_env),
             start_new_session=True,  # Ctrl-C is for the trainer, which ends this one when done
         )
+        assert process.stdin is not None and process.stdout is not None
+        self._process, self._requests, self._answers = process, process.stdin, process.stdout
         self.send({"functions": references, "timeout_s": timeout_s})
 
     def infos(self) -> list[RewardInfo]:
@@ -94,7 +96,7 @@ class Host:
         Raises:
           RewardError: the host does not read it.
         """
-        fd, limit_s = self._process.stdin.fileno(), self._timeout_s + GIVE_UP_AFTER_S
+        fd, limit_s = self._requests.fileno(), self._timeout_s + GIVE_UP_AFTER_S
         try:
             messages.write(fd, message, lambda: self._wait(fd, select.POLLOUT, limit_s))
         except BrokenPipeError:
@@ -125,7 +127,7 @@ class Host:
         )
 
     def _read(self, limit_s: float) -> dict:
-        fd = self._process.stdout.fileno()
+        fd = self._answers.fileno()
         try:
             answer = messages.read(fd, lambda: self._wait(fd, select.POLLIN, limit_s))
         except EOFError:
@@ -158,10 +160,10 @@ class Host:
 
     def close(self) -> None:
         """Ends the host and all that its functions have started; may be called again."""
-        if self._process.stdin.closed:
+        if self._requests.closed:
             return
-        self._process.stdin.close()  # the host notices, kills its descendants and leaves
-        self._process.stdout.close()
+        self._requests.close()  # the host notices, kills its descendants and leaves
+        self._answers.close()
         self._signal(signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=2)

@@ -80,7 +80,7 @@ class _Host:
             vars(score(functools.partial(self.call, i), len(batch["prompts"])))
             for i in range(len(self.functions))
         ]
-        descendants.reap(but={*self.own, self.worker.pid})
+        descendants.reap(but=self.own | ({self.worker.pid} if self.worker else set()))
         seconds = time.monotonic() - start_s
         return {"scores": scores, "seconds": seconds, "printed": self.printed.take()}
 

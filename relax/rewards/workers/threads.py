@@ -77,7 +77,7 @@ def _in_thread(call: Callable[[], Scores], timeout_s: float) -> Scores:
     thread = threading.Thread(target=run, name="reward", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    if thread.is_alive():
+    if thread.is_alive() and thread.ident is not None:
         # The one way to stop Python code that does not cooperate.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)

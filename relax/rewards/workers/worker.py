@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import io
 import os
 import resource
 import select
@@ -142,15 +143,15 @@ class Worker:
             self._printed.add(os.read(self._output, 1 << 16))
 
     def _end(self) -> str:
-        status = self.kill()
-        if os.WIFSIGNALED(status):
-            return f"ended its process by signal {signal.Signals(os.WTERMSIG(status)).name}"
-        return f"ended its process with exit code {os.waitstatus_to_exitcode(status)}"
+        code = os.waitstatus_to_exitcode(self.kill())
+        if code < 0:
+            return f"ended its process by signal {signal.Signals(-code).name}"
+        return f"ended its process with exit code {code}"
 
-    def kill(self) -> int | None:
-        """Ends the worker and all that it started; returns how it ended, if it had not before."""
+    def kill(self) -> int:
+        """Ends the worker and its process group; returns its wait status, 0 if it ended before."""
         if not self.pid:
-            return None
+            return 0
         # In this order: between its start and `setsid` a worker is in no group of its own.
         for kill in (os.kill, os.killpg):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -179,7 +180,8 @@ def _become_worker(functions, pipes: tuple, private: tuple, parent: int, libc) -
         os.dup2(output, 1)
         os.dup2(output, 2)
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(line_buffering=True)  # a kill loses no whole line
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=True)  # a kill loses no whole line
         _work(functions, requests, answers)
     except BaseException:
         traceback.print_exc()
