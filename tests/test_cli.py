@@ -1,7 +1,9 @@
 """The strict command line: what is refused, what is read, and that nothing starts by mistake."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 import relax
 from relax.config import ConfigLoader, SFTConfig, options
 from relax.config import cli as command_line
-from relax.config.argv import read_command
-from relax.config.cli import run
+from relax.config.cli import read_command, run
+from relax.config.foreign import ADVICE, RENAMED, advice
 from relax.config.helptext import help_text
-from relax.config.names import ALIASES, RENAMED
+from relax.config.names import ALIASES
+from relax.config.settings import ALGORITHMS
 from relax.errors import ConfigError, DataError
 
 # Adding, renaming or removing a flag is a visible act: it changes this list.
@@ -69,10 +72,67 @@ def test_the_list_of_flags_is_frozen():
     assert sorted(options(SFTConfig)) == FLAGS
 
 
+def all_options() -> set[str]:
+    return set().union(*(options(config_class) for config_class in ALGORITHMS.values()))
+
+
 def test_other_names_lead_to_fields_and_shadow_none():
+    known = all_options()
     assert set(ALIASES.values()) <= set(FLAGS)
-    assert {target.split()[0] for target in RENAMED.values()} <= set(FLAGS)
-    assert set(FLAGS).isdisjoint({*ALIASES, *RENAMED})
+    assert {target for targets in RENAMED.values() for target in targets.split()} <= known
+    assert known.isdisjoint({*ALIASES, *RENAMED, *ADVICE})
+
+
+def test_advice_names_flags_that_exist():
+    known = {*all_options(), "version"}
+    for name, text in ADVICE.items():
+        named = {word.removeprefix("no_") for word in re.findall(r"--(\w+)", text)}
+        assert named <= known, name
+
+
+def test_every_training_argument_of_transformers_is_an_option_or_has_advice():
+    from transformers import TrainingArguments
+
+    known = all_options()
+    names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    assert len(names) > 100
+    assert not [n for n in names if n not in known and n not in ALIASES and not advice(n, known)]
+
+
+# Fields of the configurations of TRL 1.16 that transformers' TrainingArguments does not have.
+TRL = """
+activation_offloading assistant_only_loss attn_implementation beta bnb_4bit_quant_storage
+bnb_4bit_quant_type cache_implementation cast_lm_head_to_fp32 center_rewards_coefficient
+chat_template_kwargs chat_template_path completion_only_loss dataset_config dataset_kwargs
+dataset_name dataset_num_proc dataset_streaming dataset_test_split dataset_text_field
+dataset_train_split delta desirable_weight disable_dropout discopop_tau ds3_gather_for_generation
+dtype entropy_coef entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target eos_token
+epsilon epsilon_high eval_packing f_alpha_divergence_coef f_divergence_type generation_batch_size
+generation_kwargs ignore_bias_buffers importance_sampling_level label_smoothing ld_alpha
+load_in_4bit load_in_8bit log_completions log_completions_hub_repo log_multimodal log_unique_prompts
+lora_alpha lora_dropout lora_modules_to_save lora_r lora_target_modules lora_target_parameters
+lora_task_type loss_type loss_weights mask_truncated_completions max_completion_length max_length
+max_tool_calling_iterations min_p model_init_kwargs model_name_or_path model_revision
+multi_objective_aggregation normalize_advantages num_completions_to_print num_generations
+num_generations_eval num_iterations off_policy_mask_threshold packing packing_strategy
+pad_to_multiple_of pad_token padding_free precompute_ref_batch_size precompute_ref_log_probs
+ref_model_mixup_alpha ref_model_sync_steps repetition_penalty reward_clip_range reward_weights
+router_aux_loss_coef sapo_temperature_neg sapo_temperature_pos scale_rewards shuffle_dataset
+steps_per_generation sync_ref_model temperature top_entropy_quantile top_k top_p
+transformers_continuous_batching_config truncation_mode trust_remote_code undesirable_weight
+use_adaptive_entropy use_bias_correction_kl use_bnb_nested_quant use_dora use_peft use_rslora
+use_transformers_continuous_batching use_transformers_paged use_vllm use_weighting vespo_k_neg
+vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_enable_sleep_mode vllm_gpu_memory_utilization
+vllm_group_port vllm_importance_sampling_cap vllm_importance_sampling_clip_max
+vllm_importance_sampling_clip_min vllm_importance_sampling_correction vllm_importance_sampling_mode
+vllm_max_model_length vllm_mode vllm_model_impl vllm_server_base_url vllm_server_host
+vllm_server_port vllm_server_timeout vllm_structured_outputs_regex vllm_tensor_parallel_size
+""".split()
+
+
+def test_every_option_of_trl_is_an_option_or_has_advice():
+    known = all_options()
+    assert not [name for name in TRL if name not in known and not advice(name, known)]
 
 
 def test_no_flag_reads_as_the_negation_of_another():
@@ -158,20 +218,35 @@ REFUSED = [
     (["--=5"], "unknown flag ''."),
     (["--a b"], "unknown flag 'a b'."),
     # names of other libraries
-    (["--max_seq_length", "9"], "--max_seq_length is not a name here. Use --max_length."),
+    (["--max_seq_length", "9"], "--max_seq_length is not a flag here: use --max_length."),
     (["--evaluation-strategy=no"],
-     "--evaluation_strategy is not a name here. Use --eval_strategy."),
-    (["--bf16"], "--bf16 is not a name here. Use --dtype bfloat16."),
-    (["--fp16", "true"], "--fp16 is not a name here. Use --dtype bfloat16"),
-    (["--no_cuda"], "--no_cuda is not a name here. Use --dtype"),
-    (["--model=gpt"], "--model is not a name here. Use --model_name_or_path."),
-    (["--dataset", "x"], "--dataset is not a name here. Use --dataset_name."),
+     "--evaluation_strategy is not a flag here: use --eval_strategy."),
+    (["--bf16"], "--bf16 is not a flag here: use --dtype bfloat16."),
+    (["--fp16", "true"], "--fp16 is not a flag here: use --dtype bfloat16"),
+    (["--no_cuda"], "--no_cuda is not a flag here: set JAX_PLATFORMS=cpu"),
+    (["--torch_dtype=bfloat16"], "--torch_dtype is not a flag here: use --dtype."),
+    (["--push_to_hub"], "--push_to_hub is not a flag here: runs upload nothing"),
+    (["--hub_token", "x"], "--hub_token is not a flag here: runs upload nothing"),
+    (["--deepspeed", "ds.json"], "--deepspeed is not a flag here: --mesh shards weights"),
+    (["--fsdp", "full_shard"], "--fsdp is not a flag here: --mesh shards weights"),
+    (["--load_in_4bit"], "--load_in_4bit is not a flag here: weights are not quantised"),
+    (["--neftune_noise_alpha=5"], "--neftune_noise_alpha is not a flag here: noise on"),
+    (["--use_liger_kernel"], "--use_liger_kernel is not a flag here: not needed: losses"),
+    (["--tokenizer_name", "x"], "--tokenizer_name is not a flag here: the tokenizer is"),
+    (["--trust_remote_code"], "--trust_remote_code is not a flag here: code that comes with"),
+    (["--use_vllm"], "--use_vllm is not a flag here: completions come from the built-in"),
+    (["--version"], "--version is not a flag here: `relax --version` prints the version."),
+    (["--model=gpt"], "--model is not a flag here: use --model_name_or_path."),
+    (["--dataset", "x"], "--dataset is not a flag here: use --dataset_name."),
     (["--batch_size", "4"],
-     "--batch_size is not a name here. Use --per_device_train_batch_size."),
-    (["--epochs", "4"], "--epochs is not a name here. Use --num_train_epochs."),
-    (["--num_epochs", "4"], "--num_epochs is not a name here. Use --num_train_epochs."),
-    (["--lr", "4"], "--lr is not a name here. Use --learning_rate."),
-    (["--overwrite"], "--overwrite is not a name here. Use --overwrite_output_dir."),
+     "--batch_size is not a flag here: use --per_device_train_batch_size."),
+    (["--epochs", "4"], "--epochs is not a flag here: use --num_train_epochs."),
+    (["--num_epochs", "4"], "--num_epochs is not a flag here: use --num_train_epochs."),
+    (["--lr", "4"], "--lr is not a flag here: use --learning_rate."),
+    (["--overwrite"], "--overwrite is not a flag here: use --overwrite_output_dir."),
+    # flags of other algorithms
+    (["--num_generations", "4"], "--num_generations is a flag of grpo, ppo only."),
+    (["--center_rewards_coefficient=1"], "--center_rewards_coefficient is a flag of reward only."),
     # mistyped values
     (["--packing", "stray"], "--packing must be true or false, got 'stray'"),
     (["--packing="], "--packing must be true or false, got ''"),
@@ -296,8 +371,8 @@ def test_help_starts_nothing_whatever_else_is_wrong(capsys, argv):
 
 @pytest.mark.parametrize("width", [80, 100, 120, 40, 300])
 def test_help_shows_every_flag_with_type_default_and_help(width):
-    text = help_text(SFTConfig, "run_sft.py", width=width, colour=False)
-    words = text.split()
+    text = help_text(SFTConfig, "relax sft", width=width, colour=False)
+    words = text.partition("command line")[2].split()
     assert all(words.count(f"--{name}") == 1 for name in FLAGS)
     assert all(len(line) <= min(max(width, 80), 120) for line in text.splitlines())
     assert "\x1b" not in text
@@ -306,14 +381,16 @@ def test_help_shows_every_flag_with_type_default_and_help(width):
     assert "--dtype float32|bfloat16 Precision of the computation. [float32]" in joined
     assert "Also --warmup_ratio." in joined
     assert "[outputs/sft]" in joined
+    assert "hyperparams: Optimizer, learning rate, batch sizes and length of the run." in joined
+    assert "relax sft --model_name_or_path DIR" in " ".join(text.split())
 
 
 def test_help_is_grouped_by_section_and_bold_on_request():
-    text = help_text(SFTConfig, "run_sft.py", width=100, colour=True)
-    titles = [line[4:-4] for line in text.splitlines() if line.startswith("\x1b[1m")]
+    text = help_text(SFTConfig, "relax sft", width=100, colour=True)
+    titles = re.findall(r"^\x1b\[1m(.+?)\x1b\[0m", text, re.MULTILINE)
     assert titles == [
-        "command line", "hyperparams", "model", "peft", "data", "profile", "inference", "output",
-        "system", "debug", "sft",
+        "examples", "command line", "hyperparams", "model", "peft", "data", "profile", "inference",
+        "output", "system", "debug", "sft",
     ]  # fmt: skip
 
 
@@ -403,19 +480,23 @@ def test_random_values_raise_nothing_but_config_error(flags):
 )
 def test_random_arguments_start_nothing_but_a_valid_configuration(argv):
     def main(config):
-        config.validate()
+        config.check()
 
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(command_line, "_refuse", raise_it)
             patch.setattr("builtins.print", lambda *args, **kwargs: None)
             run(SFTConfig, main, argv)
-    except ConfigError as error:
-        assert str(error)
+    except Refused as refusal:
+        assert str(refusal)
 
 
-def raise_it(error):
-    raise error
+class Refused(Exception):
+    pass
+
+
+def raise_it(error, program):
+    raise Refused(str(error))
 
 
 SCRIPT = """

@@ -130,7 +130,7 @@ WRONG = [
     ({"allow_config_change": "seed"}, "allow_config_change must be a list of texts, got 'seed'"),
     ({"allow_config_change": [1]}, "allow_config_change must be a list of texts, got [1]"),
     ({"learnng_rate": 1}, "unknown field learnng_rate. Did you mean learning_rate?"),
-    ({"max_seq_length": 9}, "max_seq_length is not a name here. Use max_length."),
+    ({"max_seq_length": 9}, "max_seq_length is not a field here: use max_length."),
     ({"vocab": 9}, "unknown field vocab."),
     ({"data": {"seed": 1}}, "seed belongs to section hyperparams, not data"),
     ({"model": "gpt"}, "model is a section and must hold fields, got 'gpt'."),
@@ -150,24 +150,12 @@ def test_wrong_value_is_refused_in_one_sentence(fields, message):
 
 UNUSED = [
     ({"max_steps": 5, "num_train_epochs": 1}, "num_train_epochs"),
-    ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, "warmup_steps"),
-    ({"min_lr_rate": 0.1}, "min_lr_rate"),
-    ({"min_lr_rate": 0.1, "lr_scheduler_type": "constant"}, "min_lr_rate"),
-    ({"num_decay_steps": 5}, "num_decay_steps"),
-    (
-        {"num_decay_steps": 5, "min_lr_rate": 0.1, "lr_scheduler_type": "cosine_with_min_lr"},
-        "num_decay_steps",
-    ),
-    ({"adam_beta1": 0.8, "optim": "sgd"}, "adam_beta1"),
-    ({"adam_beta2": 0.8, "optim": "adafactor"}, "adam_beta2"),
-    ({"adam_epsilon": 1e-6, "optim": "lion"}, "adam_epsilon"),
     ({"lora_r": 8}, "lora_r"),
     ({"lora_alpha": 8}, "lora_alpha"),
     ({"lora_dropout": 0.0}, "lora_dropout"),
     ({"lora_target_modules": ["q_proj"], "freeze": "k_proj"}, "lora_target_modules"),
     ({"merge_lora": True}, "merge_lora"),
     ({"use_peft": True, "freeze": "k_proj"}, "freeze"),
-    ({"data_seed": 1, "shuffle_dataset": False}, "data_seed"),
     ({"dataset_config": "main"}, "dataset_config"),
     ({"dataset_train_split": "all"}, "dataset_train_split"),
     ({"dataset_test_split": "dev"}, "dataset_test_split"),
@@ -200,6 +188,35 @@ def test_option_without_effect_is_refused(fields, name):
     found = problems(**fields)
     assert len(found) == 1
     assert found[0].startswith(f"{name} has no effect: ")
+
+
+# A sweep over schedules, optimizers or shuffling holds these fixed.
+WARNED = [
+    ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, "warmup_steps"),
+    ({"min_lr_rate": 0.1}, "min_lr_rate"),
+    ({"min_lr_rate": 0.1, "lr_scheduler_type": "constant"}, "min_lr_rate"),
+    ({"num_decay_steps": 5}, "num_decay_steps"),
+    (
+        {"num_decay_steps": 5, "min_lr_rate": 0.1, "lr_scheduler_type": "cosine_with_min_lr"},
+        "num_decay_steps",
+    ),
+    ({"adam_beta1": 0.8, "optim": "sgd"}, "adam_beta1"),
+    ({"adam_beta2": 0.8, "optim": "adafactor"}, "adam_beta2"),
+    ({"adam_epsilon": 1e-6, "optim": "lion"}, "adam_epsilon"),
+    ({"data_seed": 1, "shuffle_dataset": False}, "data_seed"),
+    (
+        {"gradient_checkpointing": False, "gradient_checkpointing_policy": "nothing"},
+        "gradient_checkpointing_policy",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), WARNED)
+def test_option_that_a_sweep_may_hold_fixed_is_warned_of(fields, name):
+    config = from_dict(fields, SFTConfig)
+    assert [text.partition(":")[0] for text in config.warnings()] == [f"{name} has no effect"]
+    with pytest.warns(UserWarning, match=f"^{name} has no effect: "):
+        config.validate()
 
 
 FREE = {"optim": "schedule_free_adamw"}
@@ -258,6 +275,7 @@ def test_contradiction_is_refused(fields, message):
 )
 def test_options_with_effect_are_accepted(fields):
     assert problems(**fields) == []
+    assert from_dict(fields, SFTConfig).warnings() == []
 
 
 def test_all_problems_are_listed_at_once():
@@ -337,7 +355,7 @@ def test_create_default_config_maps_paths_and_refuses_other_names():
     assert config.model.model_name_or_path == "m"
     assert config.data.dataset_name == "d"
     assert (config.output.output_dir, config.hyperparams.seed) == ("o", 7)
-    with pytest.raises(ConfigError, match="base_model is not a name here. Use model_name_or_path"):
+    with pytest.raises(ConfigError, match="base_model is not a field here: use model_name_or_path"):
         create_default_config(base_model="Qwen")
     with pytest.raises(ConfigError, match="dataset_name is given twice"):
         create_default_config(dataset_path="d", dataset_name="e")

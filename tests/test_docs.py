@@ -17,11 +17,11 @@ import test_layering
 from doc_code import PAGES, ROOT, commands, snippets
 from runs import environment
 
+from relax.__main__ import CONFIGURED, PROGRAMS
 from relax.config import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig, cli
 from relax.models import Transformer, TransformerConfig, save_pretrained
 from relax.models.heads import init_head, with_head
 from relax.models.huggingface.classifiers import save_classifier
-from relax.tools.sample.config import SampleConfig
 
 SCRIPTS = {
     "run_sft.py": SFTConfig,
@@ -148,11 +148,12 @@ def test_a_command_of_the_pages_is_a_valid_one(command, folder, monkeypatch):
         extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
         assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in named)
         return
-    assert program == "python"
-    if args[0] in SCRIPTS or args[:2] == ["-m", "relax.tools.sample"]:
-        known = SCRIPTS.get(args[0], SampleConfig)
-        found = []
-        words = args[1 if args[0] in SCRIPTS else 2 :]
+    if program == "relax" and args[0] in (*PROGRAMS, "--version", "--help"):
+        return
+    assert program in ("python", "relax")
+    if program == "relax" or args[0] in SCRIPTS:
+        known = CONFIGURED[args[0]][0] if program == "relax" else SCRIPTS[args[0]]
+        found, words = [], args[1:]
         if {"--help", "--print_config"} & set(words):
             with contextlib.suppress(SystemExit):
                 cli.run(known, found.append, words)
@@ -171,13 +172,17 @@ def test_a_command_of_the_pages_is_a_valid_one(command, folder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "command", [c for c in WRITTEN if c[0] == "python" and "pytest" not in c], ids=" ".join
+    "command",
+    [c for c in WRITTEN if c[0] in ("python", "relax") and "pytest" not in c],
+    ids=" ".join,
 )
 def test_a_command_of_the_pages_runs(command, folder, tmp_path):
     with contextlib.suppress(FileExistsError):
         for name in ("benchmarks", "relax"):
             os.symlink(ROOT / name, folder / name)
     args = [str(ROOT / word) if word in SCRIPTS else word for word in command[1:]]
+    if command[0] == "relax":
+        args = ["-m", "relax", *args]
     if command[1] in SCRIPTS:
         if not any(word.startswith("--max_steps") for word in args):
             args += SHORT.get(command[1], ["--max_steps=2"])

@@ -56,13 +56,8 @@ def test_what_has_an_effect_is_taken(fields):
         ({"loss_type": ["kto", "sft"]}, "kto takes no other loss beside it"),
         ({"loss_weights": [1.0, 2.0]}, "one per loss, got 2 for 1"),
         ({"loss_type": ["kto"], "loss_weights": [1.0]}, "kto has desirable_weight"),
-        ({"loss_type": ["hinge"], "label_smoothing": 0.1}, "label_smoothing has no effect"),
-        ({"simpo_gamma": 1.0}, "simpo_gamma has no effect: only simpo read"),
-        ({"desirable_weight": 2.0}, "desirable_weight has no effect"),
-        ({"loss_type": ["sft"], "beta": 0.2}, "beta has no effect"),
         ({"loss_type": ["exo_pair"]}, "exo_pair needs label_smoothing above 0"),
         ({"label_smoothing": 0.5}, "label_smoothing must be below 0.5"),
-        ({"loss_type": ["orpo"], "precompute_ref_log_probs": True}, "orpo reads no reference"),
         ({"ref_log_probs_dir": "there"}, "precompute_ref_log_probs is false"),
         ({"ref_model_sync_steps": 5}, "sync_ref_model is false"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "the reference moves"),
@@ -75,3 +70,19 @@ def test_what_has_an_effect_is_taken(fields):
 def test_what_has_no_effect_or_contradicts_is_refused(fields, reason):
     with pytest.raises(ConfigError, match=reason):
         config(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"loss_type": ["hinge"], "label_smoothing": 0.1}, "label_smoothing has no effect"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma has no effect: only simpo read"),
+        ({"desirable_weight": 2.0}, "desirable_weight has no effect"),
+        ({"loss_type": ["sft"], "beta": 0.2}, "beta has no effect"),
+        ({"loss_type": ["orpo"], "precompute_ref_log_probs": True}, "orpo reads no reference"),
+        ({"loss_type": ["sft"], "sync_ref_model": True}, "loss_type sft reads no reference"),
+    ],
+)
+def test_what_a_sweep_over_losses_may_hold_fixed_is_warned_of(fields, reason):
+    [said] = config(**fields).warnings()
+    assert reason in said

@@ -54,7 +54,6 @@ def assert_rates(schedule, expected):
     "kind", ["linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr"]
 )
 def test_schedules_are_those_of_transformers(kind, total, warmup):
-    warmup = 0 if kind == "constant" else warmup  # transformers leaves it out there
     options = {"min_lr_rate": FLOOR} if kind == "cosine_with_min_lr" else {}
     expected = list(rates_of_transformers(kind, total, warmup, **options))
     schedule = learning_rate_schedule(kind, 0.3, total, warmup, **options)

@@ -41,7 +41,7 @@ def plan(tmp_path, *flags):
     file.write_text(json.dumps(SHAPE))
     # A file of flags for devices that are there is none for those that are not.
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "relax.parallel", "plan", "--model_name_or_path", str(file)]
+    command = [sys.executable, "-m", "relax", "plan", "--model_name_or_path", str(file)]
     run = subprocess.run(
         [*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
     )

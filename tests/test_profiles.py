@@ -19,6 +19,7 @@ from relax.data.profiles import (
     get_profile,
     load_profile,
     register_profile,
+    resolve_profile,
 )
 from relax.data.profiles.chat import ChatProfile
 from relax.errors import ConfigError, DataError
@@ -121,18 +122,16 @@ def test_a_custom_profile_needs_the_three_methods_and_is_used_by_its_name():
 # Where a profile comes from.
 
 
-def test_an_unknown_name_falls_back_with_a_warning_and_is_refused_in_a_configuration():
+def test_an_unknown_name_falls_back_with_a_warning_and_is_refused_in_a_run():
     with pytest.warns(UserWarning, match="unknown profile 'invalid'.*Taking 'chat'"):
         assert type(get_profile("invalid")) is ChatProfile
-    config = create_default_config(dataset_path="rows.jsonl")
-    config.profile.name = "regimee3"
     names = "chat, emoji_think, regime3, chain_of_thought, tool_use, auto, a\\+b of them, and path"
     with pytest.raises(ConfigError, match=f"'regimee3'. Did you mean regime3. There are {names}"):
-        config.validate()
+        resolve_profile("regimee3", [])
     with pytest.raises(ConfigError, match="unknown profile 'nothing'"):
-        create_default_config(profile="chat+nothing", dataset_name="rows.jsonl")
+        resolve_profile("chat+nothing", [])
     with pytest.raises(ConfigError, match="each of its parts once"):
-        create_default_config(profile="chat+chat", dataset_name="rows.jsonl")
+        resolve_profile("chat+chat", [])
 
 
 def test_a_configuration_names_its_profile_in_all_ways_that_there_are(tmp_path):
@@ -182,8 +181,8 @@ def test_a_profile_comes_from_a_file(tmp_path):
     assert load_profile("chat+regime3").get_stop_sequences() == ["</reasoning>", "\n\n"]
     for spec, reason in {
         f"{file}:Other": "must be a subclass of DataProfile",
-        f"{file}:Lod": "there is no 'Lod' in it. It has DataProfile, Loud, Other",
-        "nowhere.py:Loud": "'nowhere.py' is not a Python file",
+        f"{file}:Lod": "has no object 'Lod'. Did you mean Loud",
+        "nowhere.py:Loud": "there is no Python file 'nowhere.py'",
     }.items():
         with pytest.raises(ConfigError, match=reason):
             load_profile(spec)

@@ -193,10 +193,10 @@ def test_functions_are_found_by_path_and_by_file(tmp_path):
             {},
             r"unknown reward 'exact_mach'. Did you mean exact_match\? There are acc",
         ),
-        ("relax.rewards.nothing", {}, "there is no 'nothing' in it"),
+        ("relax.rewards.nothing", {}, "'relax.rewards' has no object 'nothing'"),
         ("relax.rewads.f", {}, "there is no module 'relax.rewads'"),
         ("relax.rewards.SHIPPED", {}, "is a dict, not a function"),
-        ("nowhere/f.py:f", {}, "'nowhere/f.py' is not a Python file"),
+        ("nowhere/f.py:f", {}, "there is no Python file 'nowhere/f.py'"),
         ("exact_match", {"colum": "a"}, "no parameter 'colum'. Did you mean column?"),
         ("exact_match", {"column": 3}, "column must be str, got 3"),
         ("regex_match", {}, 'needs pattern: pass --reward_kwargs \'{"regex_match": '),
@@ -217,7 +217,7 @@ def test_a_wrong_name_or_parameter_is_refused_with_what_would_be_right(spec, par
 
 def test_a_file_that_raises_while_it_loads_is_named(tmp_path):
     (tmp_path / "bad.py").write_text("1 / 0")
-    with pytest.raises(ConfigError, match=r"bad\.py' cannot be loaded: ZeroDivisionError"):
+    with pytest.raises(ConfigError, match=r"bad\.py' cannot be imported: ZeroDivisionError"):
         load_reward(f"{tmp_path}/bad.py:f")
 
 

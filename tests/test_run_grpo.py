@@ -90,7 +90,7 @@ def test_a_resumed_run_must_see_the_answers_that_it_began_with(job, run, tmp_pat
 REFUSED = [
     ({"reward_funcs": "exact_mach", "reward_weights": None}, "unknown reward 'exact_mach'",
      "Did you mean exact_match"),
-    ({"reward_funcs": "nowhere.py:f", "reward_weights": None}, "'nowhere.py' is not a Python file"),
+    ({"reward_funcs": "nowhere.py:f", "reward_weights": None}, "no Python file 'nowhere.py'"),
     ({"reward_funcs": "REWARDS:solved", "reward_weights": None}, "column 'solution'", "'answer'"),
     ({"reward_funcs": "REWARDS:by_position", "reward_weights": None}, "by position only"),
     ({"reward_kwargs": '{"exact_match": {}}'}, "none of the reward_funcs"),

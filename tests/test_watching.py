@@ -28,10 +28,10 @@ from relax.callbacks import (
     Trackers,
     TrainingStatusWriter,
 )
-from relax.callbacks.loading import load_class, make
 from relax.callbacks.questions import is_right, questions_of
 from relax.callbacks.trackers import tracker_makers
 from relax.checkpoint.checkpointer import Checkpointer
+from relax.config.imports import load_object, make_object
 from relax.data import DataLoader
 from relax.data.preference import Preference, Preferences
 from relax.data.preference_loader import PreferenceLoader
@@ -443,16 +443,16 @@ def test_a_callback_is_found_in_a_file_and_a_mistake_in_it_is_told(tmp_path):
         "from relax.callbacks import Callback\n\n\nclass Mine(Callback):\n    pass\n\n\n"
         "class Needs:\n    def __init__(self, more):\n        pass\n"
     )
-    assert isinstance(make(f"{file}:Mine", "callbacks"), Callback)
-    assert load_class("relax.callbacks.EarlyStopping", "callbacks") is EarlyStopping
+    assert isinstance(make_object(f"{file}:Mine", "callbacks"), Callback)
+    assert load_object("relax.callbacks.EarlyStopping", "callbacks", type) is EarlyStopping
     for spec, reason in {
-        f"{file}:Mien": "has no class 'Mien'. Did you mean 'Mine'",
+        f"{file}:Mien": "has no class 'Mien'. Did you mean Mine",
         f"{file}:Needs": "must be made without arguments, and this raised TypeError",
-        f"{tmp_path}/none.py:Mine": "there is no file",
-        "no_such_package.Class": "cannot be imported: ModuleNotFoundError",
+        f"{tmp_path}/none.py:Mine": "there is no Python file",
+        "no_such_package.Class": "there is no module 'no_such_package'",
     }.items():
         with pytest.raises(ConfigError, match=reason):
-            make(spec, "callbacks")
+            make_object(spec, "callbacks")
 
 
 def test_a_signal_leaves_a_status_and_a_trace_in_order(tmp_path):

@@ -21,7 +21,7 @@ def plan(model: str, devices: int, tensor: int, directory: Path, *flags: str) ->
     """What the command prints."""
     file = directory / f"{model}-{devices}{''.join(flags)}.txt"
     if not file.exists():
-        command = [sys.executable, "-m", "relax.parallel", "plan"]
+        command = [sys.executable, "-m", "relax", "plan"]
         command += ["--model_name_or_path", str(SHAPES / f"{model}.json")]
         command += ["--topology", f"v5e:{SLICES[devices]}"]
         command += ["--mesh", f"fsdp={devices // tensor},tensor={tensor}", *flags]

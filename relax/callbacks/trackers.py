@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from relax.callbacks.loading import make
+from relax.config.imports import make_object
 from relax.errors import ConfigError
 from relax.trainers.callback import Callback, Event
 
@@ -173,7 +173,7 @@ def tracker_makers(
         if name == "none":
             continue
         if name not in PACKAGES:
-            own = make(name, "report_to")
+            own = make_object(name, "report_to")
             if not callable(getattr(own, "log", None)):
                 raise ConfigError(f"report_to {name!r} must have a method log(metrics, step).")
             makers[name] = lambda step, own=own: own

@@ -7,24 +7,52 @@ with a parser for each. Nothing here imports jax: a wrong command ends before it
 """
 
 import contextlib
+import inspect
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from relax.config.argv import Command, read_command
+from relax.config.foreign import advice
 from relax.config.loader import ConfigLoader
+from relax.config.names import ALIASES, normal, ratio_problem, unknown
 from relax.config.options import options
-from relax.config.schema import Settings
-from relax.config.values import parse_text
+from relax.config.settings import ALGORITHMS, Settings
+from relax.config.values import is_list, is_number, is_switch, parse_text, type_name
 from relax.errors import ConfigError, RelaxError
+
+COMMAND_FLAGS = {"config": str, "print_config": bool, "help": bool}
+
+_FLAG = re.compile(r"--?[^\W\d][\w-]*(=|\Z)|--?\Z")
+
+
+class CommandLine(NamedTuple):
+    """Checked arguments."""
+
+    flags: dict[str, str]  # field -> text that its type takes
+    config: str | None  # path of a file
+    print_config: bool
+    help: bool
+
+
+class _Typed(NamedTuple):
+    """A flag as it was typed."""
+
+    spelling: str
+    name: str  # as typed, with underscores and without dashes in front
+    text: str | None  # None where it stands alone
 
 
 def run(
     config_class: type[Settings],
     main: Callable[[Any], object],
     argv: Sequence[str] | None = None,
+    program: Sequence[str] | None = None,
+    ends_process: bool | None = None,
 ) -> None:
     """Reads the command line and calls `main(config)`: the last line of a script.
 
@@ -32,62 +60,38 @@ def run(
       config_class: the configuration of the algorithm.
       main: gets the validated configuration. It imports jax itself, inside.
       argv: the arguments; default: those of the process.
+      program: the words that start it, for messages; default: python and the script's name.
+      ends_process: nothing runs after this, so an interruption may end the process here; None:
+        where `argv` is None.
 
     Raises:
       SystemExit: 2 after `error: ...` lines on stderr when the command line or the configuration is
-        wrong; the `exit_code` of a `RelaxError` or an interruption that leaves `main`. An
-        interruption ends the process itself where `argv` is None.
+        wrong; the `exit_code` of a `RelaxError` or an interruption that leaves `main`.
     """
+    words = " ".join(program or ("python", Path(sys.argv[0]).name))
     try:
-        command = read_command(config_class, sys.argv[1:] if argv is None else argv)
+        line = read_command(config_class, sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        _refuse(error)
-    if command.help:
+        _refuse(error, words)
+    if line.help:
         from relax.config.helptext import help_text
 
-        print(help_text(config_class, _script()))
-    else:
-        dispatch(config_class, command, partial(_call, main, ends_process=argv is None))
-
-
-def dispatch(config_class: type[Settings], command: Command, main: Callable[[Any], object]) -> None:
-    """Lets fire call `main` with the configuration of a checked command line."""
-    import inspect
-
-    import fire
-
-    known = options(config_class)
+        say(help_text(config_class, words))
+        return
 
     def launch(**flags: Any) -> None:
         try:
-            config = ConfigLoader(command.config, config_class).merge_with_cli_args(flags)
+            config = ConfigLoader(line.config, config_class).merge_with_cli_args(flags)
         except ConfigError as error:
-            _refuse(error)
-        if command.print_config:
-            print(config.to_json(), end="")
+            _refuse(error, words)
+        if line.print_config:
+            say(config.to_json().rstrip("\n"))
         else:
             main(config)
 
-    # What fire sees: keyword-only parameters, so that nothing can be bound by position.
-    launch.__signature__ = inspect.Signature(
-        [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in command.flags]
-    )
-    parsers = {name: partial(parse_text, known[name].type) for name in command.flags}
-    clean = [f"--{name}={text}" for name, text in command.flags.items()]
-    fire.Fire(
-        fire.decorators.SetParseFns(**parsers)(launch), command=clean, serialize=lambda _: None
-    )
-
-
-def _call(main: Callable[[Any], object], config: Settings, *, ends_process: bool = False) -> None:
-    """Calls `main`; an error that ReLax raises on purpose becomes one message and an exit code.
-
-    Args:
-      ends_process: nothing runs after this, so an interruption may end the process here.
-    """
     try:
-        main(config)
-    except RelaxError as error:
+        _fire(launch, config_class, line.flags)
+    except RelaxError as error:  # one message and an exit code
         for problem in getattr(error, "problems", [error]):
             print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -96,22 +100,186 @@ def _call(main: Callable[[Any], object], config: Settings, *, ends_process: bool
         with contextlib.suppress(OSError):  # the signal may tell that the terminal is gone
             print(str(stop) or "interrupted", file=sys.stderr, flush=True)
             sys.stdout.flush()
-        if ends_process:
+        if argv is None if ends_process is None else ends_process:
             # Everything is closed. A normal exit would wait for a compiler that is still at work,
             # for minutes, and then crash in it.
             os._exit(code)
         raise SystemExit(code) from None
 
 
-def _refuse(error: ConfigError) -> NoReturn:
+def _fire(launch: Callable[..., None], config_class: type[Settings], flags: dict[str, str]) -> None:
+    """Lets fire parse the checked texts and call `launch` with the values."""
+    import fire
+
+    # What fire sees: keyword-only parameters, so that nothing can be bound by position.
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, keyword, default=None) for name in flags]
+    launch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    known = options(config_class)
+    parsers = {name: partial(parse_text, known[name].type) for name in flags}
+    clean = [f"--{name}={text}" for name, text in flags.items()]
+    component = fire.decorators.SetParseFns(**parsers)(launch)
+    fire.Fire(component, command=clean, serialize=lambda _: None)
+
+
+def say(text: str) -> None:
+    """Prints a text whose reader may go away before the end, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # and no second one when Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse(error: ConfigError, program: str) -> NoReturn:
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
-    print(f"see --help: python {_script()} --help", file=sys.stderr)
+    print(f"see --help: {program} --help", file=sys.stderr)
     raise SystemExit(2)
 
 
-def _script() -> str:
-    directory, name = os.path.split(sys.argv[0])
-    if name == "__main__.py":  # of a package of relax
-        return f"-m relax.{os.path.basename(directory)}"
-    return name
+def program_words(config_class: type[Settings]) -> list[str]:
+    """The words that start the running program anew, to be followed by flags.
+
+    They name the algorithm's script where that is running, and the command `relax` otherwise.
+    """
+    running = Path(sys.argv[0])
+    script = config_class.script or f"run_{config_class.algorithm}.py"
+    on_path = shutil.which(running.name)
+    if running.stem == "relax" and on_path and Path(on_path).resolve() == running.resolve():
+        return ["relax", config_class.algorithm]
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    if running.name == script:
+        return [python, sys.argv[0]]
+    return [python, "-m", "relax", config_class.algorithm]
+
+
+def read_command(config_class: type[Settings], argv: Sequence[str]) -> CommandLine:
+    """Checks all arguments against the fields of a configuration.
+
+    Raises:
+      ConfigError: names every problem, one a line.
+    """
+    if "--help" in argv or "-h" in argv:  # whatever else is wrong
+        return CommandLine({}, None, False, True)
+    types: dict[str, Any] = {name: option.type for name, option in options(config_class).items()}
+    types |= COMMAND_FLAGS
+    typed, problems = _split(argv, types)
+    texts: dict[str, str] = {}
+    spellings: dict[str, str] = {}
+    for flag in typed:
+        field, negated = _resolve(flag.name, types)
+        if field is None:
+            problems.append(_unknown(flag.name, types))
+            continue
+        if field in spellings:
+            same = flag.spelling == spellings[field]
+            both = "twice" if same else f"twice, as {spellings[field]} and as {flag.spelling}"
+            problems.append(f"--{field} is given {both}. Give it once.")
+            continue
+        spellings[field] = flag.spelling
+        try:
+            texts[field] = _text(flag, field, negated, types[field])
+        except ValueError as error:
+            problems.append(f"{flag.spelling} {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    print_config, help_ = (
+        parse_text(bool, texts.pop(name, "false")) for name in ("print_config", "help")
+    )
+    return CommandLine(texts, texts.pop("config", None), print_config, help_)
+
+
+def _split(argv: Sequence[str], types: dict[str, Any]) -> tuple[list[_Typed], list[str]]:
+    """Pairs flags with their values; what is neither is a problem."""
+    typed: list[_Typed] = []
+    problems: list[str] = []
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        position += 1
+        if not (token.startswith("--") or _is_flag(token)) or token in ("-", "--"):
+            problems.append(_stray(token, typed, types))
+            continue
+        spelling, equals, text = token.partition("=")
+        value = text if equals else None
+        if not equals and position < len(argv) and not _is_flag(argv[position]):
+            value = argv[position]
+            position += 1
+        if token.startswith("--"):
+            typed.append(_Typed(spelling, normal(spelling[2:]), value))
+        else:
+            problems.append(_short(spelling, types))
+    return typed, problems
+
+
+def _is_flag(token: str) -> bool:
+    """Whether an argument looks like a flag; `-1`, `-inf` and "- a text" are values."""
+    return bool(_FLAG.match(token)) and not is_number(token)
+
+
+def _resolve(name: str, types: dict[str, Any]) -> tuple[str | None, bool]:
+    """The field that a name stands for (None: no field), and whether it stands for its negation."""
+    name = ALIASES.get(name, name)
+    if name in types:
+        return name, False
+    for prefix in ("no_", "no"):
+        if name.startswith(prefix) and name.removeprefix(prefix) in types:
+            return name.removeprefix(prefix), True
+    return None, False
+
+
+def _text(flag: _Typed, field: str, negated: bool, annotation: Any) -> str:
+    """The text of a flag's value, once its type takes it.
+
+    Raises:
+      ValueError: what is wrong, to stand after the flag.
+    """
+    if negated:
+        if not is_switch(annotation):
+            raise ValueError(f"negates what is not true or false: write --{field}=VALUE")
+        if flag.text is not None:
+            raise ValueError(f"takes no value, got {flag.text!r}: write --{field}={flag.text}")
+        return "false"
+    if flag.text is None:
+        if not is_switch(annotation):
+            raise ValueError(
+                f"needs a value: --{field}={type_name(annotation)} "
+                "(the = is needed where a value looks like a flag)"
+            )
+        return "true"
+    value = parse_text(annotation, flag.text)
+    if problem := ratio_problem(flag.name, value):
+        raise ValueError(problem.removeprefix(f"{flag.name} "))
+    return flag.text
+
+
+def _unknown(name: str, types: dict[str, Any]) -> str:
+    others = [word for word, other in ALGORITHMS.items() if name in options(other)]
+    if others and advice(name, types) is None:
+        return f"--{name} is a flag of {', '.join(others)} only."
+    negations = [f"no_{name}" for name, annotation in types.items() if is_switch(annotation)]
+    return unknown(name, [*types, *ALIASES, *negations], prefix="--")
+
+
+def _short(spelling: str, types: dict[str, Any]) -> str:
+    name = normal(spelling[1:])
+    if len(name) == 1:
+        return f"one-letter flags do not exist, got {spelling}. Write the name out."
+    if _resolve(name, types)[0]:
+        return f"a flag starts with two dashes, got {spelling}. Did you mean --{name}?"
+    return _unknown(name, types)
+
+
+def _stray(token: str, before: list[_Typed], types: dict[str, Any]) -> str:
+    """Refuses an argument that is neither a flag nor the value of one."""
+    text = f"unexpected argument {token!r}: every argument is a --flag or the value of one."
+    name, equals, value = token.lstrip("-\u2013\u2014").partition("=")  # also pasted long dashes
+    if _resolve(normal(name), types)[0]:
+        return f"{text} Did you mean --{name}{equals}{value}?"
+    last = before[-1] if before else None
+    field = _resolve(last.name, types)[0] if last else None
+    if last is None or last.text is None or field is None:
+        return text
+    if is_list(types[field]):
+        return f"{text} Lists have commas: {last.spelling} {last.text},{token}"
+    return f"{text} A value with spaces is put in quotes."

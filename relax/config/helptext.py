@@ -1,61 +1,79 @@
-"""The text of `--help`: every flag by section, with its type, default and one line."""
+"""The text of `--help`: every flag by section, with its type, one line of help and its default."""
 
 import os
 import shutil
 import sys
 import textwrap
-from typing import Any
 
 from relax.config.names import ALIASES
 from relax.config.options import options
 from relax.config.schema import Settings
-from relax.config.values import type_name
+from relax.config.values import type_name, value_text
 
 _NOTES = (
-    "--flag VALUE and --flag=VALUE are equal, and so are - and _ in a name. A true|false flag "
-    "alone is true, --no_flag is false. Lists have commas: a,b (or are JSON). none leaves a value "
-    "unset. A ratio stands for that part of all updates. Defaults stand in brackets."
+    "Write --flag VALUE or --flag=VALUE, with - or _ in names. A true|false flag alone means true, "
+    "--no_flag means false. Lists are a,b or JSON; none unsets a value. Defaults are in brackets."
 )
 _COMMAND = {
-    "--config FILE": "JSON or YAML file of fields, by section or flat; flags override it.",
-    "--print_config": "Print the resolved configuration as JSON and start nothing.",
-    "--help, -h": "Print this.",
+    "--config FILE": "JSON or YAML file of options, by section or flat; flags override it.",
+    "--print_config": "Print the resolved configuration as JSON, and end.",
+    "--help, -h": "Print this help, and end.",
 }
 
 
 def help_text(
     config_class: type[Settings],
-    script: str,
+    program: str,
     width: int | None = None,
     colour: bool | None = None,
 ) -> str:
-    """The help of a script.
+    """The text that `--help` prints.
 
     Args:
       config_class: whose fields are shown.
-      script: name of the script.
+      program: the words that start it.
       width: columns, held within 80 and 120; default: the terminal's.
       colour: whether to use ANSI styles; default: on a terminal that has not refused them.
     """
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
     width = min(max(width, 80), 120)
     colour = _colour() if colour is None else colour
-    lines = [f"usage: python {script} [--flag VALUE ...]", "", config_class.__doc__ or "", ""]
+    lines = [f"usage: {program} [--flag VALUE ...]", "", config_class.__doc__ or "", ""]
     lines += [*textwrap.wrap(_NOTES, width), ""]
+    if config_class.examples:
+        lines.append(_bold("examples", colour))
+        for example in config_class.examples:
+            lines += _command(f"{program} {example}", width)
+        lines.append("")
     lines.append(_bold("command line", colour))
     for left, text in _COMMAND.items():
         lines += _entry(left, text, width)
     previous = ""
     for option in options(config_class).values():
         if option.section != previous:
-            lines += ["", _bold(option.section, colour)]
             previous = option.section
-        text = f"{option.help} [{_default(option.default)}]"
+            doc = section_class(config_class, previous).__doc__ or ""
+            lines += ["", f"{_bold(previous, colour)}: {doc}"]
+        text = f"{option.help} [{value_text(option.default)}]"
         aliases = [f"--{alias}" for alias, name in ALIASES.items() if name == option.name]
         if aliases:
             text += f" Also {', '.join(aliases)}."
         lines += _entry(f"--{option.name} {type_name(option.type)}", text, width)
     return "\n".join(lines)
+
+
+def section_class(config_class: type[Settings], name: str) -> type:
+    """The class of a section."""
+    return type(getattr(config_class(), name))
+
+
+def _command(text: str, width: int) -> list[str]:
+    """A shell command, broken between its flags."""
+    text = text.replace(" --", "\0--").replace(" ", "\1").replace("\0", " ")
+    lines = textwrap.wrap(
+        text, width - 2, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False
+    )
+    return [line.replace("\1", " ") + " \\" * (line is not lines[-1]) for line in lines]
 
 
 def _entry(left: str, text: str, width: int) -> list[str]:
@@ -72,14 +90,6 @@ def _between_choices(text: str, width: int) -> list[str]:
     """Breaks a|b|c where it is too long for a line."""
     lines = textwrap.wrap(text.replace("|", "| "), width, subsequent_indent=" " * 6)
     return [line.replace("| ", "|") for line in lines]
-
-
-def _default(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def _bold(text: str, colour: bool) -> str:

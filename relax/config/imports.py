@@ -1,74 +1,105 @@
-"""Things that are named in a configuration: `package.module.Name` and `path/to/file.py:Name`."""
+"""Objects that a configuration names: `package.module.Name` or `path/to/file.py:Name`."""
 
 import hashlib
 import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from relax.config.names import suggestion
 from relax.errors import ConfigError
 
 
-def load_object(spec: str, what: str):
-    """Imports what is named; a file is imported once.
+def load_object(spec: str, what: str, kind: type = object) -> Any:
+    """Imports the object that a text names; a file is imported once.
 
     Args:
       spec: a dotted path, or a Python file, a colon and a name in it.
-      what: it is to be, for messages: "reward", "profile".
+      what: the role of the object, for messages: "reward", "profile", "callbacks".
+      kind: the type that the object must have, such as `type` for a class.
 
     Raises:
-      ConfigError: there is no such thing, or importing it fails.
+      ConfigError: there is no such file, module or name, it is of another kind, or importing it
+        raises an exception.
 
     >>> load_object("json.dumps", "function")([1])
     '[1]'
     """
     path, colon, name = spec.rpartition(":")
     if colon:
-        return _attribute(_load_file(path, spec, what), name, spec, what)
-    module, _, name = spec.rpartition(".")
-    return _attribute(_load_module(module, spec, what), name, spec, what)
+        module = _load_file(path, spec, what)
+    else:
+        path, _, name = spec.rpartition(".")
+        module = _load_module(path, spec, what)
+    found = getattr(module, name, None)
+    if found is None or not isinstance(found, kind):
+        wanted = "class" if kind is type else "object"
+        names = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and isinstance(value, kind) and not key.startswith("_")
+        ]
+        raise ConfigError(
+            f"{what} {spec!r}: '{path}' has no {wanted} {name!r}.{suggestion(name, names)} "
+            f"It has {', '.join(names) or 'no function and no class'}."
+        )
+    return found
 
 
-def _load_module(name: str, spec: str, what: str):
+def make_object(spec: str, what: str) -> Any:
+    """An instance of the class that `spec` names, made without arguments.
+
+    Raises:
+      ConfigError: see `load_object`; or making the instance raises an exception.
+    """
+    found = load_object(spec, what, type)
+    try:
+        return found()
+    except Exception as error:
+        raise ConfigError(
+            f"{what} {spec!r} must be made without arguments, and this raised "
+            f"{type(error).__name__}: {error}."
+        ) from error
+
+
+def _load_module(name: str, spec: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        missing = getattr(error, "name", None) or ""
-        if missing and (name == missing or name.startswith(missing + ".")):
+    except Exception as error:
+        missing = error.name if isinstance(error, ImportError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
             raise ConfigError(
                 f"{what} {spec!r}: there is no module {missing!r}. Is it installed, and is this "
                 "the directory to start from?"
             ) from error
-        raise ConfigError(f"{what} {spec!r}: {name!r} cannot be imported: {error}") from error
+        raise _broken(name, spec, what, error) from error
 
 
-def _load_file(path: str, spec: str, what: str):
-    file = Path(path)
+def _load_file(path: str, spec: str, what: str) -> ModuleType:
+    file = Path(path).expanduser().resolve()
     if file.suffix != ".py" or not file.is_file():
         raise ConfigError(
-            f"{what} {spec!r}: {path!r} is not a Python file. Write path/to/file.py:name."
+            f"{what} {spec!r}: there is no Python file '{path}'. Write path/to/file.py:name."
         )
     # Two files of one name must not become one module.
-    name = f"relax_{hashlib.sha1(str(file.resolve()).encode()).hexdigest()[:12]}_{file.stem}"
-    if name not in sys.modules:
-        module_spec = importlib.util.spec_from_file_location(name, file)
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[name] = module
-        try:
-            module_spec.loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[name]
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{what} {spec!r}: {path!r} cannot be loaded: {reason}") from error
-    return sys.modules[name]
+    name = f"relax_{hashlib.sha1(str(file).encode()).hexdigest()[:12]}_{file.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, file)
+    assert found is not None and found.loader is not None  # of a .py file there always is one
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # where dataclasses look it up
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise _broken(path, spec, what, error) from error
+    return module
 
 
-def _attribute(module, name: str, spec: str, what: str):
-    if not hasattr(module, name):
-        names = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-        raise ConfigError(
-            f"{what} {spec!r}: there is no {name!r} in it.{suggestion(name, names)} "
-            f"It has {', '.join(names) or 'no function and no class'}."
-        )
-    return getattr(module, name)
+def _broken(where: str, spec: str, what: str, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"{what} {spec!r}: '{where}' cannot be imported: {type(error).__name__}: {error}"
+    )

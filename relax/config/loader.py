@@ -1,16 +1,21 @@
 """Configurations from files and dicts: JSON or YAML, by section or flat, as strict as the flags."""
 
+import json
+import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from relax.config.files import read_file
 from relax.config.names import ALIASES, ratio_problem, suggestion, unknown
 from relax.config.options import options
 from relax.config.schema import Settings, SFTConfig
 from relax.config.settings import ALGORITHMS
 from relax.config.values import check_value
 from relax.errors import ConfigError
+
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+_YAML_TAGS = {"null", "bool", "int", "float", "str", "timestamp", "seq", "map"}
 
 
 class ConfigLoader:
@@ -27,7 +32,7 @@ class ConfigLoader:
         self.config_class = config_class
 
     def load(self) -> Settings:
-        """The file over the defaults, validated.
+        """The file over the defaults, checked.
 
         Raises:
           ConfigError: names every problem, one a line.
@@ -35,7 +40,7 @@ class ConfigLoader:
         return self.merge_with_cli_args({})
 
     def merge_with_cli_args(self, args: dict[str, Any] | Namespace) -> Settings:
-        """The values of `args` over the file over the defaults, validated.
+        """The values of `args` over the file over the defaults, checked.
 
         Args:
           args: by field name; of an `argparse.Namespace` what is None was not given.
@@ -59,7 +64,7 @@ def _class_of(data: dict[str, Any]) -> type[Settings]:
 
 
 def from_dict(data: dict[str, Any], config_class: type[Settings] | None = None) -> Settings:
-    """A validated configuration from a dict, by section (as `to_dict` gives it) or flat.
+    """A checked configuration from a dict, by section (as `to_dict` gives it) or flat.
 
     >>> from_dict({"hyperparams": {"seed": 1}, "packing": True}).data.packing
     True
@@ -75,7 +80,7 @@ def create_default_config(
     config_class: type[Settings] = SFTConfig,
     **fields: Any,
 ) -> Settings:
-    """A validated configuration from the few values one usually gives; `fields` by field name."""
+    """A checked configuration from the few values one usually gives; `fields` by field name."""
     named = {
         "model_name_or_path": model_path,
         "dataset_name": dataset_path,
@@ -90,7 +95,7 @@ def create_default_config(
 
 def _make(config_class: type[Settings], fields: dict[str, Any]) -> Settings:
     config = config_class().replace(**config_class.defaults_for(fields) | fields)
-    config.validate()
+    config.check()
     return config
 
 
@@ -138,3 +143,89 @@ def _fields(data: dict[str, Any], config_class: type[Settings], where: str) -> d
     if problems:
         raise ConfigError("\n".join(where + problem for problem in problems))
     return found
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Reads a .json, .yaml or .yml file that holds one object.
+
+    Raises:
+      ConfigError: says what is wrong with the file, and where in it.
+    """
+    path = Path(path)
+    readers = {".json": _read_json, ".yaml": _read_yaml, ".yml": _read_yaml}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(f"a config file ends in .json, .yaml or .yml, got {str(path)!r}")
+    try:
+        data = reader(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a configuration") from None
+    except ValueError as error:  # syntax, a repeated key, an endless number, a NUL in the path
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold an object of fields, got a {type(data).__name__}")
+    return data
+
+
+def _read_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_not_finite, parse_int=_whole)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} stands there twice")
+        found[key] = value
+    return found
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"numbers must be finite, got {text}")
+
+
+def _whole(text: str) -> int:
+    if len(text) > 400:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _read_yaml(text: str) -> Any:
+    """Reads YAML's syntax with the scalars of JSON.
+
+    PyYAML's own are those of YAML 1.1, where `eval_strategy: no` is False and `1e-4` a text.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError("reading YAML needs `pip install pyyaml`; JSON needs nothing") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    return None if root is None else _plain(root, set())
+
+
+def _plain(node: Any, seen: set[int]) -> Any:
+    """The value of a YAML node; an alias, which would make it a graph, is refused."""
+    line = f"line {node.start_mark.line + 1}"
+    if node.tag.rpartition(":")[2] not in _YAML_TAGS:
+        raise ValueError(f"{line}: the tag {node.tag!r} is not supported")
+    if id(node) in seen:
+        raise ValueError(f"{line}: anchors and aliases are not supported")
+    seen.add(id(node))
+    if node.id == "sequence":
+        return [_plain(item, seen) for item in node.value]
+    if node.id == "mapping":
+        if any(key.id != "scalar" for key, _ in node.value):
+            raise ValueError(f"{line}: keys must be plain names")
+        return _once([(key.value, _plain(value, seen)) for key, value in node.value])
+    if node.style is not None:  # quoted or a block
+        return node.value
+    if _NUMBER.fullmatch(node.value):
+        return json.loads(node.value, parse_int=_whole)
+    return _WORDS.get(node.value, node.value)

@@ -1,33 +1,12 @@
-"""Names that people bring with them: other spellings, former names, typing errors."""
+"""Names of options: other spellings that work, and what is said of those that do not."""
 
 import difflib
 from collections.abc import Iterable
 
+from relax.config.foreign import advice
+
 # Other names of an option that work, in flags and in files.
 ALIASES = {"warmup_ratio": "warmup_steps", "resume_from_checkpoint": "resume"}
-
-# Names of other libraries that do not work, and what to write instead.
-RENAMED = {
-    "base_model": "model_name_or_path",
-    "batch_size": "per_device_train_batch_size",
-    "bf16": "dtype bfloat16",
-    "dataset": "dataset_name",
-    "dataset_path": "dataset_name",
-    "epochs": "num_train_epochs",
-    "evaluation_strategy": "eval_strategy",
-    "fp16": "dtype bfloat16 (float16 is not offered)",
-    "lr": "learning_rate",
-    "max_context_length": "max_length",
-    "max_seq_length": "max_length",
-    "model": "model_name_or_path",
-    "model_architecture": "model_name_or_path (its config.json says it)",
-    "model_path": "model_name_or_path",
-    "no_cuda": "dtype for the precision; JAX chooses the device, JAX_PLATFORMS=cpu forces the CPU",
-    "num_epochs": "num_train_epochs",
-    "overwrite": "overwrite_output_dir",
-    "precision": "dtype",
-    "vocab_size": "model_name_or_path (its config.json says it)",
-}
 
 
 def normal(name: str) -> str:
@@ -35,25 +14,29 @@ def normal(name: str) -> str:
     return name.replace("-", "_")
 
 
-def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+def suggestion(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.7) -> str:
     """ " Did you mean ...?" for a misspelt name, or nothing.
 
     >>> suggestion("lerning_rate", ["learning_rate", "seed"], prefix="--")
     ' Did you mean --learning_rate?'
     """
-    known = list(known)
+    by_lower = {k.lower(): k for k in known}
     name = normal(name).lower()
-    close = [k for k in known if len(name) >= 4 and k.startswith(name)][:1]
-    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f" Did you mean {prefix}{close[0]}?" if close else ""
+    close = [k for k in by_lower if len(name) >= 4 and k.startswith(name)][:1]
+    close = close or difflib.get_close_matches(name, by_lower, n=1, cutoff=cutoff)
+    return f" Did you mean {prefix}{by_lower[close[0]]}?" if close else ""
 
 
 def unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The sentence that refuses a name nobody knows, or one that is called otherwise here."""
-    if name in RENAMED:
-        return f"{prefix}{name} is not a name here. Use {prefix}{RENAMED[name]}."
-    what = "flag" if prefix else "field"
-    shown = repr(name) if not name.isidentifier() else prefix + name
+    """The sentence that refuses a name: what to use instead, where that is known, or a suggestion.
+
+    >>> unknown("bf16", ["dtype"], prefix="--")
+    '--bf16 is not a flag here: use --dtype bfloat16.'
+    """
+    known, what = list(known), "flag" if prefix else "field"
+    if text := advice(name, known):
+        return f"{prefix}{name} is not a {what} here: {text if prefix else text.replace('--', '')}."
+    shown = prefix + name if name.isidentifier() else repr(name)
     return f"unknown {what} {shown}.{suggestion(name, known, prefix)}"
 
 

@@ -1,7 +1,6 @@
 """What one option is (type, default, range, help), read from the dataclasses that declare it."""
 
 import dataclasses
-import functools
 import typing
 from typing import Any, NamedTuple
 
@@ -47,13 +46,21 @@ def section(section_class: type, **defaults: Any) -> Any:
     return dataclasses.field(default_factory=lambda: section_class(**defaults))
 
 
-@functools.cache
+_READ: dict[type, dict[str, Option]] = {}
+
+
 def options(config_class: type) -> dict[str, Option]:
     """The options of a configuration class by name, in the order of their declaration.
 
     Raises:
       TypeError: two fields share a name; flags are flat, so each name may exist once.
     """
+    if config_class not in _READ:
+        _READ[config_class] = _read(config_class)
+    return _READ[config_class]
+
+
+def _read(config_class: type) -> dict[str, Option]:
     found: dict[str, Option] = {}
     defaults = config_class()
     for part in dataclasses.fields(config_class):

@@ -4,16 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from relax.config.options import option, options, section
+from relax.config.options import option, section
 from relax.config.rl import (
+    GENERATION,
     CompletionsConfig,
     RewardConfig,
     broken_groups,
-    evaluation_problems,
-    reward_problems,
-    sampling_problems,
+    generation_problems,
+    one_update,
 )
-from relax.config.rules import Given, given_by, unused
+from relax.config.rules import NoEffect, Rule, Values, needs
 from relax.config.schema import (
     Hyperparams,
     InferenceConfig,
@@ -25,56 +25,107 @@ from relax.config.schema import (
 
 @dataclass(slots=True, kw_only=True)
 class PPOSection:
-    """Proximal policy optimisation."""
+    """Objective, critic and KL penalty of PPO."""
 
     num_ppo_epochs: int = option(4, "Passes over the completions of a rollout.", at_least=1)
-    num_mini_batches: int = option(1, "Updates of one pass.", at_least=1)
+    num_mini_batches: int = option(1, "Mini-batches (steps) per pass.", at_least=1)
     value_model: str | None = option(
         None,
-        "The critic: none = a head on the policy's trunk; policy = a copy of the policy with one; "
-        "or the directory of a model or a reward model.",
+        "Critic: none = a value head on the policy; policy = a copy of the policy with a value "
+        "head; or the directory of a model or reward model.",
     )
     critic_learning_rate: float | None = option(
-        None, "Of the critic; none = learning_rate.", above=0
+        None, "Learning rate of the critic; none = learning_rate.", above=0
     )
-    critic_warmup_steps: int = option(0, "The policy stands still for so many updates.", at_least=0)
-    vf_coef: float = option(0.1, "Of the value loss.", above=0)
+    critic_warmup_steps: int = option(
+        0, "Steps at the start that train the critic only.", at_least=0
+    )
+    vf_coef: float = option(0.1, "Value loss coefficient.", above=0)
     cliprange_value: float | None = option(
-        0.2, "How far a value may go from the rollout's; none = any way.", above=0
+        0.2, "Clipping range of values around those of the rollout; none = off.", above=0
     )
-    kl_coef: float = option(0.05, "Of the KL penalty in the reward; 0 = no reference.", at_least=0)
-    kl_estimator: Literal["k1", "k3"] = option("k1", "Estimate of the KL per token.")
+    kl_coef: float = option(
+        0.05, "KL coefficient in the reward; 0 disables the reference model.", at_least=0
+    )
+    kl_estimator: Literal["k1", "k3"] = option("k1", "Estimator of the KL divergence per token.")
     kl_target: float | None = option(
-        None, "Nats of a completion that kl_coef follows; none = kl_coef stays.", above=0
+        None,
+        "Target KL divergence per completion in nats, for adaptive kl_coef; none = constant "
+        "kl_coef.",
+        above=0,
     )
     kl_horizon: float = option(
-        10000.0, "Completions in which kl_coef then changes by a fifth at most.", above=0
+        10000.0, "Completions over which an adaptive kl_coef changes by at most a fifth.", above=0
     )
     reward_at: Literal["last_token", "after_eos"] = option(
-        "last_token", "Where the score is given; after_eos is TRL's placement."
+        "last_token", "Token that receives the reward; after_eos is TRL's placement."
     )
     missing_eos_penalty: float | None = option(
-        None, "Taken off the score of completions that did not end by themselves.", above=0
+        None, "Subtracted from the reward of completions without an EOS token.", above=0
     )
-    whiten_rewards: bool = option(False, "Give the rewards of a rollout variance 1.")
-    gamma: float = option(1.0, "Discount of what comes later.", at_least=0, at_most=1)
-    lam: float = option(0.95, "Share of longer looks ahead in advantages.", at_least=0, at_most=1)
-    cliprange: float = option(0.2, "The ratio is clipped to 1 - and 1 + cliprange.", above=0)
+    whiten_rewards: bool = option(False, "Scale the rewards of a rollout to variance 1.")
+    gamma: float = option(1.0, "Discount factor.", at_least=0, at_most=1)
+    lam: float = option(
+        0.95, "Lambda of generalised advantage estimation (GAE).", at_least=0, at_most=1
+    )
+    cliprange: float = option(
+        0.2, "Clipping range of the ratio: 1 - cliprange to 1 + cliprange.", above=0
+    )
     dual_clip: float | None = option(
-        None, "Bound of the ratio where the advantage is negative, 3 say; none = none.", above=1
+        None,
+        "Upper bound of the ratio where the advantage is negative, such as 3; none = no bound.",
+        above=1,
     )
-    entropy_coef: float = option(0.0, "Of the entropy bonus.", at_least=0)
+    entropy_coef: float = option(0.0, "Entropy bonus coefficient.", at_least=0)
     target_kl: float | None = option(
-        None, "The rest of a rollout is skipped when the policy is this far from it.", above=0
+        None,
+        "KL divergence from the rollout at which its remaining steps are skipped; none = off.",
+        above=0,
     )
-    loss_chunk_size: int = option(256, "Tokens whose logits exist at once.", at_least=1)
+    loss_chunk_size: int = option(
+        256, "Tokens per chunk of logits; smaller saves memory.", at_least=1
+    )
+
+
+def _sizes(v: Values) -> Iterator[str]:
+    yield from broken_groups(v, v["gradient_accumulation_steps"] * v["num_mini_batches"])
+
+
+def _critic(v: Values) -> Iterator[str]:
+    warmup, steps = v["critic_warmup_steps"], v["max_steps"]
+    if 0 < steps <= warmup:
+        yield (
+            f"critic_warmup_steps must leave updates for the policy, got {warmup} of {steps} "
+            "updates; lower it"
+        )
+
+
+PPO = (
+    needs("kl_estimator kl_target", "kl_coef", warn=True),
+    needs("kl_horizon", "kl_target"),
+    NoEffect(
+        "dual_clip",
+        lambda v: v["dual_clip"] is not None and v["dual_clip"] <= 1 + v["cliprange"],
+        "cliprange {cliprange} bounds the ratio by less; raise dual_clip",
+        warn=True,
+    ),
+    NoEffect(
+        "cliprange dual_clip cliprange_value target_kl",
+        lambda v: one_update(v, v["num_ppo_epochs"] * v["num_mini_batches"]),
+        "a rollout is one update, so nothing has moved; give num_ppo_epochs or num_mini_batches",
+        warn=True,
+    ),
+)
 
 
 @dataclass(slots=True, kw_only=True)
 class PPOConfig(TrainerConfig):
-    """PPO: completions are judged by reward functions, against what a critic expected."""
+    """PPO: reward functions score completions; a critic is the baseline."""
 
     algorithm: ClassVar[str] = "ppo"
+    examples: ClassVar[tuple[str, ...]] = (
+        "--model_name_or_path DIR --dataset_name prompts.jsonl --reward_funcs exact_match",
+    )
     script: ClassVar[str] = "run_rl.py"
     # What the run with no flags needs to learn addition from rewards in a few minutes.
     embedded: ClassVar[dict[str, Any]] = {
@@ -97,6 +148,8 @@ class PPOConfig(TrainerConfig):
         "eval_temperature": 0.0,
         "rollout_slots": 512,
     }
+    rules: ClassVar[tuple[Rule, ...]] = (_sizes, generation_problems, _critic)
+    no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + GENERATION + PPO
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)
     # With dropout the ratio would be noise from the first update on: the sampler has none.
@@ -106,57 +159,3 @@ class PPOConfig(TrainerConfig):
     rollout: CompletionsConfig = section(CompletionsConfig, num_generations=1)
     reward: RewardConfig = section(RewardConfig)
     ppo: PPOSection = section(PPOSection)
-
-    def problems(self) -> list[str]:
-        # With slots, super() does not find the class.
-        found = TrainerConfig.problems(self)
-        if found:
-            return found
-        known, values = options(type(self)), self.flat()
-        given = given_by(known, values, self.embedded)
-        rules = (_sizes, sampling_problems, evaluation_problems, reward_problems)
-        rules += (_penalty, _critic, _on_policy)
-        return [problem for rule in rules for problem in rule(values, given)]
-
-
-def _sizes(values: dict[str, Any], given: Given) -> Iterator[str]:
-    G, rows = values["num_generations"], values["per_device_train_batch_size"]
-    micro_batches = values["gradient_accumulation_steps"] * values["num_mini_batches"]
-    if rows * micro_batches % G:
-        yield broken_groups(G, rows, micro_batches)
-
-
-def _penalty(values: dict[str, Any], given: Given) -> Iterator[str]:
-    if not values["kl_coef"]:
-        for name in ("kl_estimator", "kl_target"):
-            if given(name):
-                yield unused(name, "kl_coef is 0, so there is no reference")
-    if given("kl_horizon") and values["kl_target"] is None:
-        yield unused("kl_horizon", "kl_target is none, so kl_coef stays")
-
-
-def _critic(values: dict[str, Any], given: Given) -> Iterator[str]:
-    warmup, steps = values["critic_warmup_steps"], values["max_steps"]
-    if 0 < steps <= warmup:
-        yield (
-            f"critic_warmup_steps must leave updates for the policy, got {warmup} of {steps} "
-            "updates; lower it"
-        )
-    if values["dual_clip"] is not None and values["dual_clip"] <= 1 + values["cliprange"]:
-        bound = 1 + values["cliprange"]
-        yield unused("dual_clip", f"the ratio is bounded by {bound:g} already; give more")
-
-
-def _on_policy(values: dict[str, Any], given: Given) -> Iterator[str]:
-    """Where a rollout is one update, ratios are 1 and values are those of the rollout."""
-    dropout = values["use_peft"] and values["lora_dropout"]
-    several = values["num_ppo_epochs"] * values["num_mini_batches"] > 1
-    if several or dropout or values["dtype"] != "float32":
-        return
-    for name in ("cliprange", "dual_clip", "cliprange_value", "target_kl"):
-        if given(name):
-            yield unused(
-                name,
-                "a rollout is one update, so nothing has moved; give num_ppo_epochs or "
-                "num_mini_batches",
-            )

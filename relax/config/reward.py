@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from relax.config.dpo import PreferenceConfig, batch_problems
-from relax.config.options import option, options, section
-from relax.config.rules import Given, given_by
+from relax.config.dpo import PAIRS, PreferenceConfig, pairs_problems
+from relax.config.options import option, section
+from relax.config.rules import NoEffect, Rule, Values
 from relax.config.schema import (
     Hyperparams,
     InferenceConfig,
@@ -18,18 +18,28 @@ from relax.config.schema import (
 
 @dataclass(slots=True, kw_only=True)
 class RewardModelSection:
-    """Reward models."""
+    """Loss of the reward model."""
 
     center_rewards_coefficient: float | None = option(
-        None, "Of the squared sum of a pair's scores, 0.01 say; none = off.", above=0
+        None,
+        "Coefficient of the squared sum of a pair's scores, such as 0.01; none = off.",
+        above=0,
     )
+
+
+def _adapters(v: Values) -> Iterator[str]:
+    if v.given("merge_lora"):
+        yield "merge_lora must be true: a reward model is saved whole, with the head it trained"
 
 
 @dataclass(slots=True, kw_only=True)
 class RewardModelConfig(TrainerConfig):
-    """A reward model: it scores the chosen answer to a prompt above the rejected one."""
+    """Reward model: scores chosen above rejected completions."""
 
     algorithm: ClassVar[str] = "reward"
+    examples: ClassVar[tuple[str, ...]] = (
+        "--model_name_or_path DIR --dataset_name pairs.jsonl --output_dir outputs/mine",
+    )
     # What the run with no flags needs to tell right sums from wrong ones in a minute.
     embedded: ClassVar[dict[str, Any]] = {
         "learning_rate": 1e-3,
@@ -46,6 +56,8 @@ class RewardModelConfig(TrainerConfig):
         "eval_on_start": True,
         "per_device_eval_batch_size": 250,
     }
+    rules: ClassVar[tuple[Rule, ...]] = (_adapters, pairs_problems)
+    no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + PAIRS
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-4)
     # As in TRL there is no dropout; and adapters are saved merged, beside the head.
@@ -54,17 +66,3 @@ class RewardModelConfig(TrainerConfig):
     inference: InferenceConfig = section(InferenceConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/reward")
     reward_model: RewardModelSection = section(RewardModelSection)
-
-    def problems(self) -> list[str]:
-        # With slots, super() does not find the class.
-        found = TrainerConfig.problems(self)
-        if found:
-            return found
-        known, values = options(type(self)), self.flat()
-        given = given_by(known, values, self.embedded)
-        return [*_adapters(values, given), *batch_problems(values, given)]
-
-
-def _adapters(values: dict[str, Any], given: Given) -> Iterator[str]:
-    if given("merge_lora"):
-        yield "merge_lora must be true: a reward model is saved whole, its head was trained as well"

@@ -14,8 +14,9 @@ A new algorithm adds one section class, and names the defaults that differ for i
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from relax.config import rules
-from relax.config.options import option, options, section
+from relax.config import run_rules
+from relax.config.options import option, section
+from relax.config.rules import NoEffect, Rule
 from relax.config.settings import Settings
 
 Dtype = Literal["float32", "bfloat16"]
@@ -27,259 +28,281 @@ Schedule = Literal[
 
 @dataclass(slots=True, kw_only=True)
 class Hyperparams:
-    """The optimizer, the length of the run and the batches."""
+    """Optimizer, learning rate, batch sizes and length of the run."""
 
     learning_rate: float = option(2e-5, "Peak learning rate.", above=0)
     per_device_train_batch_size: int = option(
-        8, "Rows per device in one forward and backward pass.", at_least=1
+        8, "Rows per device and forward-backward pass.", at_least=1
     )
-    gradient_accumulation_steps: int = option(1, "Passes summed into one update.", at_least=1)
-    num_train_epochs: int = option(3, "Passes over the training rows.", at_least=1)
+    gradient_accumulation_steps: int = option(1, "Forward-backward passes per step.", at_least=1)
+    num_train_epochs: int = option(3, "Epochs: passes over the training rows.", at_least=1)
     max_steps: int = option(
-        -1, "Updates in all, in place of num_train_epochs; -1 = no limit.", at_least=-1
+        -1, "Total number of steps; overrides num_train_epochs; -1 = off.", at_least=-1
     )
-    optim: Optimizer = option("adamw", "What makes updates of gradients.")
-    lr_scheduler_type: Schedule = option("linear", "Course of the learning rate after warm-up.")
+    optim: Optimizer = option("adamw", "Optimizer.")
+    lr_scheduler_type: Schedule = option("linear", "Learning-rate schedule.")
     warmup_steps: float = option(
-        0.0, "Updates of warm-up, or a ratio of all when below 1.", steps=True, at_least=0
+        0.0, "Linear warm-up in steps; below 1: a fraction of the run.", steps=True, at_least=0
     )
     min_lr_rate: float = option(
         0.0,
-        "Last learning rate of cosine_with_min_lr and wsd, over the peak.",
+        "Final learning rate of cosine_with_min_lr and wsd, as a fraction of the peak.",
         at_least=0,
         below=1,
     )
     num_decay_steps: float = option(
-        0.1, "Updates of wsd's decay, or a ratio of all when below 1.", steps=True, above=0
+        0.1, "Decay phase of wsd in steps; below 1: a fraction of the run.", steps=True, above=0
     )
     weight_decay: float = option(
-        0.0, "Decoupled weight decay, not of norms and biases.", at_least=0
+        0.0, "Decoupled weight decay; norms and biases are exempt.", at_least=0
     )
-    adam_beta1: float = option(0.9, "Decay of the gradient's mean.", at_least=0, below=1)
-    adam_beta2: float = option(0.999, "Decay of the gradient's square.", at_least=0, below=1)
-    adam_epsilon: float = option(1e-8, "Added to the root of the square.", above=0)
+    adam_beta1: float = option(0.9, "Adam beta1.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "Adam beta2.", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "Adam epsilon.", above=0)
     max_grad_norm: float = option(
-        1.0, "Gradients are scaled down to this norm; 0 = off.", at_least=0
+        1.0, "Gradient clipping: maximum global norm; 0 = off.", at_least=0
     )
-    seed: int = option(42, "Seed of all randomness.", at_least=0)
-    data_seed: int | None = option(None, "Seed of the order of rows; none = seed.", at_least=0)
+    seed: int = option(42, "Random seed.", at_least=0)
+    data_seed: int | None = option(None, "Seed of the row order; none = seed.", at_least=0)
     gradient_checkpointing: bool = option(
-        True, "Recompute activations in the backward pass: less memory."
+        True, "Recompute activations in the backward pass to save memory."
     )
     gradient_checkpointing_policy: Literal["matmuls", "attention", "nothing"] = option(
-        "matmuls", "What is not recomputed: matrix products and attention, attention, nothing."
+        "matmuls",
+        "Activations kept by gradient checkpointing: outputs of all matrix products, of "
+        "attention only, or none.",
     )
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelConfig:
-    """Which model is trained, and in which precision."""
+    """Model and precision."""
 
     model_name_or_path: str | None = option(
-        None, "Hugging Face model directory or name; none = a small one from scratch."
+        None, "Hugging Face model directory or hub name; none = the demo model."
     )
     dtype: Dtype = option("float32", "Precision of the computation.")
     param_dtype: Dtype = option("float32", "Precision of the parameters.")
     attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = option(
-        "auto", "Attention in training: auto = the device's kernel where it can, else xla."
+        "auto", "Attention kernel in training; auto = the fastest that the device supports."
     )
 
 
 @dataclass(slots=True, kw_only=True)
 class PeftConfig:
-    """Which weights are trained: all, low-rank adapters alone, or all but some."""
+    """Trained weights: all, LoRA adapters only, or all but frozen ones."""
 
-    use_peft: bool = option(False, "Train low-rank adapters (LoRA); all else is frozen.")
-    lora_r: int = option(16, "Rank of the adapters.", at_least=1)
-    lora_alpha: int = option(32, "Adapters are scaled by lora_alpha / lora_r.", at_least=1)
-    lora_dropout: float = option(
-        0.05, "Share of the adapters' inputs dropped in training.", at_least=0, below=1
-    )
+    use_peft: bool = option(False, "Train LoRA adapters and freeze the model.")
+    lora_r: int = option(16, "LoRA rank.", at_least=1)
+    lora_alpha: int = option(32, "LoRA scaling: lora_alpha / lora_r.", at_least=1)
+    lora_dropout: float = option(0.05, "LoRA dropout.", at_least=0, below=1)
     lora_target_modules: list[str] = option(
-        ["all-linear"], "Linear layers with adapters, such as q_proj,v_proj; all-linear = all."
+        ["all-linear"], "Linear layers with adapters, such as q_proj,v_proj; or all-linear."
     )
     merge_lora: bool = option(
-        False, "Save the merged model, not the adapter; so it is where the base is no directory."
+        False,
+        "Save the merged model instead of the adapter; always on where the base model is not a "
+        "directory or hub name.",
     )
     freeze: str | None = option(
-        None, "Regular expression: weights whose path it is found in are frozen."
+        None, "Regular expression; weights whose path matches it are frozen."
     )
 
 
 @dataclass(slots=True, kw_only=True)
 class RowsConfig:
-    """Which rows are trained on."""
+    """Training and evaluation data."""
 
     dataset_name: str | None = option(
         None,
-        "File, directory, hub name or reasoning_gym/TASK; none = the embedded arithmetic set.",
+        "File, directory, hub name or reasoning_gym/TASK; none = the demo task, addition.",
     )
     dataset_config: str | None = option(None, "Configuration of a hub data set.")
-    dataset_kwargs: dict = option({}, "Options of a reasoning_gym task.")
-    dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on.")
+    dataset_kwargs: dict = option({}, "Options of a reasoning_gym task, as JSON.")
+    dataset_train_split: str = option("train", "Training split.")
+    dataset_test_split: str = option("test", "Evaluation split.")
     eval_dataset_name: str | None = option(
-        None, "Rows to evaluate on, as in dataset_name; or name=FILE,... for several sets."
+        None, "Evaluation data, as in dataset_name; several sets: name=FILE,..."
     )
     test_size: float = option(
         0.0,
-        "Training rows held out for evaluation, or a fraction when below 1.",
+        "Training rows held out for evaluation; below 1: a fraction of them.",
         steps=True,
         at_least=0,
     )
-    shuffle_dataset: bool = option(True, "Shuffle the rows anew in every epoch.")
+    shuffle_dataset: bool = option(True, "Reshuffle the rows in every epoch.")
     eos_token: str | None = option(None, "End-of-sequence token; none = the tokenizer's.")
 
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig(RowsConfig):
-    """Which rows are trained on, and how they become batches."""
+    """Training and evaluation data, truncation and packing."""
 
-    dataset_text_field: str = option("text", "Column that holds plain text.")
-    max_length: int | None = option(1024, "Tokens per row at most; none = no limit.", at_least=2)
+    dataset_text_field: str = option("text", "Column of plain-text rows.")
+    max_length: int | None = option(1024, "Maximum tokens per row; none = no limit.", at_least=2)
     truncation_mode: Literal["keep_start", "keep_end", "drop", "error"] = option(
-        "keep_start", "What becomes of a longer row."
+        "keep_start",
+        "Treatment of longer rows: keep their start or end, drop them, or stop with an error.",
     )
-    packing: bool = option(False, "Put several rows, isolated, into one of max_length tokens.")
+    packing: bool = option(
+        False, "Pack several rows into one of max_length tokens; they do not attend to each other."
+    )
     packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = option(
-        "bfd", "Best fit, best fit with long rows split, or one stream cut."
+        "bfd", "Best fit, best fit that splits long rows, or one stream cut into rows."
     )
-    eval_packing: bool | None = option(None, "Packing in evaluation; none = as packing.")
+    eval_packing: bool | None = option(None, "Pack evaluation rows; none = as packing.")
     pad_to_multiple_of: int | None = option(
-        None, "Round the padded length up to a multiple.", at_least=1
+        None, "Pad rows to a multiple of this length.", at_least=1
     )
 
 
 @dataclass(slots=True, kw_only=True)
 class RenderingConfig:
-    """How conversations are made and rendered."""
+    """Prompt format, system prompt and chat template."""
 
     name: str = option(
         "chat",
-        "What prompts and answers look like: chat (as the data has them), emoji_think, regime3, "
+        "Format of prompts and completions: chat (as in the data), emoji_think, regime3, "
         "chain_of_thought, tool_use, a+b, auto, or path/to/file.py:Class; see docs/profiles.md.",
         flag="profile",
     )
-    system_prompt: str | None = option(
-        None, "Put before conversations that have no system message."
-    )
+    system_prompt: str | None = option(None, "System message of conversations that have none.")
     chat_template_path: str | None = option(
-        None, "Tokenizer directory or .jinja file; none = the tokenizer's template."
+        None, "Tokenizer directory or .jinja file; none = the tokenizer's own template."
     )
 
 
 @dataclass(slots=True, kw_only=True)
 class ProfileConfig(RenderingConfig):
-    """And where completions end."""
+    """Prompt format, system prompt, chat template and stop sequences."""
 
     stop_sequences: list[str] | None = option(
-        None, "Texts that end sampled completions; none = the profile's."
+        None, "Texts that end a sampled completion; none = those of the profile."
     )
 
 
 @dataclass(slots=True, kw_only=True)
 class InferenceConfig:
-    """Evaluation."""
+    """Evaluation and sampled previews."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "When to evaluate.")
     eval_steps: float | None = option(
         None,
-        "Updates between evaluations, or a ratio of all; none = as logging_steps.",
+        "Steps between evaluations; below 1: a fraction of the run; none = logging_steps.",
         steps=True,
         above=0,
     )
-    per_device_eval_batch_size: int = option(8, "Rows per device in evaluation.", at_least=1)
+    per_device_eval_batch_size: int = option(
+        8, "Rows per device and forward pass in evaluation.", at_least=1
+    )
     max_eval_batches: int | None = option(
-        None, "Evaluate on the first batches only; none = on all.", at_least=1
+        None, "Maximum number of evaluation batches; none = all.", at_least=1
     )
-    eval_on_start: bool = option(False, "Evaluate before the first update as well.")
+    eval_on_start: bool = option(False, "Also evaluate before the first step.")
     num_samples: int = option(
-        0, "Held-out prompts answered at every evaluation, beside what is expected.", at_least=0
+        0, "Held-out prompts whose sampled completions are shown at every evaluation.", at_least=0
     )
-    max_new_tokens: int = option(128, "Tokens of such an answer at most.", at_least=1)
+    max_new_tokens: int = option(128, "Maximum tokens of such a completion.", at_least=1)
 
 
 @dataclass(slots=True, kw_only=True)
 class OutputConfig:
-    """What is written, where and when."""
+    """Output directory, resuming, logging and checkpoints."""
 
-    output_dir: str = option("outputs/run", "Directory of this run.")
-    overwrite_output_dir: bool = option(False, "Delete what an earlier run left there.")
-    resume: str = option("never", "auto, never, or the path of a checkpoint to go on from.")
-    allow_config_change: list[str] = option([], "Fields that may differ from the resumed run's.")
+    output_dir: str = option("outputs/run", "Directory of the run.")
+    overwrite_output_dir: bool = option(False, "Delete an earlier run in output_dir.")
+    resume: str = option(
+        "never",
+        "auto (from the last checkpoint in output_dir), never, or the path of a checkpoint.",
+    )
+    allow_config_change: list[str] = option(
+        [], "Fields that may differ from those of the resumed run."
+    )
     logging_steps: float = option(
-        10.0, "Updates between log lines, or a ratio of all when below 1.", steps=True, above=0
+        10.0, "Steps between log lines; below 1: a fraction of the run.", steps=True, above=0
     )
     save_strategy: Literal["no", "steps", "epoch"] = option("steps", "When to save a checkpoint.")
     save_steps: float = option(
-        500.0, "Updates between checkpoints, or a ratio of all when below 1.", steps=True, above=0
+        500.0, "Steps between checkpoints; below 1: a fraction of the run.", steps=True, above=0
     )
     save_total_limit: int | None = option(
-        None, "Checkpoints to keep, the newest ones; none = all.", at_least=1
+        None, "Number of checkpoints to keep, the newest ones; none = all.", at_least=1
     )
     save_async: bool | None = option(
-        None, "Go on while a checkpoint is written; none = where devices have their own memory."
+        None, "Train on while a checkpoint is written; none = on GPUs and TPUs."
     )
     metric_for_best_model: str | None = option(
-        None, "Of evaluations, such as eval_loss: keep the best state in best/."
+        None, "Evaluation metric, such as eval_loss; the best state is kept in best/."
     )
     greater_is_better: bool | None = option(
-        None, "Of that metric; none = unless its name ends in loss."
+        None,
+        "Whether a greater value of that metric is better; none = unless its name ends in loss.",
     )
-    load_best_model_at_end: bool = option(False, "Write the best state to final/, not the last.")
+    load_best_model_at_end: bool = option(
+        False, "Save the best state instead of the last one in final/."
+    )
     early_stopping_patience: int | None = option(
-        None, "Stop after so many evaluations without a better one; none = never.", at_least=1
+        None, "Stop after this many evaluations without improvement; none = never.", at_least=1
     )
     early_stopping_threshold: float = option(
-        0.0, "A better evaluation is better by more than this.", at_least=0
+        0.0, "Minimum change that counts as an improvement.", at_least=0
     )
     report_to: list[str] = option(
-        [], "tensorboard, wandb, trackio or path/to/file.py:Class, besides metrics.jsonl."
+        [], "Trackers, besides metrics.jsonl: tensorboard, wandb, trackio or path/to/file.py:Class."
     )
-    run_name: str | None = option(None, "Of the run in trackers; none = the directory's name.")
+    run_name: str | None = option(
+        None, "Name of the run in trackers; none = the name of output_dir."
+    )
 
 
 @dataclass(slots=True, kw_only=True)
 class SystemConfig:
-    """The machine and the process."""
+    """Devices, processes, compilation cache and callbacks."""
 
     compilation_cache_dir: str | None = option(
-        None, "Directory where compiled steps are kept; none = not kept."
+        None, "Directory of XLA's compilation cache; none = no cache."
     )
-    grace_s: float = option(25.0, "Seconds from SIGTERM to the end at the latest.", above=0)
+    grace_s: float = option(25.0, "Seconds within which a run ends after SIGTERM.", above=0)
     mesh: str | None = option(
-        None, "Devices per axis, such as data=2,fsdp=4,tensor=1; auto = all along fsdp; none = one."
+        None,
+        "Devices per mesh axis, such as data=2,fsdp=4,tensor=1; auto = all along fsdp; none = "
+        "one device.",
     )
     sharding_rules: str | None = option(
-        None, "File of rules of how weights are cut, before the built-in ones."
+        None, "JSON file of sharding rules that precede the built-in ones."
     )
     coordinator: str | None = option(
-        None, "HOST:PORT of process 0 of several; auto = from SLURM, MPI, GKE or a TPU pod."
+        None,
+        "HOST:PORT of process 0; auto = from SLURM, MPI, GKE or a TPU pod; none = one process.",
     )
-    num_processes: int | None = option(None, "How many processes there are.", at_least=1)
-    process_id: int | None = option(None, "Which of them this is, from 0.", at_least=0)
+    num_processes: int | None = option(None, "Number of processes.", at_least=1)
+    process_id: int | None = option(None, "Number of this process, from 0.", at_least=0)
     heartbeat_s: int = option(
-        100, "Seconds without a sign of a process after which the others end.", at_least=5
+        100, "Seconds of silence of one process after which the others end.", at_least=5
     )
     max_nonfinite_steps: int = option(
-        3, "Stop when so many updates in a row were not finite; 0 = never.", at_least=0
+        3, "Stop after this many consecutive non-finite steps; 0 = never.", at_least=0
     )
-    callbacks: list[str] = option([], "Own callbacks, as path/to/file.py:Class or package.Class.")
+    callbacks: list[str] = option(
+        [], "Your own callbacks: path/to/file.py:Class or package.module.Class."
+    )
 
 
 @dataclass(slots=True, kw_only=True)
 class DebugConfig:
-    """Looking closer."""
+    """Dry run, printed rows, NaN search and profiling."""
 
     print_examples: int = option(
-        1, "Rows shown, trained tokens marked, before the run.", at_least=0
+        1, "Rows printed before the run, with the trained tokens marked.", at_least=0
     )
-    debug_nans: bool = option(False, "Stop at the operation that makes a NaN (slow).")
+    debug_nans: bool = option(False, "Stop at the operation that produces a NaN (slow).")
     dry_run: bool = option(
-        False, "Check everything, compile, take a step, and say what the run will need; no run."
+        False,
+        "Check everything, compile, take one step, print the memory and time that the run "
+        "needs, and end.",
     )
     profile_steps: str | None = option(
-        None, "Updates to trace, such as 10:15, for TensorBoard and Perfetto."
+        None, "Steps to profile, such as 10:15, for TensorBoard and Perfetto."
     )
 
 
@@ -288,15 +311,20 @@ class SFTSection:
     """Supervised fine-tuning."""
 
     completion_only_loss: bool | None = option(
-        None, "Train on completions only; none = where rows have a prompt."
+        None, "Train on completions only; none = yes where rows have a prompt."
     )
-    assistant_only_loss: bool = option(False, "Train on the assistant's messages only.")
-    loss_chunk_size: int = option(256, "Tokens whose logits exist at once.", at_least=1)
+    assistant_only_loss: bool = option(False, "Train on assistant messages only.")
+    loss_chunk_size: int = option(
+        256, "Tokens per chunk of logits; smaller saves memory.", at_least=1
+    )
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig(Settings):
-    """What all algorithms share; an algorithm adds one section of its own."""
+    """The sections that all algorithms share; an algorithm adds one of its own."""
+
+    shared_rules: ClassVar[tuple[Rule, ...]] = run_rules.RULES
+    no_effect: ClassVar[tuple[NoEffect, ...]] = run_rules.NO_EFFECT
 
     hyperparams: Hyperparams = section(Hyperparams)
     model: ModelConfig = section(ModelConfig)
@@ -308,15 +336,16 @@ class TrainerConfig(Settings):
     system: SystemConfig = section(SystemConfig)
     debug: DebugConfig = section(DebugConfig)
 
-    def problems(self) -> list[str]:
-        return rules.problems(options(type(self)), self.flat(), self.embedded)
-
 
 @dataclass(slots=True, kw_only=True)
 class SFTConfig(TrainerConfig):
-    """Supervised fine-tuning: next-token cross-entropy over the trained tokens."""
+    """Supervised fine-tuning (SFT): next-token cross-entropy."""
 
     algorithm: ClassVar[str] = "sft"
+    examples: ClassVar[tuple[str, ...]] = (
+        "--max_steps 100",
+        "--model_name_or_path DIR --dataset_name rows.jsonl --output_dir outputs/mine",
+    )
     # What the run with no flags needs to learn addition from scratch in about a minute.
     embedded: ClassVar[dict[str, Any]] = {
         "learning_rate": 2e-3,

@@ -3,12 +3,20 @@
 import copy
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from relax.config import rules
 from relax.config.names import unknown
 from relax.config.options import options
+from relax.config.rules import (
+    NoEffect,
+    Rule,
+    Values,
+    range_problems,
+    type_problems,
+    without_effect,
+)
 from relax.errors import ConfigError
 
 # Configurations by the name of their algorithm.
@@ -17,11 +25,24 @@ ALGORITHMS: dict[str, type["Settings"]] = {}
 
 @dataclass(slots=True, kw_only=True)
 class Settings:
-    """Sections of options, and what can be done with them: the base of every configuration."""
+    """Sections of options: the base of every configuration.
+
+    Attributes:
+      algorithm: its name in files and on the command line.
+      script: the script that runs it, where that is not run_ALGORITHM.py.
+      examples: flags of typical commands, for `--help`.
+      embedded: the defaults of the demo run, which names neither a model nor a data set.
+      shared_rules, rules: contradictions; the second are checked once the first hold.
+      no_effect: options without effect.
+    """
 
     algorithm: ClassVar[str] = ""
-    script: ClassVar[str] = ""  # where it is not run_ALGORITHM.py
+    script: ClassVar[str] = ""
+    examples: ClassVar[tuple[str, ...]] = ()
     embedded: ClassVar[dict[str, Any]] = {}
+    shared_rules: ClassVar[tuple[Rule, ...]] = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    no_effect: ClassVar[tuple[NoEffect, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         if cls.__dict__.get("algorithm"):
@@ -68,11 +89,32 @@ class Settings:
             changed.pop("max_steps", None)
         return changed
 
-    def problems(self) -> list[str]:
-        """What is wrong with the values, one sentence each. A subclass adds its own rules."""
-        return rules.value_problems(options(type(self)), self.flat())
+    def values(self) -> Values:
+        """All values by field name, with a memory of which were given."""
+        return Values(options(type(self)), self.flat(), self.embedded)
 
-    def validate(self) -> None:
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, one sentence each.
+
+        Where a value is of a wrong type, only the types are reported: the rules need right ones.
+        """
+        known, flat = options(type(self)), self.flat()
+        if found := list(type_problems(known, flat)):
+            return found
+        values = self.values()
+        found = list(range_problems(known, flat))
+        found += [problem for rule in self.shared_rules for problem in rule(values)]
+        if not found:
+            found = [problem for rule in self.rules for problem in rule(values)]
+        table = without_effect(self.no_effect, values).values()
+        return found + [text for text, warns in table if not warns]
+
+    def warnings(self) -> list[str]:
+        """Options that have no effect beside the others, and that a sweep may hold fixed."""
+        table = without_effect(self.no_effect, self.values()).values()
+        return [text for text, warns in table if warns]
+
+    def check(self) -> None:
         """Checks types, ranges, contradictions and options without effect.
 
         Raises:
@@ -81,3 +123,13 @@ class Settings:
         found = self.problems()
         if found:
             raise ConfigError("\n".join(found))
+
+    def warn(self) -> None:
+        """Gives a Python warning for each of `warnings`."""
+        for text in self.warnings():
+            warnings.warn(text, stacklevel=2)
+
+    def validate(self) -> None:
+        """Checks as `check` does, and warns as `warn` does."""
+        self.check()
+        self.warn()

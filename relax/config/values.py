@@ -94,12 +94,11 @@ def check_value(annotation: Any, value: Any) -> Any:
     if origin is Literal:
         fits = isinstance(value, str) and value in typing.get_args(inner)
     elif origin is list:
-        kind = (int, float) if _of_numbers(inner) else str
-        fits = isinstance(value, list | tuple) and all(_is_item(v, kind) for v in value)
+        is_item = _is_finite if _of_numbers(inner) else _is_text
+        fits = isinstance(value, list | tuple) and all(map(is_item, value))
         value = list(value) if fits else value
     elif inner is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = fits and abs(value) < 2**1000 and math.isfinite(value)
+        fits = _is_finite(value)
         value = float(value) if fits else value
     elif inner is int:
         fits = isinstance(value, int) and not isinstance(value, bool)
@@ -107,17 +106,21 @@ def check_value(annotation: Any, value: Any) -> Any:
         fits = isinstance(value, inner)
     if not fits:
         kinds = {str: "text", bool: "boolean", list: "list", dict: "object", float: "number"}
-        kind = kinds.get(type(value))
-        _refuse(annotation, quote(value) + f" (a {kind})" * bool(kind))
+        word = kinds.get(type(value))
+        _refuse(annotation, quote(value) + f" (a {word})" * bool(word))
     if inner is str and not value:
         raise ValueError("must not be empty: leave it away to have the default")
     return value
 
 
-def _is_item(value: Any, kind) -> bool:
-    if kind is str:
-        return isinstance(value, str) and bool(value)
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float holds; a huge int is not one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < 2**1000 and math.isfinite(value)
 
 
 def parse_text(annotation: Any, text: str) -> Any:
@@ -155,6 +158,21 @@ def parse_text(annotation: Any, text: str) -> Any:
             _refuse(annotation, quote(text))
         return float(text)
     return check_value(annotation, text)
+
+
+def value_text(value: Any) -> str:
+    """A value as it would be typed.
+
+    >>> [value_text(value) for value in (True, None, 1e-4, ["a", "b"], [], {"a": 1})]
+    ['true', 'none', '0.0001', 'a,b', '[]', '{"a": 1}']
+    """
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ",".join(map(value_text, value)) or "[]"
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _parse_list(annotation: Any, text: str) -> list[str]:

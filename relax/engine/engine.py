@@ -77,7 +77,7 @@ class TrainerEngine:
         with contextlib.ExitStack() as stack:
             if self.status_writer is not None and not config.debug.dry_run:
                 stack.enter_context(_told(self.status_writer, config))
-            config.validate()
+            config.check()
             return self._carry_out(*_with_rows(config, train_rows, eval_rows))
 
     def _carry_out(self, config: TrainerConfig, rows) -> JobResult:
@@ -93,6 +93,7 @@ class TrainerEngine:
                 stack.enter_context(_compilation_cache(config.system.compilation_cache_dir))
             stack.enter_context(warnings.catch_warnings())
             warnings.showwarning = self._show_warning
+            config.warn()
             if config.debug.dry_run:
                 job = Job(config, run_dir, console, rows)
                 stack.callback(job.close)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from relax import data
 from relax.config import TrainerConfig, resolve_steps
-from relax.config.rules import OPTIMIZER_FIELDS
+from relax.config.run_rules import OPTIMIZER_FIELDS
 from relax.data.loader import epoch_order
 from relax.errors import ConfigError, ErrorList
 from relax.models import (

@@ -2,13 +2,12 @@
 
 import json
 import shlex
-import shutil
-import sys
 from pathlib import Path
 
 import jax
 
 from relax.config import TrainerConfig
+from relax.config.cli import program_words
 from relax.config.watch_rules import best_metric, is_greater_better
 from relax.errors import ConfigError
 from relax.files import list_steps, write_json
@@ -16,13 +15,8 @@ from relax.files import list_steps, write_json
 
 def resume_command(config: TrainerConfig, directory: Path) -> str:
     """What a person types to go on with the run in a directory."""
-    script = config.script or f"run_{config.algorithm}.py"
-    if Path(sys.argv[0]).name == script:
-        script = sys.argv[0]
-    python = "python" if shutil.which("python") == sys.executable else sys.executable
-    return shlex.join(
-        [python, script, "--config", str(directory / "config.json"), "--resume", "auto"]
-    )
+    words = program_words(type(config))
+    return shlex.join([*words, "--config", str(directory / "config.json"), "--resume", "auto"])
 
 
 def show_how_to_go_on(console, steps: list[int], command: str) -> None:

@@ -15,7 +15,6 @@ from rich.console import Console
 import relax
 from relax import parallel
 from relax.callbacks.guards import LearningMonitor, NonFiniteGuard
-from relax.callbacks.loading import make
 from relax.callbacks.previews import Previews
 from relax.callbacks.profiler import Profiler
 from relax.callbacks.questions import questions_of
@@ -27,6 +26,7 @@ from relax.callbacks.warnings import RewardWarnings
 from relax.checkpoint.checkpointer import Checkpointer
 from relax.checkpoint.frozen import WithoutFrozen
 from relax.config import TrainerConfig
+from relax.config.imports import make_object
 from relax.config.watch_rules import best_metric, is_greater_better, keeps_best, profile_window
 from relax.engine.run_dir import RunDir
 from relax.errors import ConfigError, RelaxError
@@ -81,7 +81,7 @@ class RunMonitor:
         self.status = Status(writers, run_dir.checkpoints)
         self.report = Report(self.directory, self.warn)
         self.best: BestCheckpoint | None = None
-        self.own = [make(spec, "callbacks") for spec in config.system.callbacks]
+        self.own = [make_object(spec, "callbacks") for spec in config.system.callbacks]
         for spec, callback in zip(config.system.callbacks, self.own, strict=True):
             if not isinstance(callback, Callback):
                 raise ConfigError(f"callbacks {spec!r} must derive from relax.callbacks.Callback.")

@@ -38,10 +38,10 @@ def learning_rate_schedule(
     """The learning rate of update n, counted from 0.
 
     Warm-up rises linearly from 0, and is over at update `warmup_steps`. Then `linear` falls to 0
-    at `total_steps`, `cosine` falls along half a cosine, `constant` and `constant_with_warmup`
-    stay. `cosine_with_min_lr` falls to `min_lr_rate` of the peak. `wsd` (warm-up, stable, decay)
+    at `total_steps`, `cosine` falls along half a cosine, `constant_with_warmup` stays.
+    `cosine_with_min_lr` falls to `min_lr_rate` of the peak. `wsd` (warm-up, stable, decay)
     stays, and falls along half a cosine in the last `num_decay_steps` updates; it begins at
-    `min_lr_rate` of the peak and ends there.
+    `min_lr_rate` of the peak and ends there. `constant` has no warm-up, as in transformers.
 
     Args:
       kind: one of `SCHEDULES`.
@@ -62,6 +62,8 @@ def learning_rate_schedule(
     """
     if kind not in SCHEDULES:
         raise ConfigError(f"unknown schedule {kind!r}. Known: {', '.join(SCHEDULES)}.")
+    if kind == "constant":
+        return optax.constant_schedule(learning_rate)
     floor = min_lr_rate if kind in ("cosine_with_min_lr", "wsd") else 0.0
     stable_steps = total_steps - warmup_steps - num_decay_steps if kind == "wsd" else 0
     if stable_steps < 0:
@@ -73,7 +75,7 @@ def learning_rate_schedule(
     after = stable = optax.constant_schedule(learning_rate)
     if kind == "linear":
         after = optax.linear_schedule(learning_rate, 0.0, decay_steps)
-    elif not kind.startswith("constant"):
+    elif kind != "constant_with_warmup":
         after = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=floor)
     if stable_steps:
         after = optax.join_schedules([stable, after], [stable_steps])

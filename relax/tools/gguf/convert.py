@@ -11,7 +11,7 @@ Source: llama.cpp authors, convert_hf_to_gguf.py and src/llama-model.cpp, 2023-2
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -142,10 +142,10 @@ def open_gguf(path) -> GGUFModel:
     file = read_gguf(path)
     fields = hugging_face_fields(file)
     modules = FOUR_NORMS if architecture_of(file).gemma else MODULES
-    names = {}
+    names: dict[str, tuple[str, int | None]] = {}
     for name in file.tensors.keys() - {ROPE_FREQS}:
         ours = _name(name, modules)
-        experts = [None]
+        experts: Iterable[int | None] = [None]
         if ours != name and "{}" in ours:
             experts = range(file.tensors[name].shape[0])
         for expert in experts:

@@ -79,7 +79,7 @@ def hugging_face_fields(file: GGUFFile) -> dict:
         for key, value in file.metadata.items()
         if key.startswith(f"{name}.")
     }
-    table = FIELDS | kind.fields
+    table = {**FIELDS, **kind.fields}
     _check_keys(file, given, {*table, *IGNORED_FIELDS, *SCALING})
     fields = {field: given[key] for key, field in table.items() if key in given}
     heads = fields["num_attention_heads"]

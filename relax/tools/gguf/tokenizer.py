@@ -121,8 +121,8 @@ def _fields(metadata: Mapping) -> dict:
             raise ValueError(f"{name[:200]} must be {wanted}, got {repr(value)[:80]}.")
     tokens = fields.get("tokens", [])
     fields.setdefault("token_type", [_NORMAL] * len(tokens))
-    wanted = ("scores", "token_type") if fields["model"] == "llama" else ("token_type",)
-    for key in wanted:
+    lists = ("scores", "token_type") if fields["model"] == "llama" else ("token_type",)
+    for key in lists:
         if len(fields.get(key, [])) != len(tokens) or not tokens:
             raise ValueError(
                 f"{PREFIX}{key} must have one entry per token, got {len(fields.get(key, []))} for "
@@ -152,11 +152,13 @@ def _byte_level(fields: dict):
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.whole))
     if words.compose:
         tokenizer.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.pattern is None)]
-    if words.pattern is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
+    steps: list[pre_tokenizers.PreTokenizer] = []
     if words.digits:
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if words.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
+    use_regex = words.pattern is None
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, words.bos

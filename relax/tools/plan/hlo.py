@@ -21,14 +21,14 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective in a program, per device.
+    """The traffic of one kind of collective in a program, per device.
 
     Attributes:
-      count: how often it runs.
-      nbytes: that a device sends and receives, as rings do it.
+      runs: how often it runs.
+      nbytes: bytes that a device sends and receives, by the ring algorithm.
     """
 
-    count: int
+    runs: int
     nbytes: float
 
 
@@ -48,16 +48,17 @@ def collectives(text: str) -> dict[str, Traffic]:
     ... ENTRY %main (a: f32[2,4]) -> f32[8,4] {
     ...   ROOT %g = f32[8,4]{1,0} all-gather(%a), replica_groups=[2,4]<=[8], dimensions={0}
     ... }''')
-    {'all-gather': Traffic(count=1, nbytes=96.0)}
+    {'all-gather': Traffic(runs=1, nbytes=96.0)}
     """
     bodies, entry = _computations(text)
-    totals: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    totals: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     _walk(bodies, entry, 1, totals, set())
     return {kind: Traffic(int(n), nbytes) for kind, (n, nbytes) in sorted(totals.items())}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    bodies, name, entry = {}, None, ""
+    bodies: dict[str, list[str]] = {}
+    name, entry = None, ""
     for line in text.splitlines():
         start = _COMPUTATION.match(line)
         if start:
@@ -93,7 +94,8 @@ def _trips(bodies, line: str) -> int:
     """How often a loop runs: as the compiler says, or up to the one number it counts to; or 1."""
     if told := _TRIPS.search(line):
         return int(told[1])
-    condition = bodies.get(_CONDITION.search(line)[1], ())
+    found = _CONDITION.search(line)
+    condition = bodies.get(found[1], ()) if found else ()
     numbers = [found[1] for line in condition if (found := _NUMBER.search(line))]
     counts = any("direction=LT" in line for line in condition)
     return int(numbers[0]) if counts and len(numbers) == 1 else 1

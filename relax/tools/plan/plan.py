@@ -9,6 +9,7 @@ Axes: B rows or slots, T tokens of a row, L layers.
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -62,17 +63,20 @@ class Program:
 
 
 def plan(config: PlanConfig) -> list[str]:
-    """The lines that `python -m relax.parallel plan` prints.
+    """The lines that `relax plan` prints.
 
     Raises:
       ConfigError: a topology that the compiler does not know, a mesh that does not fit it.
     """
-    shape, d = read_shape(config.model.model_name_or_path), config.devices
+    name, d = config.model.model_name_or_path, config.devices
+    assert name is not None  # as the rules of the configuration want it
+    shape = read_shape(name)
     if config.steps.quick:
         jax.config.update("jax_optimization_level", "O1")
     mesh = parallel.make_mesh(d.mesh, topology_devices(d.topology))
     rules = parallel.RULES if d.sharding_rules is None else parallel.read_rules(d.sharding_rules)
-    with parallel.use(mesh, rules, shape.num_key_value_heads) as layout:
+    with parallel.use(mesh, rules, shape.num_key_value_heads):
+        layout = _layout()
         model = _model(config, shape)
         kinds = shape.layers
         attention = kernels.summary(
@@ -89,7 +93,7 @@ def plan(config: PlanConfig) -> list[str]:
     # A recomputed forward pass is done twice, a backward pass is two.
     passes = 3 if config.steps.gradient_checkpointing_policy == "matmuls" else 4
     lines = [
-        f"{Path(config.model.model_name_or_path)}: {shape.num_hidden_layers} layers, "
+        f"{Path(name)}: {shape.num_hidden_layers} layers, "
         f"{parameter_count(shape) / 1e9:.2f} B parameters",
         *layout.describe(),
         f"attention: {attention}",
@@ -173,9 +177,7 @@ def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
         further(one.accessed, two.accessed),
         {
             kind: Traffic(
-                round(
-                    further(one.traffic.get(kind, none).count, two.traffic.get(kind, none).count)
-                ),
+                round(further(one.traffic.get(kind, none).runs, two.traffic.get(kind, none).runs)),
                 further(one.traffic.get(kind, none).nbytes, two.traffic.get(kind, none).nbytes),
             )
             for kind in kinds
@@ -232,7 +234,7 @@ def update_program(config: PlanConfig, shape: TransformerConfig) -> Program:
 
 def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
     """The compiled segment of decoding, one token long."""
-    layout, model = parallel.layout(), _model(config, shape)
+    layout, model = _layout(), _model(config, shape)
     B, S = config.steps.slots * layout.batch_shards, config.steps.max_length
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     params = jax.eval_shape(model.init, _key(), ids)["params"]
@@ -251,8 +253,7 @@ def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
         cache,
         slots,
         jax.ShapeDtypeStruct((B,), bool),
-        Rules(temperature=jax.ShapeDtypeStruct((), jnp.float32)),
-        step.StopRules(jax.ShapeDtypeStruct((1,), jnp.int32), number),
+        *jax.eval_shape(_rules),
         number,
         number,
         top_k=0,
@@ -265,7 +266,19 @@ def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
     return _program(compiled, parts | {"activations": max(rest, 0)})
 
 
-def _program(compiled, parts: dict[str, float]) -> Program:
+def _rules() -> tuple[Rules, step.StopRules]:
+    """Sampling at a temperature, and one token that ends a completion."""
+    end, number = jnp.zeros(1, jnp.int32), jnp.int32(0)
+    return Rules(temperature=jnp.float32(1)), step.StopRules(end, number)
+
+
+def _layout() -> parallel.Layout:
+    layout = parallel.layout()
+    assert layout is not None  # a plan always has a mesh
+    return layout
+
+
+def _program(compiled, parts: Mapping[str, float]) -> Program:
     costs = compiled.cost_analysis() or {}
     costs = costs[0] if isinstance(costs, list) else costs
     return Program(

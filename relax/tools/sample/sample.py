@@ -22,20 +22,22 @@ from relax.tools.sample.config import SampleConfig
 def sample(config: SampleConfig) -> None:
     """Carries out one configuration."""
     m, p = config.model, config.prompts
+    name = m.model_name_or_path
+    assert name is not None  # as the rules of the configuration want it
     output = None if p.output_file is None else Path(p.output_file)
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"output_file must be in a directory that exists, got '{output}'.")
-    tokenizer = load_tokenizer(m.model_name_or_path, config.profile.chat_template_path)
+    tokenizer = load_tokenizer(name, config.profile.chat_template_path)
     profile, rows = _profiled(config, _rows(p, tokenizer))
     dtypes = {"param_dtype": jnp.dtype(m.param_dtype)}
-    model, params = load_model(m.model_name_or_path, jnp.dtype(m.dtype), **dtypes)
+    model, params = load_model(name, jnp.dtype(m.dtype), **dtypes)
     prompts = data.prepare_prompts(
         rows,
         tokenizer,
         system_prompt=remaining_system_prompt(profile, config.profile.system_prompt),
         vocab_size=model.config.vocab_size,
     )
-    end = end_tokens(m.model_name_or_path, tokenizer)
+    end = end_tokens(name, tokenizer)
     sampling = _sampling(config, end, profile.get_stop_sequences())
     seed = config.sampling.seed
     if seed is None and sampling.temperature:
@@ -109,11 +111,11 @@ def _rows(p, tokenizer) -> list[dict]:
 
 def _profiled(config: SampleConfig, rows: list[dict]):
     """The profile, and the rows as it has them."""
-    rows = data.read_rows(rows)
-    profile, note = resolve_profile(config.profile.name, rows.rows)
+    found = data.read_rows(rows)
+    profile, note = resolve_profile(config.profile.name, found.rows)
     if note is not None:
         print(note, file=sys.stderr)
-    return profile, apply_profile(profile, rows, "prompts", config.profile.system_prompt)
+    return profile, apply_profile(profile, found, "prompts", config.profile.system_prompt)
 
 
 def _sampling(

@@ -1,0 +1,131 @@
+"""The command `relax`, and `python -m relax`: every algorithm and every program by its name."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from relax import __version__
+from relax.config import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig
+from relax.config.cli import run, say
+from relax.config.names import suggestion
+from relax.tools.plan.config import PlanConfig, count_of
+from relax.tools.sample.config import SampleConfig
+
+USAGE = "usage: relax COMMAND [--flag VALUE ...]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command that the first argument names.
+
+    Args:
+      arguments: the name of a command and its own arguments; None: those of the process.
+
+    Returns:
+      The exit code; 2 where there is no such command.
+
+    Raises:
+      SystemExit: see `relax.config.cli.run`.
+    """
+    name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    if name in ("--help", "-h", "help"):
+        say(overview())
+    elif name == "--version":
+        print(f"relax {__version__}")
+    elif name in CONFIGURED:
+        run(*CONFIGURED[name], rest, ("relax", name), ends_process=arguments is None)
+    elif name in PROGRAMS:
+        return PROGRAMS[name][1](rest)
+    else:
+        known = [*CONFIGURED, *PROGRAMS]
+        hint = suggestion(name, known, prefix="relax ", cutoff=0.5)
+        print(f"error: there is no command {name!r}.{hint}", file=sys.stderr)
+        print(f"The commands are {', '.join(known)}; see relax --help.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def overview() -> str:
+    """The list of all commands, which `relax --help` prints."""
+    lines = [USAGE, "", "Post-train language models in JAX.", "", "commands:"]
+    about = {name: config.__doc__ or "" for name, (config, _) in CONFIGURED.items()}
+    about |= {name: text for name, (text, _) in PROGRAMS.items()}
+    lines += [f"  {name:9}{text}" for name, text in about.items()]
+    lines += ["", "relax COMMAND --help lists the flags of a command; relax --version the version."]
+    return "\n".join(lines)
+
+
+def _train(config: Any) -> None:
+    _prepare()
+    from relax.engine.engine import TrainerEngine
+
+    TrainerEngine().run_job(config)
+
+
+def _sample(config: SampleConfig) -> None:
+    _prepare()
+    from relax.tools.sample.sample import sample
+
+    sample(config)
+
+
+def _plan(config: PlanConfig) -> None:
+    # No device is asked for: the compiler's library would look for a TPU, and wait for it.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a run on this host's TPUs has it loaded, too
+    topology = config.devices.topology
+    if topology.startswith("cpu:"):
+        flag = f"--xla_force_host_platform_device_count={count_of(topology)}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from relax.tools.plan.plan import plan
+
+    print("\n".join(plan(config)))
+
+
+def _prepare() -> None:
+    """What must happen before jax starts its threads."""
+    # transformers would say that PyTorch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from relax.parallel.cpu import prepare_cpu
+
+    prepare_cpu()
+
+
+def _gguf(arguments: Sequence[str]) -> int:
+    from relax.tools.gguf.program import main
+
+    return main(arguments)
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from relax.tools.report import main
+
+    return main(arguments)
+
+
+def _monitor(arguments: Sequence[str]) -> int:
+    from relax.monitor.__main__ import main
+
+    return main(list(arguments))
+
+
+# Commands whose flags are the fields of a configuration: its class, and what is done with it.
+CONFIGURED = {
+    "sft": (SFTConfig, _train),
+    "dpo": (DPOConfig, _train),
+    "reward": (RewardModelConfig, _train),
+    "grpo": (GRPOConfig, _train),
+    "ppo": (PPOConfig, _train),
+    "sample": (SampleConfig, _sample),
+    "plan": (PlanConfig, _plan),
+}
+# Commands with arguments of their own: a line about them, and a function of the arguments.
+PROGRAMS = {
+    "gguf": ("Convert a GGUF file to a Hugging Face model directory.", _gguf),
+    "report": ("Write the report page of a run, or a page that compares several.", _report),
+    "monitor": ("Watch a run from another terminal.", _monitor),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
