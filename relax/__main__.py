@@ -84,7 +84,7 @@ def _plan(config: PlanConfig) -> None:
 
 
 def _prepare() -> None:
-    """What must happen before jax starts its threads."""
+    """Sets up the process before jax starts its threads."""
     # transformers would say that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from relax.parallel.cpu import prepare_cpu

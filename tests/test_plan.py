@@ -67,7 +67,7 @@ def test_a_plan_cuts_weights_moments_and_cache_and_tells_deep_models_from_shallo
     assert megabytes(out, "optimizer")[0] == pytest.approx(2 * training, rel=1e-2)
     # Eight slots on each of two parts, one of two heads: keys and values in bfloat16.
     assert megabytes(out, "cache") == [pytest.approx(2 * 2 * L * 8 * 1 * H * 64 / 1e6, rel=1e-2)]
-    assert "all-gather" in out and "told from 2 and 4 layers" in out
+    assert "all-gather" in out and "extrapolated from 2 and 4 layers" in out
 
 
 def test_the_least_time_of_a_step_is_that_of_its_narrowest_resource():

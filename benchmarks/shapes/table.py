@@ -33,7 +33,7 @@ def plan(model: str, devices: int, tensor: int, directory: Path, *flags: str) ->
 
 
 def gigabytes(part: str, name: str) -> float:
-    """Of a line of a plan."""
+    """The size in a line of a plan."""
     number, unit = re.search(rf"^  {name} +([\d.]+) ([MG])B", part, re.MULTILINE).groups()
     return float(number) / (1 if unit == "G" else 1000)
 
@@ -58,7 +58,7 @@ def row(model: str, devices: int, tensor: int, directory: Path) -> str:
 
 
 def _needed(part: str, bound: str) -> str:
-    total = gigabytes(part, "together")
+    total = gigabytes(part, "total")
     how_long = re.search(r"at least (\S+) ms, by (\w+)", part)
     if total > MEMORY_GB:
         return "does not fit"

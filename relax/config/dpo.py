@@ -117,7 +117,7 @@ def _reference(v: Values) -> Iterator[str]:
 
 
 def pairs_problems(v: Values) -> Iterator[str]:
-    """What is wrong with how pairs become batches."""
+    """Contradictions of packing."""
     if v["pack_pairs"] and v["max_length"] is None:
         yield "pack_pairs needs max_length: packed rows are twice that long"
 

@@ -204,10 +204,10 @@ BY_PREFIX = {
 
 
 def advice(name: str, known: Collection[str]) -> str | None:
-    """What to do in place of a flag of another library; None: nothing is known about it.
+    """The advice for a flag of another library; None: there is none.
 
     Args:
-      name: of the flag, without dashes.
+      name: the flag, without dashes.
       known: the options that the configuration has.
 
     >>> advice("evaluation_strategy", ["eval_strategy"])

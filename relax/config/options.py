@@ -1,4 +1,4 @@
-"""What one option is (type, default, range, help), read from the dataclasses that declare it."""
+"""Options: name, type, default, range and help, read from the dataclasses that declare them."""
 
 import dataclasses
 import typing

@@ -179,7 +179,7 @@ def broken_groups(v: Values, micro_batches: int) -> Iterator[str]:
 
 
 def generation_problems(v: Values) -> Iterator[str]:
-    """What is wrong with sampling in evaluation, and with the reward functions."""
+    """Contradictions of sampling in evaluation and of the reward functions."""
     functions, weights = v["reward_funcs"], v["reward_weights"]
     if v["num_generations_eval"] not in (None, 1) and v["eval_temperature"] == 0:
         yield "eval_temperature 0 draws the same completion again; make num_generations_eval 1"
@@ -203,7 +203,7 @@ def _grpo(v: Values) -> Iterator[str]:
 
 
 def one_update(v: Values, updates: int) -> bool:
-    """Whether the policy of an update is always the one that drew the completions."""
+    """Whether every step is taken by the very policy that generated the completions."""
     return updates <= 1 and not (v["use_peft"] and v["lora_dropout"]) and v["dtype"] == "float32"
 
 

@@ -78,7 +78,7 @@ class Settings:
 
     @classmethod
     def defaults_for(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The defaults that change because of what is given: those of the embedded run.
+        """The defaults that change because of what is given: those of the demo run.
 
         They hold where neither a model nor a data set is named, for fields that are not given.
         """

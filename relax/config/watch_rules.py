@@ -1,4 +1,4 @@
-"""What options about evaluation, trackers and profiles mean; shared by rules and runs."""
+"""Interpretation of options about evaluation, trackers and profiling."""
 
 import re
 from collections.abc import Mapping

@@ -26,7 +26,7 @@ from relax.tools.gguf.fields import ROPE_FREQS, architecture_of, hugging_face_fi
 from relax.tools.gguf.file import GGUFFile, read_gguf
 from relax.tools.gguf.tokenizer import gguf_tokenizer
 
-# Tensors there -> here; `{}` is the number of an expert, whose matrices lie together there.
+# llama.cpp's names -> Hugging Face's; `{}` is the number of an expert (one tensor there).
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -58,11 +58,12 @@ FOUR_NORMS = MODULES | {
 
 @dataclasses.dataclass(frozen=True)
 class GGUFModel:
-    """A file as a Hugging Face directory.
+    """A GGUF file seen as a Hugging Face directory.
 
     Attributes:
-      fields: what config.json would hold.
-      names: of the tensors, here -> there, and the expert where there is one.
+      file: the open file.
+      fields: the contents of config.json.
+      names: Hugging Face name of a tensor -> its name in the file, and the expert or None.
     """
 
     file: GGUFFile
@@ -74,7 +75,7 @@ class GGUFModel:
         return self.file.tensors[theirs].shape[0 if expert is None else 1 :]
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as float32."""
+        """The tensor of a Hugging Face name, as float32."""
         theirs, expert = self.names[name]
         kind = architecture_of(self.file)
         array = self.file.read(theirs, expert)
@@ -96,7 +97,7 @@ def convert_gguf(path: str | os.PathLike, directory: str | os.PathLike, dtype="f
     Args:
       path: the file; its tensors are dequantised.
       directory: where the model goes; a model that is there is replaced.
-      dtype: of the written tensors. float32 holds the values of every quantisation exactly.
+      dtype: type of the written tensors; float32 holds the values of every quantisation exactly.
 
     Returns:
       Whether the file held a tokenizer, which is then in the directory.
@@ -122,7 +123,7 @@ def convert_gguf(path: str | os.PathLike, directory: str | os.PathLike, dtype="f
 
 
 def read_gguf_config(path) -> TransformerConfig:
-    """The sizes of a GGUF file's model, without its weights."""
+    """The model configuration of a GGUF file, without the weights."""
     return _read_config(open_gguf(path))[1]
 
 
@@ -163,7 +164,7 @@ def _read_config(source: GGUFModel) -> tuple[Family, TransformerConfig]:
 
 
 def _check_tensors(source: GGUFModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """All tensors are there, of the right shapes, and no others."""
+    """Refuses tensors that are missing, extra or misshapen."""
     problems = [f"{name} is missing" for name in shapes.keys() - source.names.keys()]
     problems += [
         f"{source.names[name][0]} is not in the architecture"
@@ -181,7 +182,7 @@ def _check_tensors(source: GGUFModel, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _name(name: str, modules: Mapping[str, str]) -> str:
-    """llama.cpp's name of a tensor -> Hugging Face's; one that is none of its keeps it.
+    """The Hugging Face name for llama.cpp's name of a tensor; an unknown name is kept.
 
     >>> _name("blk.3.attn_q.weight", MODULES)
     'model.layers.3.self_attn.q_proj.weight'
@@ -193,7 +194,7 @@ def _name(name: str, modules: Mapping[str, str]) -> str:
 
 
 def _halves(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of heads whose neighbouring entries turn -> of heads whose halves turn.
+    """Reorders the rows of each head from interleaved rotary pairs to halves.
 
     >>> _halves(np.arange(8), heads=2)
     array([0, 2, 1, 3, 4, 6, 5, 7])

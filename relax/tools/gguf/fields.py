@@ -1,4 +1,4 @@
-"""What config.json would hold for the model of a GGUF file, from the file's metadata.
+"""The contents of config.json, from the metadata of a GGUF file.
 
 Source: llama.cpp authors, convert_hf_to_gguf.py and src/models, 2023-2026.
 """
@@ -50,14 +50,14 @@ ROPE_FREQS = "rope_freqs.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A `general.architecture`.
+    """An architecture: a value of `general.architecture`.
 
     Attributes:
-      model_type: of the family that reads it.
-      fields: its own keys, as `FIELDS`.
-      derive: what follows from `(fields, file)` without a key of its own.
-      gemma: layers have norms after their two blocks as well, and 1 is added to all norms.
-      interleaved: rows of queries and keys are reordered for neighbouring entries to turn.
+      model_type: the family that reads it.
+      fields: its own keys, as in `FIELDS`.
+      derive: gives further fields of config.json from `(fields, file)`.
+      gemma: layers also have norms after attention and MLP, and norms are stored plus 1.
+      interleaved: rows of queries and keys are ordered for interleaved rotary pairs.
     """
 
     model_type: str
@@ -68,7 +68,7 @@ class Architecture:
 
 
 def hugging_face_fields(file: GGUFFile) -> dict:
-    """What config.json would hold for the model of a file.
+    """The contents of config.json for the model of a file.
 
     Raises:
       ModelLoadError: the architecture is unknown, or a key of it, or one asks for what we have not.
@@ -110,7 +110,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
 
 
 def _check_keys(file: GGUFFile, given: Mapping, known: set[str]) -> None:
-    """The keys of the architecture, `given`, are known, and those that must be there are sizes."""
+    """Refuses unknown keys of the architecture, and sizes that are missing or no sizes."""
     unknown = [
         f"{key} = {repr(value)[:40]}"
         for key, value in given.items()
@@ -148,12 +148,12 @@ def _check_redundant(file: GGUFFile, given: Mapping, head_dim: int) -> None:
 
 
 def _shortest(value):
-    """A float of 32 bits as it was meant: 1e-06 and not 9.999999974752427e-07."""
+    """A float32 as it was written: 1e-06 and not 9.999999974752427e-07."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _scaling(file: GGUFFile, kind: str | None, scaling: dict) -> dict:
-    """How rotary positions are stretched, from the keys of `SCALING`."""
+    """`rope_scaling` of config.json, from the keys of `SCALING`."""
     if kind is None:
         kind = "linear" if "factor" in scaling else "none"
     if kind == "none":
@@ -169,7 +169,7 @@ def _scaling(file: GGUFFile, kind: str | None, scaling: dict) -> dict:
 
 
 def _llama3(file: GGUFFile, fields: Mapping) -> dict:
-    """The settings of the `llama3` scaling whose factors, one a plane, the file holds instead."""
+    """`rope_scaling` of Llama 3, recovered from the factor per frequency that the file holds."""
     held = file.read(ROPE_FREQS)
     if (held == 1).all():
         return {}
@@ -211,7 +211,7 @@ def _gemma3(fields: dict, file: GGUFFile) -> dict:
 
 
 def _gemma(fields: dict, period: int, largest: int) -> dict:
-    """Every `period`-th layer is full; queries are scaled by the head but in the largest model."""
+    """Fields of Gemma: every `period`-th layer is full; the largest scales by width / heads."""
     types = ["full_attention", *["sliding_attention"] * (period - 1)]
     layers, scalar = fields["num_hidden_layers"], fields["head_dim"]
     if layers == largest:

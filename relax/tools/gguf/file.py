@@ -26,7 +26,7 @@ _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: shape as in numpy, number of its type, place and size of its rows."""
+    """The place of a tensor: numpy shape, number of its type, offset and bytes per row."""
 
     shape: tuple[int, ...]
     kind: int
@@ -48,7 +48,7 @@ class GGUFFile:
     tensors: Mapping[str, Tensor]
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """A tensor as float32, dequantised, or the part at `index` of its first axis."""
+        """A dequantised float32 tensor, or the part at `index` of its first axis."""
         import gguf
 
         tensor = self.tensors[name]
@@ -98,12 +98,12 @@ def read_gguf(path) -> GGUFFile:
 
 
 class _Damaged(Exception):
-    """What is wrong with a file, without its name."""
+    """A fault of a file; the message lacks the file name."""
 
 
 @dataclasses.dataclass
 class _Cursor:
-    """A place in a file, which moves as values are read."""
+    """A position in a file that advances as values are read."""
 
     data: mmap.mmap
     at: int
@@ -126,7 +126,7 @@ class _Cursor:
         return [text.decode("utf-8") for text in found]
 
     def skip(self, size: int) -> int:
-        """Goes on by `size` bytes and returns where they began."""
+        """Advances by `size` bytes and returns the position before."""
         begin, self.at = self.at, self.at + size
         if self.at > len(self.data):
             raise _Damaged(f"it ends at byte {len(self.data):,} and should reach {self.at:,}")

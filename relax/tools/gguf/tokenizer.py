@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes, as one of Hugging Face's.
+"""The tokenizer of a GGUF file, rebuilt as a Hugging Face tokenizer.
 
 A file says by a name (`tokenizer.ggml.pre`) how a text is cut into words; the rules it stands for
 are those of the models' own tokenizer.json. An unknown name is refused: another rule would give
@@ -22,14 +22,14 @@ _CASED = rf"{_BEGIN}{_UPPER}*{_LOWER}+|{_BEGIN}{_UPPER}+{_LOWER}*|"
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How a text is cut into the words within which byte pairs are merged.
+    """How a text is split into words, within which byte pairs are merged.
 
     Attributes:
-      pattern: of a word; None: GPT-2's.
-      digits: every digit is a word.
-      compose: a text is composed (NFC) first.
-      whole: a word that is a token is not built from pairs.
-      bos: a text begins with a bos, where the file does not say.
+      pattern: regular expression of a word; None: GPT-2's.
+      digits: split off every digit as a word.
+      compose: normalise to NFC first.
+      whole: take a word that is a token as it is, without merges.
+      bos: begin a text with BOS where the file does not say.
     """
 
     pattern: str | None = None
@@ -96,7 +96,7 @@ def gguf_tokenizer(file: GGUFFile):
 
 
 def _fields(metadata: Mapping) -> dict:
-    """The entries about the tokenizer, by their names, checked."""
+    """The checked entries about the tokenizer, without their prefix."""
     fields = {key.removeprefix(PREFIX): v for key, v in metadata.items() if key.startswith(PREFIX)}
     if fields.get("model") not in ("gpt2", "llama"):
         raise ValueError(
@@ -134,7 +134,7 @@ def _fields(metadata: Mapping) -> dict:
 
 
 def _byte_level(fields: dict):
-    """Byte pairs within words: `(tokenizer, whether a text begins with a bos)`."""
+    """A byte-level BPE tokenizer, and whether a text begins with BOS by default."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = fields.get("pre")
@@ -165,7 +165,7 @@ def _byte_level(fields: dict):
 
 
 def _sentencepiece(fields: dict, unknown: str | None):
-    """Pieces that are merged in the order of their scores; what has no piece becomes bytes."""
+    """A SentencePiece BPE tokenizer: merges by score, with byte fallback."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = {token: i for i, token in enumerate(fields["tokens"])}
@@ -187,7 +187,7 @@ def _sentencepiece(fields: dict, unknown: str | None):
 
 
 def _merges(fields: dict) -> list[tuple[str, str]]:
-    """All ways to join two pieces to a third, the best third first."""
+    """All merges of two pieces into a third, the highest score first."""
     kinds = zip(fields["tokens"], fields["scores"], fields["token_type"], strict=True)
     scores = {token: score for token, score, kind in kinds if kind == _NORMAL}
     ways = [
@@ -201,7 +201,7 @@ def _merges(fields: dict) -> list[tuple[str, str]]:
 
 
 def _add_tokens(tokenizer, fields: dict) -> None:
-    """Tokens that are found in a text before it is cut: the file's control and own tokens."""
+    """Adds the control and user-defined tokens, which are split off before all else."""
     from tokenizers import AddedToken
 
     kinds = list(zip(fields["tokens"], fields["token_type"], strict=True))
@@ -212,7 +212,7 @@ def _add_tokens(tokenizer, fields: dict) -> None:
 
 
 def _ends(fields: dict, ids: Mapping, bos: bool):
-    """What is put around a text: bos and eos, where the file asks for them."""
+    """The post-processor that adds BOS and EOS where the file asks for them."""
     from tokenizers import processors
 
     wanted = {
@@ -233,7 +233,7 @@ def _ends(fields: dict, ids: Mapping, bos: bool):
 
 
 def _chat_template(metadata: Mapping):
-    """The chat template, or all of them by their names, or None."""
+    """The chat template; several by name; None where there is none."""
     prefix = "tokenizer.chat_template"
     named = {
         key[len(prefix) + 1 :]: v for key, v in metadata.items() if key.startswith(f"{prefix}.")

@@ -1,16 +1,16 @@
-"""What one device of a kind can do, as its maker says: for estimates."""
+"""Peak rates of TPUs as published by their maker, for estimates."""
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """Per device, bytes and seconds.
+    """The peak rates of one device.
 
     Attributes:
-      flops: per second, dense, in bfloat16.
+      flops: dense bfloat16 FLOPs per second.
       memory: bytes.
-      bandwidth: of the memory, bytes per second.
-      link: bytes per second to the neighbours along one axis of the mesh, both ways together.
+      bandwidth: memory bandwidth, bytes per second.
+      link: bytes per second to the neighbours along one axis of the mesh, both directions.
     """
 
     flops: float

@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its text."""
+"""Traffic between devices, read from the text of a compiled program."""
 
 import collections
 import math
@@ -33,7 +33,7 @@ class Traffic(NamedTuple):
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """The traffic of a program by kind; a loop counts as often as its text tells that it runs.
+    """The traffic of a program by kind; a loop counts as often as the text says that it runs.
 
     What one collective was split into (parts of it are fused with arithmetic) has one channel, and
     counts once.
@@ -91,7 +91,7 @@ def _walk(bodies, name: str, times: int, totals, seen: set[str]) -> None:
 
 
 def _trips(bodies, line: str) -> int:
-    """How often a loop runs: as the compiler says, or up to the one number it counts to; or 1."""
+    """The trip count of a loop: the compiler's, else the single number it counts to, else 1."""
     if told := _TRIPS.search(line):
         return int(told[1])
     found = _CONDITION.search(line)
@@ -102,7 +102,7 @@ def _trips(bodies, line: str) -> int:
 
 
 def _size(kind: str, shapes: str, started: bool) -> float:
-    """Bytes of a result; a started operation gives its operands first, and numbers for its end."""
+    """Bytes of a result; a `-start` operation lists its operands first and context numbers last."""
     sizes = [
         math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) / 8
         for dtype, dims in _SHAPE.findall(shapes)
@@ -119,7 +119,7 @@ def _bits(dtype: str) -> int:
 
 
 def _among(line: str) -> int:
-    """How many devices take part in one group.
+    """The number of devices in one group.
 
     >>> _among("replica_groups=[4,2]<=[8]"), _among("replica_groups={{0,2,4,6},{1,3,5,7}}")
     (2, 4)

@@ -1,7 +1,7 @@
-"""An update and a decode step, compiled ahead of time for devices that need not be there.
+"""Ahead-of-time compilation of a training step and a decode step for absent devices.
 
-Nothing is allocated: shapes go in, and XLA's account of memory and the program's text come out. Of
-a deep model two small depths are compiled; every number grows by the same from layer to layer.
+Nothing is allocated: XLA compiles shapes, and reports memory, FLOPs and the text of the program. A
+deep model is compiled at two small depths and extrapolated: each layer adds the same.
 
 Axes: B rows or slots, T tokens of a row, L layers.
 """
@@ -32,18 +32,18 @@ from relax.tools.plan.config import PlanConfig
 from relax.tools.plan.hlo import Traffic, collectives
 from relax.trainers import SFTTrainer
 
-DEPTHS = (2, 4)  # of which the rest is told; one layer lets the compiler order things otherwise
+DEPTHS = (2, 4)  # extrapolated from; with one layer the compiler orders things differently
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled step takes, per device.
+    """The cost of a compiled step, per device.
 
     Attributes:
       parts: bytes by name.
-      flops: that XLA counts, of a loop's body once.
-      accessed: bytes of memory read and written, counted likewise.
-      traffic: between devices, by kind of collective.
+      flops: FLOPs by XLA's count, which counts the body of a loop once.
+      accessed: bytes of memory read and written, by the same count.
+      traffic: bytes between devices, by kind of collective.
     """
 
     parts: dict[str, float]
@@ -83,8 +83,8 @@ def plan(config: PlanConfig) -> list[str]:
             model.attention_choice(kind, config.steps.max_length, True) for kind in kinds
         )
         full = config.steps.full_depth
-        update = attempt(lambda: deep(lambda s: update_program(config, s), shape, full))
-        decode = attempt(lambda: deep(lambda s: decode_program(config, s), shape, full))
+        update = attempt(lambda: extrapolated(lambda s: update_program(config, s), shape, full))
+        decode = attempt(lambda: extrapolated(lambda s: decode_program(config, s), shape, full))
         rows = config.steps.per_device_train_batch_size * layout.batch_shards
         slots = config.steps.slots * layout.batch_shards
     length = config.steps.max_length
@@ -98,21 +98,23 @@ def plan(config: PlanConfig) -> list[str]:
         *layout.describe(),
         f"attention: {attention}",
         "",
-        f"update of {rows} x {config.steps.gradient_accumulation_steps} rows of {length} tokens",
+        f"step of {rows} x {config.steps.gradient_accumulation_steps} rows of {length} tokens",
         *described(update, d.topology, passes * forward / mesh.size),
         "",
-        f"decode step of {slots} slots with {length} columns",
+        f"decode step of {slots} slots with {length} cache columns",
         *described(decode, d.topology, forward_flops(shape, slots, length) / mesh.size),
     ]
-    if not config.steps.full_depth and _is_told(shape):
-        lines.append(f"told from {DEPTHS[0]} and {DEPTHS[1]} layers; --full_depth compiles all")
+    if not config.steps.full_depth and _can_extrapolate(shape):
+        lines.append(
+            f"extrapolated from {DEPTHS[0]} and {DEPTHS[1]} layers; --full_depth compiles all"
+        )
     if config.steps.quick:
-        lines.append("compiled quickly: without --quick less memory is needed and fewer bytes move")
+        lines.append("compiled with --quick, which overestimates memory and traffic")
     return lines
 
 
 def read_shape(path: str) -> TransformerConfig:
-    """The sizes of a model from its directory or its config.json."""
+    """The configuration of a model from its directory or its config.json."""
     file = Path(path).expanduser()
     if not file.is_file():
         return read_pretrained_config(path)
@@ -124,7 +126,7 @@ def read_shape(path: str) -> TransformerConfig:
 
 
 def topology_devices(topology: str) -> list:
-    """The devices of a topology; of a TPU none need be there, but for the package `libtpu`."""
+    """The devices of a topology. TPUs may be absent, but the package `libtpu` is needed."""
     name, _, sizes = topology.partition(":")
     if name == "cpu":
         devices = jax.devices("cpu")
@@ -147,7 +149,7 @@ def topology_devices(topology: str) -> list:
 
 
 def attempt(compiled) -> Program | str:
-    """`compiled()`, or what the compiler says of a program that needs more memory than there is."""
+    """`compiled()`, or the compiler's message where the program does not fit into memory."""
     try:
         return compiled()
     except jax.errors.JaxRuntimeError as error:
@@ -157,16 +159,16 @@ def attempt(compiled) -> Program | str:
         return told[0] if told else str(error).strip().splitlines()[0]
 
 
-def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
-    """`compiled(shape)`, or what it would be as told from two small depths."""
+def extrapolated(compiled, shape: TransformerConfig, full: bool) -> Program:
+    """`compiled(shape)`, extrapolated from two small depths unless `full`."""
     depth = shape.num_hidden_layers
-    if full or not _is_told(shape):
+    if full or not _can_extrapolate(shape):
         return compiled(shape)
     one, two = (compiled(shallow(shape, n)) for n in DEPTHS)
     steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
     def further(a: float, b: float) -> float:
-        # Memory's peak is elsewhere in a deep model than in a shallow one, and no lower.
+        # The peak of memory may move with depth, but never falls.
         return a + max(b - a, 0) * steps
 
     none = Traffic(0, 0.0)
@@ -185,13 +187,13 @@ def deep(compiled, shape: TransformerConfig, full: bool) -> Program:
     )
 
 
-def _is_told(shape: TransformerConfig) -> bool:
-    """Whether a few layers tell of all: where each is like the next."""
+def _can_extrapolate(shape: TransformerConfig) -> bool:
+    """Whether all layers are alike, so that a few of them stand for all."""
     return shape.num_hidden_layers > max(DEPTHS) and len(set(shape.layers)) == 1
 
 
 def shallow(shape: TransformerConfig, depth: int) -> TransformerConfig:
-    """The first layers of a model."""
+    """The model cut to its first layers."""
     lists = {
         name: value[:depth]
         for name in ("layer_types", "no_rope_layers")
@@ -212,7 +214,7 @@ def _model(config: PlanConfig, shape: TransformerConfig) -> Transformer:
 
 
 def update_program(config: PlanConfig, shape: TransformerConfig) -> Program:
-    """The compiled update of supervised fine-tuning."""
+    """The compiled training step of supervised fine-tuning."""
     steps = config.steps
     trainer = SFTTrainer(
         _model(config, shape),
@@ -233,7 +235,7 @@ def update_program(config: PlanConfig, shape: TransformerConfig) -> Program:
 
 
 def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
-    """The compiled segment of decoding, one token long."""
+    """The compiled decode step, of one token per slot."""
     layout, model = _layout(), _model(config, shape)
     B, S = config.steps.slots * layout.batch_shards, config.steps.max_length
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
@@ -267,7 +269,7 @@ def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
 
 
 def _rules() -> tuple[Rules, step.StopRules]:
-    """Sampling at a temperature, and one token that ends a completion."""
+    """Rules of sampling at a temperature, with one EOS token."""
     end, number = jnp.zeros(1, jnp.int32), jnp.int32(0)
     return Rules(temperature=jnp.float32(1)), step.StopRules(end, number)
 
@@ -290,12 +292,12 @@ def _program(compiled, parts: Mapping[str, float]) -> Program:
 
 
 def _key():
-    """The shape of a key: on devices that are not there nothing can be computed."""
+    """The shape of a key; nothing can be computed on absent devices."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def parameter_count(shape: TransformerConfig) -> int:
-    """Of the whole model."""
+    """The number of parameters of the whole model."""
     return sum(leaf.size for leaf in jax.tree.leaves(_shapes(shape)))
 
 
@@ -305,10 +307,10 @@ def _shapes(shape: TransformerConfig):
 
 
 def forward_flops(shape: TransformerConfig, tokens: int, length: int) -> float:
-    """Of a forward pass over `tokens`, each of which sees half of `length` others.
+    """FLOPs of a forward pass over `tokens`, each of which attends to half of `length` others.
 
-    Two for each weight that a token meets, of experts those that it chooses, and four for each
-    entry of a query and each key that it sees.
+    2 per weight and token, counting only the experts that a token chooses, and 4 per entry of a
+    query and key that it attends to.
     """
     weights = 0.0
     for path, leaf in jax.tree_util.tree_flatten_with_path(_shapes(shape))[0]:
@@ -322,7 +324,7 @@ def forward_flops(shape: TransformerConfig, tokens: int, length: int) -> float:
 
 
 def described(program: Program | str, topology: str, flops: float) -> list[str]:
-    """A program in lines; `flops` are those of the model, per device."""
+    """The lines that describe a program; `flops` are the model's, per device."""
     if isinstance(program, str):
         return [f"  does not fit, and was not compiled: {program}"]
     lines = [f"  {name:16} {format_bytes(n):>10}" for name, n in program.parts.items() if n]
@@ -331,14 +333,14 @@ def described(program: Program | str, topology: str, flops: float) -> list[str]:
     if chip is not None:
         fits = "fits" if program.total <= chip.memory else "does not fit"
         have = f" of {format_bytes(chip.memory)}: {fits}"
-    lines.append(f"  {'together':16} {format_bytes(program.total):>10}{have}")
-    lines.append(f"  {'computes':16} {flops / 1e12:>7.3g} TFLOP")
+    lines.append(f"  {'total':16} {format_bytes(program.total):>10}{have}")
+    lines.append(f"  {'arithmetic':16} {flops / 1e12:>7.3g} TFLOP")
     for kind, (count, nbytes) in program.traffic.items():
         lines.append(f"  {kind:16} {format_bytes(nbytes):>10} in {count}")
-    lines.append(f"  {'memory traffic':16} {format_bytes(program.accessed):>10} by XLA's account")
+    lines.append(f"  {'memory traffic':16} {format_bytes(program.accessed):>10} by XLA's count")
     if chip is not None:
-        # What is held is read once at least. XLA's account is of no use: where a part of a buffer
-        # is read it counts the whole.
+        # All held memory is read at least once. XLA's count is no use here: it counts a whole
+        # buffer where a part of it is read.
         times = {
             "arithmetic": flops / chip.flops,
             "memory": program.total / chip.bandwidth,

@@ -1,4 +1,4 @@
-"""Prompts to text on the terminal, and to a file."""
+"""Completions of prompts, printed or written to a file."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from relax.tools.sample.config import SampleConfig
 
 
 def sample(config: SampleConfig) -> None:
-    """Carries out one configuration."""
+    """Generates and prints the completions that a configuration asks for."""
     m, p = config.model, config.prompts
     name = m.model_name_or_path
     assert name is not None  # as the rules of the configuration want it
@@ -69,7 +69,7 @@ def sample(config: SampleConfig) -> None:
 
 
 class _Stream:
-    """Prints text as its tokens come; a character that is not whole yet waits."""
+    """Prints text as tokens arrive; incomplete characters wait for their rest."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.printed = tokenizer, [], ""
@@ -110,7 +110,7 @@ def _rows(p, tokenizer) -> list[dict]:
 
 
 def _profiled(config: SampleConfig, rows: list[dict]):
-    """The profile, and the rows as it has them."""
+    """The profile, and the rows in its format."""
     found = data.read_rows(rows)
     profile, note = resolve_profile(config.profile.name, found.rows)
     if note is not None:
