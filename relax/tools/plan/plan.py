@@ -284,7 +284,7 @@ def _program(compiled, parts: Mapping[str, float]) -> Program:
     costs = compiled.cost_analysis() or {}
     costs = costs[0] if isinstance(costs, list) else costs
     return Program(
-        parts,
+        dict(parts),
         costs.get("flops", 0),
         costs.get("bytes accessed", 0),
         collectives(compiled.as_text()),
