@@ -295,3 +295,79 @@ def test_a_value_that_would_not_arrive_unchanged_is_refused(value):
 def test_a_runner_refuses_wrong_options(options, message):
     with pytest.raises(ConfigError, match=message):
         RewardRunner(**{"functions": ["exact_match"]} | options)
+
+
+# Values of numbers, special tokens and names of metrics
+
+
+@pytest.mark.parametrize(
+    "completion, answer, reward",
+    [
+        ("= .5", "5", 0.0),
+        ("= .5", "0.50", 1.0),
+        ("1e3", "3", 0.0),
+        ("1e3", "1,000", 1.0),
+        ("\u22125", "-5", 1.0),
+        ("\u22125", "5", 0.0),
+        ("2/4", "3/4", 0.0),
+        ("6/8", "3/4", 1.0),
+        ("0.75", r"\frac{3}{4}", 1.0),
+        (r"\dfrac{2}{4}", r"\frac{3}{4}", 0.0),
+        ("on 12/05/2024", 2024, 1.0),
+        ("3/0", "0", 1.0),
+        ("5-3", 3, 1.0),
+        ("1" + "0" * 40 + "1", "1" + "0" * 40 + "2", 0.0),
+    ],
+)
+def test_last_numbers_are_compared_by_value(completion, answer, reward):
+    assert load_reward("last_number_match")([completion], answer=[answer]) == [reward]
+
+
+def test_a_whole_number_in_a_column_of_floats_is_matched_exactly():
+    answers = [72.0, 72.0, 72, 7.5, True]
+    found = load_reward("exact_match")(["72", "72.0", "72", "7", "True"], answer=answers)
+    assert found == [1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def test_a_thought_that_the_prompt_opens_has_to_be_closed():
+    reward = load_reward("think_format")
+    completions = ["so</think>4", "so 4", "<think>so</think>4"]
+    assert reward(completions, prompt_texts=["2+2=<think>\n"] * 3) == [1.0, 0.0, 0.0]
+    assert reward(completions, prompt_texts=["<think>\n\n</think>\n\n"] * 3) == [0.0, 0.0, 1.0]
+    assert reward(completions) == [0.0, 0.0, 1.0]
+
+
+def test_tags_that_are_special_tokens_are_seen_by_functions_that_ask_for_them():
+    def plain(completions, **kwargs):
+        assert "completion_texts" not in kwargs
+        return [0.0] * len(completions)
+
+    texts = {"completion_texts": ["<think>so</think>4"], "prompt_texts": ["2+2="]}
+    with RewardRunner(["think_format", plain]) as runner:
+        assert runner.asks_for_texts
+        assert runner.score(["2+2="], ["so4"], texts=texts).total.tolist() == [1.0]
+        assert runner.score(["2+2="], ["so4"]).total.tolist() == [0.0]
+    with RewardRunner([plain]) as runner:
+        assert not runner.asks_for_texts
+
+
+def test_a_logged_number_never_takes_the_place_of_one_of_the_trainers():
+    def f(completions, log_metric, trainer_state, **kwargs):
+        for name in ("loss", "reward", "skipped_steps", "eval_loss", "rewards/f/mean", "hits"):
+            log_metric(name, 9)
+        assert (trainer_state.global_step, trainer_state.max_steps) == (3, 10)
+        assert trainer_state.epoch == 0.5
+        return [0.0] * len(completions)
+
+    state = {"global_step": 3, "max_steps": 10, "epoch": 0.5}
+    with RewardRunner([f]) as runner:
+        metrics = runner.score(["a"], ["b"], trainer_state=state).metrics
+    taken = ("loss", "reward", "skipped_steps", "eval_loss", "rewards/f/mean")
+    assert metrics == {f"rewards/f/{name}": 9.0 for name in taken} | {"hits": 9.0}
+
+
+def test_the_trainers_state_says_what_it_has():
+    from relax.rewards.calling import TrainerState
+
+    with pytest.raises(AttributeError, match="no 'best_metric' here, it has global_step"):
+        TrainerState(global_step=1).best_metric  # noqa: B018

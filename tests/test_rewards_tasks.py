@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from relax.data import read_rows
-from relax.data.tasks import make_rows
+from relax.data.tasks import make_rows, task_rows
 from relax.errors import ConfigError, DataError
 from relax.rewards import Episode, RewardRunner
 from relax.rewards.calculator import Calculator, calculate
@@ -256,3 +256,15 @@ def test_calls_are_bounded():
     assert calculator.step("<calc>1/0</calc>").text == "<result>error: division by zero</result>"
     last = calculator.step("<calc>1+1</calc>")
     assert (last.text, last.done, last.reward) == (None, True, 0.0)
+
+
+def test_a_scorer_that_takes_wrong_answers_is_named_with_its_version():
+    sizes = {"size": 5, "test_size": 3}
+    for name, what in (
+        ("game_of_life_halting", "takes any answer"),
+        ("gsm_symbolic", "takes the negative of a number"),
+    ):
+        with pytest.warns(UserWarning, match=rf"reasoning_gym/{name} \(reasoning-gym .*{what}"):
+            task_rows(name, options=sizes)
+        assert any(what in note for note in read_rows(f"reasoning_gym/{name}", options=sizes).notes)
+    assert read_rows("reasoning_gym/chain_sum", options=sizes).notes == ()

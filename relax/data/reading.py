@@ -10,7 +10,7 @@ from relax.data.arrow import shape_of_features, without_aligned_nulls
 from relax.data.limits import DEFAULT, Limits, check_files
 from relax.data.normalize import normalize
 from relax.data.readers import READERS, SUFFIXES, FileRows, read_file
-from relax.data.tasks import is_task, task_rows
+from relax.data.tasks import is_task, task_rows_and_faults
 from relax.errors import ConfigError, DataError
 
 _SPLITS = re.compile(r"(train|test|validation|valid|val|eval|dev)([-_.\d].*)?")
@@ -68,7 +68,9 @@ def read_rows(
             raise ConfigError(
                 f"{dataset!r} has no configurations, got {config!r}: pass dataset_kwargs instead."
             )
-        return _python_rows(task_rows(dataset, split, options), split, limits)
+        made, faults = task_rows_and_faults(dataset, split, options)
+        rows = _python_rows(made, split, limits)
+        return Rows(rows.rows, rows.origin, (*faults, *rows.notes))
     if options:
         raise ConfigError(
             f"dataset_kwargs are options of reasoning_gym tasks, got {dict(options)} for a data "

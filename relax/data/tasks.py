@@ -7,8 +7,10 @@ depend on the order of a set. So the same options give the same rows everywhere.
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +21,8 @@ PREFIX = "reasoning_gym/"
 # Options of the rows, beside those of the task itself.
 _OWN = {"size": 500, "test_size": 100, "seed": 42, "prompt": "{question}", "conversational": True}
 ROUNDS = 4  # draws of so many times the rows asked for, at most
+_PROBED = 10  # rows whose scorer is asked about wrong answers
+_NUMBER = re.compile(r"-?[0-9]{1,15}(\.[0-9]+)?")
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from relax.data import tasks; "
 
 
@@ -44,6 +48,16 @@ def task_rows(name: str, split: str = "train", options: Mapping | None = None) -
       ConfigError: an unknown task or option, or a value that the task does not take.
       DataError: an unknown split.
     """
+    rows, faults = task_rows_and_faults(name, split, options)
+    for fault in faults:
+        warnings.warn(fault, stacklevel=2)
+    return rows
+
+
+def task_rows_and_faults(
+    name: str, split: str = "train", options: Mapping | None = None
+) -> tuple[list[dict], tuple[str, ...]]:
+    """As `task_rows`, with what is wrong with the task's scorer in place of a warning."""
     options = dict(options or {})
     _check_own(options)
     if split not in ("train", "test"):
@@ -61,7 +75,7 @@ def task_rows(name: str, split: str = "train", options: Mapping | None = None) -
     answer = json.loads(run.stdout)
     if "error" in answer:
         raise ConfigError(answer["error"])
-    return answer["rows"]
+    return answer["rows"], tuple(answer["faults"])
 
 
 def _check_own(options: dict) -> None:
@@ -83,7 +97,8 @@ def main() -> None:
     os.dup2(2, 1)  # tasks print
     request = json.load(sys.stdin)
     try:
-        answer = {"rows": make_rows(**request)}
+        rows = make_rows(**request)
+        answer = {"rows": rows, "faults": scorer_faults(request["name"], rows)}
     except ConfigError as error:
         answer = {"error": str(error)}
     with os.fdopen(out, "w") as file:
@@ -98,6 +113,33 @@ def make_rows(name: str, split: str, options: dict) -> list[dict]:
     if split == "train":
         entries = _others(name, of_task, own, {entry["question"] for entry in entries}, start)
     return [_row(name, entry, of_task, own) for entry in entries]
+
+
+def scorer_faults(name: str, rows: list[dict]) -> list[str]:
+    """Wrong answers that the task's scorer takes for right ones, found by asking it.
+
+    Of the first rows it scores an answer that says nothing, and the negative of each number. An
+    answer counts as taken where it gets full marks in every row.
+    """
+    from relax.rewards.tasks import gym_version, reasoning_gym
+
+    rows = rows[:_PROBED]
+    numbers = [row for row in rows if _NUMBER.fullmatch(row["answer"]) and float(row["answer"])]
+    negated = [str(-float(row["answer"])).removesuffix(".0") for row in numbers]
+    probes = {
+        "any answer, as 'I do not know'": (rows, ["I do not know"] * len(rows)),
+        "the negative of a number for the number": (numbers, negated),
+    }
+    faults = []
+    for what, (asked, answers) in probes.items():
+        scores = reasoning_gym(answers, task=[row["task"] for row in asked])
+        if len(asked) > 1 and all(score == 1.0 for score in scores):
+            faults.append(
+                f"the scorer of reasoning_gym/{name} (reasoning-gym {gym_version()}) takes {what} "
+                "as right: use another task, or a reward function of your own."
+            )
+            break
+    return faults
 
 
 def _held_out(name: str, of_task: dict, own: dict) -> tuple[list[dict], int]:

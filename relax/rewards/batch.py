@@ -12,6 +12,18 @@ from relax.errors import RewardError
 from relax.rewards.protocol import text_of
 from relax.rewards.workers.scores import Kind, Scores
 
+# Names that the trainers log; a reward function's metric of such a name is kept apart.
+_TRAINER_METRICS = frozenset(
+    "aux_loss critic_aux_loss elapsed_s entropy epoch first_entropy frac_reward_zero_std "
+    "global_step grad_norm kl learning_rate loss mean_token_accuracy mfu num_tokens "
+    "resampled_groups reward reward_drawn reward_errors reward_group_std reward_std "
+    "skipped_minibatches skipped_steps step step_time time_left_s tokens_per_second "
+    "total_steps".split()
+)
+_TRAINER_GROUPS = frozenset(
+    "clip_ratio completions dry_run logits logps loss memory objective perf policy rewards "
+    "sampling time val".split()
+)
 # The share of failures is taken of at least so many completions: one early failure is no trend.
 _LEAST_SCORED = 100
 
@@ -52,7 +64,7 @@ class RewardBatch:
       failures: one for each completion and function without a result.
       seconds: that the functions took.
       extras: columns that functions logged, n values each.
-      metrics: means of the numbers that functions logged.
+      metrics: means of the numbers that functions logged; see `metric_name`.
       printed: what isolated functions printed, the first of it.
     """
 
@@ -134,20 +146,34 @@ def failures_of(name: str, scores: Scores, prompts: list, completions: list) -> 
     ]
 
 
+def metric_name(function: str, name: str) -> str:
+    """The name under which a number that a function logged appears among the trainer's metrics.
+
+    It is the function's own, or `rewards/<function>/<name>` where a trainer logs that name.
+
+    >>> metric_name("f", "hits"), metric_name("f", "loss")
+    ('hits', 'rewards/f/loss')
+    """
+    group, slash, _ = name.partition("/")
+    taken = group in _TRAINER_GROUPS if slash else name in _TRAINER_METRICS
+    return f"rewards/{function}/{name}" if taken or name.startswith("eval_") else name
+
+
 def gather(
+    names: list[str],
     scores: list[Scores],
     weights: np.ndarray,
     failures: list[RewardFailure],
     seconds: float,
     printed: str,
 ) -> RewardBatch:
-    """Puts the scores of all functions together."""
+    """Puts the scores of all functions, `names`, together."""
     rewards = np.array([[np.nan if v is None else v for v in s.values] for s in scores]).T
     extras = {column: values for s in scores for column, values in s.extras.items()}
     metrics: dict[str, list[float]] = {}
-    for s in scores:
+    for function, s in zip(names, scores, strict=True):
         for name, values in s.metrics.items():
-            metrics.setdefault(name, []).extend(values)
+            metrics.setdefault(metric_name(function, name), []).extend(values)
     means = {name: math.fsum(values) / len(values) for name, values in metrics.items()}
     total = weighted_total(rewards, weights)
     return RewardBatch(rewards, total, failures, seconds, extras, means, printed)

@@ -39,15 +39,21 @@ def accuracy_reward(completions, solution, log_extra=None, **kwargs) -> list[flo
 
 
 def reasoning_accuracy_reward(
-    completions, solution, reasoning_delimiters=None, log_extra=None, **kwargs
+    completions,
+    solution,
+    reasoning_delimiters=None,
+    log_extra=None,
+    completion_texts=None,
+    **kwargs,
 ) -> list[float | None]:
     """As `accuracy_reward`, of what follows the reasoning; 0 where the reasoning does not end.
 
     Args:
       reasoning_delimiters: what ends the reasoning, the first that occurs; None: `</think>`.
+      completion_texts: with special tokens, which delimiters may be.
     """
     delimiters = reasoning_delimiters or ["</think>"]
-    texts = [text_of(completion) for completion in completions]
+    texts = completion_texts or [text_of(completion) for completion in completions]
     used = [next((d for d in delimiters if d in text), None) for text in texts]
     pairs = list(zip(texts, used, strict=True))
     answers = ["" if d is None else text.rpartition(d)[2] for text, d in pairs]

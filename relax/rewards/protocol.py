@@ -6,6 +6,10 @@ It is TRL's: functions written for its GRPOTrainer run unchanged. Arguments come
 those that the signature takes: `prompts`, `completions`, `completion_ids`, `trainer_state`,
 `log_extra(column, values)`, `log_metric(name, value)`, and every other column of the rows. None
 says that the function does not apply to that completion.
+
+Special tokens: `completions` are without them. A function that names `completion_texts` or
+`prompt_texts` among its arguments gets the texts with all special tokens, but for the end token
+of a completion: tags may be special tokens, and a chat template may open one in the prompt.
 """
 
 import functools
@@ -19,7 +23,16 @@ from relax.config.text import quote
 from relax.errors import ConfigError, DataError
 
 # Given to every function that takes them; no column may bear these names.
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+TEXTS = ("prompt_texts", "completion_texts")
+GIVEN = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    *TEXTS,
+)
 # Columns that reach functions in another form.
 _CONSUMED = ("prompt", "completion", "completion_ids")
 

@@ -14,6 +14,7 @@ from relax.errors import ConfigError, RewardError
 from relax.rewards.batch import RewardBatch, Tally, failures_of, gather
 from relax.rewards.loading import parameters_by_reward
 from relax.rewards.protocol import (
+    TEXTS,
     RewardInfo,
     check_columns,
     check_plain,
@@ -110,6 +111,11 @@ class RewardRunner:
         """Whether a function is a part of this process, as a reward model is."""
         return any(in_process(function) for function in self._local.values())
 
+    @property
+    def asks_for_texts(self) -> bool:
+        """Whether a function takes `prompt_texts` or `completion_texts`, by that name."""
+        return any(name in info.accepted for info in self.infos for name in TEXTS)
+
     def close(self) -> None:
         """Ends all workers, whatever they do; may be called again."""
         self._close()
@@ -134,6 +140,7 @@ class RewardRunner:
         completion_ids: list | None = None,
         columns: Mapping[str, list] | None = None,
         trainer_state: Mapping | None = None,
+        texts: Mapping[str, list[str]] | None = None,
     ) -> "PendingRewards":
         """Starts to score a batch; the workers go on while the caller does something else.
 
@@ -142,6 +149,7 @@ class RewardRunner:
           completion_ids: n lists of token ids.
           columns: n values each; see `collect_columns`.
           trainer_state: plain values, `global_step` and others; functions see them as attributes.
+          texts: `prompt_texts` and `completion_texts`, with special tokens; see `asks_for_texts`.
 
         Raises:
           ConfigError: a function asks for what is not given, or the lengths differ.
@@ -157,6 +165,7 @@ class RewardRunner:
             "completion_ids": _plain_ids(completion_ids),
             "columns": {name: list(values) for name, values in (columns or {}).items()},
             "trainer_state": dict(trainer_state or {}),
+            "texts": {name: list(values) for name, values in (texts or {}).items()},
         }
         self._check_batch(batch)
         columns = {name: batch["columns"][name] for name in self._sent(batch["columns"])}
@@ -184,13 +193,15 @@ class RewardRunner:
     def _check_batch(self, batch: dict) -> None:
         n = len(batch["prompts"])
         lists = {k: batch[k] for k in ("completions", "completion_ids") if batch[k] is not None}
-        for name, values in {**lists, **batch["columns"]}.items():
+        for name, values in {**lists, **batch["columns"], **batch["texts"]}.items():
             if len(values) != n:
                 raise ConfigError(f"{name} must have one item a prompt, {n}, got {len(values)}.")
         check_columns(self.infos, batch["columns"])
         for info in self.infos:
-            if "completion_ids" in info.required and batch["completion_ids"] is None:
-                raise ConfigError(f"reward {info.name!r} needs completion_ids, got none.")
+            given = {**batch["texts"], "completion_ids": batch["completion_ids"]}
+            for name in ("completion_ids", *TEXTS):
+                if name in info.required and given.get(name) is None:
+                    raise ConfigError(f"reward {info.name!r} needs {name}, got none.")
 
     @contextlib.contextmanager
     def _whole_messages(self):
@@ -229,7 +240,7 @@ class RewardRunner:
             for failure in failures_of(name, of_function, *texts)
         ]
         self.tally.add(self.names, len(batch["prompts"]), failures)
-        return gather(every, self.weights, failures, seconds, printed)
+        return gather(self.names, every, self.weights, failures, seconds, printed)
 
 
 class PendingRewards:

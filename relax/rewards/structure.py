@@ -12,13 +12,39 @@ from relax.rewards.protocol import text_of
 _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 
-def think_format_reward(completions, **kwargs) -> list[float]:
+def think_format_reward(
+    completions, prompt_texts=None, completion_texts=None, **kwargs
+) -> list[float]:
     """1 where a completion begins with the only `<think>` and closes it, else 0.
+
+    Where the prompt ends with an open `<think>`, as the chat templates of some reasoning models
+    write it, that is the beginning: the completion has to close it.
+
+    Args:
+      completions: texts or conversations.
+      prompt_texts, completion_texts: as tokens are read, special tokens included; where they are
+        given, tags that are special tokens count.
 
     >>> think_format_reward(["<think>2 and 2</think>4", "4", "<think><think></think>4"])
     [1.0, 0.0, 0.0]
+    >>> think_format_reward(["2 and 2</think>4", "2 and 2"], prompt_texts=["2+2=<think>\\n"] * 2)
+    [1.0, 0.0]
     """
-    return [think_format(text_of(completion)) for completion in completions]
+    texts = completion_texts or [text_of(completion) for completion in completions]
+    prompts = prompt_texts or [""] * len(texts)
+    return [
+        think_format("<think>" * opens_thought(prompt) + text)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt ends with an open `<think>`.
+
+    >>> opens_thought("<assistant><think>\\n"), opens_thought("<think>\\n\\n</think>\\n")
+    (True, False)
+    """
+    return prompt.rstrip().endswith("<think>")
 
 
 def think_format(text: str) -> float:

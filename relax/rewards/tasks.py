@@ -1,6 +1,7 @@
 """The scorers of reasoning-gym tasks (the extra [tasks]); `relax/data/tasks.py` makes the rows."""
 
 import functools
+import importlib.metadata
 import json
 import re
 
@@ -10,7 +11,9 @@ from relax.rewards.protocol import text_of
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-def reasoning_gym(completions, task, log_metric=None, **kwargs) -> list[float | None]:
+def reasoning_gym(
+    completions, task, log_metric=None, completion_texts=None, **kwargs
+) -> list[float | None]:
     """What the scorer of each row's task makes of the completion, from 0 to 1.
 
     The scorer gets what stands in the last `<answer></answer>`; where there is none, all that
@@ -19,17 +22,19 @@ def reasoning_gym(completions, task, log_metric=None, **kwargs) -> list[float | 
 
     Args:
       completions: texts or conversations.
+      completion_texts: with special tokens, which the tags may be.
       task: the column that the rows of `reasoning_gym/<task>` have; None: not applicable.
     """
     rewards: list[float | None] = []
     unreadable = 0
-    for completion, entry in zip(completions, task, strict=True):
+    texts = completion_texts or [text_of(completion) for completion in completions]
+    for text, entry in zip(texts, task, strict=True):
         if entry is None:
             rewards.append(None)
             continue
         scorer = _scorer(entry["name"], json.dumps(entry["options"]))
         try:
-            rewards.append(float(scorer(answer_of(text_of(completion)), unpack(entry["entry"]))))
+            rewards.append(float(scorer(answer_of(text), unpack(entry["entry"]))))
         except Exception:  # several scorers do not expect what a model may write
             rewards.append(0.0)
             unreadable += 1
@@ -66,6 +71,11 @@ def gym():
 
 
 reasoning_gym.prepare = gym  # type: ignore[attr-defined]
+
+
+def gym_version() -> str:
+    """The version of reasoning-gym that is installed."""
+    return importlib.metadata.version("reasoning-gym")
 
 
 def pack(value):

@@ -43,7 +43,7 @@ from relax.trainers.rl.rollout import (
     rollout_metrics,
     with_eos,
 )
-from relax.trainers.rl.scoring import score_across_processes, submit_rewards
+from relax.trainers.rl.scoring import RunLength, score_across_processes, submit_rewards
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import LoggedBatch, Trainer
 from relax.trainers.update import Max, Mean
@@ -104,6 +104,8 @@ class RLTrainer(Trainer):
         **options,
     ):
         super().__init__(model, optimizer, **options)
+        self._run_length = RunLength()
+        self.callbacks = (*self.callbacks, self._run_length)
         given = isinstance(reward_funcs, RewardRunner)
         if not given and not reward_funcs and environment is None:
             raise ValueError("reward_funcs must name what judges completions, got none.")
@@ -194,7 +196,14 @@ class RLTrainer(Trainer):
 
     def submit_rewards(self, rollout: Rollout, step: int) -> Callable[[], ScoredRollout]:
         """Hands completions to the reward functions; what it returns waits for their answers."""
-        return submit_rewards(self.rewards, rollout, step, in_turns=self.environment is not None)
+        return submit_rewards(
+            self.rewards,
+            rollout,
+            self._run_length.trainer_state(step),
+            in_turns=self.environment is not None,
+            decode=self.tokenizer.decode,
+            eos_token_ids=self.sampling.eos_token_ids,
+        )
 
     def completion_logprobs(
         self, params, batch, rng: jax.Array | None = None

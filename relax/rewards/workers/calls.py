@@ -11,9 +11,19 @@ from relax.config.text import quote
 from relax.rewards.protocol import BadResult, RewardInfo, check_rewards
 from relax.rewards.workers.scores import CallFailed, Scores
 
-# A batch, as it travels: `prompts`, `completions`, `columns` {name: values}, `trainer_state`
-# {name: value}, and `completion_ids` (or None), all but the state with one item a completion.
+# A batch, as it travels: `prompts`, `completions`, `columns` and `texts` {name: values},
+# `trainer_state` {name: value}, and `completion_ids` (or None), all but the state with one item a
+# completion.
 Batch = dict
+
+
+class TrainerState(SimpleNamespace):
+    """The part of TRL's `trainer_state` that a run has: `global_step`, `max_steps`, `epoch`, ..."""
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"trainer_state has no {name!r} here, it has {', '.join(sorted(vars(self)))}"
+        )
 
 
 def invoke(function: Callable, info: RewardInfo, batch: Batch, indices: list[int]) -> Scores:
@@ -58,12 +68,14 @@ def _arguments(info: RewardInfo, batch: Batch, indices: list[int], logs: dict) -
     lists = {"prompts": batch["prompts"], "completions": batch["completions"], **batch["columns"]}
     if batch["completion_ids"] is not None:
         lists["completion_ids"] = batch["completion_ids"]
+    # Only where they are named: `**kwargs` of a function written for TRL gets what TRL gives.
+    lists |= {n: texts for n, texts in batch.get("texts", {}).items() if n in info.accepted}
     chosen = {
         name: copy.deepcopy([values[i] for i in indices])
         for name, values in lists.items()
         if info.takes(name)
     }
-    state = SimpleNamespace(**batch["trainer_state"])
+    state = TrainerState(**batch["trainer_state"])
     others = {"trainer_state": state, **logs}
     return chosen | {name: value for name, value in others.items() if info.takes(name)}
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from relax.parallel import processes
 from relax.rewards import RewardRunner, collect_columns
+from relax.trainers.callback import Callback, Event
 from relax.trainers.rl.rollout import (
     Rollout,
     ScoredRollout,
@@ -19,13 +20,44 @@ from relax.trainers.rl.rollout import (
 )
 
 
+class RunLength(Callback):
+    """Keeps how long a run is, which reward functions see in `trainer_state`."""
+
+    def __init__(self):
+        self.max_steps: int | None = None
+        self.steps_per_epoch: int | None = None
+
+    def on_train_begin(self, event: Event) -> None:
+        self.max_steps = event.total_steps
+        if event.epoch_length:
+            self.steps_per_epoch = event.epoch_length * event.trainer.updates_per_item
+
+    def trainer_state(self, step: int) -> dict:
+        """transformers' `TrainerState`, as far as a run has it; outside of `train` without length.
+
+        >>> RunLength().trainer_state(3)
+        {'global_step': 3, 'max_steps': 0, 'epoch': None}
+        """
+        epoch = step / self.steps_per_epoch if self.steps_per_epoch else None
+        return {"global_step": step, "max_steps": self.max_steps or 0, "epoch": epoch}
+
+
 def submit_rewards(
-    rewards: RewardRunner, rollout: Rollout, step: int, *, in_turns: bool
+    rewards: RewardRunner,
+    rollout: Rollout,
+    trainer_state: dict,
+    *,
+    in_turns: bool,
+    decode: Callable[[list[int]], str] | None = None,
+    eos_token_ids: tuple[int, ...] = (),
 ) -> Callable[[], ScoredRollout]:
     """Hands completions to the reward functions; what it returns waits for their answers.
 
     Args:
+      trainer_state: what reward functions see as its attributes, `global_step` and others.
       in_turns: an environment gave rewards as well.
+      decode: tokens to text, special tokens included, for functions that ask for such texts.
+      eos_token_ids: of which the last token of a completion is no part of that text.
     """
     rows = [row for row in rollout.rows for _ in rollout.texts[0]]
     prompts = [row["prompt"] for row in rows]
@@ -36,12 +68,25 @@ def submit_rewards(
     ]
     lengths = rollout.completion_lengths.reshape(-1)
     ids = rollout.completion_ids.reshape(len(rows), -1)
+    completion_ids = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+    special = {}
+    if rewards.asks_for_texts and decode is not None:
+        starts = zip(rollout.prompt_ids, rollout.prompt_lengths, strict=True)
+        before = [decode(row[:n].tolist()) for row, n in starts]
+        special = {
+            "prompt_texts": [text for text in before for _ in rollout.texts[0]],
+            "completion_texts": [
+                decode(row[:-1] if row and row[-1] in eos_token_ids else row)
+                for row in completion_ids
+            ],
+        }
     pending = rewards.submit(
         prompts,
         completions,
-        completion_ids=[row[:n].tolist() for row, n in zip(ids, lengths, strict=True)],
+        completion_ids=completion_ids,
         columns=collect_columns(rows),
-        trainer_state={"global_step": step},
+        trainer_state=trainer_state,
+        texts=special,
     )
 
     def wait() -> ScoredRollout:
