@@ -367,7 +367,7 @@ def test_a_logged_number_never_takes_the_place_of_one_of_the_trainers():
 
 
 def test_the_trainers_state_says_what_it_has():
-    from relax.rewards.calling import TrainerState
+    from relax.rewards.workers.calls import TrainerState
 
     with pytest.raises(AttributeError, match="no 'best_metric' here, it has global_step"):
         TrainerState(global_step=1).best_metric  # noqa: B018
