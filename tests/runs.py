@@ -17,6 +17,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from faults import meet
+from metric_names import undocumented
 
 from relax.callbacks.metrics import CLOCK_FIELDS
 from relax.checkpoint.storage import read_arrays
@@ -242,9 +243,11 @@ def call(*args: str) -> int:
 
 
 def metrics(output_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """The lines of metrics.jsonl, without what depends on the clock; each name is documented."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [timeless(json.loads(line)) for line in lines]
+    records = [json.loads(line) for line in lines]
+    assert not undocumented(records)
+    return [timeless(record) for record in records]
 
 
 def timeless(record: dict) -> dict:
@@ -264,7 +267,7 @@ def outcome(output_dir: Path) -> dict:
     assert not damaged
     info = json.loads((newest / "relax_state.json").read_text())
     log = info["progress"]["callbacks"]["MetricsLog.0"]
-    log["history"] = [timeless(record) for record in log["history"]]
+    log["window"] = [timeless(record) for record in log["window"]]
     return {
         "steps": steps,
         "leaves": {n: hashlib.sha256(a.tobytes()).hexdigest() for n, a in sorted(arrays.items())},

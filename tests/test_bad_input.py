@@ -372,6 +372,21 @@ def test_a_disk_that_is_full_for_the_metrics_ends_in_a_sentence(run, tmp_path, m
     assert "No checkpoint was saved; make room and run: " in err
 
 
+def test_metrics_that_cannot_be_written_end_in_a_sentence_with_the_command_that_resumes(
+    run, tmp_path
+):
+    fields = {"dataset_name": write_rows(tmp_path / "rows.jsonl", ROWS)}
+    fields |= {"save_strategy": "steps", "save_steps": 1}
+    assert run(**fields)[0] == 0
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.unlink()
+    path.mkdir()
+    code, _, err = run(**fields, resume="auto")
+    assert code == 1 and len(err.splitlines()) == 1
+    assert err.startswith("error: the run cannot write its files: [Errno 21] Is a directory: '")
+    assert "make the path writable and run: " in err and "--resume auto" in err
+
+
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_compiling(
     run, tmp_path, monkeypatch
 ):

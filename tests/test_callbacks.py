@@ -124,12 +124,41 @@ def test_a_resumed_log_cuts_the_file_back_and_goes_on_within_the_window(tmp_path
     validation(log, 15, loss=3.0)
     assert len(path.read_text().splitlines()) == 3
 
+    assert set(saved) == {"counts", "lines", "window"}  # of no size that grows with the run
     log = MetricsLog(path, 3)
     log.load_state_dict(saved)
     log.on_train_begin(event(13))
     assert [line["step"] for line in lines(path)] == [12]  # cut at once
     updates(log, 14, 15, 16)
     assert lines(path) == lines(tmp_path / "whole.jsonl")
+
+
+def test_lines_that_are_lost_before_a_resume_are_told(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 1)
+    log.on_train_begin(event(10))
+    update(log, 11, loss=1.0)
+    update(log, 12, loss=1.0)
+    saved = log.state_dict()
+    text = log.path.read_text()
+    log.path.write_text(text[: text.index("\n") + 5])  # one line, and a part of the next
+    log = MetricsLog(log.path, 1)
+    log.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="holds 1 of the 2 lines"):
+        log.on_train_begin(event(12))
+    update(log, 13, loss=1.0)
+    assert [line["step"] for line in lines(log.path)] == [11, 13]
+    assert log.state_dict()["lines"] == 2
+
+
+@pytest.mark.parametrize("obstacle", ["a directory", "a file in the way"])
+def test_a_file_that_cannot_be_written_is_named_in_the_error(obstacle, tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    if obstacle == "a directory":
+        path.mkdir(parents=True)
+    else:
+        path.parent.write_text("")
+    with pytest.raises(OSError, match="metrics.jsonl"):
+        MetricsLog(path, 1).on_train_begin(event(10))
 
 
 def test_a_new_run_begins_its_counts_anew_and_writes_over_an_old_file(tmp_path):
@@ -249,8 +278,10 @@ def test_a_terminal_gets_one_bar_and_its_cursor_back(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     text = shown(True)
     last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text)
-    for words in ("step 6/6", "epoch 2.00", "loss ", "tokens/s", "00:00"):
+    for words in ("step 6/6 ━", "loss ", "tokens/s", "0 s left"):
         assert words in last
+    # A line of every logging window stays above the bar.
+    assert re.findall(r"step (\d)/6  epoch", last) == ["2", "4", "6"]
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
 
@@ -272,6 +303,92 @@ def test_the_accuracy_of_a_run_on_pairs_is_that_of_its_pairs():
     record = {"step": 4, "mean_token_accuracy": 0.1, "rewards/accuracies": 0.75}
     Progress(console).show(record | {"rewards/margins": 1.5})
     assert console.file.getvalue() == "step 4  accuracy 0.750  margin 1.500\n"
+
+
+RECORDS = {
+    "sft": {"loss": 1.23456, "mean_token_accuracy": 0.5, "learning_rate": 1e-4, "grad_norm": 12.5},
+    "dpo": {
+        "loss": 0.693147, "rewards/accuracies": 0.5, "rewards/margins": -0.1, "grad_norm": 12.5,
+        "mean_token_accuracy": 0.5, "learning_rate": 1e-4,
+    },
+    "grpo": {
+        "loss": -0.0001, "reward": 0.8751, "kl": 0.0123, "completions/mean_length": 245.1,
+        "learning_rate": 1e-6, "grad_norm": 0.5,
+    },
+    "ppo": {
+        "loss": -0.0001, "reward": 0.8751, "objective/kl": 12.3, "completions/mean_length": 245.1,
+        "learning_rate": 1e-6, "grad_norm": 0.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", RECORDS)
+def test_what_matters_fits_a_terminal_of_80_columns(algorithm, monkeypatch):
+    """Long runs of every algorithm: bar, time left, loss and reward are whole, lines are one."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    progress = Progress(console)
+    progress.on_train_begin(Event(None, None, 0, total_steps=12_000))
+    for step in (1233, 1234):
+        happening = dataclasses.replace(event(step, loss=1.0), total_steps=12_000)
+        progress.on_batch_begin(happening)
+        progress.on_batch_end(happening)
+    record = RECORDS[algorithm] | {"tokens_per_second": 12345.6}
+    progress.show({"step": 1234, "epoch": 10.25} | record)
+    progress.close()
+    written = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", console.file.getvalue())
+    found = [line.rstrip() for line in re.split(r"[\r\n]+", written)]
+    assert max(map(len, found)) <= 80
+    assert not any("..." in line for line in found if line.startswith("step"))
+    [logged] = [line for line in found if line.startswith("step 1234/12000  epoch 10.25  loss ")]
+    bar = found[-1] or found[-2]
+    assert re.search(r"^step 1234/12000 [━╸╺ ]{10} loss -?\d\.\d{4} .* left$", bar), bar
+    if "reward" in record:
+        assert "reward 0.875" in logged and "reward 0.875" in bar
+
+
+def test_what_is_under_way_is_shown_with_its_seconds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("relax.callbacks.progress.time.monotonic", lambda: now[0])
+    progress = Progress(Console(file=io.StringIO(), force_terminal=True, width=80))
+    for hook, words in (
+        (lambda: progress.on_batch_begin(event(11, loss=1.0)), "compiling the train step for 4"),
+        (lambda: progress.on_validation_begin(event(11)), "evaluating (3 s)"),
+        (progress.state_dict, "saving (3 s)"),
+    ):
+        hook()
+        now[0] += 3
+        assert progress._status().startswith(words)
+    progress.show({"step": 12, "loss": 0.5, "reward": 0.25, "tokens_per_second": 12345.0})
+    assert progress._status() == "loss 0.5000  reward 0.250  12,345 tokens/s  saving (3 s)"
+    progress.console.width = 60
+    assert progress._status() == "loss 0.5000  reward 0.250  saving (3 s)"
+
+
+def test_a_second_batch_shape_is_counted_when_it_compiles():
+    text = shown(False)
+    assert re.search(r"compiled for 2 x 3, .* s, batch shape 2 of this run$", text, re.MULTILINE)
+    assert "batch shape 1" not in text
+
+
+def test_time_left_leaves_out_compiling_evaluating_and_saving(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("relax.callbacks.progress.time.monotonic", lambda: now[0])
+    progress = Progress(Console(file=io.StringIO()))
+    progress.on_train_begin(event(10))
+    progress._total = 20
+    for step, seconds in ((11, 100.0), (12, 2.0), (13, 4.0)):
+        happening = event(step, loss=1.0)
+        progress.on_batch_begin(happening)
+        now[0] += seconds
+        progress.on_batch_end(happening)
+        progress.on_validation_begin(happening)
+        now[0] += 1000
+        progress.on_validation_end(happening)
+        progress.state_dict()
+        now[0] += 1000
+        progress.on_save(happening)
+    assert progress._left.seconds(7) == 21.0  # 3 s an update
 
 
 @pytest.mark.parametrize("skipped", [0, 3])

@@ -231,7 +231,7 @@ def test_more_than_there_is_is_refused_and_more_than_is_free_is_warned_of():
     with pytest.raises(ConfigError, match=r"needs 1 kB, and cpu has 0.9 kB. By estimate"):
         advice.check(SIZES, Capacity(900, 900, "cpu"), GROUPS)
     warning = advice.check(SIZES, Capacity(2000, 900, "cpu"), GROUPS)
-    assert "0.0009 MB are free. Should memory run out: By estimate --rows 4" in warning
+    assert "0.9 kB are free. Should memory run out: By estimate --rows 4" in warning
     assert advice.check(SIZES, Capacity(2000, 1100, "cpu"), GROUPS) is None
 
 

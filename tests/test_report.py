@@ -98,9 +98,9 @@ RUNS = {
     "sft": (SFTConfig(), sft_records(3) + [{"step": 3, "eval_loss": 0.9}], ["Loss", "0.9"]),
     "dpo": (
         DPOConfig(),
-        [{"step": 1, "loss": 0.69, "rewards/chosen": 0.5, "rewards/rejected": -0.25,
-          "rewards/accuracies": 0.75}],
-        ["Rewards of chosen and rejected answers", "Pairs judged right"],
+        [{"step": s, "loss": 0.69, "rewards/chosen": 0.5, "rewards/rejected": -0.25,
+          "rewards/accuracies": 0.75} for s in (1, 2)],
+        ["Rewards of chosen and rejected completions", "Pairs ranked correctly"],
     ),
     "grpo": (
         GRPOConfig(),
@@ -165,7 +165,25 @@ def test_curves_survive_one_point_and_numbers_that_are_none(tmp_path):
         text, _ = page_of(write_run(tmp_path / name, records))
         numbers = "".join(re.findall(r'(?:d|data-v|[xy]|c[xy])="([^"]*)"', text))
         assert set(numbers) <= set("0123456789.,+-e MHL"), name
-        assert ('aria-label="Loss"' in text) == (name != "none")
+        assert ('aria-label="Loss"' in text) == (name not in ("none", "one"))
+
+
+def test_what_was_measured_once_is_a_number_without_a_curve_and_comes_from_nothing(tmp_path):
+    records = [{"step": 0, "eval_loss": 2.5}, *sft_records(4), {"step": 4, "grad_std": 0.25}]
+    text, page = page_of(write_run(tmp_path / "run", records))
+    assert text.count("<svg") == 3  # loss, learning rate, gradient norm
+    assert "0.25 at step 4" in page.words
+    assert "Evaluation loss 2.5" in page.words and "from 2.5" not in page.words
+    assert "Loss 0.5 from 2" in page.words
+
+
+def test_values_before_and_after_training_are_both_shown(tmp_path):
+    results = {"exact_match_before": 0.125, "exact_match": 0.875, "eval_loss": 0.5}
+    _, page = page_of(write_run(tmp_path / "run", sft_records(4), results=results))
+    assert "Exact match 0.875 from 0.125 before training" in page.words
+    records = [{"step": 0, "eval_loss": 2.5}, *sft_records(4), {"step": 4, "eval_loss": 0.5}]
+    _, page = page_of(write_run(tmp_path / "other", records))
+    assert "Evaluation loss 0.5 from 2.5" in page.words
 
 
 def test_a_hundred_thousand_points_and_many_texts_make_a_page_below_two_megabytes(tmp_path):

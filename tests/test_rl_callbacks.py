@@ -10,7 +10,7 @@ from rich.console import Console
 from rl import TableTrainer, items_of
 
 from relax.callbacks.completions import Completions, RewardCounters, table
-from relax.callbacks.warnings import RewardWarnings
+from relax.callbacks.warnings import LearningMonitor
 from relax.rewards import RewardRunner
 from relax.trainers.callback import Event
 
@@ -108,53 +108,56 @@ def test_a_line_of_the_file_is_a_completion_and_everything_about_it(tmp_path):
 # Warnings.
 
 FINE = {
-    "frac_reward_zero_std": 0.2, "reward": 0.5, "completions/truncated_ratio": 0.1, "entropy": 1.0,
-    "kl": 0.1,
+    "step": 1, "grad_norm": 1.0, "frac_reward_zero_std": 0.2, "reward": 0.5,
+    "completions/clipped_ratio": 0.1, "entropy": 1.0, "kl": 0.1,
 }  # fmt: skip
 SYMPTOMS = {
     "96% of the groups have equal rewards (mean 0.50)": {"frac_reward_zero_std": 0.96},
-    "60% of the completions are cut at max_completion_length": {"completions/truncated_ratio": 0.6},
+    "60% of the completions are truncated at max_completion_length": {
+        "completions/clipped_ratio": 0.6
+    },
     "the entropy fell from 1.00 to 0.05 nats": {"entropy": 0.05, "frac_reward_zero_std": 0.6},
-    "12.0 nats a token away from the reference": {"kl": 12.0},
+    "KL to the reference model is 12.0 nats per token": {"kl": 12.0},
 }
 
 
 @pytest.mark.parametrize("text", SYMPTOMS)
 def test_a_symptom_that_lasts_is_told_once(text):
-    console = screen(1000)
-    warnings = RewardWarnings(console)
+    said = []
+    monitor = LearningMonitor(said.append)
     for record in [FINE, FINE | SYMPTOMS[text], FINE, *[FINE | SYMPTOMS[text]] * 2]:
-        warnings.show(record)
-    assert shown(console) == ""
+        monitor.show(record)
+    assert said == []
     for _ in range(3):
-        warnings.show(FINE | SYMPTOMS[text])
-    assert shown(console).count("warning: ") == 1 and text in shown(console)
+        monitor.show(FINE | SYMPTOMS[text])
+    [warning] = said
+    assert text in warning
 
 
 def test_no_reward_at_all_is_told_and_evaluations_are_not_looked_at():
-    console = screen(1000)
-    warnings = RewardWarnings(console)
+    said = []
+    monitor = LearningMonitor(said.append)
+    unrewarded = {n: v for n, v in FINE.items() if n != "reward"} | {"frac_reward_zero_std": 1.0}
     for _ in range(3):
-        warnings.show({"eval_reward": 0.0})
-        warnings.show(
-            {n: v for n, v in FINE.items() if n != "reward"} | {"frac_reward_zero_std": 1.0}
-        )
-    assert "100% of the groups have equal rewards (mean none)" in shown(console)
+        monitor.show({"eval_reward": 0.0})
+        monitor.show(unrewarded)
+    [warning] = said
+    assert "100% of the groups have equal rewards (mean none)" in warning
 
 
 def test_warnings_go_on_from_a_checkpoint():
-    bad = FINE | {"completions/truncated_ratio": 0.9}
-    before = RewardWarnings(screen())
+    bad = FINE | {"completions/clipped_ratio": 0.9}
+    before = LearningMonitor(lambda text: None)
     for _ in range(2):
         before.show(bad)
-    console = screen(1000)
-    after = RewardWarnings(console)
+    said = []
+    after = LearningMonitor(said.append)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     after.on_train_begin(Event(None, None, 20))
     after.show(bad)
-    assert shown(console).count("warning") == 1
+    assert len(said) == 1
     after.on_train_begin(Event(None, None, 0))  # a run from its beginning
-    assert after.state_dict() == {"streaks": {}, "first_entropy": None, "said": []}
+    assert after.state_dict() == LearningMonitor(print).state_dict()
 
 
 def test_counts_of_failures_go_on_from_a_checkpoint():

@@ -232,7 +232,7 @@ def test_metrics_are_those_of_trl_the_same_in_every_run_and_times_add_up(tmp_pat
         "completions/mean_length",
         "completions/min_length", "completions/max_length", "completions/mean_terminated_length",
         "completions/min_terminated_length", "completions/max_terminated_length",
-        "completions/clipped_ratio", "completions/truncated_ratio", "clip_ratio/low_mean",
+        "completions/clipped_ratio", "clip_ratio/low_mean",
         "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
         "clip_ratio/region_mean", "sampling/logp_difference/mean", "sampling/logp_difference/max",
     }  # fmt: skip

@@ -57,7 +57,7 @@ def test_groups_are_taken_and_joined_whatever_their_widths():
 def test_completions_are_counted_as_by_hand():
     metrics = rollout_metrics(made())
     assert metrics["num_tokens"] == 3 + 1 + 9 + 2 + 2 * (2 + 1)
-    assert metrics["completions/truncated_ratio"] == metrics["completions/clipped_ratio"] == 0.25
+    assert metrics["completions/clipped_ratio"] == 0.25
     names = ("mean", "min", "max")
     assert [metrics[f"completions/{n}_length"] for n in names] == [15 / 4, 1, 9]
     assert [metrics[f"completions/{n}_terminated_length"] for n in names] == [2, 1, 3]
@@ -65,7 +65,7 @@ def test_completions_are_counted_as_by_hand():
 
 def test_where_none_ended_terminated_lengths_are_0():
     metrics = rollout_metrics(rollout_of(np.ones((1, 2, 3)), [[3, 3]]))
-    assert metrics["completions/truncated_ratio"] == 1.0
+    assert metrics["completions/clipped_ratio"] == 1.0
     assert metrics["completions/max_terminated_length"] == 0.0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import grpo_runs
 import pytest
 from grpo_runs import call, make_job, questions
+from metric_names import undocumented
 from runs import write_rows
 
 from relax.config import GRPOConfig
@@ -34,6 +35,7 @@ def lines(path: Path) -> list[dict]:
 def test_a_run_leaves_metrics_completions_and_a_model(run):
     records = lines(run / "metrics.jsonl")
     assert [r["step"] for r in records if "reward" in r] == [3, 6, 8]
+    assert not undocumented(records)
     evaluations = [r for r in records if "eval_reward" in r]
     assert [r["step"] for r in evaluations] == [0, 4, 8]
     assert {"eval_pass@1", "eval_pass@2", "eval_rewards/vowels/mean"} <= set(evaluations[0])

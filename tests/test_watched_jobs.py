@@ -107,7 +107,7 @@ def test_a_finished_run_leaves_status_report_previews_and_its_trace(watched):
     assert 1 <= record["tokens"] <= 5 and status["last_preview"] == record
     assert list((out / "profile").rglob("*.trace.json.gz"))
     page = (out / "report.html").read_text()
-    for words in ("finished", "Held-out prompts", record["prompt"], "eval_loss", "Configuration"):
+    for words in ("finished", "held-out prompts", record["prompt"], "eval_loss", "Configuration"):
         assert words in page
     assert "held-out prompts after step 6" in said
     seen = (directory / "tracked.txt").read_text().split()

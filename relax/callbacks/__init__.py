@@ -1,6 +1,6 @@
-"""What composes with a trainer. A user's own callbacks derive from `Callback`."""
+"""Callbacks: what listens to a trainer. Derive your own from `Callback`."""
 
-from relax.callbacks.guards import LearningMonitor, NonFiniteGuard
+from relax.callbacks.guards import NonFiniteGuard
 from relax.callbacks.metrics import MetricsLog
 from relax.callbacks.previews import Previews
 from relax.callbacks.profiler import Profiler
@@ -9,6 +9,7 @@ from relax.callbacks.report import Report
 from relax.callbacks.status import Status
 from relax.callbacks.stopping import BestCheckpoint, EarlyStopping
 from relax.callbacks.trackers import Trackers
+from relax.callbacks.warnings import LearningMonitor
 from relax.monitor.status import TrainingStatusWriter
 from relax.trainers.callback import Callback, Event, StopTraining
 

@@ -1,4 +1,4 @@
-"""What the policy writes and what it is worth: a table on the screen, JSON lines in files."""
+"""Completions of rollouts with their rewards: JSON lines in files, a table on the screen."""
 
 import json
 import math
@@ -20,15 +20,15 @@ _SHORT = 300  # characters of a cell
 class Completions(Callback):
     """Writes the completions of a rollout to `step_<update>.jsonl`, and shows some of them.
 
-    A line holds prompt, completion, why it ended, its tokens, each reward, their sum, the advantage
-    and what reward functions gave to `log_extra`; so does a row of the table. The file is named
-    after the rollout's first update.
+    A line holds prompt, completion, finish reason, number of tokens, each reward, their weighted
+    sum, the advantage and what reward functions passed to `log_extra`. The file is named after the
+    rollout's first update.
 
     Args:
-      directory: of the files.
-      every: rollouts whose updates hold a multiple of it are kept.
+      directory: where the files are written.
+      every: keeps the rollouts whose updates include a multiple of it.
       console: where the table is shown.
-      shown: its rows; 0: none.
+      shown: number of its rows; 0 shows none.
     """
 
     def __init__(self, directory: Path, every: int, console: Console, shown: int = 0):
@@ -52,7 +52,7 @@ class Completions(Callback):
 
 
 class RewardCounters(Callback):
-    """Carries a reward runner's counts of failures through checkpoints."""
+    """Saves and restores a reward runner's counts of failures with checkpoints."""
 
     def __init__(self, rewards: RewardRunner):
         self.rewards = rewards
@@ -65,7 +65,7 @@ class RewardCounters(Callback):
 
 
 def table(records: list[dict], title: str) -> Table:
-    """Prompt, completion, a column per reward function, what functions logged, advantage."""
+    """A table of completions with a column per reward function and per logged column."""
     out = Table(title=title, show_lines=False, expand=False)
     out.add_column("Prompt", max_width=40, overflow="fold")
     out.add_column("Completion", max_width=60, overflow="fold")
@@ -77,7 +77,7 @@ def table(records: list[dict], title: str) -> Table:
     out.add_column("Advantage", justify="right")
     for record in records:
         rewards = [record["rewards"][name] for name in names]
-        # Texts are the model's and the user's: never markup.
+        # The model's and the user's texts must not be read as markup.
         out.add_row(
             Text(shorten(_text(record["prompt"]), _SHORT)),
             Text(shorten(record["completion"], _SHORT)),
@@ -93,7 +93,7 @@ def _number(value: float | None) -> str:
 
 
 def _value(value) -> str:
-    """What a function logged, as a cell."""
+    """A logged value as a cell."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,43 +1,44 @@
-"""metrics.jsonl: a line every `logging_steps` updates, one per evaluation, each exactly once."""
+"""The log of metrics: a JSON line every `logging_steps` updates and one per evaluation."""
 
 import contextlib
 import json
-import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from relax.files import atomic_write
+from relax.config.text import nan_to_null
+from relax.files import fsync_path
 from relax.trainers.callback import Callback, Event
 
-# Fields that depend on the clock: everything else is the same in every run of a configuration.
+# Fields that depend on the clock. All others are the same in every run of a configuration.
 CLOCK_FIELDS = ("tokens_per_second", "elapsed_s", "step_time", "eps")
-PHASE = "time/"  # metrics of this name are seconds, and clock fields as well
+PHASE = "time/"  # prefix of metrics in seconds, which depend on the clock as well
 
 
 class MetricsLog(Callback):
     """Averages metrics over the logging window and writes them to a file.
 
-    Floating-point metrics are means over the window's updates, but for the learning rate, which is
-    the last update's; integer ones are counts, summed over the whole run. `elapsed_s` counts from
-    the beginning of `train`. A checkpoint holds all records up to it: a resumed run cuts the file
-    back to them, or writes them into a new one.
+    Floating-point metrics are means over the window's updates, except the learning rate, which is
+    that of the last update; integer ones are counts, summed over the whole run. `elapsed_s` counts
+    from the beginning of `train`. A checkpoint holds the number of lines up to it, and a resumed
+    run cuts the file back to them.
 
-    Where a trainer gives seconds of its phases, as `time/...`, a line has their means per update,
-    `time/update` (the compiled steps), `time/other`, and `step_time`, which is their sum; and where
-    one counts episodes, `eps`, those of a second.
+    Where a trainer gives the seconds of its phases as `time/...`, a line has their means per
+    update, `time/update` (the compiled steps), `time/other`, and their sum `step_time`; where one
+    counts episodes, `eps` are the episodes per second.
 
     Args:
-      path: the file, written over if it is there; None: nothing is written.
+      path: the file, which replaces one of an earlier run; None writes none.
       logging_steps: updates per line (>= 1).
       listeners: each is called with every record, a dict of numbers.
 
-    Attributes:
-      history: the records so far, as the file has them.
+    Raises:
+      OSError: from any hook, if the file cannot be written; it names the file.
     """
 
     def __init__(
@@ -50,12 +51,11 @@ class MetricsLog(Callback):
         self.logging_steps = logging_steps
         self.listeners = listeners
         self.counts: dict[str, int] = {}
-        self.history: list[dict] = []
         self._window: list[dict] = []  # metrics of updates since the last line
-        self._timed: list[bool] = []  # which of them the tokens per second are made of
-        self._offset = 0  # bytes of the file that belong to this run
+        self._timed: list[bool] = []  # which of them count towards the tokens per second
+        self._lines = self._offset = 0  # lines and bytes of the file that belong to this run
         self._shapes: set = set()
-        self._phased = False  # the trainer tells the seconds of its phases
+        self._phased = False  # the trainer gives the seconds of its phases
         self._start_clock()
 
     def on_train_begin(self, event: Event) -> None:
@@ -66,7 +66,7 @@ class MetricsLog(Callback):
         self._restore()
 
     def on_batch_begin(self, event: Event) -> None:
-        # Compiling, like evaluating and saving, is kept out of the tokens per second.
+        # Compiling, evaluating and saving do not count towards the tokens per second.
         shape = str(jax.tree.map(np.shape, event.batch))
         self._compiles = shape not in self._shapes
         if self._compiles:
@@ -103,23 +103,25 @@ class MetricsLog(Callback):
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """The time since the last update, or the last call, is not spent on updates."""
+        """Leaves the time since the last update, or the last call, out of that of updates."""
         self._clock_s = time.monotonic()
 
     def state_dict(self) -> dict:
         self.sync()
-        return {"counts": self.counts, "history": list(self.history), "window": self._window}
+        if self._lines and self.path is not None and self.path.exists():
+            fsync_path(self.path)  # a checkpoint must not outlive the lines that it counts
+        return {"counts": self.counts, "lines": self._lines, "window": self._window}
 
     def load_state_dict(self, state: dict) -> None:
-        self.counts, self.history = dict(state["counts"]), list(state["history"])
-        self._window = list(state["window"])
+        self.counts, self._window = dict(state["counts"]), list(state["window"])
+        self._lines, self._offset = state["lines"], None
 
     def _start_clock(self) -> None:
         self._start_s = self._clock_s = self._window_s = time.monotonic()
         self._spent_s = 0.0
 
     def sync(self) -> None:
-        """Fetches what is still on the device; the time up to here was spent on updates."""
+        """Fetches what is still on the device, and counts the time up to here to updates."""
         fetched = jax.device_get(self._window)
         self._window = [
             {name: np.asarray(value).item() for name, value in metrics.items()}
@@ -166,39 +168,46 @@ class MetricsLog(Callback):
         if event.epochs_done is not None:
             record["epoch"] = round(event.epochs_done, 6)
         record |= metrics | {"elapsed_s": time.monotonic() - self._start_s}
-        # JSON has no NaN; a value that is not finite is written as null.
-        plain = {n: v if math.isfinite(v) else None for n, v in record.items()}
-        self.history.append(plain)
-        self._write(_line(plain))
+        plain = nan_to_null(record)
+        self._write(json.dumps(plain, allow_nan=False).encode() + b"\n")
+        self._lines += 1
         for listener in self.listeners:
             listener(record)
 
     def _restore(self) -> None:
-        """Makes the file hold the history, and nothing behind it."""
-        lines = b"".join(map(_line, self.history))
-        self._offset = len(lines)
+        """Cuts the file back to the lines of this run."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        there = self.path.read_bytes()[: len(lines)] if self.path.exists() else b""
-        if there != lines:
-            atomic_write(self.path, lines)
+        if self._offset is None:  # resumed
+            lines = self.path.read_bytes().splitlines(True) if self.path.is_file() else []
+            kept = [line for line in lines[: self._lines] if line.endswith(b"\n")]
+            if len(kept) < self._lines:
+                warnings.warn(
+                    f"'{self.path}' holds {len(kept)} of the {self._lines} lines that the run had "
+                    "written before its checkpoint; the others are lost, and new ones follow.",
+                    stacklevel=2,
+                )
+            self._lines, self._offset = len(kept), sum(map(len, kept))
         self._write(b"")
 
     def _write(self, line: bytes) -> None:
-        """Appends to what this run has written; what lies behind that is cut off."""
+        """Appends to the lines of this run, and cuts off what follows them."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            file.seek(file.truncate(min(self._offset, os.path.getsize(self.path))))
-            file.write(line)
-            self._offset = file.tell()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.seek(file.truncate(min(self._offset, os.path.getsize(self.path))))
+                file.write(line)
+                file.flush()
+                self._offset = file.tell()
+        except OSError as error:  # those of a full disk do not name the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 @contextlib.contextmanager
 def exclude_from_timing(event: Event) -> Iterator[None]:
-    """What happens within is no time of updates."""
+    """Leaves the time of what happens within out of that of updates."""
     callbacks = getattr(event.trainer, "callbacks", ())
     logs = [callback for callback in callbacks if isinstance(callback, MetricsLog)]
     for log in logs:
@@ -206,7 +215,3 @@ def exclude_from_timing(event: Event) -> Iterator[None]:
     yield
     for log in logs:
         log.restart_clock()
-
-
-def _line(record: dict) -> bytes:
-    return json.dumps(record, allow_nan=False).encode() + b"\n"

@@ -1,38 +1,52 @@
-"""What the model answers to held-out prompts, beside what is expected, at every evaluation."""
+"""Previews: the model's completions of held-out prompts at every evaluation."""
 
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from relax.callbacks.questions import Question, is_right
 from relax.config.text import shorten
+from relax.data.examples import IGNORE
+from relax.data.loader import DataLoader
+from relax.data.preference_loader import PreferenceLoader
+from relax.data.prompts import PromptLoader
 from relax.files import atomic_write
 from relax.sampling import SamplingConfig, generate
 from relax.sampling.config import max_positions
 from relax.trainers.callback import Callback, Event
 
 _SHORT = 300  # characters of a cell
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "target", "completion")
+
+
+class Question(NamedTuple):
+    """A prompt as tokens and as text, and the expected completion; None where none is known."""
+
+    prompt_ids: list[int]
+    prompt: str
+    expected: str | None
 
 
 class Previews(Callback):
-    """Answers questions greedily at every evaluation, and keeps the answers in files.
+    """Completes held-out prompts greedily at every evaluation, and keeps the completions in files.
 
-    `step_<update>.jsonl` has a line per question: `step`, `prompt`, `expected`, `completion`,
-    `right` (null where nothing is expected), `finish` and `tokens`.
+    `step_<update>.jsonl` has a line per prompt: `step`, `prompt`, `expected`, `completion`, `right`
+    (null where nothing is expected), `finish` and `tokens`.
 
     Args:
-      questions: what is asked; one that leaves no room for an answer is left out, and that is said.
-      directory: of the files.
-      tokenizer: to tell what the tokens of an answer say.
-      sampling: how answers are drawn.
-      console: where they are shown; None: nowhere.
-      listener: is given the lines of each file.
+      questions: the prompts; one that leaves no room for a completion is dropped with a notice.
+      directory: where the files are written.
+      tokenizer: decodes completions.
+      sampling: end tokens, stop strings and length; the temperature is taken as 0.
+      console: where a table is shown; None shows none.
+      listener: is called with the lines of each file.
 
     Attributes:
       last: the lines of the last file.
@@ -61,7 +75,7 @@ class Previews(Callback):
         if len(fitting) < len(self.questions) and self.console is not None:
             left_out = len(self.questions) - len(fitting)
             self.console.print(
-                f"{left_out} previews are left out: they fill the {room} tokens {why}"
+                f"{left_out} previews are dropped: their prompts fill the {room} tokens {why}"
             )
         self.questions = fitting
 
@@ -76,7 +90,7 @@ class Previews(Callback):
             self.console.print(table(self.last, f"held-out prompts after step {event.step}"))
 
     def answers(self, event: Event) -> list[dict]:
-        """One record per question, of the weights as they are."""
+        """One record per question, with the current weights."""
         model, state = event.trainer.model, event.state
         room, _ = max_positions(model.config)
         prompts = [q.prompt_ids for q in self.questions]
@@ -116,15 +130,104 @@ class Previews(Callback):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
+def questions_of(loader, tokenizer, count: int) -> list[Question]:
+    """Up to `count` questions from an evaluation loader, spread evenly over its rows.
+
+    The expected completion is, in rows with labels, the first run of trained tokens; in pairs the
+    chosen answer; in rows of prompts the column `answer` (or `solution`, `ground_truth`, `target`,
+    `completion`). Rows whose first token is trained on have no prompt and give no question.
+
+    Args:
+      loader: a loader of `relax.data`; any other has no questions.
+      tokenizer: the tokenizer of its rows.
+    """
+    if isinstance(loader, DataLoader):
+        rows = [loader.examples[i] for i in _spread(len(loader.examples), count)]
+        parts = [_split(np.asarray(row.input_ids), np.asarray(row.labels)) for row in rows]
+    elif isinstance(loader, PreferenceLoader):
+        items = loader.preferences.items
+        rows = [items[i] for i in _spread(len(items), count)]
+        parts = [(row.prompt, row.chosen if row.is_desirable else None) for row in rows]
+    elif isinstance(loader, PromptLoader):
+        return [_of_prompt(loader.prompts, i) for i in _spread(len(loader.prompts), count)]
+    else:
+        return []
+
+    def text(ids) -> str:
+        return tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    return [
+        Question(
+            [int(i) for i in prompt],
+            text(prompt),
+            None if answer is None else text(answer).strip(),
+        )
+        for prompt, answer in parts
+        if len(prompt)
+    ]
+
+
+def is_right(completion: str, expected: str | None) -> bool | None:
+    """Whether a completion is the expected one, apart from space around it; None without one.
+
+    Where the expected one marks its result (`#### 72`), the completion must mark the same.
+
+    >>> is_right(" 4\\n", "4"), is_right("2+2 #### 4", "so #### 4"), is_right("5", None)
+    (True, True, None)
+    """
+    if expected is None:
+        return None
+    if "####" in expected:
+        return _marked(completion) == _marked(expected)
+    return completion.strip() == expected.strip()
+
+
+def _marked(text: str) -> str | None:
+    _, mark, after = text.rpartition("####")
+    return after.strip().replace(",", "") if mark else None
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """`count` indices over a range, the first one first.
+
+    >>> _spread(10, 3), _spread(2, 5)
+    ([0, 3, 6], [0, 1])
+    """
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+def _of_prompt(prompts, i: int) -> Question:
+    row = prompts.rows[i]
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = "\n".join(str(message.get("content", "")) for message in prompt)
+    expected = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
+    if isinstance(expected, list) and expected and isinstance(expected[-1], dict):
+        expected = expected[-1].get("content")
+    return Question(
+        list(prompts.prompt_ids[i]), prompt, None if expected is None else str(expected)
+    )
+
+
+def _split(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt and expected completion of a row: what precedes its first trained run, and that."""
+    trained = labels != IGNORE
+    first = int(trained.argmax())
+    untrained_after = np.flatnonzero(~trained[first:])
+    end = first + int(untrained_after[0]) if untrained_after.size else len(ids)
+    return ids[:first], ids[first:end]
+
+
 def table(records: list[dict], title: str) -> Table:
-    """Prompt, expected and given answer, and whether they agree."""
+    """A table of prompts, expected completions and completions, and whether they agree."""
     out = Table(title=title, expand=False)
-    for name, width in (("Prompt", 40), ("Expected", 30), ("Answer", 60)):
+    for name, width in (("Prompt", 40), ("Expected", 30), ("Completion", 60)):
         out.add_column(name, max_width=width, overflow="fold")
     out.add_column("")
     marks = {True: Text("right", "green"), False: Text("wrong", "red"), None: Text("")}
     for record in records:
         cells = (record["prompt"], record["expected"] or "", record["completion"])
-        # Texts are the model's and the user's: never markup.
+        # The model's and the user's texts must not be read as markup.
         out.add_row(*(Text(shorten(cell, _SHORT)) for cell in cells), marks[record["right"]])
     return out

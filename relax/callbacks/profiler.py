@@ -1,4 +1,4 @@
-"""A trace of some updates: what the device and the host did in them, and for how long."""
+"""A trace of some updates for Perfetto and TensorBoard."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,18 +12,17 @@ from relax.trainers.callback import Callback, Event
 
 
 class Profiler(Callback):
-    """Traces the updates from `first` to `last`, both of them included, counted from 1.
+    """Traces the updates from `first` to `last`, inclusive, counted from 1.
 
-    The trace lies in `<directory>/plugins/profile/<time>/`: the `.trace.json.gz` opens at
-    ui.perfetto.dev, the directory in TensorBoard with its profile plugin, which finds the updates
-    as steps. Of an algorithm that rolls out, rollouts between these updates are in it. Functions of
-    Python are not: they would be nearly all of it, and fill a trace, which ends at a million
-    events.
+    The trace is written to `<directory>/plugins/profile/<time>/`: the `.trace.json.gz` opens at
+    ui.perfetto.dev, the directory in TensorBoard with its profile plugin, which shows the updates
+    as steps. It includes the rollouts between these updates, but no Python functions: they would
+    fill a trace, which ends at a million events.
 
     Args:
-      directory: of the trace.
-      first, last: updates; the first one that a run makes has to compile.
-      console: where it says what it does; None: nowhere.
+      directory: where the trace is written.
+      first, last: updates; the first update of a run also compiles.
+      console: where messages are shown; None shows none.
     """
 
     def __init__(

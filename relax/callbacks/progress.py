@@ -1,47 +1,87 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run for people: a bar and lines on a terminal, plain lines elsewhere."""
 
+import contextlib
 import time
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
+from rich.text import Text
 
+from relax.config.text import format_seconds
 from relax.parallel.cpu import release_freed_memory
 from relax.trainers.callback import Callback, Event
+from relax.trainers.rl_trainer import RLTrainer
 
-# How a metric is shown, in this order; those that are not here are in metrics.jsonl alone.
+# The metrics that are shown and how, the most important first; metrics.jsonl has all.
 _TEXTS = {
     "loss": "loss {:.4f}",
-    "learning_rate": "lr {:.2e}",
-    "grad_norm": "grad norm {:.3f}",
-    "accuracy": "accuracy {:.3f}",
-    "rewards/accuracies": "accuracy {:.3f}",
-    "mean_token_accuracy": "accuracy {:.3f}",
-    "margin": "margin {:.3f}",
-    "rewards/margins": "margin {:.3f}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "skipped_steps": "{} skipped",
     "reward": "reward {:.3f}",
-    "kl": "kl {:.4f}",
-    "objective/kl": "kl {:.3f}",
-    "completions/mean_length": "length {:.1f}",
+    "skipped_steps": "{} skipped",
     "eval_loss": "evaluation loss {:.4f}",
     "eval_reward": "evaluation reward {:.4f}",
     "eval_pass@1": "pass@1 {:.3f}",
+    "accuracy": "accuracy {:.3f}",
+    "rewards/accuracies": "accuracy {:.3f}",
+    "mean_token_accuracy": "accuracy {:.3f}",
     "eval_accuracy": "accuracy {:.3f}",
     "eval_rewards/accuracies": "accuracy {:.3f}",
     "eval_mean_token_accuracy": "accuracy {:.3f}",
+    "margin": "margin {:.3f}",
+    "rewards/margins": "margin {:.3f}",
     "eval_rewards/margins": "margin {:.3f}",
+    "kl": "kl {:.4f}",
+    "objective/kl": "kl {:.3f}",
+    "completions/mean_length": "length {:.1f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "grad norm {:.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
 }
+_IN_BAR = ("loss", "reward", "tokens_per_second")
+_BAR_WIDTH = 10
+_ROLLOUT = "rollout"
+_SAY_EVERY_S, _SAY_FROM_S = 5.0, 2.0
+
+
+class TimeLeft:
+    """Estimates the time left from the updates so far, without compiling, evaluating and saving."""
+
+    def __init__(self):
+        self._spent_s, self._updates = 0.0, 0
+        self._since_s: float | None = None
+
+    def start(self) -> None:
+        self._since_s = time.monotonic()
+
+    def pause(self) -> None:
+        if self._since_s is not None:
+            self._spent_s += time.monotonic() - self._since_s
+            self._since_s = None
+
+    def count(self) -> None:
+        """Counts an update whose time was counted."""
+        self._updates += 1
+
+    def seconds(self, updates: int | None) -> float | None:
+        """Seconds that so many more updates will take; None where it cannot be told yet."""
+        if updates is None or not self._updates:
+            return None
+        running_s = 0.0 if self._since_s is None else time.monotonic() - self._since_s
+        return (self._spent_s + running_s) / self._updates * updates
 
 
 class Progress(Callback):
-    """Step, epoch, loss, learning rate, tokens per second, time left; and a line when compiling.
+    """Shows step, loss, reward and time left, what is under way, and a line per logging window.
+
+    On a terminal a bar stays below the lines; each fits the terminal's width, and the metrics that
+    do not fit are in metrics.jsonl alone. The method `show` is a listener of `MetricsLog`.
 
     Args:
-      console: where to; None: a console on standard output.
+      console: where it is shown; None is standard output.
     """
 
     def __init__(self, console: Console | None = None):
@@ -50,35 +90,40 @@ class Progress(Callback):
         self._task = None
         self._shapes: set = set()
         self._compiling: tuple[str, float] | None = None
-        self._total: int | None = None
+        self._step, self._total = 0, None
+        self._values: list[str] = []
+        self._activity, self._since_s = "", time.monotonic()
+        self._left = TimeLeft()
 
     def on_train_begin(self, event: Event) -> None:
-        self._total = event.total_steps
-        if not self.console.is_terminal:
-            return
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            TextColumn("{task.fields[values]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=self.console,
-        )
-        self._task = self._bar.add_task(
-            self._where(event), total=event.total_steps, completed=event.step, values=""
-        )
-        self._bar.start()
+        self._step, self._total, self._left = event.step, event.total_steps, TimeLeft()
+        if self.console.is_terminal:
+            self._bar = Bar(
+                _Cell(self._where),
+                BarColumn(bar_width=_BAR_WIDTH),
+                _Cell(self._status),
+                _Cell(self._time_left),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=event.total_steps, completed=event.step)
+            self._bar.start()
+        if isinstance(event.trainer, RLTrainer):
+            self._begin("drawing the first completions, which compiles the sampler")
+            self._say_plainly(f"{self._activity} ...")
 
     def close(self) -> None:
+        self._begin("")
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def on_batch_begin(self, event: Event) -> None:
         self.announce(event.batch)
+        if self._compiling is None:
+            self._begin("")
 
     def announce(self, batch) -> None:
-        """Says that the step is about to be compiled for a batch (or its shapes), if it is new."""
+        """Says that the train step will be compiled for a batch (or its shapes), if it is new."""
         shape = str(jax.tree.map(np.shape, batch))
         if shape in self._shapes:
             return
@@ -86,41 +131,161 @@ class Progress(Callback):
         sizes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
         rows = " x ".join(map(str, max(sizes, key=len)))
         self._compiling = (rows, time.monotonic())
-        self.console.print(f"compiling the train step for batches of {rows} ...")
+        self._left.pause()
+        self._begin(f"compiling the train step for {rows}")
+        cache = jax.config.jax_compilation_cache_dir
+        if cache and len(self._shapes) == 1:
+            self._print(f"compiled programs are kept in '{cache}' for the next run")
+        self._print(f"compiling the train step for batches of {rows} ...")
 
     def on_batch_end(self, event: Event) -> None:
+        self._step = event.step
         if self._compiling:
             rows, start_s = self._compiling
             jax.block_until_ready(event.metrics)
-            seconds = time.monotonic() - start_s
-            self.console.print(f"compiled for {rows}, and one step taken, in {seconds:.1f} s")
+            seconds, count = time.monotonic() - start_s, len(self._shapes)
+            which = f", batch shape {count} of this run" if count > 1 else ""
+            self._print(f"compiled for {rows}, and one step taken, in {seconds:.1f} s{which}")
             self._compiling = None
             release_freed_memory()  # compiling took much of it
+            if count == 1:  # the time of the first rollout, which compiles, tells nothing
+                self._left = TimeLeft()
+            self._left.start()
+        else:
+            self._left.count()
         if self._bar is not None:
-            self._bar.update(self._task, completed=event.step, description=self._where(event))
+            self._bar.update(self._task, completed=event.step)
+        self._await_next(event)
+
+    def on_validation_begin(self, event: Event) -> None:
+        self._left.pause()
+        self._begin("evaluating")
+        if event.epoch is not None:
+            self._say_plainly(f"evaluating after step {event.step} ...")
+
+    def on_validation_end(self, event: Event) -> None:
+        self._left.start()
+        self._await_next(event)
+
+    def on_save(self, event: Event) -> None:
+        self._left.start()
+        self._await_next(event)
+
+    def on_train_end(self, event: Event) -> None:
+        self._begin("")
+
+    def state_dict(self) -> dict:
+        # Nothing to keep, but this is asked for right before a checkpoint is written.
+        self._left.pause()
+        self._begin("saving")
+        return {}
 
     def show(self, record: dict) -> None:
-        """Takes a record of `MetricsLog`, as one of its listeners."""
-        # There are two kinds of accuracy then, and of pairs is what such a run is for.
+        """Shows one record of `MetricsLog`."""
+        # A run on pairs has two accuracies: that of pairs is what it is for.
         pairs = any(name.endswith("rewards/accuracies") for name in record)
-        shown = [
-            text.format(record[name])
+        shown = {
+            name: text.format(record[name])
             for name, text in _TEXTS.items()
             if name in record
             and not (name == "skipped_steps" and record[name] == 0)
             and not (pairs and name.endswith("token_accuracy"))
-        ]
-        if self._bar is not None and not any(name.startswith("eval_") for name in record):
-            # A line of 80 characters has no room for more; the file has the rest.
-            left_out = ("grad norm", "accuracy", "margin", "length")
-            kept = [text for text in shown if not text.startswith(left_out)]
-            self._bar.update(self._task, values="  ".join(kept))
-            return
+        }
+        if not any(name.startswith("eval_") for name in record):
+            self._values = [shown[name] for name in _IN_BAR if name in shown]
         total = f"/{self._total}" if self._total else ""
         where = [f"step {record['step']}{total}"]
         where += [f"epoch {record['epoch']:.2f}"] if "epoch" in record else []
-        self.console.print("  ".join(where + shown))
+        parts = [*where, *shown.values()]
+        room = self.console.width if self.console.is_terminal else None
+        self._print("  ".join(fitting(parts, room)))
 
-    def _where(self, event: Event) -> str:
-        total = f"/{event.total_steps}" if event.total_steps else ""
-        return f"step {event.step}{total}  epoch {event.epochs_done:.2f}"
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _say_plainly(self, text: str) -> None:
+        """Prints what the bar of a terminal shows by itself."""
+        if self._bar is None:
+            self._print(text)
+
+    def _begin(self, activity: str) -> None:
+        self._activity, self._since_s = activity, time.monotonic()
+
+    def _await_next(self, event: Event) -> None:
+        """A rollout follows where the updates of the last one are done."""
+        trainer = event.trainer
+        is_due = isinstance(trainer, RLTrainer) and event.step % trainer.updates_per_item == 0
+        self._begin(_ROLLOUT if is_due else "")
+
+    def _where(self) -> str:
+        return f"step {self._step}/{self._total}" if self._total else f"step {self._step}"
+
+    def _time_left(self) -> str:
+        seconds = self._left.seconds(self._total and self._total - self._step)
+        return "" if seconds is None else f"{format_seconds(seconds)} left"
+
+    def _status(self) -> str:
+        """The last metrics that fit, and the activity once it has lasted a second."""
+        taken = len(self._where()) + _BAR_WIDTH + len(self._time_left()) + 3
+        room = max(self.console.width - taken, 0)
+        seconds = time.monotonic() - self._since_s
+        if not self._activity or seconds < 1:
+            return "  ".join(fitting(self._values, room))
+        activity = f"{self._activity} ({seconds:.0f} s)"[:room]
+        return "  ".join([*fitting(self._values, room - len(activity) - 2), activity])
+
+
+class _Cell(ProgressColumn):
+    """A column of the bar whose text is asked for at every refresh."""
+
+    def __init__(self, text):
+        super().__init__(Column(no_wrap=True))
+        self._text = text
+
+    def render(self, task) -> Text:
+        return Text(self._text())
+
+
+def fitting(parts: Iterable[str], room: int | None) -> list[str]:
+    """The parts that fit on a line of `room` characters, two spaces between; None is no limit.
+
+    >>> fitting(["step 1", "loss 0.5", "a long one", "b"], 20)
+    ['step 1', 'loss 0.5', 'b']
+    """
+    kept: list[str] = []
+    for part in parts:
+        if room is None or len("  ".join([*kept, part])) <= room:
+            kept.append(part)
+    return kept
+
+
+@contextlib.contextmanager
+def working(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Says what is under way: on a terminal with its seconds while it lasts, elsewhere in lines.
+
+    Args:
+      console: where it is said.
+      text: what is done, such as "loading the model".
+
+    Yields:
+      A function to call with how far it is; elsewhere than on a terminal a line every 5 s.
+    """
+    start_s = said_s = time.monotonic()
+    if not console.is_terminal:
+        console.print(f"{text} ...", markup=False, soft_wrap=True)
+
+        def tell(how_far: str) -> None:
+            nonlocal said_s
+            if time.monotonic() - said_s >= _SAY_EVERY_S:
+                said_s = time.monotonic()
+                console.print(f"  {how_far}", markup=False, soft_wrap=True)
+
+        yield tell
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
+    with Bar(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda how_far: bar.update(task, description=f"{text}: {how_far}")
+    if time.monotonic() - start_s >= _SAY_FROM_S:
+        seconds = format_seconds(time.monotonic() - start_s)
+        console.print(f"{text}: {seconds}", markup=False, soft_wrap=True)

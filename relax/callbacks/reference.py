@@ -1,4 +1,4 @@
-"""The reference's log-probabilities, computed once for a whole data set and kept in files."""
+"""Log-probabilities of the reference model, computed once for a data set and kept in files."""
 
 import io
 import time
@@ -20,21 +20,22 @@ SAVE_EVERY_S = 20.0
 
 
 class ReferenceLogprobs(Callback):
-    """Gives loaders their `ref_logprobs` before the first update, from a file where there is one.
+    """Sets the `ref_logprobs` of loaders before the first update, from a file where there is one.
 
     A file holds `[N, 2]` float32 and is named after the checksums of the tokens, of the reference's
-    weights and of the model's configuration. What is not computed yet is NaN in it: after a kill
-    the rest is computed. The reference is the policy of the start, or the base under adapters.
+    weights and of the model's configuration. Values that are not computed yet are NaN in it; after
+    a kill only these are computed. The reference is the initial policy, or the base model under
+    adapters.
 
     Args:
-      loaders: by the name that is shown.
-      directory: of the files.
-      console: where it says what it does.
+      loaders: the loaders, by the name that is shown.
+      directory: where the files are written.
+      console: where progress is shown.
     """
 
     def __init__(self, loaders: dict[str, PreferenceLoader], directory: Path, console: Console):
         self.loaders, self.directory, self.console = loaders, Path(directory), console
-        self.weights: str | None = None  # the reference's checksum: that of another run's start
+        self.weights: str | None = None  # checksum of the reference at the first start
 
     def state_dict(self) -> dict:
         return {"weights": self.weights}
@@ -62,8 +63,8 @@ class ReferenceLogprobs(Callback):
             return found
         if params is None:
             raise CheckpointError(
-                f"the reference's log-probabilities are to be read from '{file}', and {missing} of "
-                f"{len(found)} are not there. Restore the file, or begin the run again."
+                f"a resumed run reads the reference's log-probabilities from '{file}', which lacks "
+                f"{missing} of {len(found)}. Restore the file, or start the run over."
             )
         self.console.print(f"reference log-probabilities of {name}: computing {missing:,} pairs")
         saved_s = time.monotonic()
@@ -80,7 +81,7 @@ class ReferenceLogprobs(Callback):
 
 
 def _digest(params, model) -> str:
-    """A checksum of all weights, and of what is computed with them."""
+    """A checksum of all weights and of the model's configuration."""
     crc = zlib.crc32(repr((model.config, str(model.dtype))).encode())
     for name, leaf in sorted(named_leaves(params).items()):
         crc = zlib.crc32(f"{name}:{leaf_crc(leaf)}".encode(), crc)
@@ -88,7 +89,7 @@ def _digest(params, model) -> str:
 
 
 def _read(file: Path, count: int) -> np.ndarray:
-    """What a file holds; NaN where there is none, or one of another kind."""
+    """The values of a file; all NaN without one, or where it has another shape."""
     empty = np.full((count, 2), np.nan, np.float32)
     try:
         found = np.load(file, allow_pickle=False)

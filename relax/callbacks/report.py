@@ -1,4 +1,4 @@
-"""The report page of a run, written anew at every save."""
+"""Writes the report page of a run at every save."""
 
 import time
 from collections.abc import Callable
@@ -7,20 +7,19 @@ from pathlib import Path
 from relax.monitor import write_report
 from relax.trainers.callback import Callback, Event
 
-_SHARE = 0.05  # of the time since the last page that making the next one may take
+_SHARE = 0.05  # of the run's time that writing pages may take
 
 
 class Report(Callback):
     """Writes `report.html` at every save.
 
-    Where that would take a twentieth of the time since the last page, as with a save after every
-    update, it is written as soon as it does not.
-
-    A page that cannot be written is no reason to end a run: it is told once.
+    Where that would take more than a twentieth of the time since the last page, as with a save
+    after every update, the page waits until it takes less. A page that cannot be written does not
+    end the run: `say` is called once with the reason.
 
     Args:
-      directory: of the run.
-      say: is told what went wrong.
+      directory: the run's directory.
+      say: is called with what went wrong, a sentence.
     """
 
     def __init__(self, directory: str | Path, say: Callable[[str], None]):

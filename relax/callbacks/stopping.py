@@ -1,4 +1,4 @@
-"""What follows from comparing evaluations: the end of a run, and which of its states is kept."""
+"""Callbacks that compare evaluations: early stopping, and the checkpoint of the best state."""
 
 import math
 from pathlib import Path
@@ -25,33 +25,33 @@ def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0
 
 
 def metric_of(event: Event, name: str) -> float:
-    """A metric of an evaluation, by its name with or without `eval_` before it.
+    """A metric of an evaluation, by its name with or without the prefix `eval_`.
 
     Raises:
-      ConfigError: there is no such metric; with the names of those that there are.
+      ConfigError: there is no such metric; the message lists those that there are.
     """
     for known in (name, name.removeprefix("eval_")):
         if known in event.metrics:
             return float(event.metrics[known])
     there = ", ".join(f"eval_{known}" for known in event.metrics)
     raise ConfigError(
-        f"metric_for_best_model must be a metric of the evaluation, got {name!r}. There are: "
+        f"metric_for_best_model must be a metric of the evaluation, got {name!r}. Name one of: "
         f"{there}."
     )
 
 
 class EarlyStopping(Callback):
-    """Stops a run when its evaluations have not become better for a while.
+    """Stops a run whose evaluations no longer improve.
 
     Args:
-      metric: of the evaluation, such as `eval_loss`.
-      patience: evaluations in a row without a better one that end the run (>= 1).
-      min_delta: a better one is better by more than this (>= 0).
-      mode: which are better: of `min` the smaller ones, of `max` the larger ones.
+      metric: the metric to compare, such as `eval_loss`.
+      patience: number of evaluations in a row without improvement that ends the run (>= 1).
+      min_delta: smallest difference that counts as an improvement (>= 0, exclusive).
+      mode: "min" if smaller values are better, "max" if larger ones are.
 
     Attributes:
       best: the best value so far, or None.
-      waited: evaluations since then.
+      waited: evaluations since the best one.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class EarlyStopping(Callback):
 
     def on_validation_end(self, event: Event) -> None:
         if event.epoch is None:
-            return  # not of the run
+            return  # an evaluation outside of training
         value = metric_of(event, self.metric)
         if is_better(value, self.best, self.mode, self.min_delta):
             self.best, self.waited = value, 0
@@ -95,18 +95,18 @@ class EarlyStopping(Callback):
 
 
 class BestCheckpoint(Callback):
-    """Keeps a checkpoint of the state with the best evaluation, which can be resumed from.
+    """Keeps a checkpoint of the state with the best evaluation; a run can be resumed from it.
 
-    To be the last callback of those that have a state, as it saves what the others hold.
+    It is the last of the callbacks that have a state, as it saves the state of the others.
 
     Args:
-      directory: of the checkpoint, `<directory>/<step>`.
+      directory: the checkpoint is `<directory>/<step>`.
       metric, mode: as for `EarlyStopping`.
-      saver: has `save(step, state, progress)`; None: a `Checkpointer` that keeps one.
+      saver: has `save(step, state, progress)`; None takes a `Checkpointer` that keeps one.
 
     Attributes:
-      step: of the best state, or None.
-      metrics: of its evaluation.
+      step: the step of the best state, or None.
+      metrics: the metrics of its evaluation.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class BestCheckpoint(Callback):
 
     @property
     def path(self) -> Path | None:
-        """Of the best checkpoint, or None."""
+        """The directory of the best checkpoint, or None."""
         return None if self.step is None else self.directory / str(self.step)
 
     def on_train_begin(self, event: Event) -> None:

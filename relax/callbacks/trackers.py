@@ -1,15 +1,10 @@
-"""Where metrics go besides the file: TensorBoard, Weights & Biases, trackio, or an own tracker.
+"""Sends metrics to TensorBoard, Weights & Biases, trackio, or a tracker of the user's own."""
 
-A tracker is another program, and the network. So each lives in a thread of its own behind a queue
-of bounded length: whatever it does, raise, hang or be offline, training neither waits for it nor
-ends with it. What it did not take is counted, and told at the end.
-"""
-
+import concurrent.futures
+import importlib
 import importlib.util
 import os
-import queue
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,129 +14,92 @@ from relax.errors import ConfigError
 from relax.trainers.callback import Callback, Event
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-_FAILURES = 10  # in a row, after which a tracker is given no more
+_FAILURES = 10  # in a row, after which a tracker is sent nothing more
 
 
 class Tracker(Protocol):
-    """What takes metrics. `close`, where it has one, is called at the end."""
+    """Receives metrics. `close`, if it has one, is called at the end."""
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
 
 class Trackers(Callback):
-    """Hands every record of `MetricsLog` to trackers, none of which can hold the run up.
+    """Sends every record of `MetricsLog` to trackers; none of them can end the run.
 
-    Its method `show` is to be a listener of `MetricsLog`.
+    A tracker is started and closed in a thread of its own, which is left behind if it hangs. `log`
+    is called directly: those of the packages only queue the record. What raises is reported once,
+    and records that a tracker did not take are counted. The method `show` is a listener of
+    `MetricsLog`.
 
     Args:
-      makers: by name, what makes the tracker, given the step that the run begins after. It is
-        called in the tracker's thread.
-      say: is told, once each, what fails, and at the end what was not taken.
-      capacity: records that may wait for a tracker.
-      patience_s: seconds that the end of the run waits for all of them.
+      makers: for each name a function that starts the tracker, given the step to continue after.
+      say: is called with each problem, a sentence.
+      patience_s: seconds to wait for a tracker to start, and to close.
     """
 
     def __init__(
         self,
         makers: dict[str, Callable[[int], Tracker]],
         say: Callable[[str], None],
-        capacity: int = 1000,
-        patience_s: float = 5.0,
+        patience_s: float = 60.0,
     ):
-        self.makers, self.say = makers, say
-        self.capacity, self.patience_s = capacity, patience_s
-        self._feeds: list[_Feed] = []
+        self.makers, self.say, self.patience_s = makers, say, patience_s
+        self._trackers: dict[str, Tracker] = {}
+        self._failures: dict[str, int] = {}  # in a row
+        self._lost: dict[str, int] = {}  # records not taken
 
     def on_train_begin(self, event: Event) -> None:
         self.close()
-        self._feeds = [
-            _Feed(name, maker, event.step, self.capacity) for name, maker in self.makers.items()
-        ]
+        for name, maker in self.makers.items():
+            try:
+                self._trackers[name] = _call_within(self.patience_s, maker, event.step)
+            except (Exception, SystemExit) as error:
+                self.say(f"{name}: {_words(error, self.patience_s)}. Training goes on without it.")
 
     def show(self, record: dict) -> None:
-        """Takes a record of `MetricsLog`, as one of its listeners."""
+        """Sends one record of `MetricsLog`."""
         metrics = tagged(record)
-        for feed in self._feeds:
-            feed.give((metrics, record["step"]))
-            self._tell(feed)
-
-    def close(self) -> None:
-        deadline_s = time.monotonic() + self.patience_s
-        for feed in self._feeds:
-            feed.end()
-        for feed in self._feeds:
-            feed.wait(max(deadline_s - time.monotonic(), 0.0))
-            self._tell(feed)
-            lost = feed.given - feed.taken
-            if lost:
-                self.say(f"{feed.name} did not take {lost} of {feed.given} records")
-        self._feeds = []
-
-    def _tell(self, feed: "_Feed") -> None:
-        if feed.problem is not None and not feed.told:
-            feed.told = True
-            self.say(f"{feed.name}: {feed.problem}. Training goes on without it.")
-
-
-class _Feed:
-    """A tracker in its thread, and the queue before it."""
-
-    def __init__(self, name: str, maker: Callable[[int], Tracker], step: int, capacity: int):
-        self.name, self.given, self.taken = name, 0, 0
-        self.problem: str | None = None
-        self.told = False
-        self._queue: queue.Queue = queue.Queue(capacity)
-        self._ended = threading.Event()
-        # A daemon: the process may end while the tracker hangs.
-        self._thread = threading.Thread(
-            target=self._run, args=(maker, step), name=f"tracker-{name}", daemon=True
-        )
-        self._thread.start()
-
-    def give(self, item: tuple[dict, int]) -> None:
-        self.given += 1
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
-            self.problem = (
-                self.problem or f"{self._queue.maxsize} records wait for it, which is all"
-            )
-
-    def end(self) -> None:
-        self._ended.set()
-
-    def wait(self, seconds: float) -> None:
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            self.problem = self.problem or "it does not come to an end"
-
-    def _run(self, maker: Callable[[int], Tracker], step: int) -> None:
-        try:
-            tracker = maker(step)
-            self._feed(tracker)
-            getattr(tracker, "close", lambda: None)()
-        except BaseException as error:  # sys.exit in a tracker ends its thread alone
-            self.problem = self.problem or _words(error)
-
-    def _feed(self, tracker: Tracker) -> None:
-        failures = 0
-        while failures < _FAILURES:
-            try:
-                item = self._queue.get(timeout=0.05)
-            except queue.Empty:
-                if self._ended.is_set():
-                    return
+        for name, tracker in list(self._trackers.items()):
+            if self._failures.get(name, 0) >= _FAILURES:
+                self._lost[name] += 1
                 continue
             try:
-                tracker.log(*item)
-                self.taken, failures = self.taken + 1, 0
-            except Exception as error:
-                failures += 1
-                self.problem = self.problem or _words(error)
+                tracker.log(metrics, record["step"])
+                self._failures[name] = 0
+            except (Exception, SystemExit) as error:
+                if name not in self._lost:
+                    self.say(f"{name}: {_words(error)}. Training goes on without it.")
+                self._failures[name] = self._failures.get(name, 0) + 1
+                self._lost[name] = self._lost.get(name, 0) + 1
+
+    def close(self) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                _call_within(self.patience_s, getattr(tracker, "close", lambda: None))
+            except (Exception, SystemExit) as error:
+                self.say(f"{name} could not be closed: {_words(error, self.patience_s)}.")
+        for name, count in self._lost.items():
+            self.say(f"{name} did not take {count} records; metrics.jsonl has all of them.")
+        self._trackers, self._failures, self._lost = {}, {}, {}
+
+
+def _call_within(seconds: float, function: Callable, *args):
+    """Calls a function that may hang, and raises TimeoutError after `seconds`."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def call():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # sys.exit in a tracker as well
+            future.set_exception(error)
+
+    # A daemon: the process may end while the function still hangs.
+    threading.Thread(target=call, daemon=True).start()
+    return future.result(seconds)
 
 
 def tagged(record: dict) -> dict[str, float]:
-    """A record under the names that trackers group by, as transformers gives them.
+    """A record under the names of transformers, by which trackers group.
 
     >>> tagged({"step": 3, "loss": 1.0, "eval_loss": 2.0})
     {'train/loss': 1.0, 'eval/loss': 2.0}
@@ -156,13 +114,13 @@ def tagged(record: dict) -> dict[str, float]:
 def tracker_makers(
     names: list[str], directory: Path, run_name: str | None, config: dict[str, Any]
 ) -> dict[str, Callable[[int], Tracker]]:
-    """What makes the trackers that `report_to` names.
+    """The functions that start the trackers named by `report_to`.
 
     Args:
-      names: of trackers, or `path/to/file.py:Class`.
-      directory: of the run.
-      run_name: in trackers; None: the directory's name.
-      config: the run's configuration, to be shown beside it.
+      names: names of packages, or `path/to/file.py:Class`.
+      directory: the run's directory.
+      run_name: the name shown in trackers; None takes that of the directory.
+      config: the run's configuration, shown with it.
 
     Raises:
       ConfigError: a package is not installed, or a class cannot be made.
@@ -193,11 +151,11 @@ def tracker_makers(
 
 
 class TensorBoard:
-    """Writes event files, in a directory that TENSORBOARD_LOGGING_DIR may name.
+    """Writes TensorBoard's event files.
 
     Args:
-      directory: of the files.
-      step: what an earlier run wrote after this step is hidden.
+      directory: where they are written, unless TENSORBOARD_LOGGING_DIR names another directory.
+      step: hide what an earlier run wrote after this step.
     """
 
     def __init__(self, directory: Path, step: int = 0):
@@ -215,10 +173,10 @@ class TensorBoard:
 
 
 class RunTracker:
-    """Weights & Biases, or trackio, which has the same functions.
+    """A run of Weights & Biases, or of trackio, which has the same functions.
 
-    The project is that of WANDB_PROJECT or TRACKIO_PROJECT, else `relax`. Weights & Biases keeps
-    its own files in `directory`.
+    The project is WANDB_PROJECT or TRACKIO_PROJECT, else `relax`. Weights & Biases keeps its own
+    files in `directory`.
     """
 
     def __init__(self, package: str, run_name: str, config: dict[str, Any], directory: Path):
@@ -237,6 +195,8 @@ class RunTracker:
         self.run.finish()
 
 
-def _words(error: BaseException) -> str:
+def _words(error: BaseException, seconds: float = 0.0) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {seconds:.3g} s"
     name, lines = type(error).__name__, str(error).splitlines()
     return f"{name}: {lines[0][:200].rstrip('.')}" if lines else name

@@ -109,7 +109,12 @@ class TrainerEngine:
                 raise
             except OSError as error:
                 if full_disk(error) is None:
-                    raise
+                    if not str(error.filename).startswith(str(run_dir.path)):
+                        raise
+                    raise CheckpointError(
+                        f"the run cannot write its files: {error}. "
+                        f"{job.how_to_recover('make the path writable')}"
+                    ) from error
                 raise CheckpointError(
                     f"the disk is full: {error}. {job.how_to_recover()}"
                 ) from error

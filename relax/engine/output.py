@@ -10,7 +10,7 @@ from relax.config import TrainerConfig
 from relax.config.cli import program_words
 from relax.config.watch_rules import best_metric, is_greater_better
 from relax.errors import ConfigError
-from relax.files import list_steps, write_json
+from relax.files import atomic_write, list_steps, write_json
 
 
 def resume_command(config: TrainerConfig, directory: Path) -> str:
@@ -26,10 +26,10 @@ def show_how_to_go_on(console, steps: list[int], command: str) -> None:
     console.print(f"  {command}", markup=False)
 
 
-def how_to_recover(steps: list[int], command: str) -> str:
-    """What is left of a run whose disk is full, in a sentence."""
+def how_to_recover(steps: list[int], command: str, first: str = "make room") -> str:
+    """What is left of a run that cannot write, and how to resume it, in a sentence."""
     kept = f"Checkpoint {steps[-1]} is intact" if steps else "No checkpoint was saved"
-    return f"{kept}; make room and run: {command}"
+    return f"{kept}; {first} and run: {command}"
 
 
 def show_plan(console, config: TrainerConfig, state, steps: int, plan: str) -> None:
@@ -63,6 +63,13 @@ def last_evaluation(metrics_file: Path) -> dict[str, float]:
         if (found := {n: v for n, v in record.items() if n.startswith("eval_")})
     ]
     return evaluations[-1] if evaluations else {}
+
+
+def copy_metrics(old_run: Path, directory: Path) -> None:
+    """Copies metrics.jsonl of the run that is resumed into a directory that has none."""
+    source, target = old_run / "metrics.jsonl", directory / "metrics.jsonl"
+    if source.is_file() and not target.exists():
+        atomic_write(target, source.read_bytes())
 
 
 def best_checkpoint(config: TrainerConfig, directory: Path) -> Path | None:

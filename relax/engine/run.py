@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from relax import parallel
 from relax.callbacks import MetricsLog, Progress
+from relax.callbacks.progress import working
 from relax.checkpoint.checkpointer import Checkpointer, full_disk, restore_checkpoint
 from relax.checkpoint.frozen import WithoutFrozen
 from relax.checkpoint.storage import copies_are_apart
@@ -131,6 +132,7 @@ class Job:
         self._begin(parts, state)
         if recipe.embedded and progress is None:
             self.metrics |= recipe.examine("before", trainer, state, datasets)
+            self.watch.status.tell_results(self.metrics)
         if int(state.step) < steps and parts.batch is not None:
             # Of batches that come to be in the run nothing is known yet.
             self.progress.announce(parts.batch)
@@ -155,7 +157,9 @@ class Job:
         self.metrics |= evaluation
         if recipe.embedded:
             self.metrics |= recipe.examine("after", trainer, state, datasets)
-        model_dir = self._export(parts, state)
+            self.watch.status.tell_results(self.metrics)
+        with working(self.console, "writing the model"):
+            model_dir = self._export(parts, state)
         paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
         if config.output.save_strategy != "no":
             paths["checkpoints"] = self.run_dir.checkpoints
@@ -177,14 +181,17 @@ class Job:
                 for line in checks.changed_fields(config, self._old_run()):
                     self.console.print(f"changed since the run began: {line}", markup=False)
         with found.catch():
-            tokenizer = model_source.make_tokenizer(config)
+            with working(self.console, "loading the tokenizer"):
+                tokenizer = model_source.make_tokenizer(config)
         with found.catch():
             weights = self.start is None or self.freezes
             make = partial(model_source.make_model, config) if recipe is None else recipe.make_model
-            model, params = make(weights=weights)
+            with working(self.console, "loading the model"):
+                model, params = make(weights=weights)
             self.base = model_source.adapter_base(config)
         if recipe is not None and tokenizer is not None and model is not None:
-            datasets = checks.read_datasets(recipe, tokenizer, model.config, self.rows, found)
+            with working(self.console, "reading and tokenising the data"):
+                datasets = checks.read_datasets(recipe, tokenizer, model.config, self.rows, found)
         else:  # files can be read all the same
             with found.catch():
                 model_source.source_rows(config, self.rows)
@@ -219,6 +226,8 @@ class Job:
             self.console.print("the adapter will be merged: its base is no directory to refer to")
         self.check_same_data(parts.datasets)
         output.write_config(config, self.run_dir.path, parts.datasets)
+        if self.start is not None:
+            output.copy_metrics(self._old_run(), self.run_dir.path)
         self.watch.begin(resumed=self.start is not None)
         self.begun = True
 
@@ -229,8 +238,8 @@ class Job:
         else:
             self.console.print("stopped before the first update: the same command begins again")
 
-    def how_to_recover(self) -> str:
-        return output.how_to_recover(self.checkpointer.steps(), self._resume_command())
+    def how_to_recover(self, first: str = "make room") -> str:
+        return output.how_to_recover(self.checkpointer.steps(), self._resume_command(), first)
 
     def _resume_command(self) -> str:
         return output.resume_command(self.config, self.run_dir.path)

@@ -14,15 +14,14 @@ from rich.console import Console
 
 import relax
 from relax import parallel
-from relax.callbacks.guards import LearningMonitor, NonFiniteGuard
-from relax.callbacks.previews import Previews
+from relax.callbacks.guards import NonFiniteGuard
+from relax.callbacks.previews import Previews, questions_of
 from relax.callbacks.profiler import Profiler
-from relax.callbacks.questions import questions_of
 from relax.callbacks.report import Report
 from relax.callbacks.status import Status
 from relax.callbacks.stopping import BestCheckpoint, EarlyStopping
 from relax.callbacks.trackers import Trackers, tracker_makers
-from relax.callbacks.warnings import RewardWarnings
+from relax.callbacks.warnings import LearningMonitor
 from relax.checkpoint.checkpointer import Checkpointer
 from relax.checkpoint.frozen import WithoutFrozen
 from relax.config import TrainerConfig
@@ -115,6 +114,7 @@ class RunMonitor:
         writer.begin(**self._circumstances())
         if old:
             writer.fields["warnings"] = old.get("warnings") or []
+            self.status.results = old.get("results") or {}
             for phase, seconds in (old.get("seconds") or {}).items():
                 self.status.seconds[phase] = self.status.seconds.get(phase, 0.0) + seconds
         self.status.writers.append(writer)
@@ -123,16 +123,12 @@ class RunMonitor:
     def warn(self, text: str) -> None:
         """Shows a warning, and keeps it."""
         self.console.print(f"warning: {text}", style="yellow", markup=False)
-        self.note(text)
+        for writer in self.status.writers:
+            writer.warn(text)
 
     def show_warning(self, message, *_) -> None:
         """In the place of `warnings.showwarning`."""
         self.warn(str(message))
-
-    def note(self, text: str) -> None:
-        """Keeps a warning that is shown already."""
-        for writer in self.status.writers:
-            writer.warn(text)
 
     def callbacks(self, others: tuple, tokenizer, eval_loader, **ends) -> tuple:
         """The callbacks of the run, in order, behind metrics and progress.
@@ -143,9 +139,6 @@ class RunMonitor:
           eval_loader: what the run evaluates on, or several by name, or None.
           **ends: what ends an answer: `eos_token_ids` and `stop` of a `SamplingConfig`.
         """
-        for other in others:
-            if isinstance(other, RewardWarnings):
-                other.also_say = self.note
         v = self.values
         made: list[Callback] = [*others]
         if v["max_nonfinite_steps"]:

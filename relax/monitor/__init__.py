@@ -1,4 +1,4 @@
-"""Watching a run from outside: the status file that it keeps, a live view of it, and its report."""
+"""Watching a run from outside: its status file, a live view and the report."""
 
 from relax.monitor.page import comparison_page, run_page, write_comparison, write_report
 from relax.monitor.run_files import Run, read_run

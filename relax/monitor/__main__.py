@@ -12,7 +12,7 @@ from relax.monitor.view import watch
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0; 1 where the run that was watched failed or was killed; 2 of bad usage."""
+    """Runs the command; exit code 1 if the run failed or was killed, 2 for bad usage."""
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
     try:

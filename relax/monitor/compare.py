@@ -1,4 +1,4 @@
-"""Runs beside each other: their curves in one picture, their last numbers, how they differ."""
+"""Several runs on one page: curves over each other, last values, options that differ."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from relax.monitor.sections import CHARTS, UNDRAWN, plain, text
 
 
 def with_distinct_names(runs: Sequence[Run]) -> list[Run]:
-    """The runs, unique_name where directories share a name."""
+    """The runs, with numbered names where directories share one."""
     names = [run.name for run in runs]
     return [
         dataclasses.replace(run, name=f"{run.name} ({i})") if names.count(run.name) > 1 else run
@@ -21,7 +21,7 @@ def with_distinct_names(runs: Sequence[Run]) -> list[Run]:
 
 
 def head(runs: Sequence[Run]) -> str:
-    """What is compared."""
+    """Names, phases and times of the runs."""
     title = " · ".join(run.name for run in runs)
     facts = "".join(
         f"<div><dt>{text(run.name)}</dt><dd>{text(run.status.get('phase') or 'unknown')} <small>"
@@ -32,7 +32,7 @@ def head(runs: Sequence[Run]) -> str:
 
 
 def curves(runs: Sequence[Run], points: int) -> str:
-    """One chart per metric, one curve per run."""
+    """One chart per metric, with a curve per run."""
     names = list(dict.fromkeys(name for run in runs for name in run.series if name not in UNDRAWN))
     first = [n for _, pattern in CHARTS for n in names if re.fullmatch(pattern, n)]
     first = [n for n in dict.fromkeys(first) if not n.startswith(TIME)]

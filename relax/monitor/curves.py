@@ -1,4 +1,4 @@
-"""Curves as inline SVG, drawn from numbers alone."""
+"""Charts as inline SVG."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from relax.config.text import format_number, format_seconds
 
 WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 30  # margins round the plot
+LEFT, RIGHT, TOP, BOTTOM = 66, 16, 12, 32  # margins round the plot
 SMOOTHED_FROM = 40  # points from which on a curve is also shown smoothed
 COLOURS = 8  # of the palette, --c0 to --c7
 
@@ -22,13 +22,17 @@ class Series(NamedTuple):
     points: bool = False  # few measurements, such as evaluations: each is marked
     colour: int | None = None
 
+    def count(self) -> int:
+        """How many of its values are numbers."""
+        return sum(map(math.isfinite, self.ys))
+
 
 def downsample(
     xs: Sequence[float], ys: Sequence[float], most: int
 ) -> tuple[list[float], list[float]]:
-    """At most about `most` points that look the same: of each stretch its least and its largest.
+    """At most about `most` points that look the same: the least and the largest of each stretch.
 
-    A stretch without a number keeps one NaN, so that the gap stays.
+    A stretch without a number keeps one NaN, so that the gap remains.
 
     >>> downsample([0, 1, 2, 3, 4, 5, 6, 7], [0, 9, 1, 1, 1, -5, 1, 2], 4)
     ([0, 1, 5, 7], [0, 9, -5, 2])
@@ -51,7 +55,7 @@ def downsample(
 
 
 def smooth(ys: Sequence[float], span: float) -> list[float]:
-    """An exponential mean over about `span` points, without the bias of its beginning.
+    """An exponential mean over about `span` points, corrected for its start.
 
     >>> [round(y, 3) for y in smooth([1.0, 1.0, float("nan"), 4.0], 1.0)]
     [1.0, 1.0, nan, 2.714]
@@ -67,7 +71,7 @@ def smooth(ys: Sequence[float], span: float) -> list[float]:
 
 
 def is_noisy(ys: Sequence[float]) -> bool:
-    """Whether a curve has many points and goes up and down: all its ways make many times its range.
+    """Whether a curve has many points and its length is more than four times its range.
 
     >>> is_noisy([1.0, 2.0] * 50), is_noisy([i / 100 for i in range(100)])
     (True, False)
@@ -80,7 +84,7 @@ def is_noisy(ys: Sequence[float]) -> bool:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers over a range.
+    """Round numbers that divide a range.
 
     >>> ticks(0, 1), ticks(3, 97)
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [20.0, 40.0, 60.0, 80.0])
@@ -96,7 +100,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def limits(series: Sequence[Series]) -> tuple[float, float] | None:
-    """The range of the vertical axis; a few points far outside of the rest are left out of it."""
+    """The range of the vertical axis, without a few points far from the rest; None without any."""
     values = sorted(y for s in series for y in s.ys if math.isfinite(y))
     if not values:
         return None
@@ -112,27 +116,25 @@ def limits(series: Sequence[Series]) -> tuple[float, float] | None:
         pad = abs(low) * 0.1 or 1.0
         return low - pad, high + pad
     pad = (high - low) * 0.06
-    # An axis that begins at 0 reads more easily than one that begins a little below.
+    # An axis that begins at 0 is easier to read than one that begins a little above.
     return (0.0 if 0 <= low < pad * 4 else low - pad), high + pad
 
 
 def chart(title: str, series: Sequence[Series], most: int = 400, note: str = "") -> str:
-    """A titled curve chart with axes, a legend and its numbers; '' where there is nothing to draw.
+    """A chart of curves with title, axes and legend; '' where no curve has two values.
 
     Args:
-      title: over it.
-      series: what is drawn; one without any number is left out.
-      most: points of a curve.
-      note: a line below.
+      title: the title.
+      series: the curves; one without any number is not drawn.
+      most: the largest number of points of a curve.
+      note: a line below the chart.
     """
-    series = [s for s in series if any(math.isfinite(y) for y in s.ys)]
+    series = [s for s in series if s.count()]
     bounds = limits(series)
-    if bounds is None:
+    if bounds is None or all(s.count() < 2 for s in series):
         return ""
     x0, x1 = min(s.xs[0] for s in series), max(s.xs[-1] for s in series)
     frame = _Frame(x0, x1 if x1 > x0 else x0 + 1, *bounds)
-    if x1 == x0:  # one point stands in the middle
-        frame = _Frame(x0 - 1, x0 + 1, *bounds)
     drawn, legend = [], []
     for i, s in enumerate(series):
         colour = (i if s.colour is None else s.colour) % COLOURS
@@ -156,7 +158,7 @@ def chart(title: str, series: Sequence[Series], most: int = 400, note: str = "")
 
 
 class _Frame(NamedTuple):
-    """From values to places in the picture."""
+    """Maps values to places in the picture."""
 
     x0: float
     x1: float
@@ -181,14 +183,14 @@ def _axes(frame: _Frame) -> str:
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}">{format_number(value)}</text>'
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 5:.1f}">{format_number(value)}</text>'
         )
     bottom = HEIGHT - BOTTOM
     for value in ticks(frame.x0, frame.x1, 6):
         if value == int(value):  # updates are whole
             x = frame.x(value)
             parts.append(
-                f'<text class="tick x" x="{x:.1f}" y="{bottom + 19}">{format_number(value)}</text>'
+                f'<text class="tick x" x="{x:.1f}" y="{bottom + 22}">{format_number(value)}</text>'
             )
     parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
     return "".join(parts)
@@ -199,7 +201,7 @@ def _curve(series: Series, frame: _Frame, colour: int, most: int) -> str:
     values = " ".join(f"{x:.6g},{y:.5g}" for x, y in zip(xs, ys, strict=True) if math.isfinite(y))
     head = f'<g class="s" style="--c:var(--c{colour})" data-n="{escape(series.name)}" '
     head += f'data-v="{values}">'
-    points = series.points or sum(map(math.isfinite, ys)) <= 2
+    points = series.points or series.count() <= 2
     smoothed = not points and is_noisy(series.ys)
     kind = "raw" if smoothed else "line"
     out = f'<path class="{kind}" d="{_path(xs, ys, frame)}"/>'
@@ -216,7 +218,7 @@ def _curve(series: Series, frame: _Frame, colour: int, most: int) -> str:
 
 
 def _path(xs: Sequence[float], ys: Sequence[float], frame: _Frame) -> str:
-    """Straight lines through the points, broken where there is no number."""
+    """Straight lines through the points, interrupted where there is no number."""
     parts, pen = [], "M"
     for x, y in zip(xs, ys, strict=True):
         if not math.isfinite(y):
@@ -237,7 +239,7 @@ def _legend(series: Series, colour: int) -> str:
 
 
 def bar(parts: dict[str, float]) -> str:
-    """Shares of a whole as one bar with a legend; `parts` are seconds by name."""
+    """A bar of shares with a legend; `parts` are seconds by name."""
     total = sum(parts.values())
     if total <= 0:
         return ""

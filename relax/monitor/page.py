@@ -1,4 +1,4 @@
-"""The page: what a run is, how it went, what it wrote, and under which circumstances."""
+"""The report of a run, and the comparison of several, as one HTML page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -10,7 +10,7 @@ from relax.monitor.run_files import Run, read_run
 from relax.monitor.style import SCRIPT, STYLE, policy
 
 MOST_BYTES = 2_000_000
-# From rich to poor: points of a curve, steps with texts, characters of a text.
+# From large to small: points of a curve, steps with texts, characters of a text.
 BUDGETS = ((400, 8, 900), (200, 5, 400), (100, 3, 200), (40, 2, 80))
 
 
@@ -18,8 +18,8 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     """Writes the report of a run.
 
     Args:
-      directory: of the run.
-      path: of the page; None: `report.html` in the directory.
+      directory: the run's directory.
+      path: the page; None is `report.html` in the directory.
 
     Raises:
       DataError: there is no run in the directory.
@@ -28,17 +28,17 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
 
 
 def write_comparison(directories: Sequence[str | Path], path: str | Path) -> Path:
-    """Writes a page on which the curves of several runs lie over each other."""
+    """Writes a page with the curves of several runs over each other."""
     return _write(Path(path), comparison_page([read_run(one) for one in directories]))
 
 
 def run_page(run: Run) -> str:
-    """The report of a run as HTML, below 2 MB whatever the run has written."""
+    """The report of a run as HTML, below 2 MB however much the run has written."""
     return _within_budget(lambda budget: _run_body(run, *budget), run.name)
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """Several runs on one page."""
+    """The comparison of several runs as HTML."""
     runs = compare.with_distinct_names(runs)
     title = " and ".join(run.name for run in runs)
     return _within_budget(lambda budget: _comparison_body(runs, budget[0]), title)
@@ -78,7 +78,7 @@ def _within_budget(body, title: str) -> str:
         page = _document(title, body(budget))
         if len(page.encode()) < MOST_BYTES:
             return page
-    return _document(title, "<h1>This run has written too much to be shown on one page.</h1>")
+    return _document(title, "<h1>This run has written too much for one page.</h1>")
 
 
 def _document(title: str, body: str) -> str:

@@ -1,4 +1,4 @@
-"""What lies in the directory of a run, read for people: its numbers, texts and circumstances."""
+"""Reads the directory of a run: configuration, data report, status, metrics and texts."""
 
 import dataclasses
 import json
@@ -11,20 +11,20 @@ from relax.errors import DataError
 from relax.monitor.status import read_status
 
 TIME = "time/"
-# What a line of `completions/` holds; all else in it are columns that reward functions logged.
+# The columns of a line of `completions/`; reward functions logged all others.
 COMPLETION = ("prompt", "completion", "finish", "tokens", "rewards", "reward", "advantage")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run, as its directory tells it.
+    """The contents of a run's directory.
 
     Attributes:
-      name: of its directory.
-      config: by section, as saved; {} where there is none.
-      data: the data report, as saved.
-      status: as saved.
-      series: by metric, its steps and values; NaN where a value was not finite.
+      name: the directory's name.
+      config: config.json, by section; {} without one.
+      data: data.json, the data report; {} without one.
+      status: status.json; {} without one.
+      series: steps and values of each metric; NaN where a value was not finite.
       previews: lines of `samples/`, by step.
       completions: lines of `completions/`, by step.
     """
@@ -51,8 +51,8 @@ def read_run(directory: str | Path, previews: int = 50, completions: int = 8) ->
     """Reads the directory of a run.
 
     Args:
-      directory: of the run.
-      previews, completions: steps whose texts are read, spread over those that there are.
+      directory: the run's directory.
+      previews, completions: how many steps to read texts of, spread over those that there are.
 
     Raises:
       DataError: there is no run in the directory.
@@ -76,10 +76,7 @@ def read_run(directory: str | Path, previews: int = 50, completions: int = 8) ->
 
 
 def read_series(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
-    """The metrics of a metrics.jsonl, each with the steps that have it.
-
-    A line that is no record, such as one being written, is left out.
-    """
+    """Steps and values of each metric in a metrics.jsonl; lines that are no records are skipped."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for record in _lines(Path(path)):
         step = record.pop("step", None)
@@ -95,7 +92,7 @@ def read_series(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def logged_columns(records: Sequence[dict]) -> list[str]:
-    """The columns that reward functions added to records of completions, with `log_extra`.
+    """The columns that reward functions added to completions with `log_extra`.
 
     >>> logged_columns([{"prompt": "2+2=", "completion": "4", "steps": 3}])
     ['steps']

@@ -1,4 +1,4 @@
-"""The parts of a run's page, each a piece of HTML made of a `Run`. All text is escaped."""
+"""The sections of a run's page, as HTML. All text is escaped."""
 
 import math
 import re
@@ -8,28 +8,28 @@ from typing import Any
 
 from relax.config import options
 from relax.config.schema import TrainerConfig
-from relax.config.text import format_number, format_seconds, strip_control
+from relax.config.text import format_number, format_seconds, shorten
 from relax.monitor.curves import Series, bar, chart
 from relax.monitor.run_files import TIME, Run, logged_columns
 from relax.monitor.status import without_secrets
 
-# What is drawn first, in this order: a title, and the metrics that belong in it.
+# The charts shown first, in this order: a title and the pattern of its metrics.
 CHARTS = (
-    ("Scores of answers", r"(eval_(.+_)?)?(mean|min|max)_reward"),
+    ("Scores", r"(eval_(.+_)?)?(mean|min|max)_reward"),
     ("Reward", r"(eval_(.+_)?)?reward"),
     ("Reward functions", r"rewards/(?!chosen|rejected|margins|accuracies).+/mean"),
-    ("Answers that pass", r"eval_(.+_)?pass@\d+"),
+    ("Completions that pass", r"eval_(.+_)?pass@\d+"),
     ("Loss", r"(eval_(.+_)?)?loss"),
     ("Token accuracy", r"(eval_(.+_)?)?mean_token_accuracy"),
     ("Exact match", r"eval_(.+_)?exact_match"),
-    ("Pairs judged right", r"(eval_(.+_)?)?(rewards/accuracies|accuracy)"),
-    ("Rewards of chosen and rejected answers", r"rewards/(chosen|rejected|margins)"),
+    ("Pairs ranked correctly", r"(eval_(.+_)?)?(rewards/accuracies|accuracy)"),
+    ("Rewards of chosen and rejected completions", r"rewards/(chosen|rejected|margins)"),
     ("Margin", r"(eval_(.+_)?)?margin"),
     ("KL to the reference", r"(eval_)?(objective/)?kl"),
     ("Value loss", r"(eval_)?(loss/value|value_loss|loss/value_avg|val/loss)"),
-    ("Entropy", r"(eval_(.+_)?)?(policy/|objective/)?entropy"),
+    ("Entropy", r"(eval_(.+_)?)?entropy"),
     ("Length of completions, tokens", r"(eval_(.+_)?)?completions/mean_(terminated_)?length"),
-    ("Share of completions that are cut", r"completions/truncated_ratio"),
+    ("Share of completions that are truncated", r"completions/clipped_ratio"),
     ("Learning rate", r"learning_rate"),
     ("Gradient norm before clipping", r"grad_norm"),
     ("Tokens per second", r"tokens_per_second"),
@@ -39,12 +39,12 @@ UNDRAWN = ("epoch", "elapsed_s", "num_tokens", "step_time")
 
 
 def head(run: Run) -> str:
-    """Name, state and the few numbers that one looks for first."""
+    """Name, phase and the numbers that are looked for first."""
     status = run.status
     phase = str(status.get("phase") or "unknown")
     kind = phase if phase in ("finished", "failed", "stopped") else "live"
-    model = run.config.get("model", {}).get("model_name_or_path") or "the embedded model"
-    data = run.config.get("data", {}).get("dataset_name") or "the embedded data"
+    model = run.config.get("model", {}).get("model_name_or_path") or "the demo model"
+    data = run.config.get("data", {}).get("dataset_name") or "the demo data"
     about = f"{model} on {data}" if run.config else ""
     return (
         f"<header><h1>{text(run.name)}</h1>"
@@ -70,16 +70,19 @@ def _facts(run: Run) -> Iterable[str]:
         ("reward", "Reward"),
         ("eval_reward", "Evaluation reward"),
         ("eval_pass@1", "pass@1"),
-        ("eval_rewards/accuracies", "Pairs judged right"),
+        ("eval_rewards/accuracies", "Pairs ranked correctly"),
         ("kl", "KL"),
     ):
         value = run.last(name)
         if value is not None and not (name == "loss" and run.last("reward") is not None):
-            first = next(v for v in run.series[name][1] if math.isfinite(v))
-            yield _fact(title, format_number(value), f"from {format_number(first)}")
+            yield _fact(title, format_number(value), _from(run.series[name][1]))
+    for name, (before, after) in before_and_after(run).items():
+        small = "" if before is None else f"from {format_number(before)} before training"
+        yield _fact(name.replace("_", " ").capitalize(), format_number(after), small)
     right = accuracy(run)
     if right is not None:
-        yield _fact("Previews right", f"{right[1][-1]:.0%}", f"of {len(_last(run.previews))}")
+        share, count = right[1][-1], len(_last(run.previews))
+        yield _fact("Previews right", f"{share:.0%}", f"of {count}")
     tokens = run.last("num_tokens")
     if tokens is not None:
         rate = run.last("tokens_per_second")
@@ -88,12 +91,34 @@ def _facts(run: Run) -> Iterable[str]:
         )
 
 
+def before_and_after(run: Run) -> dict[str, tuple[float | None, float]]:
+    """Results that a run measured once, by name: the value before training, None where it was not
+    measured, and after it."""
+    results = run.status.get("results")
+    numbers = {
+        str(name): value
+        for name, value in (results if isinstance(results, dict) else {}).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return {
+        name: (numbers.get(f"{name}_before"), value)
+        for name, value in numbers.items()
+        if not name.endswith("_before") and not name.startswith("eval_")
+    }
+
+
+def _from(values: Sequence[float]) -> str:
+    """The first value, where there is a later one."""
+    real = [v for v in values if math.isfinite(v)]
+    return f"from {format_number(real[0])}" if len(real) > 1 else ""
+
+
 def _fact(title: str, value: str, small: str = "") -> str:
     return f"<div><dt>{text(title)}</dt><dd>{text(value)} <small>{text(small)}</small></dd></div>"
 
 
 def alerts(run: Run) -> str:
-    """What went wrong, and what was warned of."""
+    """The error and the warnings of a run."""
     out = ""
     error = run.status.get("error")
     if error:
@@ -107,22 +132,26 @@ def alerts(run: Run) -> str:
 
 
 def curves(run: Run, points: int) -> str:
-    """All metrics: those that tell most first, the others folded away."""
+    """Charts of all metrics: the most telling first, the others folded away."""
     series = {name: s for name, s in run.series.items() if name not in UNDRAWN}
     drawn, left = [], dict(series)
     for title, pattern in CHARTS:
         names = [name for name in left if re.fullmatch(pattern, name)]
+        names.sort(key=lambda name: name.startswith("eval_"))  # training has the first colour
         drawn.append(chart(title, [_series(n, left.pop(n), len(names) > 1) for n in names], points))
         if title == "Loss" and (right := accuracy(run)):
             drawn.append(chart("Previews that are right", [Series("right", *right, True)], points))
     others = []
     for name in sorted(left, key=lambda n: (n.removeprefix("eval_"), n)):
         if name.startswith("eval_") and name.removeprefix("eval_") in left:
-            continue  # is drawn with the other
+            continue  # drawn with the other
         pair = [n for n in (name, f"eval_{name}") if n in left]
         others.append(chart(name, [_series(n, left[n], True) for n in pair], min(points, 150)))
     main, more = "".join(drawn), "".join(others)
     out = f'<h2>Curves</h2><div class="charts">{main}</div>' if main else ""
+    if once := _measured_once(series):
+        out += f"<details><summary>{len(once)} metrics measured once</summary>"
+        out += f"{pairs(once, 100)}</details>"
     if more:
         count = sum(1 for one in others if one)
         word = "metric" if count == 1 else "metrics"
@@ -131,8 +160,19 @@ def curves(run: Run, points: int) -> str:
     return out
 
 
+def _measured_once(series: dict[str, tuple[list[float], list[float]]]) -> dict[str, str]:
+    """The value and step of each metric that has a single one, which no curve shows."""
+    out = {}
+    for name, (steps, values) in series.items():
+        found = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+        if len(found) == 1:
+            out[name] = f"{format_number(found[0][1])} at step {found[0][0]:g}"
+    return out
+
+
 def _series(name: str, values, named: bool) -> Series:
-    plain = name.removeprefix("rewards/").removeprefix(TIME).removesuffix("/mean")
+    plain = name.removesuffix("/mean").replace("completions/", "")
+    plain = plain.removeprefix("rewards/").removeprefix(TIME)
     return Series(plain if named else name, *values, points=name.startswith("eval_"))
 
 
@@ -148,7 +188,7 @@ def accuracy(run: Run) -> tuple[list[int], list[float]] | None:
 
 
 def times(run: Run) -> str:
-    """Where the time of the run went."""
+    """The seconds of each phase as one bar."""
     seconds = run.status.get("seconds")
     if not isinstance(seconds, dict):
         return ""
@@ -158,7 +198,7 @@ def times(run: Run) -> str:
 
 
 def previews(run: Run, steps: int, characters: int) -> str:
-    """Held-out prompts: what is expected, and what the model said as it learned."""
+    """Held-out prompts with the expected completion and those at each evaluation."""
     chosen = _spread(sorted(run.previews), steps)
     by_prompt: dict[tuple[str, str], list[tuple[int, dict]]] = {}
     for step in chosen:
@@ -182,7 +222,7 @@ def previews(run: Run, steps: int, characters: int) -> str:
             f"<details{is_open}><summary>{_mark(last.get('right'))} {question}</summary>"
             f'<div class="scroll texts answers"><table>{rows}</table></div></details>'
         )
-    return f"<h2>Held-out prompts, answered as it learned</h2>{out}" if out else ""
+    return f"<h2>Completions of held-out prompts</h2>{out}" if out else ""
 
 
 def completions(run: Run, steps: int, characters: int) -> str:
@@ -194,14 +234,14 @@ def completions(run: Run, steps: int, characters: int) -> str:
             f"<details{is_open}><summary>step {step}</summary><div class="
             f'"scroll texts">{_completions(run.completions[step][:4], characters)}</div></details>'
         )
-    return f"<h2>Completions</h2>{out}" if out else ""
+    return f"<h2>Completions of rollouts</h2>{out}" if out else ""
 
 
 def _completions(records: Sequence[dict], characters: int) -> str:
-    """A table: prompt, completion, rewards, advantage, what ended it, what functions logged."""
+    """A table: prompt, completion, rewards, advantage, finish reason, logged columns."""
     given = [r["rewards"] if isinstance(r.get("rewards"), dict) else {} for r in records]
     functions = list(dict.fromkeys(name for rewards in given for name in rewards))[:12]
-    functions = functions if len(functions) > 1 else []  # of one alone it is the reward
+    functions = functions if len(functions) > 1 else []  # a single one is the reward
     logged = logged_columns(records)[:12]
     rows = "".join(
         f"<tr><td>{text(_prompt(r.get('prompt')), characters // 2)}</td>"
@@ -219,7 +259,7 @@ def _completions(records: Sequence[dict], characters: int) -> str:
 
 
 def data(run: Run, characters: int) -> str:
-    """What became of the rows."""
+    """The data report."""
     reports = run.data.get("reports")
     out = ""
     for name, report in (reports if isinstance(reports, dict) else {}).items():
@@ -229,7 +269,7 @@ def data(run: Run, characters: int) -> str:
 
 
 def environment(run: Run) -> str:
-    """On what the run ran."""
+    """Command, versions and devices of the run."""
     found = run.status.get("environment")
     shown = dict(found) if isinstance(found, dict) else {}
     for name in ("started_at", "updated_at", "output_dir"):
@@ -239,7 +279,7 @@ def environment(run: Run) -> str:
 
 
 def configuration(run: Run, characters: int) -> str:
-    """The options that differ from their defaults, and all of them by section, folded away."""
+    """The options that differ from their defaults, and all options by section, folded away."""
     defaults = default_values(run.algorithm)
     out, given = "", {}
     for section, fields in run.config.items():
@@ -250,7 +290,7 @@ def configuration(run: Run, characters: int) -> str:
             out += f"<section><h3>{text(section)}</h3>{table}</section>"
     if not out:
         return ""
-    first = pairs(given, characters) if given else ""
+    first = pairs(given, characters) if given else "<p>All options have their default values.</p>"
     return (
         f"<h2>Configuration</h2>{first}<details><summary>all options, those that are not the "
         f'default in bold</summary><div class="sections">{out}</div></details>'
@@ -258,7 +298,7 @@ def configuration(run: Run, characters: int) -> str:
 
 
 def default_values(algorithm: str) -> dict[str, Any]:
-    """The defaults of an algorithm's options; {} of one that is not known."""
+    """The defaults of an algorithm's options; {} for an unknown algorithm."""
     classes = TrainerConfig.__subclasses__()
     for config_class in classes:
         classes += config_class.__subclasses__()
@@ -278,7 +318,7 @@ def pairs(fields: dict[str, Any], characters: int, changed: Sequence[str] | set 
 
 
 def plain(value: Any) -> str:
-    """A value of JSON in words."""
+    """A JSON value in words."""
     if isinstance(value, dict):
         return ", ".join(f"{name}: {plain(inner)}" for name, inner in value.items()) or "–"
     if isinstance(value, list):
@@ -291,11 +331,8 @@ def plain(value: Any) -> str:
 
 
 def text(value: Any, most: int = 200) -> str:
-    """Any value as text for HTML: shortened in the middle, escaped, without what is secret."""
-    shown = "" if value is None else str(value)
-    if len(shown) > most:
-        shown = f"{shown[: most // 2]} … {shown[-most // 2 :]}"
-    return escape(without_secrets(strip_control(shown)))
+    """Any value as HTML text: its middle cut out if it is long, escaped, without secrets."""
+    return escape(shorten(without_secrets("" if value is None else str(value)), most))
 
 
 def _mark(right: Any) -> str:

@@ -1,4 +1,4 @@
-"""The status of a run: one small JSON file that is, whenever it is read, whole and recent."""
+"""The status file of a run: a small JSON file, always whole and recent."""
 
 import json
 import math
@@ -20,22 +20,22 @@ ENDED = ("finished", "stopped", "failed")  # phases after which nothing follows
 
 
 class TrainingStatusWriter:
-    """Keeps a JSON file that says where a run is.
+    """Keeps the status file of a run.
 
-    Its fields are what `update` was given, and `version`, `pid`, `host`, `started_at`,
+    Its fields are those passed to `update`, and `version`, `pid`, `host`, `started_at`,
     `updated_at` (UTC, ISO 8601) and `warnings`, the last twenty. A run gives `phase` (`starting`,
     `compiling`, `training`, `evaluating`, `finishing`, then `finished`, `stopped` or `failed`),
     `algorithm`, `step`, `total_steps`, `epoch`, `loss`, `learning_rate`, `tokens_per_second`,
     `time_left_s`, `last_checkpoint`, `last_preview`, `metrics` (the last line of metrics.jsonl),
-    `evaluation` (the last one), `seconds` by phase, and `error` where it failed. What is not known
-    is null.
+    `evaluation` (the last one), `results` (metrics that are measured once), `compilations` (batch
+    shapes compiled so far), `seconds` by phase, and `error` if it failed. Unknown values are null.
 
-    The file is replaced by a rename, so a reader never sees half of one. Where it cannot be
-    written the run goes on: `problem` says why.
+    The file is replaced by a rename, so that a reader never sees half of one. If it cannot be
+    written the run goes on, and `problem` says why.
 
     Args:
-      path: of the file; its directory is made.
-      every_s: seconds between two writes, but for those that are forced.
+      path: the file; its directory is created.
+      every_s: least seconds between two writes that are not forced.
 
     Example:
       >>> import tempfile
@@ -52,7 +52,7 @@ class TrainingStatusWriter:
         self.begin()
 
     def begin(self, **fields: Any) -> None:
-        """Forgets the run before: another one begins."""
+        """Starts over for a new run."""
         self.fields = {
             "version": VERSION,
             "phase": "starting",
@@ -64,14 +64,14 @@ class TrainingStatusWriter:
         self._written_s = -math.inf
 
     def update(self, force: bool = False, **fields: Any) -> None:
-        """Takes new values over, and writes them if it is time or the phase is another."""
+        """Sets fields, and writes the file if it is due or the phase has changed."""
         force = force or fields.get("phase", self.fields["phase"]) != self.fields["phase"]
         self.fields |= fields
         if force or time.monotonic() - self._written_s >= self.every_s:
             self.write()
 
     def warn(self, text: str) -> None:
-        """Adds a warning, with the step that it came at."""
+        """Adds a warning with the current step."""
         warning = {"step": self.fields.get("step"), "text": text}
         self.fields["warnings"] = [*self.fields["warnings"], warning][-MOST_WARNINGS:]
         self.write()
@@ -89,7 +89,7 @@ class TrainingStatusWriter:
 
 
 def read_status(path: str | Path) -> dict[str, Any] | None:
-    """What a status file says, or None where there is none that can be read."""
+    """The fields of a status file; None if there is none that can be read."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -98,7 +98,7 @@ def read_status(path: str | Path) -> dict[str, Any] | None:
 
 
 def is_alive(status: dict[str, Any]) -> bool | None:
-    """Whether the process that wrote a status still runs; None: it is on another machine."""
+    """Whether the process that wrote a status still runs; None if it is on another machine."""
     if status.get("host") != socket.gethostname():
         return None
     try:

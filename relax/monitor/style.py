@@ -1,4 +1,4 @@
-"""How a report looks, and the few lines of script that read values off its curves."""
+"""Style sheet of a report, and the script that reads values off its curves."""
 
 import base64
 import hashlib
@@ -42,7 +42,7 @@ figcaption{font-weight:600;font-size:14px;margin-bottom:4px}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg.bar{height:22px;margin:2px 0 8px}.bar rect{fill:var(--c)}
 .grid{stroke:var(--line);fill:none}.axis{stroke:var(--dim);fill:none;opacity:.6}
-.tick{font-size:12.5px;fill:var(--dim);text-anchor:end}.tick.x{text-anchor:middle}
+.tick{font-size:16px;fill:var(--dim);text-anchor:end}.tick.x{text-anchor:middle}
 .s path{fill:none;stroke:var(--c);stroke-linejoin:round;stroke-linecap:round}
 .s .line{stroke-width:2.2}.s .raw{stroke-width:1;opacity:.32}.s circle{fill:var(--c)}
 .cursor path{stroke:var(--dim);stroke-dasharray:3 3;fill:none}
@@ -75,14 +75,14 @@ align-items:start}
 .two>section{min-width:0}.two h2{margin-top:24px}
 footer{margin-top:44px;color:var(--dim);font-size:12.5px}
 @media(max-width:520px){main{padding:18px 12px 40px}h1{font-size:21px}.facts{
-grid-template-columns:repeat(2,minmax(0,1fr))}.facts dd{font-size:17px}.tick{font-size:15px}}
+grid-template-columns:repeat(2,minmax(0,1fr))}.facts dd{font-size:17px}.tick{font-size:17px}}
 @media print{body{background:#fff}.card,.facts div{break-inside:avoid}}
 """
 
 # Reads the value under the pointer off the curves' own numbers.
 SCRIPT = """
 "use strict";
-const NS = "http://www.w3.org/2000/svg", L = 58, R = 546, T = 12, B = 220;
+const NS = "http://www.w3.org/2000/svg", L = 66, R = 544, T = 12, B = 218;
 const read = g => g.dataset.v.split(" ").filter(Boolean).map(p => p.split(",").map(Number));
 const make = (name, attributes, text) => {
   const node = document.createElementNS(NS, name);
@@ -116,6 +116,6 @@ for (const svg of document.querySelectorAll("svg[data-x]")) {
 
 
 def policy() -> str:
-    """What the page may do: show itself, and run the script above. No network."""
+    """The content security policy of a page: its own style and script, no network."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

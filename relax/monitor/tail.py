@@ -1,4 +1,4 @@
-"""The last lines of a metrics file that grows, read as they come."""
+"""Reads the new lines of a growing metrics file."""
 
 import json
 import math
@@ -8,11 +8,11 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Tail:
-    """Reads a metrics.jsonl on from where it stopped, and keeps the last values of each metric.
+    """Reads what is new in a metrics.jsonl, and keeps the last values of each metric.
 
     Args:
-      path: of the file, which need not be there yet.
-      most: values that are kept of each metric.
+      path: the file, which need not exist yet.
+      most: number of values kept for each metric.
     """
 
     def __init__(self, path: str | Path, most: int = 400):
@@ -24,7 +24,7 @@ class Tail:
         self._offset = 0
 
     def read(self) -> dict[str, list[float]]:
-        """Takes what has come, and gives the values by metric. A resumed run cuts its file back."""
+        """The values by metric, with the new lines; starts over if the file was cut back."""
         try:
             if self.path.stat().st_size < self._offset:
                 self._clear()
@@ -35,7 +35,7 @@ class Tail:
             return self.series
         for line in lines:
             if not line.endswith(b"\n"):
-                break  # is being written
+                break  # still being written
             self._offset += len(line)
             self._take(line)
         return self.series
@@ -53,7 +53,7 @@ class Tail:
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
-    """A curve of one line of text: means of stretches, from the least to the largest.
+    """A curve as one line of text, scaled from the least to the largest mean of a stretch.
 
     >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7]), sparkline([2.0, 2.0]), sparkline([float("nan")])
     ('▁▂▃▄▅▆▇█', '▁▁', ' ')

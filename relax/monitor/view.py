@@ -1,4 +1,4 @@
-"""The live view of a run: one screen of text, made of its status and the tail of its metrics."""
+"""The live view of a run: one screen with its status and recent metrics."""
 
 import math
 import time
@@ -18,15 +18,15 @@ from relax.monitor.status import ENDED, is_alive, read_status
 from relax.monitor.tail import Tail, sparkline
 
 _COLOURS = {"finished": "green", "failed": "red", "stopped": "yellow", "killed": "red"}
-# What is shown of the metrics, where there are any, and under which name.
+# The metrics that are shown, and their titles.
 SHOWN = {
     "loss": "loss",
     "eval_loss": "evaluation loss",
     "reward": "reward",
     "eval_reward": "evaluation reward",
     "eval_pass@1": "pass@1",
-    "rewards/accuracies": "pairs right",
-    "eval_rewards/accuracies": "evaluation pairs right",
+    "rewards/accuracies": "pair accuracy",
+    "eval_rewards/accuracies": "evaluation pair accuracy",
     "mean_token_accuracy": "token accuracy",
     "kl": "KL",
     "entropy": "entropy",
@@ -39,13 +39,13 @@ SHOWN = {
 
 
 def watch(directory: str | Path, console: Console, *, once: bool, interval_s: float = 1.0) -> str:
-    """Shows a run until it ends, and returns the phase that it ended in.
+    """Shows a run until it ends, and returns its last phase.
 
     Args:
-      directory: its output_dir; a run that has not begun yet is waited for.
+      directory: its output_dir; waits for a run that has not begun.
       console: where it is shown.
-      once: show it as it is now, and return.
-      interval_s: between two looks.
+      once: show the current state and return.
+      interval_s: seconds between two updates.
     """
     directory = Path(directory)
     tail = Tail(directory / "metrics.jsonl")
@@ -64,7 +64,7 @@ def watch(directory: str | Path, console: Console, *, once: bool, interval_s: fl
 
 
 def phase_of(status: dict[str, Any] | None) -> str:
-    """The phase of a run; `killed` where its process is gone and it could not say why."""
+    """The phase of a run; `killed` if its process is gone without having ended the run."""
     if status is None:
         return "not begun"
     phase = str(status.get("phase"))
@@ -72,7 +72,7 @@ def phase_of(status: dict[str, Any] | None) -> str:
 
 
 def view(name: str, status: dict[str, Any] | None, series: dict[str, list[float]]) -> Panel:
-    """One screen about a run. All texts are shown as they are: nothing in them is markup."""
+    """One screen about a run. Nothing in its texts is read as markup."""
     phase = phase_of(status)
     colour = _COLOURS.get(phase, "cyan")
     title = Text.assemble((name, "bold"), "  ", (phase, f"bold {colour}"))
@@ -133,7 +133,11 @@ def _preview(record: dict[str, Any]) -> Table:
     out.add_column(max_width=100)
     marks = {True: ("  right", "green"), False: ("  wrong", "red")}
     mark = marks.get(record.get("right"), ("", ""))
-    for title, key in (("prompt", "prompt"), ("expected", "expected"), ("answer", "completion")):
+    for title, key in (
+        ("prompt", "prompt"),
+        ("expected", "expected"),
+        ("completion", "completion"),
+    ):
         if record.get(key) is not None:
             said = Text(strip_control(str(record[key]))[-400:])
             out.add_row(title, Text.assemble(said, mark) if key == "completion" else said)

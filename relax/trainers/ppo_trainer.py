@@ -305,7 +305,7 @@ class PPOTrainer(RLTrainer):
             "loss/policy_avg": Mean(policy, weight),
             "loss/value_avg": Mean(masked_mean(value, value_mask), states),
             "val/clipfrac_avg": Mean(masked_mean(is_held, value_mask), states),
-            "policy/entropy_avg": Mean(mean_entropy, weight),
+            "entropy": Mean(mean_entropy, weight),
         }
         metrics |= self._ratio_metrics(ratio, log_ratio, advantages, mask)
         metrics |= difference_metrics(logprobs, sampled, mask)

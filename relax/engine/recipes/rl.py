@@ -6,7 +6,6 @@ import json
 import zlib
 
 from relax.callbacks.completions import Completions, RewardCounters
-from relax.callbacks.warnings import RewardWarnings
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.engine.model_source import data_seed, end_tokens
 from relax.engine.recipes.demo import CHUNK, MOST, pretrain_demo
@@ -175,7 +174,6 @@ class RLRecipe(Recipe):
         return (
             RewardCounters(self.rewards),
             Completions(run_dir / "completions", logging_steps, self.console, shown),
-            RewardWarnings(self.console),
         )
 
     def fresh_params(self, model, tokenizer):

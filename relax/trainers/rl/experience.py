@@ -174,7 +174,6 @@ def experience_metrics(experience: dict[str, np.ndarray]) -> dict[str, float | i
     metrics = {
         "episode": int(score.size),
         "objective/kl": kl,
-        "objective/entropy": per_completion(np.where(e["mask"], -e["old_logprobs"], 0.0), score),
         "objective/non_score_reward": -kl_coef * kl,
         "objective/kl_coef": kl_coef,
         "objective/scores": mean_score,

@@ -262,13 +262,12 @@ def _objects(values: list) -> np.ndarray:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
-    """What TRL logs about completions; `clipped_ratio` is its name of the truncated share."""
+    """Metrics of completions under TRL's names; `clipped_ratio` is the share truncated."""
     lengths, truncated = rollout.completion_lengths, rollout.truncated
     ended = lengths[~truncated]
     ended = ended if ended.size else np.zeros(1)
     metrics = {
         "num_tokens": int(lengths.sum() + rollout.prompt_lengths.sum() * lengths.shape[1]),
-        "completions/truncated_ratio": float(truncated.mean()),
         "completions/clipped_ratio": float(truncated.mean()),
     }
     for name, of in (("length", lengths), ("terminated_length", ended)):
