@@ -53,7 +53,8 @@ class MetricsLog(Callback):
         self.counts: dict[str, int] = {}
         self._window: list[dict] = []  # metrics of updates since the last line
         self._timed: list[bool] = []  # which of them count towards the tokens per second
-        self._lines = self._offset = 0  # lines and bytes of the file that belong to this run
+        self._lines = 0  # of the file that belong to this run
+        self._offset: int | None = 0  # their bytes; None until a resumed file is read
         self._shapes: set = set()
         self._phased = False  # the trainer gives the seconds of its phases
         self._start_clock()
@@ -133,7 +134,7 @@ class MetricsLog(Callback):
 
     def _log_window(self, event: Event) -> None:
         self.sync()
-        record = {}
+        record: dict[str, float] = {}
         for name in dict.fromkeys(name for metrics in self._window for name in metrics):
             values = [metrics[name] for metrics in self._window if name in metrics]
             if isinstance(values[0], int):
@@ -197,7 +198,7 @@ class MetricsLog(Callback):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
-                file.seek(file.truncate(min(self._offset, os.path.getsize(self.path))))
+                file.seek(file.truncate(min(self._offset or 0, os.path.getsize(self.path))))
                 file.write(line)
                 file.flush()
                 self._offset = file.tell()

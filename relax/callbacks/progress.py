@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
@@ -87,10 +94,11 @@ class Progress(Callback):
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
         self._bar: Bar | None = None
-        self._task = None
+        self._task = TaskID(0)
         self._shapes: set = set()
         self._compiling: tuple[str, float] | None = None
-        self._step, self._total = 0, None
+        self._step = 0
+        self._total: int | None = None
         self._values: list[str] = []
         self._activity, self._since_s = "", time.monotonic()
         self._left = TimeLeft()
@@ -129,7 +137,7 @@ class Progress(Callback):
             return
         self._shapes.add(shape)
         sizes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
-        rows = " x ".join(map(str, max(sizes, key=len)))
+        rows = " x ".join(map(str, max(sizes, key=lambda size: len(size))))
         self._compiling = (rows, time.monotonic())
         self._left.pause()
         self._begin(f"compiling the train step for {rows}")

@@ -138,7 +138,11 @@ class BestCheckpoint(Callback):
         if not is_better(value, self.best, self.mode):
             return
         self.best, self.step, self.metrics = value, event.step, dict(event.metrics)
-        progress = {"epoch": event.epoch, "position": event.position, "evaluated": event.step}
+        progress: dict[str, Any] = {
+            "epoch": event.epoch,
+            "position": event.position,
+            "evaluated": event.step,
+        }
         progress["callbacks"] = state_dicts(event.trainer.callbacks)
         self.saver.save(event.step, event.state, progress)
 

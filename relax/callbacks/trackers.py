@@ -1,6 +1,7 @@
 """Sends metrics to TensorBoard, Weights & Biases, trackio, or a tracker of the user's own."""
 
 import concurrent.futures
+import functools
 import importlib
 import importlib.util
 import os
@@ -126,7 +127,7 @@ def tracker_makers(
       ConfigError: a package is not installed, or a class cannot be made.
     """
     run_name = run_name or directory.resolve().name
-    makers = {}
+    makers: dict[str, Callable[[int], Tracker]] = {}
     for name in names:
         if name == "none":
             continue
@@ -134,7 +135,7 @@ def tracker_makers(
             own = make_object(name, "report_to")
             if not callable(getattr(own, "log", None)):
                 raise ConfigError(f"report_to {name!r} must have a method log(metrics, step).")
-            makers[name] = lambda step, own=own: own
+            makers[name] = functools.partial(_given, own)
             continue
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ConfigError(
@@ -142,12 +143,18 @@ def tracker_makers(
                 f'pip install "relax-trainers[{name}]".'
             )
         if name == "tensorboard":
-            makers[name] = lambda step: TensorBoard(directory / "events", step)
+            makers[name] = functools.partial(TensorBoard, directory / "events")
         else:
-            makers[name] = lambda step, name=name: RunTracker(
-                name, run_name, config, directory / "events"
-            )
+            makers[name] = functools.partial(_start_run, name, run_name, config, directory)
     return makers
+
+
+def _given(tracker: Tracker, step: int) -> Tracker:
+    return tracker
+
+
+def _start_run(name: str, run_name: str, config: dict, directory: Path, step: int) -> Tracker:
+    return RunTracker(name, run_name, config, directory / "events")
 
 
 class TensorBoard:

@@ -126,7 +126,7 @@ def _reward_symptoms(record: dict, first_entropy: float | None) -> Iterator[tupl
         "check that the model generates its end-of-sequence token.",
     )
     entropy = record.get("entropy")
-    fell = bool(first_entropy) and entropy is not None and entropy < 0.1 * first_entropy
+    fell = first_entropy is not None and entropy is not None and entropy < 0.1 * first_entropy
     yield (
         "entropy",
         fell and equal > 0.5,

@@ -22,7 +22,7 @@ class Series(NamedTuple):
     points: bool = False  # few measurements, such as evaluations: each is marked
     colour: int | None = None
 
-    def count(self) -> int:
+    def num_finite(self) -> int:
         """How many of its values are numbers."""
         return sum(map(math.isfinite, self.ys))
 
@@ -129,9 +129,9 @@ def chart(title: str, series: Sequence[Series], most: int = 400, note: str = "")
       most: the largest number of points of a curve.
       note: a line below the chart.
     """
-    series = [s for s in series if s.count()]
+    series = [s for s in series if s.num_finite()]
     bounds = limits(series)
-    if bounds is None or all(s.count() < 2 for s in series):
+    if bounds is None or all(s.num_finite() < 2 for s in series):
         return ""
     x0, x1 = min(s.xs[0] for s in series), max(s.xs[-1] for s in series)
     frame = _Frame(x0, x1 if x1 > x0 else x0 + 1, *bounds)
@@ -201,7 +201,7 @@ def _curve(series: Series, frame: _Frame, colour: int, most: int) -> str:
     values = " ".join(f"{x:.6g},{y:.5g}" for x, y in zip(xs, ys, strict=True) if math.isfinite(y))
     head = f'<g class="s" style="--c:var(--c{colour})" data-n="{escape(series.name)}" '
     head += f'data-v="{values}">'
-    points = series.points or series.count() <= 2
+    points = series.points or series.num_finite() <= 2
     smoothed = not points and is_noisy(series.ys)
     kind = "raw" if smoothed else "line"
     out = f'<path class="{kind}" d="{_path(xs, ys, frame)}"/>'

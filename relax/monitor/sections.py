@@ -239,7 +239,9 @@ def completions(run: Run, steps: int, characters: int) -> str:
 
 def _completions(records: Sequence[dict], characters: int) -> str:
     """A table: prompt, completion, rewards, advantage, finish reason, logged columns."""
-    given = [r["rewards"] if isinstance(r.get("rewards"), dict) else {} for r in records]
+    given: list[dict] = [
+        r["rewards"] if isinstance(r.get("rewards"), dict) else {} for r in records
+    ]
     functions = list(dict.fromkeys(name for rewards in given for name in rewards))[:12]
     functions = functions if len(functions) > 1 else []  # a single one is the reward
     logged = logged_columns(records)[:12]

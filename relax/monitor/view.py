@@ -131,7 +131,7 @@ def _preview(record: dict[str, Any]) -> Table:
     out = Table.grid(padding=(0, 2))
     out.add_column(style="dim")
     out.add_column(max_width=100)
-    marks = {True: ("  right", "green"), False: ("  wrong", "red")}
+    marks: dict[Any, tuple[str, str]] = {True: ("  right", "green"), False: ("  wrong", "red")}
     mark = marks.get(record.get("right"), ("", ""))
     for title, key in (
         ("prompt", "prompt"),
