@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif name in CONFIGURED:
         run(*CONFIGURED[name], rest, ("relax", name), ends_process=arguments is None)
     elif name in PROGRAMS:
-        return PROGRAMS[name][1](rest)
+        try:
+            return PROGRAMS[name][1](rest)
+        except KeyboardInterrupt:
+            return 130
     else:
         known = [*CONFIGURED, *PROGRAMS]
         hint = suggestion(name, known, prefix="relax ", cutoff=0.5)
