@@ -351,16 +351,59 @@ experts have the load-balancing loss of transformers, too.
 ## What is read
 
 - `config.json` of transformers 4 and 5. A field that would change what a model computes, and that
-  we do not implement, is an error that names it; so is a field that we do not know.
+  we do not implement, is an error that names it; so is a field that we do not know. Rope settings
+  are written in both forms, so that transformers 4.57 and 5.24 read the same model.
 - `model.safetensors`, or its shards and their index; nothing is unpickled. Missing, extra and
-  misshapen tensors are errors that list them. One extra tensor is no error: an output matrix that
+  misshapen tensors are errors that list them, and a weight that is NaN or infinite is one that
+  names its tensor. One extra tensor is no error: an output matrix that
   repeats tied embeddings number by number, as Qwen 3's files have it.
 - Experts as a tensor each, which is how they are written, or stacked, as transformers 5 holds them.
 - Rope settings `default`, `linear`, `dynamic`, `llama3`, `yarn` and `longrope`. Where the rotation
   depends on the length, as with `dynamic` and `longrope`, it is that of each document, where
   transformers takes the longest of a batch: what a text gives depends on nothing beside it.
 
+- What ends a text: `eos_token_id` of `generation_config.json`, an id or a list; where there is no
+  such file, that of `config.json`; and the tokenizer's. All are kept in what is saved.
+
 Gemma 3 is its text models (`gemma3_text`); the models of images and text (`gemma3`) are refused.
+
+## Limits
+
+A downloaded directory may hold anything. No code in it is run, links out of it are refused for
+every file that is read, here or by the tokenizer's library, and sizes are bounded. The numbers
+stand in `relax/files.py`.
+
+| what | limit | why |
+|---|---|---|
+| a configuration or an index (`JSON_BYTES`) | 50 MB | real indices have up to 10 MB |
+| objects and lists within each other in it (`JSON_DEPTH`) | 64 | real ones have up to 5 |
+| each file of a tokenizer (`TOKENIZER_BYTES`) | 200 MB | real ones have up to 35 MB |
+| a chat template (`TEMPLATE_BYTES`) | 1 MB | real ones have up to 20 kB |
+| a tensor | the shape that `config.json` says | checked before it is read |
+
+## Adapters
+
+A directory with `adapter_config.json` and `adapter_model.safetensors` is an adapter of PEFT, and is
+merged into its model as it is loaded; `--use_peft` saves one. Its fields mean what they mean in
+PEFT 0.21, whose logits are the reference of the tests:
+
+- Keys of `rank_pattern` and `alpha_pattern` are regular expressions for ends of names, in which a
+  dot is any character, and the first key of the file that fits counts. Letters, wildcards, classes
+  and groups are read, with at most three repeats (`*`, `+`, `?`); others are refused, as they could
+  run for ever.
+- `layers_to_transform` is an index or a list. As in PEFT, it does not count for modules that
+  `target_modules` names in full or by `all-linear`.
+- Adapters in the file that the fields do not target are refused; PEFT leaves them out.
+- In models with experts, PEFT 0.21 takes every target that ends in `gate_proj`, `up_proj` or
+  `down_proj` for the experts. Adapters of dense layers beside experts are therefore saved as
+  `target_parameters`, which PEFT adapts to the same logits, without dropout in further training.
+
+## The end of a completion
+
+A completion ends at the first of an end token, a stop string, and its limit of tokens; neither of
+the first two counts before `min_new_tokens`. Stop strings are looked for in the text of all tokens,
+special ones included: one that is a special token of the tokenizer, or holds one, ends the
+completion at that token. The token that ends a completion is its last one.
 
 ## A new family
 

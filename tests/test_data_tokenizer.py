@@ -1,6 +1,7 @@
 """Tokenizers load without running foreign code; the embedded one and its data set are exact."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -95,6 +96,38 @@ def test_a_directory_without_a_tokenizer_is_one_clear_error(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ModelLoadError, match="no tokenizer in 'some/model'"):
         load_tokenizer("some/model")
+
+
+def test_a_tokenizer_that_its_library_cannot_load_or_use_is_one_sentence(
+    saved, tmp_path, monkeypatch
+):
+    """Whatever is raised: a panic of the Rust library is not even an Exception."""
+    import transformers
+
+    damaged = shutil.copytree(saved, tmp_path / "damaged")
+    file = damaged / "tokenizer.json"
+    file.write_text(file.read_text().replace('"BPE"', '"BPPE"', 1))
+    with pytest.raises(ModelLoadError, match="no tokenizer in .*damaged"):
+        load_tokenizer(damaged)
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(self, *args, **kwargs):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__call__", panics)
+    with pytest.raises(ModelLoadError, match="no tokenizer in .*: index out of bounds"):
+        load_tokenizer(saved)
+
+
+def test_a_tokenizer_of_links_out_of_its_directory_is_refused(saved, tmp_path):
+    linked = shutil.copytree(saved, tmp_path / "linked")
+    (linked / "tokenizer_config.json").unlink()
+    (linked / "tokenizer_config.json").symlink_to(saved / "tokenizer_config.json")
+    for load in (load_tokenizer, lambda path: load_tokenizer(saved, path)):
+        with pytest.raises(ModelLoadError, match="tokenizer_config.json is a link that leads out"):
+            load(linked)
 
 
 def test_a_tokenizer_that_brings_code_does_not_run_it(saved, tmp_path):

@@ -90,6 +90,45 @@ def test_transformers_loads_what_we_save_with_the_same_logits(pair, tmp_path):
     assert_same(load_pretrained(path)[1], pair.params)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_rope_settings_are_written_for_transformers_4_and_5_alike(name):
+    """4 reads `rope_theta` and `rope_scaling`, 5 `rope_parameters` too; each alone says it all."""
+    config = config_of(name)
+    family = family_of(config.model_type)
+    fields = family.to_hugging_face(config)
+    old = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
+    assert {"rope_theta", "rope_parameters"} <= fields.keys()
+    for left_out in (old, {"rope_parameters"}):
+        alone = {name: value for name, value in fields.items() if name not in left_out}
+        assert family.from_hugging_face(alone) == config
+
+
+def test_the_old_form_of_rope_settings_is_that_of_real_files():
+    """As in config.json of Llama 3.1 8B, Gemma 3 1B and Phi-3.5 mini, made by transformers 4."""
+    fields = {
+        name: family_of(config_of(name).model_type).to_hugging_face(config_of(name))
+        for name in ("llama", "llama-llama3", "gemma3_text", "phi3-longrope")
+    }
+    assert "rope_scaling" not in fields["llama"]
+    assert fields["llama-llama3"]["rope_theta"] == 5000.0
+    assert fields["llama-llama3"]["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    gemma = fields["gemma3_text"]
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (3000.0, 50.0)
+    assert gemma["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    # transformers 4.57 refuses a fourth field here, and another name of the kind.
+    assert fields["phi3-longrope"]["rope_scaling"] == {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.25, 1.5],
+        "long_factor": [1.0, 2.0, 4.0, 7.0],
+    }
+
+
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_load_balancing_loss_equals_that_of_transformers(name, tmp_path):
     """Over the tokens of all layers that are no padding, in padded rows."""

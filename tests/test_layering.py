@@ -22,7 +22,8 @@ sampling
 data models losses checkpoint
 rewards monitor parallel
 config optimizers
-errors files
+files
+errors
 """
 FLOORS = ("__main__" + LAYERS).split("\n")[::-1]
 WITHOUT_JAX = ("relax.errors", "relax.files", "relax.config", "relax.data", "relax.rewards")

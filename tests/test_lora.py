@@ -21,16 +21,19 @@ from relax.errors import ConfigError, ModelLoadError
 from relax.models import load_pretrained, save_pretrained
 from relax.models.config import LoRA
 from relax.models.huggingface.peft import (
-    CONFIG,
-    IGNORED_FIELDS,
-    READ,
-    REQUIRED_VALUES,
     WEIGHTS,
     base_of,
     is_adapter_directory,
     load_adapter,
     load_merged,
     save_adapter,
+)
+from relax.models.huggingface.peft_config import (
+    CONFIG,
+    IGNORED_FIELDS,
+    READ,
+    REQUIRED_VALUES,
+    read_adapter_config,
 )
 from relax.models.layers import Linear
 from relax.models.lora import init_adapters, merge_adapters, target_layers
@@ -377,6 +380,39 @@ PEFT = {
             "alpha_pattern": {"layers.2.mlp.down_proj": 5},
         },
     ),
+    "wildcards": (
+        "llama",
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
+            # Regular expressions of ends of names, where a dot is any character. The first in the
+            # file counts, where PEFT has them sorted, whatever their order in memory was.
+            "rank_pattern": {"[kv]_proj": 3, r"^model\.layers\.1\..*proj": 2, "v_proj": 5},
+            "alpha_pattern": {
+                r".*\.(0|1)\.mlp.*": 3,
+                "layers...self_attn.q_proj": 1,
+                "layers.2.mlp.down.proj": 5,
+                "self.*_proj": 2,
+            },
+        },
+    ),
+    "first layer": (
+        "llama",
+        {"r": 2, "target_modules": ["o_proj", "up_proj"], "layers_to_transform": 0},
+    ),
+    "no layer named": (
+        "llama",
+        {"r": 2, "target_modules": ["o_proj"], "layers_to_transform": []},
+    ),
+    "whole name and layer": (
+        "llama",
+        {
+            "r": 2,
+            "target_modules": ["model.layers.2.mlp.up_proj", "o_proj"],
+            "layers_to_transform": [1],
+        },
+    ),
     "regex": ("qwen2", {"r": 2, "target_modules": r".*\.0\..*(gate|up)_proj", "lora_dropout": 0.1}),
 }
 
@@ -422,7 +458,13 @@ def reload_in_peft(directory, base):
 def test_our_adapters_load_in_peft(directories, tmp_path):
     """Those of layers that are one there (Phi-3) too, trained apart as they are."""
     pytest.importorskip("peft")
-    cases = (("phi3", ("all-linear",)), ("phi3", ("k_proj",)), ("llama", ("up_proj",)))
+    cases = (
+        ("phi3", ("all-linear",)),
+        ("phi3", ("k_proj",)),
+        ("llama", ("up_proj",)),
+        ("qwen3_moe", ("all-linear",)),  # with a dense layer, which PEFT takes for experts
+        ("qwen3_moe", ("down_proj",)),
+    )
     for family, targets in cases:
         model, params = tiny_family(family)
         lora, adapters = adapted(model, params, dataclasses.replace(ALL, target_modules=targets))
@@ -515,6 +557,8 @@ CHANGES = {
     "modules_to_save": ["embed_tokens"],
     "layer_replication": [[0, 2], [1, 3]],
     "target_parameters": ["experts.down_proj"],
+    "target_modules": ["q_proj", 3],
+    "layers_to_transform": [-1],
     "trainable_token_indices": [3],
     "alora_invocation_tokens": [3],
     "megatron_config": {"a": 1},
@@ -526,7 +570,7 @@ CHANGES = {
     "lora_alpha": -1,
     "lora_dropout": 1.0,
     "use_rslora": "yes",
-    "rank_pattern": {".*q_proj": 2},
+    "rank_pattern": {"(q_proj)+": 2},
     "alpha_pattern": {"q_proj": "8"},
     "base_model_name_or_path": None,
 }
@@ -547,6 +591,36 @@ def test_every_field_of_peft_is_known_and_one_of_the_future_is_refused(copy):
     assert set(REQUIRED_VALUES) <= set(CHANGES)
     with pytest.raises(ModelLoadError, match="fields that ReLax does not know.*: use_tomorrow"):
         base_of(rewrite(copy, use_tomorrow=True))
+
+
+def test_keys_of_patterns_that_may_run_for_long_are_refused(copy):
+    """PEFT takes any regular expression; ours are matched in bounded time, or not at all."""
+    for key in ("(a+)+b", "(?=q)q_proj", "q{2,9}", ".*a.*b.*c.*d", "[", "(q", "a" * 501, r"\\1"):
+        with pytest.raises(ModelLoadError, match="alpha_pattern must be numbers by names"):
+            read_adapter_config(rewrite(copy, alpha_pattern={key: 1}))
+    many = {f".*{i}.q_proj": 1 for i in range(17)}
+    with pytest.raises(ModelLoadError, match="rank_pattern must be whole numbers by names"):
+        read_adapter_config(rewrite(copy, alpha_pattern={}, rank_pattern=many))
+    slow = {f".*{'.*'.join('ab')}{i}x": 1 for i in range(16)}
+    config = read_adapter_config(rewrite(copy, rank_pattern=slow))
+    assert config.rank("model.layers.0.self_attn." + "ab" * 20) == config.r
+
+
+def test_adapters_that_the_configuration_does_not_target_are_refused(copy):
+    """PEFT would leave them out, with a warning."""
+    model, params = tiny_family("llama")
+    for fields in ({"target_modules": ["q_proj"]}, {"layers_to_transform": [0, 1]}):
+        targets = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": None}
+        with pytest.raises(ModelLoadError, match="has adapters of model.layers.* does not target"):
+            load_adapter(rewrite(copy, **targets | fields), model, params)
+
+
+def test_dropout_that_peft_does_not_have_is_told(tmp_path):
+    model, params = tiny_family("qwen3_moe")
+    lora, adapters = adapted(model, params, dataclasses.replace(ALL, dropout=0.1))
+    with pytest.warns(UserWarning, match="lora_dropout 0.1 is written as 0"):
+        path = save_adapter(tmp_path / "a", lora, merge(adapters, {"base": params}), "base")
+    assert read_adapter_config(path).dropout == 0
 
 
 def test_tensors_that_are_missing_extra_or_misshapen_are_refused(copy):
@@ -572,6 +646,15 @@ def test_tensors_that_are_missing_extra_or_misshapen_are_refused(copy):
         load_adapter(rewrite(copy, target_modules=r".*q_proj"), model, params)
     (copy / WEIGHTS).write_bytes(b"no tensors")
     with pytest.raises(ModelLoadError, match="not a readable safetensors file"):
+        load_adapter(copy, model, params)
+
+
+def test_an_adapter_that_is_no_finite_numbers_is_refused_by_name(copy):
+    model, params = tiny_family("llama")
+    tensors = load_file(copy / WEIGHTS)
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    save_file(tensors | {name: tensors[name] * np.float32(np.nan)}, copy / WEIGHTS)
+    with pytest.raises(ModelLoadError, match=f"{name} holds numbers that are NaN or infinite"):
         load_adapter(copy, model, params)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from relax.errors import CONVERT_FIRST, DataError, ModelLoadError
+from relax.files import TEMPLATE_BYTES, check_directory, check_size
 
 # One token per role, so that an arithmetic example is about ten tokens long.
 _TEMPLATE = """\
@@ -30,11 +31,17 @@ def load_tokenizer(path, chat_template_path=None, eos_token: str | None = None):
     """
     if str(path).lower().endswith(".gguf") and not Path(path).is_dir():
         raise ModelLoadError(CONVERT_FIRST.format(path=path))
+    if Path(path).is_dir():
+        check_directory(path)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # a damaged directory may raise anything
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some damage shows itself only here
+    except BaseException as error:  # a damaged directory may raise anything
+        # A panic of the Rust library is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelLoadError(
             f"no tokenizer in {str(path)!r}: {_first_line(error)} A model directory needs "
             "tokenizer.json and tokenizer_config.json, a hub name needs a network."
@@ -84,6 +91,7 @@ def arithmetic_tokenizer():
 
 def _read_template(path: Path) -> str:
     if path.is_dir():
+        check_directory(path)
         template = path / "chat_template.jinja"
         if not template.is_file():
             found = load_tokenizer(path).chat_template
@@ -92,6 +100,7 @@ def _read_template(path: Path) -> str:
             return found
         path = template
     try:
+        check_size(path, TEMPLATE_BYTES)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What a family of models is: how its config.json and its tensor names map to ours, as data."""
+"""A family of models as data: how its config.json and its tensor names map to ours."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from relax.models.families.fields import Field, read_values
 from relax.models.families.rope import RopeFields
 
 # Fields that would change the computation in a way we do not have, and the values we do have.
-REQUIRED_VALUES = {
+REQUIRED_VALUES: dict[str, tuple] = {
     "attention_dropout": (0,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -128,7 +128,7 @@ class Family:
             raise ModelLoadError(f"{where}: {error}") from None
 
     def to_hugging_face(self, config: TransformerConfig) -> dict:
-        """What config.json holds for a model of this family.
+        """The contents of config.json for a model of this family.
 
         Raises:
           ValueError: no config.json of the family says what the configuration does.
@@ -158,12 +158,13 @@ class Family:
         """
         if path in TOP:
             return TOP[path]
-        names = LAYER | self.names | (also or {})
+        names = {**LAYER, **self.names, **(also or {})}
         name = names[module_of(path)] + LEAVES.get(path[-1], "")
         return f"model.layers.{path[0].removeprefix('layers_')}.{name}"
 
     def _read(self, fields: dict) -> TransformerConfig:
-        only = {n: v for n, v in (REQUIRED_VALUES | self.only).items() if n not in self._known()}
+        required = {**REQUIRED_VALUES, **self.only}
+        only = {n: values for n, values in required.items() if n not in self._known()}
         unknown = sorted(set(fields) - self._known() - only.keys() - IGNORED_FIELDS - self.harmless)
         if unknown:
             raise ValueError(
@@ -194,7 +195,8 @@ class Family:
                     f"{heads} and {width}."
                 )
         ours = {o: values[n] for n, field in self.fields.items() for o in _ours(n, field)}
-        ours |= self.fixed | self.derive(values)
+        ours.update(self.fixed)
+        ours |= self.derive(values)
         ours |= self.rope.read(present, values["head_dim"], values["max_position_embeddings"])
         config = TransformerConfig(model_type=self.model_type, **ours)
         if config.num_hidden_layers * config.num_experts > 2**16:
@@ -228,7 +230,7 @@ def _ours(name: str, field: Field) -> tuple[str, ...]:
 
 
 def _comparable(config: TransformerConfig) -> dict:
-    """What a configuration says, however it says it."""
+    """The meaning of a configuration, equal for equal models."""
     values = dataclasses.asdict(config)
     for name in ("sliding_window", "layer_types", "local_rope_theta", "no_rope_layers"):
         values.pop(name)

@@ -1,7 +1,8 @@
-"""What the fields of a config.json may hold."""
+"""The values that the fields of a config.json may hold."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import TypeGuard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +48,14 @@ def lists(kind: Kind) -> Kind:
     )
 
 
-def _number(value) -> bool:
+def is_number(value) -> TypeGuard[float]:
+    """Whether a value of a JSON file is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-POSITIVE = Kind("a finite number above 0", lambda v: _number(v) and 0 < v < 1e38, float)
-NOT_NEGATIVE = Kind("a finite number from 0 up", lambda v: _number(v) and 0 <= v < 1e38, float)
+POSITIVE = Kind("a finite number above 0", lambda v: is_number(v) and 0 < v < 1e38, float)
+NOT_NEGATIVE = Kind("a finite number from 0 up", lambda v: is_number(v) and 0 <= v < 1e38, float)
 SIZE = integers(1, 2**24 - 1)  # what real models stay below and no sum of sizes overflows at
 LAYERS = integers(1, 2**12 - 1)
 EXPERTS = integers(1, 2**10)

@@ -39,7 +39,7 @@ NAMES = {
 
 
 def scales(values: dict) -> dict:
-    """Of the embeddings, and of queries times keys."""
+    """The factors of the embeddings, and of queries times keys."""
     return {
         "embedding_multiplier": values["hidden_size"] ** 0.5,
         "attention_multiplier": values["query_pre_attn_scalar"] ** -0.5,

@@ -4,11 +4,11 @@ import dataclasses
 import math
 
 from relax.models.config import RopeScaling, TransformerConfig
-from relax.models.families.fields import FLAG, POSITIVE, SIZE, Kind, lists, read_value
+from relax.models.families.fields import FLAG, POSITIVE, SIZE, Kind, is_number, lists, read_value
 
 ORIGINAL = "original_max_position_embeddings"
 FACTORS = lists(POSITIVE)
-SHARE = Kind("a number above 0, at most 1", lambda v: POSITIVE.fits(v) and v <= 1, float)
+SHARE = Kind("a number above 0, at most 1", lambda v: is_number(v) and 0 < v <= 1, float)
 
 # What each kind of rope settings may hold besides its kind and theta.
 SETTINGS: dict[str, dict[str, Kind]] = {
@@ -43,11 +43,11 @@ SETTINGS: dict[str, dict[str, Kind]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeFields:
-    """What a family's config.json says about rotary positions.
+    """The fields of a family's config.json about rotary positions.
 
     Attributes:
       theta: the base where the file has none.
-      kinds: of rope settings, where not all that we compute.
+      kinds: kinds of rope settings, where not all that we compute.
       aliases: other names of kinds.
       partial: `partial_rotary_factor` says which share of a head turns.
       original: `original_max_position_embeddings` stands outside of the rope settings, with this
@@ -136,28 +136,49 @@ class RopeFields:
         return full, read_value(local, "rope_theta", POSITIVE, self.local_theta)
 
     def write(self, config: TransformerConfig) -> dict:
-        """The fields of config.json."""
+        """The fields of config.json, in the forms of transformers 4 and of 5.
+
+        transformers 4 reads `rope_theta` and `rope_scaling`, and takes its own defaults where they
+        are missing; 5 reads both forms.
+        """
         scaling = config.rope_scaling
         kind = "default" if scaling is None else scaling.kind
-        rope = {"rope_type": kind, "rope_theta": config.rope_theta}
+        stretch: dict[str, object] = {}
         for name in SETTINGS[kind]:
             # transformers takes the longest sequence for the original length of `dynamic`.
             if hasattr(scaling, name) and (kind, name) != ("dynamic", ORIGINAL):
                 value = getattr(scaling, name)
-                rope[name] = list(value) if isinstance(value, tuple) else value
+                stretch[name] = list(value) if isinstance(value, tuple) else value
+        rope = {"rope_type": kind, "rope_theta": config.rope_theta, **stretch}
+        fields: dict[str, object] = {"rope_theta": config.rope_theta}
+        if scaling is not None:
+            fields["rope_scaling"] = {"rope_type": kind, **stretch}
+            if self.original and _follows(scaling, config.max_position_embeddings):
+                # transformers 4 takes nothing else here for Phi-3, and computes the rest.
+                names = ("short_factor", "long_factor")
+                fields["rope_scaling"] = {"type": kind, **{n: stretch[n] for n in names}}
         if self.partial:
-            rope["partial_rotary_factor"] = _share(config.rotary_dim, config.head_dim)
-        if self.local_theta:
-            local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
-            return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
-        outer = {}
+            share = _share(config.rotary_dim, config.head_dim)
+            rope["partial_rotary_factor"] = fields["partial_rotary_factor"] = share
         if self.original:
-            outer[ORIGINAL] = rope.get(ORIGINAL, self.original)
-        return outer | {"rope_parameters": rope}
+            fields[ORIGINAL] = rope.get(ORIGINAL, self.original)
+        if not self.local_theta:
+            return fields | {"rope_parameters": rope}
+        local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+        fields["rope_local_base_freq"] = config.local_rope_theta
+        return fields | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+
+
+def _follows(scaling: RopeScaling, longest: int) -> bool:
+    """Whether the factors of `longrope` are those that follow from its two lengths."""
+    original = scaling.original_max_position_embeddings
+    if scaling.kind != "longrope" or not original or scaling.factor != longest / original:
+        return False
+    return scaling.attention_factor == _longrope_attention_factor(scaling.factor, original)
 
 
 def _share(turning: int | None, head_dim: int) -> float:
-    """What gives `turning` again when it is multiplied and cut to an integer.
+    """The share that gives `turning` again when it is multiplied and cut to an integer.
 
     >>> 30 / 44 * 44, int(_share(30, 44) * 44)
     (29.999999999999996, 30)
@@ -185,8 +206,8 @@ def _normal(rope: dict) -> dict:
 
 
 def _merged(*places: dict) -> dict:
-    """What config.json says about rotary positions in several places."""
-    rope = {}
+    """One set of rope settings from the several places of config.json that may hold some."""
+    rope: dict = {}
     for place in places:
         differing = sorted(n for n in place.keys() & rope.keys() if place[n] != rope[n])
         if differing:

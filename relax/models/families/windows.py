@@ -1,4 +1,4 @@
-"""Which layers see a window only, as families say it."""
+"""The layers that see a window only, as families say it."""
 
 from relax.models.config import TransformerConfig
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from relax.errors import ModelLoadError
+from relax.files import read_json
 from relax.models.config import TransformerConfig
 from relax.models.families import Family, family_of
 from relax.models.families.family import FOLLOWING
 from relax.models.heads import HEAD
-from relax.models.huggingface.directories import find_directory, read_json
+from relax.models.huggingface.directories import find_directory
 from relax.models.huggingface.pretrained import (
     CLASSIFIER,
     TOKEN_IDS,

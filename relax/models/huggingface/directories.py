@@ -1,4 +1,4 @@
-"""Model directories: finding one, reading its files without leaving it, writing one whole."""
+"""Model directories: finding one, and writing one whole."""
 
 import contextlib
 import json
@@ -9,21 +9,20 @@ from pathlib import Path
 
 from relax.config.text import join_some
 from relax.errors import CONVERT_FIRST, ModelLoadError, RelaxError
-
-MODEL_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
-JSON_BYTES = 50_000_000  # the longest indices of real models are a fifth of that
+from relax.files import MODEL_FILES, check_directory
 
 
 def find_directory(path: str | os.PathLike) -> Path:
     """A local directory as it is; a hub name downloaded where there is a network.
 
     Raises:
-      ModelLoadError: there is no such directory; a GGUF file is named with the command that
-        converts it.
+      ModelLoadError: there is no such directory, or a file in it is not fit to be read (see
+        `relax.files.check_directory`); a GGUF file is named with the command that converts it.
     """
     name = str(path)
     directory = os.path.expanduser(name)
     if os.path.isdir(directory):
+        check_directory(directory)
         return Path(directory)
     if name.lower().endswith(".gguf"):
         raise ModelLoadError(CONVERT_FIRST.format(path=name))
@@ -36,62 +35,14 @@ def find_directory(path: str | os.PathLike) -> Path:
 
     try:
         files = [f"*{suffix}" for suffix in sorted(MODEL_FILES)]
-        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
+        found = Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
     except Exception as error:  # the hub client raises a dozen kinds, none of ours
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelLoadError(
             f"'{name}' is no directory here and could not be fetched from the hub: {reason}"
         ) from error
-
-
-def file_of(directory: Path, name: str) -> Path:
-    """The path of a file of a model directory: a regular file, and no link that leads out of it.
-
-    The hub's cache keeps the files of a snapshot in `blobs` folders, of the repository or of the
-    whole cache, and links to them; that is not leaving it.
-    """
-    root = Path(os.path.realpath(directory))
-    stores = [root]
-    if root.parent.name == "snapshots":
-        repository = root.parent.parent
-        stores += [repository / "blobs", repository.parent / "blobs"]
-    if name != os.path.basename(name):
-        raise ModelLoadError(
-            f"'{directory}': {join_some([name])} is not the plain name of a file in it."
-        )
-    try:
-        target = Path(os.path.realpath(root / name))
-        regular, there = target.is_file(), os.path.lexists(root / name)
-    except (OSError, ValueError):  # a name too long, or with a zero byte
-        raise ModelLoadError(f"'{directory}': no file can be named {join_some([name])}.") from None
-    if not there:
-        raise ModelLoadError(f"'{directory}' has no {name}.")
-    if not any(target.is_relative_to(store) for store in stores):
-        raise ModelLoadError(
-            f"'{directory}': {name} is a link that leads out of the directory, to '{target}'. "
-            "Copy the file instead."
-        )
-    if not regular:
-        raise ModelLoadError(f"'{directory}': {name} is no regular file.")
-    return target
-
-
-def read_json(directory: Path, name: str) -> dict:
-    """The object that a JSON file of a model directory holds."""
-    file = file_of(directory, name)
-    where = directory / name
-    try:
-        size = file.stat().st_size
-        if size > JSON_BYTES:
-            raise ModelLoadError(f"{where}: {size:,} bytes are too many; at most {JSON_BYTES:,}.")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ModelLoadError:
-        raise
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelLoadError(f"{where}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{where}: must hold an object, got {type(value).__name__}.")
-    return value
+    check_directory(found)
+    return found
 
 
 def write_json(path: Path, value) -> None:
@@ -122,7 +73,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
 
 
 def _check_replaceable(path: Path) -> None:
-    """What is at `path` will be deleted, so it must be a model and nothing else."""
+    """Refuses to replace anything but a model, since what is at `path` will be deleted."""
     if not path.exists():
         return
     if not path.is_dir():

@@ -6,8 +6,8 @@ one adapter there: read, its A goes to each of ours and its B is cut into their 
 rank is the sum of ours, and rank_pattern and alpha_pattern say so.
 """
 
-import math
 import os
+import warnings
 from pathlib import Path
 
 import flax.traverse_util
@@ -15,48 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax import parallel
+from relax.config.text import join_some
 from relax.errors import ModelLoadError
 from relax.models.config import LoRA
 from relax.models.families import family_of
 from relax.models.families.family import LAYER
 from relax.models.huggingface import shards
-from relax.models.huggingface.directories import new_directory, read_json, write_json
+from relax.models.huggingface.directories import new_directory, write_json
+from relax.models.huggingface.peft_config import CONFIG, WEIGHT, read_adapter_config
 from relax.models.huggingface.pretrained import load_pretrained
 from relax.models.lora import ADAPTER, ALL_LINEAR, merge_adapters, target_layers
 from relax.models.trainable import merge
 from relax.models.transformer import Transformer
 from relax.parallel import processes
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 Modules = dict[str, list[tuple[str, ...]]]
-
-# Fields that would change the computation in a way we do not have, and the values we do have; null
-# is one of them everywhere.
-REQUIRED_VALUES = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM",),
-    "bias": ("none",),
-    "revision": ("main",),
-    # The others change the base's weights as well, or stand for another computation.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-    **dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), (False,)),
-    **dict.fromkeys(("modules_to_save", "layer_replication", "target_parameters"), ([],)),
-    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens"), ([], {})),
-    **dict.fromkeys(("megatron_config", "arrow_config", "kasa_config", "velora_config"), ()),
-    **dict.fromkeys(("monteclora_config", "use_bdlora"), (False,)),
-}
-# Fields that a loaded adapter does not depend on: what made it, and bookkeeping.
-IGNORED_FIELDS = set(
-    "auto_mapping corda_config ensure_weight_tying eva_config inference_mode layers_pattern "
-    "loftq_config lora_ga_config megatron_core peft_version qalora_group_size "
-    "runtime_config".split()
-)
-READ = set(
-    "alpha_pattern base_model_name_or_path exclude_modules layers_to_transform lora_alpha "
-    "lora_dropout r rank_pattern target_modules use_rslora".split()
-)
 
 
 def is_adapter_directory(directory: str | os.PathLike) -> bool:
@@ -77,7 +53,7 @@ def is_adapter_directory(directory: str | os.PathLike) -> bool:
 
 def base_of(directory: str | os.PathLike) -> str:
     """The directory or hub name of the model that an adapter belongs to."""
-    return _read_config(Path(directory))["base_model_name_or_path"]
+    return read_adapter_config(Path(directory)).base
 
 
 def load_merged(directory: str | os.PathLike, dtype=jnp.float32, **options):
@@ -89,6 +65,7 @@ def load_merged(directory: str | os.PathLike, dtype=jnp.float32, **options):
     """
     model, params = load_pretrained(base_of(directory), dtype, **options)
     with_adapter, adapters = load_adapter(directory, model, params)
+    assert with_adapter.lora is not None  # load_adapter sets it
     return model, merge_adapters(merge(adapters, {"base": params}), with_adapter.lora)
 
 
@@ -106,33 +83,47 @@ def load_adapter(path: str | os.PathLike, model: Transformer, params) -> tuple[T
       ModelLoadError: the adapter computes what we do not, or does not fit the model.
     """
     directory = Path(path)
-    fields = _read_config(directory)
+    config = read_adapter_config(directory)
     modules, kernels = _modules(model, params), flax.traverse_util.flatten_dict(params)
     with shards.open_tensors(directory, WEIGHTS) as file:
         files = dict.fromkeys(file.keys(), WEIGHTS)
+    adapted = _adapted(directory, config, modules, files)
     shapes, widths = {}, {}
-    adapted = _adapted(fields, modules, files)
     for name in adapted:
         widths[name] = [kernels[*path, "kernel"].shape[1] for path in modules[name]]
-        r = _of(fields, "rank_pattern", name, fields["r"])
-        a, b = _tensor_names(name)
-        shapes[a] = (r, kernels[*modules[name][0], "kernel"].shape[0])
-        shapes[b] = (sum(widths[name]), r)
+        r = config.rank(name)
+        a_name, b_name = _tensor_names(name)
+        shapes[a_name] = (r, kernels[*modules[name][0], "kernel"].shape[0])
+        shapes[b_name] = (sum(widths[name]), r)
     shards.check_tensors(directory, shapes, files)
     tensors = dict(shards.read_tensors(directory, shapes, files))
-    scale, adapters = _scale(fields, ""), {}
+    adapters = {}
     for name in adapted:
         a, b = (np.asarray(tensors[half], np.float32) for half in _tensor_names(name))
-        b = b * np.float32(_scale(fields, name) / scale)
+        b = b * np.float32(config.scale(name) / config.scale())
         rows = np.split(b, np.cumsum(widths[name])[:-1])
-        for path, part in zip(modules[name], rows, strict=True):
-            adapters[*path, "lora_a"] = jnp.asarray(a.T)
-            adapters[*path, "lora_b"] = jnp.asarray(part.T)
+        for layer, part in zip(modules[name], rows, strict=True):
+            adapters[*layer, "lora_a"] = jnp.asarray(a.T)
+            adapters[*layer, "lora_b"] = jnp.asarray(part.T)
     if not adapters:
         raise ModelLoadError(f"{directory / WEIGHTS}: there is no adapter in it.")
-    targets = tuple(sorted({path[-2] for path in adapters}))
-    lora = LoRA(fields["r"], scale * fields["r"], fields["lora_dropout"], targets)
+    targets = tuple(sorted({layer[-2] for layer in adapters}))
+    lora = LoRA(config.r, config.scale() * config.r, config.dropout, targets)
     return model.clone(lora=lora), flax.traverse_util.unflatten_dict(adapters)
+
+
+def _adapted(directory: Path, config, modules: Modules, files) -> list[str]:
+    """The modules that have adapters: those that the fields name, or else those in the file."""
+    there = {name for name in modules if any(t in files for t in _tensor_names(name))}
+    named = {name: config.is_target(name) for name in modules}
+    ignored = sorted(name for name in there if named[name] is False)
+    if ignored:
+        raise ModelLoadError(
+            f"{directory / WEIGHTS} has adapters of {join_some(ignored)}, which {CONFIG} does not "
+            "target, so that PEFT would leave them out. Name them in target_modules, or delete "
+            "their tensors."
+        )
+    return [name for name in modules if named[name] or name in there]
 
 
 def save_adapter(
@@ -149,7 +140,10 @@ def save_adapter(
       base: the directory or hub name of the model that they belong to.
       tokenizer: written beside them.
     """
-    tensors, ranks = {}, {}
+    if model.lora is None:
+        raise ValueError("a model without adapters has none to save: its lora is None.")
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
     modules = _modules(model, params)
     flat = flax.traverse_util.flatten_dict(params)
     for name, paths in modules.items():
@@ -160,9 +154,9 @@ def save_adapter(
         a, b = _joined(pairs, widths)
         ranks[name] = a.shape[0]
         tensors |= zip(_tensor_names(name), (a, b), strict=True)
-    fields = _fields(model.lora, list(modules), ranks) | {"base_model_name_or_path": base}
     if not processes.is_main():
         return Path(path)
+    fields = _fields(model, list(modules), ranks) | {"base_model_name_or_path": base}
     with new_directory(path) as (temporary, final):
         shards.write_shard(temporary / WEIGHTS, tensors)
         if tokenizer is not None:
@@ -181,87 +175,9 @@ def _modules(model: Transformer, params) -> Modules:
     layers = target_layers(params, LoRA(target_modules=(ALL_LINEAR,)))
     modules: dict[str, list] = {}
     for path in sorted(layers, key=lambda path: order.index(path[-1])):
-        name = family.tensor_name((*path, "kernel")).removesuffix(".weight")
+        name = family.tensor_name((*path, "kernel")).removesuffix(WEIGHT)
         modules.setdefault(name, []).append(path)
     return modules
-
-
-# Reading.
-
-
-def _read_config(directory: Path) -> dict:
-    where = directory / CONFIG
-    fields = read_json(directory, CONFIG)
-    unknown = sorted(fields.keys() - REQUIRED_VALUES.keys() - IGNORED_FIELDS - READ)
-    if unknown:
-        raise ModelLoadError(
-            f"{where}: fields that ReLax does not know, and so cannot honour: {', '.join(unknown)}."
-        )
-    fields = {name: value for name, value in fields.items() if value is not None}
-    for name in REQUIRED_VALUES.keys() & fields.keys():
-        if fields[name] not in REQUIRED_VALUES[name]:
-            raise ModelLoadError(
-                f"{where}: {name} is {repr(fields[name])[:80]}, which is not implemented; only "
-                f"{' or '.join(map(repr, REQUIRED_VALUES[name])) or 'its absence'} is."
-            )
-    fields = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False} | fields
-    fields = {"rank_pattern": {}, "alpha_pattern": {}, "target_modules": ""} | fields
-    for name, fits, wanted in (
-        ("peft_type", lambda v: True, "LORA"),
-        ("base_model_name_or_path", lambda v: isinstance(v, str) and v, "a text"),
-        ("r", _is_rank, "a whole number above 0"),
-        ("lora_alpha", _is_positive, "a number above 0"),
-        ("lora_dropout", lambda v: v == 0 or _is_positive(v) and v < 1, "from 0 to below 1"),
-        ("use_rslora", lambda v: isinstance(v, bool), "true or false"),
-        ("rank_pattern", lambda v: _is_pattern(v, _is_rank), "whole numbers by plain names"),
-        ("alpha_pattern", lambda v: _is_pattern(v, _is_positive), "numbers by plain names"),
-    ):
-        if name not in fields or not fits(fields[name]):
-            got = repr(fields.get(name))[:80]
-            raise ModelLoadError(f"{where}: {name} must be {wanted}, got {got}.")
-    return fields
-
-
-def _is_rank(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**20
-
-
-def _is_positive(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e38
-
-
-def _is_pattern(value, fits) -> bool:
-    """PEFT takes the names for regular expressions; those that are none are all we need."""
-    return isinstance(value, dict) and all(
-        name.replace(".", "_").isidentifier() and fits(number) for name, number in value.items()
-    )
-
-
-def _of(fields: dict, pattern: str, name: str, default):
-    """The value of the first key that is the module's name, or the end of it."""
-    found = [v for key, v in fields[pattern].items() if f".{name}".endswith(f".{key}")]
-    return found[0] if found else default
-
-
-def _scale(fields: dict, name: str) -> float:
-    r = _of(fields, "rank_pattern", name, fields["r"])
-    alpha = _of(fields, "alpha_pattern", name, fields["lora_alpha"])
-    return alpha / (math.sqrt(r) if fields["use_rslora"] else r)
-
-
-def _adapted(fields: dict, modules: Modules, files) -> list[str]:
-    """The modules that have adapters: those in the file, and those that the fields name."""
-    targets = fields["target_modules"]
-    if fields.get("layers_to_transform") or fields.get("exclude_modules"):
-        targets = ""  # the file alone tells
-    ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ()
-    return [
-        name
-        for name in modules
-        if targets == ALL_LINEAR
-        or f".{name}".endswith(ends)
-        or any(tensor in files for tensor in _tensor_names(name))
-    ]
 
 
 def _tensor_names(module: str) -> tuple[str, str]:
@@ -285,22 +201,39 @@ def _joined(pairs, widths):
     return np.ascontiguousarray(np.concatenate(a)), b
 
 
-def _fields(lora: LoRA, modules: list[str], ranks: dict[str, int]) -> dict:
+def _fields(model: Transformer, modules: list[str], ranks: dict[str, int]) -> dict:
+    """adapter_config.json.
+
+    PEFT 0.21 with transformers 5 takes every target of a model with experts that ends in
+    `gate_proj`, `up_proj` or `down_proj` for the experts, whatever stands before it. The feed-
+    forward blocks beside experts are therefore named by their weights, which PEFT adapts without
+    dropout.
+    """
+
     def number(value):
         return int(value) if value == int(value) else value
 
+    lora = model.lora
+    by_weight = [n for n in ranks if model.config.num_experts and ".mlp." in n]
+    if by_weight and lora.dropout:
+        warnings.warn(
+            f"lora_dropout {lora.dropout} is written as 0: PEFT has none for the dense layers of "
+            "a model with experts.",
+            stacklevel=3,
+        )
     others = _short({name: r for name, r in ranks.items() if r != lora.r}, modules)
-    scale = lora.alpha / lora.r
+    plain = {name: r for name, r in ranks.items() if name not in by_weight}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": number(lora.alpha),
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted(_short(ranks, modules)),
+        "lora_dropout": 0.0 if by_weight else lora.dropout,
+        "target_modules": sorted(_short(plain, modules)),
+        **({"target_parameters": [name + WEIGHT for name in by_weight]} if by_weight else {}),
         "rank_pattern": others,
-        "alpha_pattern": {name: number(scale * r) for name, r in others.items()},
+        "alpha_pattern": {name: number(lora.alpha / lora.r * r) for name, r in others.items()},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -14,13 +14,13 @@ import numpy as np
 
 from relax.config.text import join_some
 from relax.errors import ModelLoadError
+from relax.files import read_json
 from relax.models.config import TransformerConfig
 from relax.models.families import Family, family_of
 from relax.models.families.family import FOLLOWING
 from relax.models.huggingface.directories import (
     find_directory,
     new_directory,
-    read_json,
     write_json,
 )
 from relax.models.huggingface.sharded_read import read_params
@@ -45,8 +45,8 @@ def load_pretrained(
 
     Args:
       path: a directory with config.json and safetensors, or a hub name where there is a network.
-      dtype: of the computation.
-      param_dtype: of the parameters.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
       gradient_checkpointing: see `Transformer`.
 
     Returns:
@@ -95,7 +95,7 @@ def save_pretrained(
       path: the directory.
       model, params: as `load_pretrained` gives them.
       tokenizer: written beside them, with its chat template.
-      dtype: of the tensors in the file; None: the narrowest that holds all of them exactly.
+      dtype: dtype of the tensors in the file; None: the narrowest that holds all of them exactly.
       generation_config: what generation_config.json holds besides the tokenizer's ids, as
         `read_generation_config` gives it for the model that was trained: a model may end its turns
         in several ways, of which a tokenizer knows one.
@@ -166,7 +166,7 @@ def write_directory(
     Args:
       path, fields, expected, tokenizer, generation: see `write_model`.
       read: gives the array of a tensor of `expected`, of the type `dtype`.
-      dtype: of all arrays; config.json names it.
+      dtype: dtype of all arrays; config.json names it.
     """
     sizes = {n: int(np.prod(shape_of(parts))) * dtype.itemsize for n, parts in expected.items()}
     with new_directory(path) as (directory, path):
@@ -185,9 +185,37 @@ def read_pretrained_config(path: str | os.PathLike) -> TransformerConfig:
 
 
 def read_generation_config(path: str | os.PathLike) -> dict:
-    """What generation_config.json of a Hugging Face directory holds; {} where there is none."""
+    """The contents of generation_config.json of a Hugging Face directory.
+
+    Where there is none, the token ids of config.json, as transformers takes them.
+
+    Raises:
+      ModelLoadError: `eos_token_id` is no id of the model and no list of some.
+    """
     directory = find_directory(path)
-    return read_json(directory, GENERATION) if (directory / GENERATION).exists() else {}
+    config = read_json(directory, "config.json")
+    if os.path.lexists(directory / GENERATION):
+        where, fields = directory / GENERATION, read_json(directory, GENERATION)
+    else:
+        where = directory / "config.json"
+        fields = {n: config[n] for n in TOKEN_IDS if config.get(n) is not None}
+    V = config.get("vocab_size")
+    for token_id in _as_list(fields.get("eos_token_id")):
+        if not is_token_id(token_id) or isinstance(V, int) and token_id >= V:
+            raise ModelLoadError(
+                f"{where}: eos_token_id must be a token id below vocab_size {V}, or a list of "
+                f"them, got {repr(fields['eos_token_id'])[:80]}."
+            )
+    return fields
+
+
+def is_token_id(value) -> bool:
+    """Whether a value of a JSON file may be a token id."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _as_list(value) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def is_classifier(directory: Path) -> bool:
@@ -197,7 +225,7 @@ def is_classifier(directory: Path) -> bool:
 
 
 def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
-    """From config.json."""
+    """Reads config.json of a directory."""
     fields = read_json(directory, "config.json")
     where = str(directory / "config.json")
     family = family_of(fields.get("model_type"), where)
@@ -205,7 +233,7 @@ def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
 
 
 def expected_in(files: Mapping, family: Family, config: TransformerConfig) -> Tensors:
-    """What should be in the files, under those of the family's names that they use."""
+    """The tensors that the files should hold, under those of the family's names that they use."""
     for also in family.also_named:
         expected = expected_tensors(family, config, also)
         if expected.keys() == files.keys():
@@ -236,8 +264,7 @@ def _check_leaves(expected: Tensors, flat: Mapping) -> None:
 def _generation_config(tokenizer, before: dict) -> dict:
     """generation_config.json: what it was, with the ids of the tokenizer there is now."""
     ids = {name: getattr(tokenizer, name, None) for name in TOKEN_IDS}
-    ends = before.get("eos_token_id")
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = _as_list(before.get("eos_token_id"))
     if ids["eos_token_id"] not in (None, *ends):
         ends = [*ends, ids["eos_token_id"]]
     generation = before | {name: token_id for name, token_id in ids.items() if token_id is not None}

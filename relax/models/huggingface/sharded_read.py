@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from relax import parallel
-from relax.models.huggingface.shards import open_tensors, read_tensors
+from relax.models.huggingface.shards import finite, open_tensors, read_tensors
 from relax.models.huggingface.tensors import Part, Tensors, output_axis, to_params
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop in every dimension
@@ -25,10 +25,10 @@ def read_params(directory: Path, expected: Tensors, files: Mapping[str, str], dt
     """All parameters of a model.
 
     Args:
-      directory: of the model.
+      directory: the model's directory.
       expected: what each tensor holds; all of them are there.
       files: tensor name -> file.
-      dtype: of the parameters.
+      dtype: dtype of the parameters.
     """
     if parallel.layout() is None:
         return to_params(expected, read_tensors(directory, expected, files), dtype)
@@ -44,6 +44,7 @@ def read_params(directory: Path, expected: Tensors, files: Mapping[str, str], dt
             found.sort(key=lambda source: source[1].expert or 0)
             shape = _leaf_shape(found)
             where = parallel.sharding_of("/".join(path), shape)
+            assert where is not None, "a mesh is in use"
             piece = functools.lru_cache(functools.partial(_piece, read, found, dtype))
 
             def of_index(index, piece=piece, shape=shape):
@@ -84,6 +85,7 @@ def _slices(directory: Path, files: Mapping[str, str]) -> Iterator[Read]:
         opened = functools.cache(lambda file: stack.enter_context(open_tensors(directory, file)))
 
         def read(name: str, bounds: Bounds) -> np.ndarray:
-            return opened(files[name]).get_slice(name)[tuple(slice(*b) for b in bounds)]
+            part = opened(files[name]).get_slice(name)[tuple(slice(*b) for b in bounds)]
+            return finite(directory / files[name], name, part)
 
         yield read

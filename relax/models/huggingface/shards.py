@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from relax.config.text import join_some
 from relax.errors import ModelLoadError
-from relax.models.huggingface.directories import file_of, read_json, write_json
+from relax.files import file_of, read_json
+from relax.models.huggingface.directories import write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -23,7 +24,7 @@ def tensor_files(directory: Path, ignored: str) -> dict[str, str]:
     """Tensor name -> shard file, from the index or from the single file.
 
     Args:
-      directory: of the model.
+      directory: the model's directory.
       ignored: names that end so are left out.
     """
     single, index = (os.path.lexists(directory / name) for name in (SINGLE, INDEX))
@@ -60,7 +61,7 @@ def check_tensors(
     """Refuses tensors that are missing, extra, misshapen or no numbers.
 
     Args:
-      directory: of the model.
+      directory: the model's directory.
       shapes: name -> shape, of all that there should be.
       files: as `tensor_files` gives them.
     """
@@ -92,11 +93,48 @@ def check_tensors(
 def read_tensors(
     directory: Path, names: Mapping[str, object], files: Mapping[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each of the tensors with these names, shard by shard."""
+    """Each of the tensors with these names, shard by shard.
+
+    Raises:
+      ModelLoadError: a number of one is NaN or infinite.
+    """
     for file, inside in _by_file(names, files).items():
         with open_tensors(directory, file) as tensors:
             for name in inside:
-                yield name, tensors.get_tensor(name)
+                yield name, finite(directory / file, name, tensors.get_tensor(name))
+
+
+def finite(file: Path, name: str, array: np.ndarray) -> np.ndarray:
+    """The array itself, of which every number is one that float32 has.
+
+    Raises:
+      ModelLoadError: one is not, with the tensor's name.
+    """
+    bits, exponent = _EXPONENTS[array.dtype.name]
+    # The largest exponent is that of NaN and infinity. Whole numbers compare faster than floats,
+    # bfloat16 above all; a part at a time, so that nothing of the tensor's size is made.
+    flat = np.ascontiguousarray(array).reshape(-1)
+    for start in range(0, flat.size, _PART):
+        part = flat[start : start + _PART]
+        fits = int((part.view(bits) & exponent).max()) < exponent
+        if fits and array.dtype == np.float64:
+            fits = bool(np.abs(part).max() <= np.finfo(np.float32).max)
+        if not fits:
+            raise ModelLoadError(
+                f"{file}: {join_some([name])} holds numbers that are NaN or infinite, or too large "
+                "for float32. The file is damaged, or the run that wrote it had diverged."
+            )
+    return array
+
+
+_PART = 1 << 18  # numbers, which fit a processor's cache
+# dtype -> integers of its width, and the bits of its exponent.
+_EXPONENTS: dict[str, tuple[type, int]] = {
+    "float64": (np.uint64, 0x7FF << 52),
+    "float32": (np.uint32, 0x7F80_0000),
+    "bfloat16": (np.uint16, 0x7F80),
+    "float16": (np.uint16, 0x7C00),
+}
 
 
 def are_equal(directory: Path, one: str, other: str, files: Mapping[str, str]) -> bool:
@@ -135,7 +173,7 @@ def write_shards(
     if len(shards) == 1:
         write_shard(directory / SINGLE, {name: array(name) for name in shards[0]})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_shard(directory / file, {name: array(name) for name in names})

@@ -1,4 +1,4 @@
-"""Which tensors of a file make which parameters.
+"""The mapping between tensors of a file and parameters.
 
 A tensor holds one leaf, as it is or transposed, one expert of a leaf that stacks them, or several
 leaves one below the other.
@@ -7,7 +7,7 @@ leaves one below the other.
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -42,7 +42,7 @@ def expected_tensors(
 ) -> Tensors:
     """Name in the file -> what it holds, for every tensor of a model; `also`: see `Family`."""
     shapes = leaf_shapes(config)
-    expected = collections.defaultdict(list)
+    expected: dict[str, list[Part]] = collections.defaultdict(list)
     for path, shape in shapes.items():
         name = family.tensor_name(path, also)
         if len(path) > 1 and len(shape) > 1:
@@ -64,7 +64,11 @@ def leaf_shapes(config: TransformerConfig) -> dict[tuple[str, ...], tuple[int, .
     # Layers with the same parameters are traced once, which takes the same time for a deep model.
     experts = [layer.experts for layer in config.layers]
     kinds = sorted(set(experts))
-    plain = {"layer_types": (), "no_rope_layers": (), "num_hidden_layers": len(kinds)}
+    plain: dict[str, Any] = {
+        "layer_types": (),
+        "no_rope_layers": (),
+        "num_hidden_layers": len(kinds),
+    }
     dense = tuple(i for i, has in enumerate(kinds) if not has)
     model = Transformer(dataclasses.replace(config, **plain, dense_layers=dense))
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -90,7 +94,7 @@ def to_params(expected: Tensors, tensors: Iterable[tuple[str, np.ndarray]], dtyp
     Args:
       expected: what each holds.
       tensors: `(name, array)`, all of `expected`, in any order.
-      dtype: of the parameters.
+      dtype: dtype of the parameters.
     """
     waiting = collections.Counter(part.path for parts in expected.values() for part in parts)
     stacks, flat = {}, {}
