@@ -34,7 +34,6 @@ def main():
             "num_processes": PROCESSES,
             "per_device_train_batch_size": 8,  # so an update has 16 rows
             "max_steps": steps,
-            "test_size": 8,
             "eval_strategy": "no",
             "save_strategy": "no",
             "output_dir": output,

@@ -137,6 +137,24 @@ def test_log_probabilities_are_those_of_the_trainer_and_answers_are_not_trained_
     assert metrics["sampling/logp_difference/max"] < 1e-4 and metrics["skipped_steps"] == 0
 
 
+def test_an_environment_alone_gives_the_rewards_without_any_reward_function(model_and_params):
+    model, params = model_and_params
+    trainer = GRPOTrainer(
+        model,
+        optax.sgd(0.1),
+        reward_funcs=[],
+        tokenizer=Letters(),
+        environment=lambda: Echo([]),
+        sampling=SamplingConfig(max_new_tokens=16, eos_token_ids=(EOS,)),
+        num_generations=4,
+        params=params,
+    )
+    state = trainer.create_train_state(jax.random.key(2))
+    (given,) = trainer.make_batches(state, ITEM)
+    assert np.isfinite(given.metrics["reward"])
+    assert given.metrics["reward"] == pytest.approx(given.metrics["rewards/environment/mean"])
+
+
 def test_beginnings_that_differ_within_a_group_are_refused(model_and_params):
     class Fickle(Echo):
         def reset(self, row):

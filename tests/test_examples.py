@@ -37,9 +37,9 @@ def test_two_processes_make_one_run():
     assert "2 processes, 3 updates" in printed("several_processes.py", "--steps=3")
 
 
-def test_all_examples_are_run_and_have_at_most_80_lines():
+def test_all_examples_are_run_and_have_at_most_75_lines():
     assert set(PROGRAMS) == {
         *("own_reward.py", "own_trainer.py", "environment.py", "lora.py", "several_processes.py")
     }
     for name in PROGRAMS:
-        assert len((ROOT / "examples" / name).read_text(encoding="utf-8").splitlines()) <= 80
+        assert len((ROOT / "examples" / name).read_text(encoding="utf-8").splitlines()) <= 75

@@ -161,14 +161,16 @@ def metric_name(function: str, name: str) -> str:
 
 def gather(
     names: list[str],
+    count: int,
     scores: list[Scores],
     weights: np.ndarray,
     failures: list[RewardFailure],
     seconds: float,
     printed: str,
 ) -> RewardBatch:
-    """Puts the scores of all functions, `names`, together."""
-    rewards = np.array([[np.nan if v is None else v for v in s.values] for s in scores]).T
+    """Puts the scores of all functions `names`, which may be none, of `count` completions together."""
+    values = [[np.nan if v is None else v for v in s.values] for s in scores]
+    rewards = np.array(values, np.float64).reshape(len(scores), count).T
     extras = {column: values for s in scores for column, values in s.extras.items()}
     metrics: dict[str, list[float]] = {}
     for function, s in zip(names, scores, strict=True):

@@ -240,7 +240,8 @@ class RewardRunner:
             for failure in failures_of(name, of_function, *texts)
         ]
         self.tally.add(self.names, len(batch["prompts"]), failures)
-        return gather(self.names, every, self.weights, failures, seconds, printed)
+        count = len(batch["prompts"])
+        return gather(self.names, count, every, self.weights, failures, seconds, printed)
 
 
 class PendingRewards:

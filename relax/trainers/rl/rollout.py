@@ -221,7 +221,8 @@ def collect_scores(
 ) -> ScoredRollout:
     """The rewards of a rollout; what an environment gave is a function of its own, the last."""
     shape = rollout.completion_lengths.shape
-    rewards, by_function = scores.total.reshape(shape), scores.rewards.reshape(*shape, -1)
+    rewards = scores.total.reshape(shape)
+    by_function = scores.rewards.reshape(*shape, scores.rewards.shape[1])  # there may be none
     if with_environment_rewards:
         by_function = np.concatenate([by_function, rollout.environment_rewards[:, :, None]], axis=2)
         both = np.stack([rewards, rollout.environment_rewards], axis=2).reshape(-1, 2)
