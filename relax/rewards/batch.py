@@ -168,7 +168,7 @@ def gather(
     seconds: float,
     printed: str,
 ) -> RewardBatch:
-    """Puts the scores of all functions `names`, which may be none, of `count` completions together."""
+    """Puts the scores of the functions `names`, which may be none, together: `count` of each."""
     values = [[np.nan if v is None else v for v in s.values] for s in scores]
     rewards = np.array(values, np.float64).reshape(len(scores), count).T
     extras = {column: values for s in scores for column, values in s.extras.items()}
