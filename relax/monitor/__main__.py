@@ -1,4 +1,4 @@
-"""`python -m relax.monitor OUTPUT_DIR`: watch a run from another terminal, or compare runs."""
+"""`relax monitor DIR`: watch a run from another terminal, or compare runs."""
 
 import argparse
 import sys
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m relax.monitor", description="Watches a run in another process."
+        prog="relax monitor", description="Watch a run in another process."
     )
     parser.add_argument("output_dir", nargs="?", help="directory of the run")
     parser.add_argument("--once", action="store_true", help="show it as it is now, and end")
