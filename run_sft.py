@@ -1,21 +1,48 @@
-"""Supervised fine-tuning from the command line: `python run_sft.py --help`."""
+"""Supervised fine-tuning: `python run_sft.py --help`.
 
-import os
+This page is the whole run. Change it here, or copy it; `relax sft` and `TrainerEngine.run_job`
+run the same steps from `relax/engine/recipes/sft.py`.
+"""
 
 from relax.config import SFTConfig
-from relax.config.cli import run
+from relax.config.cli import run as run_command
 
 
 def main(config: SFTConfig) -> None:
-    # It would say that PyTorch is missing, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from relax.parallel.cpu import prepare_cpu
+    # Imported here, so that --help and a wrong flag never wait for jax.
+    from relax.engine import Run, prepare_process
+    from relax.engine.recipes.sft import exact_match_on_demo, read_sft_data
+    from relax.trainers import SFTTrainer
 
-    prepare_cpu()  # before jax starts its threads
-    from relax.engine.engine import TrainerEngine
+    prepare_process()
+    with Run(config) as run:
+        # 1. The tokenizer and the model.
+        tokenizer = run.load_tokenizer()
+        model, params = run.load_model()
 
-    TrainerEngine().run_job(config)
+        # 2. The data: rows become labelled tokens, and those become batches.
+        data = run.load_data(read_sft_data, tokenizer, model, kind="completions")
+
+        # 3. Rewards: none. The labels are what is learned.
+
+        # 4. The trainer.
+        trainer = SFTTrainer(
+            model,
+            run.make_optimizer(data),
+            params=params,
+            loss_chunk_size=config.sft.loss_chunk_size,
+            exact_matches=data.has_answers,
+            **run.options(data),
+        )
+
+        # 5. Training: resume, update, evaluate, save; then the model directory.
+        run.train(
+            trainer,
+            data,
+            headline=("eval_loss", "exact_match_before", "exact_match", "eval_exact_match"),
+            evaluate_demo=exact_match_on_demo,
+        )
 
 
 if __name__ == "__main__":
-    run(SFTConfig, main)
+    run_command(SFTConfig, main)

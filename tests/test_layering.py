@@ -140,7 +140,7 @@ def test_files_have_at_most_400_lines_and_functions_60():
         assert len(text.splitlines()) <= 400, file
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = node.end_lineno - node.lineno
-                if ast.get_docstring(node) is not None:
-                    lines -= node.body[0].end_lineno - node.body[0].lineno + 1
-                assert lines < 60, f"{file}: {node.name}"
+                # A public function's arguments and docstring are as long as it takes.
+                body = node.body[ast.get_docstring(node) is not None :]
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert lines <= 60, f"{file}: {node.name} has {lines} lines"

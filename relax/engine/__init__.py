@@ -1,5 +1,6 @@
 """From a configuration to a finished run."""
 
-from relax.engine.engine import JobResult, TrainerEngine
+from relax.engine.engine import TrainerEngine, prepare_process
+from relax.engine.run import Run, RunResult
 
-__all__ = ["JobResult", "TrainerEngine"]
+__all__ = ["Run", "RunResult", "TrainerEngine", "prepare_process"]

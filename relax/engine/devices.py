@@ -1,9 +1,9 @@
-"""A job on its devices and in its processes: joined, compared, and one mesh over all of them."""
+"""The devices and processes of a run: joined, compared, and one mesh over all of them."""
 
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -11,9 +11,9 @@ from rich.console import Console
 from relax import parallel
 from relax.config import TrainerConfig
 from relax.config.mesh import mesh_text, parse_mesh
-from relax.engine import model_source
 from relax.engine.run_dir import RunDir
 from relax.errors import ConfigError
+from relax.models import TransformerConfig
 from relax.parallel import processes
 
 # What may differ between the processes of a run.
@@ -22,11 +22,17 @@ _ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size")
 
 
 @contextlib.contextmanager
-def open_mesh(config: TrainerConfig, console: Console) -> Iterator[tuple[TrainerConfig, Console]]:
-    """The mesh of a job, in use while its context lasts.
+def open_mesh(
+    config: TrainerConfig, console: Console, model_config: Callable[[], TransformerConfig]
+) -> Iterator[tuple[TrainerConfig, Console]]:
+    """The mesh of a run, in use while its context lasts.
+
+    Args:
+      model_config: reads the model's sizes, once the processes are joined.
 
     Yields:
-      The configuration with `mesh` spelt out, and where this process speaks: process 0 alone does.
+      The configuration with `mesh` spelt out, and the console, which is silent in all processes
+      but the first.
 
     Raises:
       ConfigError: the mesh does not fit the devices, rules cannot be read, or the processes differ.
@@ -54,7 +60,7 @@ def open_mesh(config: TrainerConfig, console: Console) -> Iterator[tuple[Trainer
         _check_possible(config)
         if not processes.is_main():
             console = Console(quiet=True)
-        with parallel.use(mesh, rules, model_source.shape_of(config).num_key_value_heads) as layout:
+        with parallel.use(mesh, rules, model_config().num_key_value_heads) as layout:
             for line in layout.describe():
                 console.print(line, markup=False)
             yield config.replace(mesh=mesh_text(layout.sizes)), console
@@ -64,15 +70,15 @@ def _check_possible(config: TrainerConfig) -> None:
     environment = config.flat().get("environment")
     if environment is not None and processes.count() > 1:
         raise ConfigError(
-            "an environment needs one process: its answers would have to be the same in all, got "
+            "an environment needs one process, since its answers must be the same in all, got "
             f"{processes.count()} processes. Leave coordinator out, or environment."
         )
 
 
 def shared(loader):
-    """A loader that makes the rows of this process only, where there are several processes.
+    """A loader that makes only the rows of this process, where there are several processes.
 
-    One whose batches come to be in the run, as rollouts do, is left as it is.
+    A loader of prompts, whose batches are made during the run, is returned as it is.
     """
     if processes.count() == 1 or not hasattr(loader, "batch_size"):
         return loader
@@ -80,10 +86,10 @@ def shared(loader):
 
 
 class SharedLoader:
-    """The batches of a loader as arrays of the mesh, made of the rows that lie here.
+    """The batches of a loader as arrays over the mesh, each process making its own rows.
 
     Args:
-      loader: has `batches(epoch, start, rows)`, `rows` being places in the batch.
+      loader: has `batches(epoch, start, rows)`, `rows` being the rows of the batch to make.
     """
 
     def __init__(self, loader):
@@ -102,7 +108,7 @@ class SharedLoader:
 
 
 def for_all_devices(config: TrainerConfig) -> TrainerConfig:
-    """The configuration whose batches are those of all devices together."""
+    """The configuration with rows per device multiplied to rows of all devices."""
     shards = parallel.batch_shards()
     if shards == 1:
         return config
@@ -111,7 +117,7 @@ def for_all_devices(config: TrainerConfig) -> TrainerConfig:
 
 
 def global_batch_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat fields as they decide what is computed: rows of all devices, whatever the mesh.
+    """Flat fields that compare equal where the same is computed: rows of all devices, not of one.
 
     >>> global_batch_fields({"mesh": "data=2,fsdp=4", "per_device_train_batch_size": 3})
     {'mesh': 'data=2,fsdp=4', 'per_device_train_batch_size': 24}
@@ -124,10 +130,10 @@ def global_batch_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def run_dir(output_dir: str) -> Iterator[RunDir]:
-    """The directory of the run; for all processes but the first one where nobody looks.
+    """The directory of the run; for all processes but the first, a temporary one.
 
-    So every process does all that the first one does, and no two write the same file. Checkpoints
-    are read from, and written to, the one directory by all.
+    So every process does what the first one does, and no two write the same file. All of them read
+    and write checkpoints in the one directory.
     """
     if processes.is_main():
         yield RunDir(output_dir)

@@ -1,6 +1,6 @@
-"""A run up to its first update, which is taken and thrown away: what is wrong, what it will need.
+"""A dry run: everything up to the first update, which is timed and thrown away.
 
-Nothing is written: no directory, no checkpoint, no file but what the compilation cache keeps.
+Nothing is written: no directory, no checkpoint, no file but those of the compilation cache.
 """
 
 import shutil
@@ -13,105 +13,100 @@ import numpy as np
 from relax import parallel
 from relax.config.text import format_bytes, format_seconds
 from relax.engine import checks, memory, output
-from relax.engine.run import Job, JobResult, Parts
-from relax.errors import ConfigError, ErrorList, Problems, RelaxError
+from relax.engine.rows import Data
+from relax.errors import ConfigError
 from relax.trainers.trainer import LoggedBatch
 
 
-def dry_run(job: Job) -> JobResult:
-    """Checks a job, compiles and times its update, and shows what the run will need.
+def dry_run(run, trainer, data: Data) -> dict[str, float]:
+    """Compiles and times the update of a run, and shows what the run will need.
+
+    Args:
+      run: a `Run` up to its trainer.
 
     Returns:
-      A result without a state, whose metrics are what was measured: `dry_run/steps`,
-      `dry_run/step_s`, `dry_run/memory_bytes`, `dry_run/disk_bytes`.
+      The measured metrics: `dry_run/steps`, `dry_run/step_s`, `dry_run/memory_bytes`,
+      `dry_run/disk_bytes`.
 
     Raises:
-      Problems: all that is wrong, at once.
+      RelaxError: all problems, at once.
     """
-    try:
-        return _dry_run(job, job.problems)
-    except Problems:
-        raise
-    except RelaxError as error:  # whatever its exit code is in a run
-        raise Problems([str(error)]) from error
-
-
-def _dry_run(job: Job, found: ErrorList) -> JobResult:
-    parts, params = job.assemble()
-    state, _ = job.start_state(parts.trainer, params)
-    params = disk = sizes = None
+    found, steps, disk, sizes = run.problems, run.steps(data), None, None
+    checks.check_state_memory(run.config, trainer)
+    state, _ = run.first_state(trainer)
     with found.catch():
-        disk = job.check_disk(state, parts.steps)
+        disk = run.check_disk(state, data)
     with found.catch():
-        job.check_same_data(parts.datasets)
-    output.show_plan(job.console, job.config, state, parts.steps, job.recipe.plan)
+        run.check_same_data(data)
+    output.show_plan(run.console, run.config, state, steps, data.plan)
     try:
-        batches = _batches(job, parts, state)
-        job.progress.announce(batches[0])
+        batches = _batches(trainer, data, state, steps)
+        run.progress.announce(batches[0])
         with found.catch():
-            sizes = checks.check_update_memory(
-                job.config, parts.trainer, state, batches[0], job.console
-            )
+            sizes = checks.check_update_memory(run.config, trainer, state, batches[0], run.console)
         found.raise_all()
-        seconds = _time_of_update(job, parts, state, batches)
+        seconds = _time_of_update(trainer, data, state, batches, steps)
     except jax.errors.JaxRuntimeError as error:
         found.note(ConfigError(f"the update cannot be computed: {error}"))
         found.raise_all()
     copies, checkpoint, model = disk
     measured = {
-        "dry_run/steps": parts.steps,
+        "dry_run/steps": steps,
         "dry_run/step_s": seconds,
         "dry_run/memory_bytes": sizes.total,
         "dry_run/disk_bytes": copies * checkpoint + model,
     }
-    for name, text in _lines(job, parts, measured, disk).items():
-        job.console.print(f"  {name:10} {text}", markup=False)
-    job.console.print("all is well: without --dry_run the run begins")
-    return JobResult(None, measured, job.run_dir.path)
+    free = shutil.disk_usage(run.run_dir.existing()).free
+    for name, text in _lines(data, measured, disk, free).items():
+        run.console.print(f"  {name:10} {text}", markup=False)
+    run.console.print("dry run passed; remove --dry_run to start")
+    return measured
 
 
-def _batches(job: Job, parts: Parts, state) -> list:
+def _batches(trainer, data: Data, state, steps: int) -> list:
     """The batches of one item: the largest there will be, where that is known, or the first."""
-    if parts.batch is not None:
-        zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in parts.batch.items()}
+    largest = memory.largest_batch(data.train, steps)
+    if largest is not None:
+        zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in largest.items()}
         return [zeros | {"segment_ids": np.ones_like(zeros["segment_ids"])}]
-    item = next(iter(parts.datasets.train.batches(0)))
-    given = parts.trainer.make_batches(state, job.recipe.complete(item))
+    item = next(iter(data.train.batches(0)))
+    given = trainer.make_batches(state, data.fill_batch(item))
     return [one.batch if isinstance(one, LoggedBatch) else one for one in given]
 
 
-def _time_of_update(job: Job, parts: Parts, state, batches: list[Any]) -> float:
-    """Seconds of one update, with its share of what leads to it, once all of it is compiled."""
-    for compiled in (False, True):
+def _time_of_update(trainer, data: Data, state, batches: list[Any], steps: int) -> float:
+    """Seconds of one update, with its share of making the batches, once all of it is compiled."""
+    for is_compiled in (False, True):
         start_s = time.monotonic()
-        if compiled:
-            batches = _batches(job, parts, state)
+        if is_compiled:
+            batches = _batches(trainer, data, state, steps)
         for batch in batches:
-            state, metrics = parts.trainer.train_step(state, parallel.shard_batch(batch))
+            state, metrics = trainer.train_step(state, parallel.shard_batch(batch))
         jax.block_until_ready(metrics)
     return (time.monotonic() - start_s) / len(batches)
 
 
-def _lines(job: Job, parts: Parts, measured: dict, disk) -> dict[str, str]:
+def _lines(data: Data, measured: dict, disk, free: int) -> dict[str, str]:
     copies, checkpoint, model = disk
     steps, seconds = measured["dry_run/steps"], measured["dry_run/step_s"]
-    reports = {name: report.to_dict() for name, report in parts.datasets.reports.items()}
-    data = [
+    reports = {name: report.to_dict() for name, report in data.reports.items()}
+    rows = [
         f"{report.get('num_examples', report['num_rows']):,} rows of {report['num_tokens']:,} "
         f"tokens ({name})"
         for name, report in reports.items()
     ]
-    there = memory.capacity()
-    have = "" if there.total is None else f" of {format_bytes(there.total)} on {there.name}"
-    epochs = steps / parts.updates_per_epoch
+    capacity = memory.capacity()
+    have = ""
+    if capacity.total is not None:
+        have = f" of {format_bytes(capacity.total)} on {capacity.name}"
+    epochs = steps / data.updates_per_epoch
     total = format_bytes(copies * checkpoint + model)
-    free = format_bytes(shutil.disk_usage(job.run_dir.existing()).free)
     return {
-        "data": ", ".join(data),
+        "data": ", ".join(rows),
         "memory": f"{format_bytes(measured['dry_run/memory_bytes'])}{have}",
-        "steps": f"{steps:,} updates, {epochs:.3g} epochs of {parts.updates_per_epoch:,}",
+        "steps": f"{steps:,} updates, {epochs:.3g} epochs of {data.updates_per_epoch:,}",
         "one step": f"{format_seconds(seconds)}; all of them {format_seconds(seconds * steps)}, "
         "without evaluating and saving",
         "disk": f"{copies} checkpoints of {format_bytes(checkpoint)} and a model of "
-        f"{format_bytes(model)}: {total}, with {free} free",
+        f"{format_bytes(model)}: {total}, with {format_bytes(free)} free",
     }

@@ -1,4 +1,4 @@
-"""What a job says, and what it writes beside checkpoints and metrics."""
+"""Messages of a run, and the files that it writes beside checkpoints and metrics."""
 
 import json
 import shlex
@@ -14,26 +14,30 @@ from relax.files import atomic_write, list_steps, write_json
 
 
 def resume_command(config: TrainerConfig, directory: Path) -> str:
-    """What a person types to go on with the run in a directory."""
+    """The shell command that resumes the run in a directory."""
     words = program_words(type(config))
     return shlex.join([*words, "--config", str(directory / "config.json"), "--resume", "auto"])
 
 
-def show_how_to_go_on(console, steps: list[int], command: str) -> None:
-    """Tells a person who has stopped a run what was saved, and the command that goes on."""
+def show_how_to_resume(console, steps: list[int], command: str) -> None:
+    """Prints what was saved when a run was stopped, and the resume command."""
     saved = f"step {steps[-1]} is saved" if steps else "nothing was saved"
-    console.print(f"stopped; {saved}. To {'go on' if steps else 'begin again'}:")
+    console.print(f"stopped; {saved}. To {'resume' if steps else 'start over'}:")
     console.print(f"  {command}", markup=False)
 
 
 def how_to_recover(steps: list[int], command: str, first: str = "make room") -> str:
-    """What is left of a run that cannot write, and how to resume it, in a sentence."""
+    """A sentence for a run that cannot write: the newest checkpoint, and the resume command."""
     kept = f"Checkpoint {steps[-1]} is intact" if steps else "No checkpoint was saved"
     return f"{kept}; {first} and run: {command}"
 
 
 def show_plan(console, config: TrainerConfig, state, steps: int, plan: str) -> None:
-    """What is trained, for how long, on what; `plan` is what an update consists of."""
+    """Prints what is trained, for how long, and on which device.
+
+    Args:
+      plan: what an update consists of.
+    """
     trained, frozen = (
         sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen)
     )
@@ -45,7 +49,7 @@ def show_plan(console, config: TrainerConfig, state, steps: int, plan: str) -> N
 
 
 def show_summary(console, seconds: float, metrics: dict, headline, paths: dict[str, Path]) -> None:
-    """The end of a run: the metrics named in `headline`, and where things are."""
+    """Prints the end of a run: the metrics named in `headline`, and where things are."""
     console.print(f"done in {seconds:.0f} s")
     for name in headline:
         if name in metrics:
@@ -98,7 +102,7 @@ def best_checkpoint(config: TrainerConfig, directory: Path) -> Path | None:
 
 
 def check_same_data(config: TrainerConfig, digest: str, old_run: Path) -> None:
-    """Refuses to go on with a run on other tokens than it began with.
+    """Refuses to resume a run on other tokens than it began with.
 
     Raises:
       ConfigError: with both digests.
@@ -108,15 +112,15 @@ def check_same_data(config: TrainerConfig, digest: str, old_run: Path) -> None:
     if digest != before and "dataset_name" not in config.output.allow_config_change:
         raise ConfigError(
             "a resumed run must see the data that it began with, and the tokens of "
-            f"'{config.data.dataset_name or 'the embedded set'}' are others now "
+            f"'{config.data.dataset_name or 'the demo set'}' are others now "
             f"(digest {before} -> {digest}). Restore the files, or pass "
             "--allow_config_change dataset_name to go on all the same."
         )
 
 
-def write_config(config: TrainerConfig, directory: Path, datasets) -> None:
+def write_config(config: TrainerConfig, directory: Path, data) -> None:
     """Writes config.json, which repeats the run, and data.json, what became of its rows."""
-    reports = {name: report.to_dict() for name, report in datasets.reports.items()}
-    write_json(directory / "data.json", {"digest": datasets.digest, "reports": reports})
+    reports = {name: report.to_dict() for name, report in data.reports.items()}
+    write_json(directory / "data.json", {"digest": data.digest, "reports": reports})
     saved = config.replace(resume="never", overwrite_output_dir=False, allow_config_change=[])
     write_json(directory / "config.json", saved.to_dict())

@@ -1,51 +1,61 @@
-"""One run, from its configuration to its model directory."""
+"""A run, from its configuration to its model directory: what the pages of all algorithms share.
+
+    with Run(config) as run:
+        tokenizer = run.load_tokenizer()
+        model, params = run.load_model()
+        data = run.load_data(read_sft_data, tokenizer, model, kind="completions")
+        trainer = SFTTrainer(model, run.make_optimizer(data), params=params, **run.options(data))
+        return run.train(trainer, data)
+
+A step before `load_data` that fails does not end the run: its problem is noted, its result is None,
+and `load_data` reports all problems together.
+"""
 
 import dataclasses
 import math
 import time
 import warnings
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from safetensors import SafetensorError
 
 from relax import parallel
 from relax.callbacks import MetricsLog, Progress
 from relax.callbacks.progress import working
-from relax.checkpoint.checkpointer import Checkpointer, full_disk, restore_checkpoint
+from relax.checkpoint.checkpointer import full_disk, restore_checkpoint
 from relax.checkpoint.frozen import WithoutFrozen
-from relax.checkpoint.storage import copies_are_apart
-from relax.config import TrainerConfig, resolve_steps
-from relax.engine import checks, devices, memory, model_source, output
-from relax.engine.recipes import recipe_of
-from relax.engine.run_dir import RunDir
-from relax.engine.watch import RunMonitor
-from relax.errors import CheckpointError, ErrorList
-from relax.models import kernels
+from relax.config import resolve_steps
+from relax.engine import checks, devices, memory, output, schedule
+from relax.engine.context import RunContext
+from relax.engine.dry_run import dry_run
+from relax.engine.model_source import make_model
+from relax.engine.rows import Data, read_sources, source_rows
+from relax.errors import CheckpointError
+from relax.models import kernels, save_pretrained
 from relax.models.huggingface.peft import save_adapter
 from relax.models.lora import merge_adapters
-from relax.parallel import processes
-from relax.trainers.interrupt import Interrupt, Interrupted
+from relax.trainers.interrupt import Interrupted
 
 
 @dataclasses.dataclass(frozen=True)
-class JobResult:
-    """What a job leaves.
+class RunResult:
+    """What a run leaves.
 
     Attributes:
-      state: the final state, or the best one with `load_best_model_at_end`; None where the job
+      state: the final state, or the best one with `load_best_model_at_end`; None where the run
         failed, and after a dry run.
-      metrics: of the last evaluation; for the embedded task `exact_match_before` and
-        `exact_match` as well; of a dry run what it measured.
+      metrics: those of the last evaluation; for the demo task the ones before training as well;
+        after a dry run the measured ones.
       output_dir: the run's directory.
       model_dir: the Hugging Face directory of the trained model, or of its adapter; None where
         there is none.
       best_checkpoint: the one with the best evaluation, or without evaluations the newest; None
         where none was saved.
-      error: why the job failed; None where it did not.
+      error: why the run failed; None where it did not.
     """
 
     state: Any
@@ -56,278 +66,285 @@ class JobResult:
     error: Exception | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a run is made of.
+class Run(RunContext):
+    """One run: its directory, mesh, status and signals while the context lasts, and its steps.
 
-    `batch` has the shapes of the largest one, None where batches come to be in the run.
+    Args:
+      config: the configuration of an algorithm.
+      train_rows, eval_rows: in place of named data: lists of dicts, `datasets` objects or other
+        iterables of dicts; `eval_rows` may be several by name.
+      status_writer: told where the run is, even one that is refused.
+      console: where progress is shown; None: standard output.
+
+    Raises:
+      RelaxError: something about the configuration, the data, the model or the disk.
+      Interrupted: Ctrl-C or SIGTERM, after saving; the resume command was printed.
     """
 
-    tokenizer: Any
-    model: Any
-    datasets: Any
-    trainer: Any
-    updates_per_epoch: int
-    steps: int
-    batch: Any
+    # The steps.
 
+    def load_tokenizer(self):
+        """The model's tokenizer, with the changes that flags ask for; None: it has a problem."""
+        changes = (self.config.profile.chat_template_path, self.config.data.eos_token)
+        with working(self.console, "loading the tokenizer"):
+            self.tokenizer = self.attempt(lambda: self.source.tokenizer(*changes))
+        if self.tokenizer is not None:
+            self.attempt(self.source.check_tokens, self.tokenizer)
+        return self.tokenizer
 
-class Job:
-    """One run, from its configuration to its model directory."""
+    def load_model(self, *, has_initial_reference: bool = False, load: Callable | None = None):
+        """The model and its parameters: `(model, params)`.
 
-    def __init__(
-        self,
-        config: TrainerConfig,
-        run_dir: RunDir,
-        console: Console,
-        rows=None,
-        watch: RunMonitor | None = None,
-    ):
-        self.config, self.run_dir, self.console, self.rows = config, run_dir, console, rows
-        self.start_s = time.monotonic()
-        self.metrics: dict[str, float] = {}
-        self.problems = ErrorList()
-        self.start = self.recipe = None
-        output, dry = config.output, config.debug.dry_run
-        asked = (output.resume, output.overwrite_output_dir, console.print)
-        with self.problems.catch():
-            look = run_dir.look if dry else partial(run_dir.prepare, clear=False)
-            self.start = processes.broadcast_from_main(lambda: _text(look(*asked)))
-        self.begun = self.start is not None  # there is a run here that can be resumed
-        asynchronous = copies_are_apart() if output.save_async is None else output.save_async
-        self.checkpointer = Checkpointer(
-            run_dir.checkpoints,
-            save_total_limit=output.save_total_limit,
-            asynchronous=asynchronous,
-            warn=warnings.warn,
-        )
-        if not dry:
-            self.problems.raise_all()
-            processes.broadcast_from_main(self.checkpointer.sweep)
-        with self.problems.catch():
-            self.watch = watch or RunMonitor(config, run_dir, console)
-        with self.problems.catch():
-            self.recipe = recipe_of(devices.for_all_devices(config), console)
-        if not dry:
-            self.problems.raise_all()
-        # A checkpoint then holds what is trained; the rest is had again from where it came from.
-        self.freezes = (
-            config.peft.use_peft
-            or config.peft.freeze is not None
-            or (self.recipe is not None and self.recipe.reference_is_initial_model)
-        )
-        self.saver: Checkpointer | WithoutFrozen = self.checkpointer
-        self.base: str | None = None  # what the exported adapter is for, if one is exported
+        `params` is None where a checkpoint or the key makes them; both are None where there is a
+        problem. The trainer that gets `params` uses them up: no second copy is held.
 
-    def close(self) -> None:
-        if self.recipe is not None:
-            self.recipe.close()
+        Args:
+          has_initial_reference: the state holds the initial model as a constant reference, which
+            is reloaded on resume and not stored in checkpoints.
+          load: takes the place of `ModelSource.load`.
+        """
+        config = self.config
+        has_initial_reference &= config.model.model_name_or_path is not None
+        is_partial = config.peft.use_peft or config.peft.freeze is not None
+        self.keeps_frozen = is_partial or has_initial_reference
+        weights = self.resume_from is None or self.keeps_frozen
+        make = partial(make_model, config=config, weights=weights, load=load)
+        with working(self.console, "loading the model"):
+            model, params = self.attempt(lambda: make(self.source)) or (None, None)
+        if model is not None:
+            length = self.config.flat().get("pad_to_multiple_of") or 8
+            model, attention = kernels.select_attention(model, length)
+            self.console.print(f"attention: {attention}", markup=False)
+        return model, params
 
-    def run(self, interrupt: Interrupt) -> JobResult:
-        config, recipe = self.config, self.recipe
-        parts, params = self.assemble()
-        trainer, datasets, steps = parts.trainer, parts.datasets, parts.steps
-        state, progress = self.start_state(trainer, params)
-        params = None  # the state has taken them over, and the first update reuses their memory
-        self._begin(parts, state)
-        if recipe.embedded and progress is None:
-            self.metrics |= recipe.examine("before", trainer, state, datasets)
-            self.watch.status.tell_results(self.metrics)
-        if int(state.step) < steps and parts.batch is not None:
-            # Of batches that come to be in the run nothing is known yet.
-            self.progress.announce(parts.batch)
-            checks.check_update_memory(config, trainer, state, parts.batch, self.console)
-        state = trainer.train(
-            devices.shared(datasets.train),
-            num_epochs=math.ceil(steps / parts.updates_per_epoch),
-            state=state,
-            progress=progress,
-            max_steps=steps,
-            eval_loader=datasets.eval,
-            eval_steps=model_source.eval_interval(config, steps),
-            eval_on_start=config.inference.eval_on_start,
-            max_eval_batches=config.inference.max_eval_batches,
-            checkpointer=self.saver if config.output.save_strategy != "no" else None,
-            save_steps=model_source.save_interval(config, steps),
-        )
-        if interrupt.requested is not None:
-            raise Interrupted(interrupt.requested)
-        self.metrics |= output.last_evaluation(self.run_dir.path / "metrics.jsonl")
-        state, evaluation = self.watch.best_state(state)
-        self.metrics |= evaluation
-        if recipe.embedded:
-            self.metrics |= recipe.examine("after", trainer, state, datasets)
-            self.watch.status.tell_results(self.metrics)
-        with working(self.console, "writing the model"):
-            model_dir = self._export(parts, state)
-        paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
-        if config.output.save_strategy != "no":
-            paths["checkpoints"] = self.run_dir.checkpoints
-        seconds = time.monotonic() - self.start_s
-        output.show_summary(self.console, seconds, self.metrics, recipe.headline, paths)
-        best = output.best_checkpoint(config, self.run_dir.path)
-        return JobResult(state, self.metrics, self.run_dir.path, model_dir, best)
+    def load_data(self, read: Callable, tokenizer, model, *, kind, demo_rows=None, **parts) -> Data:
+        """Reads, tokenises and batches the rows before anything is compiled, and shows them.
 
-    def assemble(self) -> tuple["Parts", Any]:
-        """All that a run is made of, and the parameters to begin with, or None.
+        Args:
+          read: makes a `Data` of `(config, tokenizer, model_config=..., sources=..., **parts)`.
+          kind, demo_rows: as for `read_sources`.
+          **parts: further parts that `read` needs; None: it has a problem.
 
         Raises:
-          RelaxError: all that is wrong, at once.
+          RelaxError: all that is wrong about the run so far, at once.
         """
-        config, recipe, found = self.config, self.recipe, self.problems
-        tokenizer = model = datasets = None
-        if self.start is not None:
-            with found.catch():
-                for line in checks.changed_fields(config, self._old_run()):
-                    self.console.print(f"changed since the run began: {line}", markup=False)
-        with found.catch():
-            with working(self.console, "loading the tokenizer"):
-                tokenizer = model_source.make_tokenizer(config)
-        with found.catch():
-            weights = self.start is None or self.freezes
-            make = partial(model_source.make_model, config) if recipe is None else recipe.make_model
-            with working(self.console, "loading the model"):
-                model, params = make(weights=weights)
-            self.base = model_source.adapter_base(config)
-        if recipe is not None and tokenizer is not None and model is not None:
-            with working(self.console, "reading and tokenising the data"):
-                datasets = checks.read_datasets(recipe, tokenizer, model.config, self.rows, found)
-        else:  # files can be read all the same
-            with found.catch():
-                model_source.source_rows(config, self.rows)
-        found.raise_all()
-        recipe.show_data(datasets)
-        updates = recipe.updates_per_item * len(datasets.train)
-        steps = model_source.total_steps(config, updates, recipe.updates_per_item)
+        if any(part is None for part in (tokenizer, model, *parts.values())):
+            # The rows can be read all the same.
+            self.attempt(source_rows, self.config, self.rows)
+            self.problems.raise_all()
+        with working(self.console, "reading and tokenising the data"):
+            sources = self.attempt(
+                read_sources, self.config, kind, self.console, self.rows, demo_rows
+            )
+            data = None
+            if sources is not None:
+                read = partial(read, self.config, tokenizer, sources=sources, **parts)
+                data = checks.read_data(read, model.config, self.problems)
+        self.problems.raise_all()
+        data.show(self.console)
+        return data
+
+    def logging_steps(self, data: Data) -> int:
+        """Updates between two lines of metrics."""
+        return resolve_steps(self.config.output.logging_steps, self.steps(data))
+
+    def steps(self, data: Data) -> int:
+        """Updates of the whole run."""
+        return schedule.total_steps(self.config, data.updates_per_epoch, data.updates_per_item)
+
+    def make_optimizer(self, data: Data):
+        """The configured optimizer, scheduled over the whole run."""
+        return schedule.make_optimizer(self.config, self.steps(data))
+
+    def options(self, data: Data, *callbacks) -> dict[str, Any]:
+        """Arguments of every trainer: accumulation, clipping, what is frozen, callbacks.
+
+        Args:
+          callbacks: the algorithm's own, which come after those that log.
+        """
+        h = self.config.hyperparams
+        return {
+            "donate_params": True,
+            "freeze": self.config.peft.freeze,
+            "gradient_accumulation_steps": h.gradient_accumulation_steps,
+            "max_grad_norm": h.max_grad_norm,
+            "callbacks": self._callbacks(data, callbacks),
+        }
+
+    def train(
+        self,
+        trainer,
+        data: Data,
+        *,
+        headline: tuple[str, ...] = ("eval_loss",),
+        evaluate_demo: Callable | None = None,
+        save: Callable = save_pretrained,
+    ) -> RunResult:
+        """Checks memory and disk, resumes or begins, trains, and exports the model.
+
+        Args:
+          headline: metrics of the summary, in this order, where there are any.
+          evaluate_demo: on the demo task, metrics of `(console, when, trainer, state, data)`;
+            `when` is "before" or "after".
+          save: writes the model's directory, see `save_pretrained`.
+        """
+        if self.is_dry:
+            return RunResult(None, dry_run(self, trainer, data), self.run_dir.path)
+        config, steps = self.config, self.steps(data)
         if 0 < config.hyperparams.max_steps != steps:
             self.console.print(
                 f"max_steps {config.hyperparams.max_steps} becomes {steps}: a rollout is "
-                f"{recipe.updates_per_item} updates"
+                f"{data.updates_per_item} updates"
             )
-        batch = memory.largest_batch(datasets.train, steps)
-        model, attention = kernels.select_attention(
-            model, 2 if batch is None else memory.rows_of(batch)[1]
-        )
-        self.console.print(f"attention: {attention}", markup=False)
-        trainer = self._trainer(model, tokenizer, steps, datasets.eval)
+        if evaluate_demo is not None:
+            evaluate_demo = partial(evaluate_demo, self.console) if self.is_demo else None
         checks.check_state_memory(config, trainer)
-        if params is None and (self.start is None or self.freezes):
-            params = recipe.fresh_params(model, tokenizer)
-        return Parts(tokenizer, model, datasets, trainer, updates, steps, batch), params
-
-    def _begin(self, parts: "Parts", state) -> None:
-        """Checks what is left to be checked, says what will be done, and marks the directory."""
-        config = self.config
-        if config.output.overwrite_output_dir:  # not before: all that was read is as it should be
-            self.run_dir.clear(self.console.print)
-        self.check_disk(state, parts.steps)
-        output.show_plan(self.console, config, state, parts.steps, self.recipe.plan)
-        if config.peft.use_peft and not (self.base or config.peft.merge_lora):
-            self.console.print("the adapter will be merged: its base is no directory to refer to")
-        self.check_same_data(parts.datasets)
-        output.write_config(config, self.run_dir.path, parts.datasets)
-        if self.start is not None:
-            output.copy_metrics(self._old_run(), self.run_dir.path)
-        self.watch.begin(resumed=self.start is not None)
-        self.begun = True
-
-    def show_how_to_go_on(self) -> None:
-        if self.begun:
-            steps = self.checkpointer.steps()
-            output.show_how_to_go_on(self.console, steps, self._resume_command())
-        else:
-            self.console.print("stopped before the first update: the same command begins again")
-
-    def how_to_recover(self, first: str = "make room") -> str:
-        return output.how_to_recover(self.checkpointer.steps(), self._resume_command(), first)
-
-    def _resume_command(self) -> str:
-        return output.resume_command(self.config, self.run_dir.path)
-
-    def _trainer(self, model, tokenizer, steps: int, eval_loader):
-        config = self.config
-        self.progress = progress = Progress(self.console)
-        logging_steps = resolve_steps(config.output.logging_steps, steps)
-        others = self.watch.callbacks(
-            self.recipe.callbacks(self.run_dir.path, logging_steps),
-            tokenizer,
-            eval_loader,
-            eos_token_ids=model_source.end_tokens(config.model.model_name_or_path, tokenizer),
-            stop=self.recipe.stop_sequences,
+        state, progress = self.first_state(trainer)
+        self._begin(trainer, data, state)
+        if evaluate_demo is not None and progress is None:
+            self._note_results(evaluate_demo("before", trainer, state, data))
+        batch = memory.largest_batch(data.train, steps)
+        if int(state.step) < steps and batch is not None:
+            # With rollouts the batch shape is not known before the first one.
+            self.progress.announce(batch)
+            checks.check_update_memory(config, trainer, state, batch, self.console)
+        state = trainer.train(
+            devices.shared(data.train),
+            num_epochs=math.ceil(steps / data.updates_per_epoch),
+            state=state,
+            progress=progress,
+            max_steps=steps,
+            eval_loader=data.eval,
+            eval_steps=schedule.eval_interval(config, steps),
+            eval_on_start=config.inference.eval_on_start,
+            max_eval_batches=config.inference.max_eval_batches,
+            checkpointer=self.saver if config.output.save_strategy != "no" else None,
+            save_steps=schedule.save_interval(config, steps),
         )
-        listeners = [progress, *(other for other in others if hasattr(other, "show"))]
-        # The status first: a warning that another one gives is then of this step.
-        listeners.sort(key=lambda one: one is not self.watch.status)
-        log = MetricsLog(
-            self.run_dir.path / "metrics.jsonl",
-            logging_steps,
-            listeners=tuple(listener.show for listener in listeners),
-        )
-        optimizer = self.recipe.optimizer(steps)
-        return self.recipe.trainer(model, tokenizer, optimizer, (log, progress, *others))
+        if self.interrupt.requested is not None:
+            raise Interrupted(self.interrupt.requested)
+        self.metrics |= output.last_evaluation(self.run_dir.path / "metrics.jsonl")
+        state, evaluation = self.monitor.best_state(state)
+        self.metrics |= evaluation
+        if evaluate_demo is not None:
+            self._note_results(evaluate_demo("after", trainer, state, data))
+        with working(self.console, "writing the model"):
+            model_dir = self._export(trainer, state, save)
+        return self._finish(state, model_dir, headline)
 
-    def start_state(self, trainer, params):
-        """`(state, progress)`: fresh, or from the checkpoint to resume from."""
-        seed, state, frozen = self.config.hyperparams.seed, None, {}
-        if self.start is None or self.freezes:
-            state = self.recipe.start(trainer, params)
-        if self.freezes:
+    # What `train` is made of.
+
+    def first_state(self, trainer) -> tuple[Any, dict | None]:
+        """`(state, progress)`: `create_train_state`'s, or the checkpoint's to resume from."""
+        key, state, frozen = jax.random.key(self.config.hyperparams.seed), None, {}
+        if self.resume_from is None or self.keeps_frozen:
+            state = trainer.create_train_state(key)
+        if self.keeps_frozen:
             frozen = state.frozen
             self.saver = WithoutFrozen(self.checkpointer, frozen)
-            self.watch.save_best_as(self.saver)
-        if self.start is None:
+            self.monitor.save_best_as(self.saver)
+        if self.resume_from is None:
             return state, None
-        state = None  # what is trained comes from the checkpoint
-        template = jax.eval_shape(trainer.create_train_state, jax.random.key(seed))
-        template = parallel.sharded_shapes(template)
-        template = template.replace(frozen={}) if self.freezes else template
-        if self.start == "auto":
+        state = None  # the checkpoint has what is trained
+        template = parallel.sharded_shapes(jax.eval_shape(trainer.create_train_state, key))
+        template = template.replace(frozen={}) if self.keeps_frozen else template
+        if self.resume_from == "auto":
             state, progress, step = self.checkpointer.restore(template)
         else:
-            state, progress, step = restore_checkpoint(self.start, template, warn=warnings.warn)
-        if self.freezes:
+            checkpoint = self.resume_from
+            state, progress, step = restore_checkpoint(checkpoint, template, warn=warnings.warn)
+        if self.keeps_frozen:
             self.saver.check(progress)
             state = state.replace(frozen=frozen)
         self.console.print(f"resuming after step {step}")
         return state, progress
 
-    def _old_run(self) -> Path:
-        return self.run_dir.path if self.start == "auto" else Path(self.start).parent.parent
+    def _begin(self, trainer, data: Data, state) -> None:
+        """Checks what is left to check, says what will be done, and marks the directory."""
+        config = self.local_config
+        if config.output.overwrite_output_dir:  # not before: all that was read is as it should be
+            self.run_dir.clear(self.console.print)
+        self.check_disk(state, data)
+        output.show_plan(self.console, config, state, self.steps(data), data.plan)
+        if config.peft.use_peft and not (self._adapter_base or config.peft.merge_lora):
+            self.console.print(
+                "the adapter will be merged: PEFT could not load the base that it belongs to"
+            )
+        self.check_same_data(data)
+        output.write_config(config, self.run_dir.path, data)
+        if self.resume_from is not None:
+            output.copy_metrics(self._old_run, self.run_dir.path)
+        self.monitor.begin(resumed=self.resume_from is not None)
+        self.has_begun = True
 
-    def check_same_data(self, datasets) -> None:
-        if self.start is not None:
-            output.check_same_data(self.config, datasets.digest, self._old_run())
+    def _callbacks(self, data: Data, own: tuple) -> tuple:
+        """Metrics and progress first, then the algorithm's, then those of every run."""
+        self.progress = Progress(self.console)
+        others = self.monitor.callbacks(
+            own,
+            self.tokenizer,
+            data.eval,
+            eos_token_ids=self.source.end_tokens(self.tokenizer),
+            stop=data.stop_sequences,
+        )
+        listeners = [self.progress, *(other for other in others if hasattr(other, "show"))]
+        # The status first: a warning that another one gives is then of this step.
+        listeners.sort(key=lambda one: one is not self.monitor.status)
+        log = MetricsLog(
+            self.run_dir.path / "metrics.jsonl",
+            self.logging_steps(data),
+            listeners=tuple(listener.show for listener in listeners),
+        )
+        return (log, self.progress, *others)
 
-    def check_disk(self, state, steps: int) -> tuple[int, int, int]:
+    def _note_results(self, metrics: dict[str, float]) -> None:
+        self.metrics |= metrics
+        self.monitor.status.tell_results(self.metrics)
+
+    @cached_property
+    def _adapter_base(self) -> str | None:
+        """What the exported adapter is for, if one is exported."""
+        return self.source.adapter_base(self.config)
+
+    def check_same_data(self, data: Data) -> None:
+        if self.resume_from is not None:
+            output.check_same_data(self.config, data.digest, self._old_run)
+
+    def check_disk(self, state, data: Data) -> tuple[int, int, int]:
+        steps = self.steps(data)
         return checks.check_disk(
             self.config,
             self.run_dir.checkpoints.parent,
             state,
-            save_interval=model_source.save_interval(self.config, steps),
+            save_interval=schedule.save_interval(self.config, steps),
             steps=steps,
             saved_steps=len(self.checkpointer.steps()),
-            only_trained=self.freezes,
-            only_adapter=self.base is not None,
+            only_trained=self.keeps_frozen,
+            only_adapter=self._adapter_base is not None,
         )
 
-    def _export(self, parts: "Parts", state) -> Path:
-        model, tokenizer = parts.model, parts.tokenizer
+    def _export(self, trainer, state, save: Callable) -> Path:
+        model, tokenizer = trainer.model, self.tokenizer
         model_dir = self.run_dir.path / "final"
         try:
-            weights = parts.trainer.model_params(state.eval_params, state.frozen)
-            if self.base is not None:
-                return save_adapter(model_dir, model, weights, self.base, tokenizer)
+            weights = trainer.model_params(state.eval_params, state.frozen)
+            if self._adapter_base is not None:
+                return save_adapter(model_dir, model, weights, self._adapter_base, tokenizer)
             if model.lora is not None:
                 weights = merge_adapters(weights, model.lora)
-            generation = model_source.generation_config(self.config.model.model_name_or_path)
-            return self.recipe.save(model_dir, model, weights, tokenizer, generation)
+            generation = self.source.generation_config
+            return save(model_dir, model, weights, tokenizer, generation_config=generation)
         except (OSError, SafetensorError) as error:
             reason = full_disk(error) or str(error)
             raise CheckpointError(
-                f"the model cannot be written to '{model_dir}': {reason}. {self.how_to_recover()}"
+                f"the model cannot be written to '{model_dir}': {reason}. {self._how_to_recover()}"
             ) from error
 
-
-def _text(start: Path | str | None) -> str | None:
-    """Where to start, as other processes can be told."""
-    return None if start is None else str(start)
+    def _finish(self, state, model_dir: Path, headline: tuple[str, ...]) -> RunResult:
+        paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
+        if self.config.output.save_strategy != "no":
+            paths["checkpoints"] = self.run_dir.checkpoints
+        seconds = time.monotonic() - self.start_s
+        output.show_summary(self.console, seconds, self.metrics, headline, paths)
+        best = output.best_checkpoint(self.config, self.run_dir.path)
+        return RunResult(state, self.metrics, self.run_dir.path, model_dir, best)

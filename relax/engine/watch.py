@@ -1,11 +1,13 @@
 """Everything that watches a job, made of its configuration."""
 
+import contextlib
 import copy
 import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from relax.config.imports import make_object
 from relax.config.watch_rules import best_metric, is_greater_better, keeps_best, profile_window
 from relax.engine.run_dir import RunDir
 from relax.errors import ConfigError, RelaxError
-from relax.monitor.status import TrainingStatusWriter, read_status, without_secrets
+from relax.monitor.status import ENDED, TrainingStatusWriter, read_status, without_secrets
 from relax.sampling import SamplingConfig
 from relax.trainers.callback import Callback
 from relax.trainers.interrupt import Interrupted
@@ -45,6 +47,18 @@ def final_status(error: BaseException | None) -> dict[str, Any]:
         return {"phase": "stopped"}
     told = str(error) if isinstance(error, RelaxError) else f"{type(error).__name__}: {error}"
     return {"phase": "failed", "error": "\n".join([told, *getattr(error, "__notes__", ())])}
+
+
+@contextlib.contextmanager
+def report_start(writer: TrainingStatusWriter, config: TrainerConfig) -> Iterator[None]:
+    """Tells a status writer of a run from its start, so that it learns of a refused one, too."""
+    writer.begin(algorithm=config.algorithm, output_dir=config.output.output_dir)
+    try:
+        yield
+    except BaseException as error:
+        if writer.fields["phase"] not in ENDED and jax.process_index() == 0:
+            writer.update(force=True, **final_status(error))
+        raise
 
 
 class RunMonitor:

@@ -66,7 +66,7 @@ class RewardRunner:
         keep_env: Iterable[str] = (),
     ):
         functions = [functions] if callable(functions) or isinstance(functions, str) else functions
-        functions = list(functions)
+        self.functions = functions = list(functions)
         self.weights = _check_options(functions, weights, timeout_s, max_errors, workers)
         self.timeout_s = timeout_s
         references = _references(functions, parameters)

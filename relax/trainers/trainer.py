@@ -317,9 +317,8 @@ class Trainer(abc.ABC):
                         event, saved = _save(checkpointer, event), event.step
             if interrupt.requested is None:
                 event = evaluate(event)
-            if checkpointer is not None and saved != event.step:
-                event = _save(checkpointer, event)
             if checkpointer is not None:
+                event = event if saved == event.step else _save(checkpointer, event)
                 checkpointer.wait()
             _call("on_train_end", event)
         return event.state

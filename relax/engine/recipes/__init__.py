@@ -1,26 +1,20 @@
-"""Jobs by algorithm: what the engine asks of each."""
+"""One page per algorithm: a function from a configuration to a finished run, read top-down."""
 
-from rich.console import Console
+from collections.abc import Callable
 
-from relax.config import TrainerConfig
-from relax.engine.recipes.dpo import DPORecipe
-from relax.engine.recipes.grpo import GRPORecipe
-from relax.engine.recipes.ppo import PPORecipe
-from relax.engine.recipes.recipe import Datasets, Recipe
-from relax.engine.recipes.reward import RewardRecipe
-from relax.engine.recipes.sft import SFTRecipe
+from relax.engine.recipes.dpo import train_dpo
+from relax.engine.recipes.grpo import train_grpo
+from relax.engine.recipes.ppo import train_ppo
+from relax.engine.recipes.reward import train_reward
+from relax.engine.recipes.sft import train_sft
+from relax.engine.run import RunResult
 
-RECIPES: dict[str, type[Recipe]] = {
-    "sft": SFTRecipe,
-    "dpo": DPORecipe,
-    "reward": RewardRecipe,
-    "grpo": GRPORecipe,
-    "ppo": PPORecipe,
+RECIPES: dict[str, Callable[..., RunResult]] = {
+    "sft": train_sft,
+    "dpo": train_dpo,
+    "reward": train_reward,
+    "grpo": train_grpo,
+    "ppo": train_ppo,
 }
 
-__all__ = ["RECIPES", "Datasets", "Recipe", "recipe_of"]
-
-
-def recipe_of(config: TrainerConfig, console: Console) -> Recipe:
-    """The recipe of a configuration's algorithm."""
-    return RECIPES[config.algorithm](config, console)
+__all__ = ["RECIPES", "train_dpo", "train_grpo", "train_ppo", "train_reward", "train_sft"]

@@ -1,39 +1,58 @@
-"""GRPO as a job."""
+"""GRPO and its kin, from their configuration to a model directory."""
 
 import dataclasses
+from functools import partial
 
-from relax.engine.recipes.rl import RLRecipe
+from relax.config import GRPOConfig
+from relax.engine.recipes import rl
+from relax.engine.recipes.demo import pretrain_demo
+from relax.engine.run import Run, RunResult
 from relax.trainers import GRPOTrainer
 
 
-class GRPORecipe(RLRecipe):
-    """Groups of completions against each other."""
+def train_grpo(config: GRPOConfig, train_rows=None, eval_rows=None, **where) -> RunResult:
+    """Trains a model on the rewards of groups of its own completions.
 
-    @property
-    def extra_rounds(self) -> int:
-        return self.config.grpo.max_resample_rounds
-
-    @property
-    def updates_per_pass(self) -> int:
-        accumulation = self.config.hyperparams.gradient_accumulation_steps
-        return (self.config.rollout.steps_per_generation or accumulation) // accumulation
-
-    @property
-    def passes(self) -> int:
-        return self.config.rollout.num_iterations
-
-    @property
-    def reference_is_initial_model(self) -> bool:
-        g = self.config.grpo
-        named = self.config.model.model_name_or_path is not None
-        return g.beta > 0 and named and not g.sync_ref_model
-
-    def trainer(self, model, tokenizer, optimizer, callbacks: tuple) -> GRPOTrainer:
-        return GRPOTrainer(
-            model,
-            optimizer,
-            num_iterations=self.passes,
-            callbacks=callbacks,
-            **self._shared_options(tokenizer),
-            **dataclasses.asdict(self.config.grpo),
+    Args:
+      train_rows, eval_rows, **where: arguments of `Run`.
+    """
+    grpo = config.grpo
+    with Run(config, train_rows, eval_rows, **where) as run:
+        # 1. The tokenizer and the model; the reference of the KL penalty is the model as it is.
+        tokenizer = run.load_tokenizer()
+        model, params = run.load_model(
+            has_initial_reference=grpo.beta > 0 and not grpo.sync_ref_model
         )
+
+        # 2. The rewards: functions of completions, in processes that can be killed.
+        rewards = rl.load_rewards(run, tokenizer)
+
+        # 3. The data: prompts, checked against what the rewards read, dealt out to rollouts.
+        sizes = rollout_sizes(run.config)
+        read = partial(rl.read_prompts, sizes=sizes, extra_rounds=grpo.max_resample_rounds)
+        data = run.load_data(
+            read, tokenizer, model, kind="prompts", demo_rows=rl.with_answers, rewards=rewards
+        )
+        params = pretrain_demo(run, model, tokenizer, params)
+
+        # 4. The trainer.
+        trainer = GRPOTrainer(
+            model,
+            run.make_optimizer(data),
+            params=params,
+            reward_funcs=rewards,
+            num_iterations=config.rollout.num_iterations,
+            **dataclasses.asdict(grpo),
+            **rl.rollout_options(run, data, sizes, tokenizer),
+            **run.options(data, *rl.completion_callbacks(run, data, rewards)),
+        )
+
+        # 5. Training: resume, roll out, score, update, evaluate, save; then the model directory.
+        return run.train(trainer, data, headline=rl.HEADLINE)
+
+
+def rollout_sizes(config: GRPOConfig) -> rl.Sizes:
+    """How completions make up rollouts and updates, by `steps_per_generation`."""
+    accumulation, r = config.hyperparams.gradient_accumulation_steps, config.rollout
+    updates_per_pass = (r.steps_per_generation or accumulation) // accumulation
+    return rl.Sizes.of(config, updates_per_pass=updates_per_pass, passes=r.num_iterations)

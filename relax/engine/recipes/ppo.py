@@ -1,102 +1,126 @@
-"""PPO as a job."""
+"""PPO, from its configuration to a model directory."""
 
 import dataclasses
+from functools import partial
+from typing import Any
 
-import jax
-
-from relax.engine.model_source import load_model, load_tokenizer, make_optimizer
-from relax.engine.recipes.rl import RLRecipe
+from relax.config import PPOConfig
+from relax.engine.model_source import ModelSource
+from relax.engine.recipes import rl
+from relax.engine.recipes.demo import pretrain_demo
+from relax.engine.run import Run, RunResult
+from relax.engine.schedule import make_optimizer
 from relax.errors import ConfigError
-from relax.models import TransformerConfig, read_pretrained_config
+from relax.models import load_pretrained
+from relax.models.heads import trunk
 from relax.models.huggingface.classifiers import load_classifier
-from relax.models.huggingface.directories import find_directory
-from relax.models.huggingface.peft import is_adapter_directory
 from relax.models.huggingface.pretrained import is_classifier
-from relax.sampling.config import max_positions
 from relax.trainers import PPOTrainer
 from relax.trainers.ppo_trainer import COPY
 
 
-class PPORecipe(RLRecipe):
-    """Completions against what a critic expected."""
+def train_ppo(config: PPOConfig, train_rows=None, eval_rows=None, **where) -> RunResult:
+    """Trains a model on the rewards of its completions, against a critic's expectation.
 
-    def __init__(self, config, console):
-        super().__init__(config, console)
-        path = config.ppo.value_model
-        self.critic = None  # the directory of the critic, if it has one
-        if path not in (None, COPY):
-            self.critic = find_directory(path)
-            if is_adapter_directory(self.critic):
-                raise ConfigError(
-                    "value_model must be the directory of a model or a reward model, and "
-                    f"'{path}' holds an adapter. Merge it first."
-                )
+    Args:
+      train_rows, eval_rows, **where: arguments of `Run`.
+    """
+    ppo = config.ppo
+    with Run(config, train_rows, eval_rows, **where) as run:
+        # 1. The tokenizer, the model, and the critic where it has files of its own.
+        tokenizer = run.load_tokenizer()
+        model, params = run.load_model(has_initial_reference=ppo.kl_coef > 0)
+        critic = run.attempt(find_critic, ppo.value_model, tokenizer)
 
-    @property
-    def updates_per_pass(self) -> int:
-        return self.config.ppo.num_mini_batches
+        # 2. The rewards: functions of completions, in processes that can be killed.
+        rewards = rl.load_rewards(run, tokenizer)
 
-    @property
-    def passes(self) -> int:
-        return self.config.ppo.num_ppo_epochs
+        # 3. The data: prompts, checked against what the rewards read, dealt out to rollouts.
+        sizes = rollout_sizes(run.config)
+        read = partial(rl.read_prompts, sizes=sizes, critic=critic)
+        data = run.load_data(
+            read, tokenizer, model, kind="prompts", demo_rows=rl.with_answers, rewards=rewards
+        )
+        params = pretrain_demo(run, model, tokenizer, params)
 
-    @property
-    def reference_is_initial_model(self) -> bool:
-        named = self.config.model.model_name_or_path is not None
-        return self.config.ppo.kl_coef > 0 and named
-
-    def positions(self, shape: TransformerConfig) -> tuple[int, str]:
-        found = [max_positions(shape)]
-        if self.critic is not None:
-            critic = read_pretrained_config(self.critic)
-            found.append((critic.max_position_embeddings, "of value_model"))
-        return min(found)
-
-    def optimizer(self, steps: int):
-        """Of the policy, and of the critic."""
-        rate, warmup = self.config.ppo.critic_learning_rate, self.config.ppo.critic_warmup_steps
-        if warmup >= steps:
-            raise ConfigError(
-                f"critic_warmup_steps must leave updates for the policy, got {warmup} of {steps}. "
-                "Lower it."
-            )
-        critic = self.config if rate is None else self.config.replace(learning_rate=rate)
-        return make_optimizer(self.config, steps - warmup), make_optimizer(critic, steps)
-
-    def trainer(self, model, tokenizer, optimizer, callbacks: tuple) -> PPOTrainer:
-        policy, critic = optimizer
-        options = dataclasses.asdict(self.config.ppo)
-        for name in ("num_mini_batches", "critic_learning_rate"):
-            options.pop(name)
-        if self.critic is not None:
-            self._check_tokens(tokenizer)
-            shape = read_pretrained_config(self.critic)
-            options["value_model"] = model.clone(config=shape, lora=None)
-        return PPOTrainer(
+        # 4. The trainer.
+        policy_optimizer, critic_optimizer = optimizers(run.config, run.steps(data))
+        trainer = PPOTrainer(
             model,
-            policy,
-            critic_optimizer=critic,
-            callbacks=callbacks,
-            **self._shared_options(tokenizer),
-            **options,
+            policy_optimizer,
+            critic_optimizer=critic_optimizer,
+            params=params,
+            reward_funcs=rewards,
+            **critic_options(run, model, critic),
+            **ppo_options(config),
+            **rl.rollout_options(run, data, sizes, tokenizer),
+            **run.options(data, *rl.completion_callbacks(run, data, rewards)),
         )
 
-    def start(self, trainer, params):
-        key = jax.random.key(self.config.hyperparams.seed)
-        trainer.params, trainer.donate_params = params, True
-        trainer.value_params = self._critic_params(trainer)
-        return trainer.create_train_state(key)
+        # 5. Training: resume, roll out, score, update, evaluate, save; then the model directory.
+        return run.train(trainer, data, headline=rl.HEADLINE)
 
-    def _critic_params(self, trainer):
-        if self.critic is None:
-            return None
-        load = load_classifier if is_classifier(self.critic) else load_model
-        model = trainer.value_model
-        return load(self.critic, model.dtype, param_dtype=model.param_dtype)[1]
 
-    def _check_tokens(self, tokenizer) -> None:
-        if load_tokenizer(str(self.critic)).get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(
-                f"value_model reads the policy's tokens, and the tokenizer of '{self.critic}' has "
-                "others. Take a critic of the same family, or none."
-            )
+def rollout_sizes(config: PPOConfig) -> rl.Sizes:
+    """How completions make up rollouts and updates, by `num_mini_batches`."""
+    ppo = config.ppo
+    return rl.Sizes.of(config, updates_per_pass=ppo.num_mini_batches, passes=ppo.num_ppo_epochs)
+
+
+def find_critic(value_model: str | None, tokenizer) -> ModelSource | None:
+    """The files of a critic that has some of its own; None: it stands on the policy.
+
+    Raises:
+      ConfigError: the directory holds an adapter, or its tokens are not the policy's.
+    """
+    if value_model in (None, COPY):
+        return None
+    critic = ModelSource.find(value_model)
+    if critic.is_adapter:
+        raise ConfigError(
+            "value_model must be the directory of a model or a reward model, and "
+            f"'{value_model}' holds an adapter. Merge it first."
+        )
+    if tokenizer is not None and critic.tokenizer().get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"value_model reads the policy's tokens, and the tokenizer of '{value_model}' has "
+            "others. Take a critic of the same family, or none."
+        )
+    return critic
+
+
+def critic_options(run: Run, model, critic: ModelSource | None) -> dict[str, Any]:
+    """`value_model` and `value_params` of `PPOTrainer` for a critic with files of its own."""
+    if critic is None:
+        return {"value_model": run.config.ppo.value_model}
+    value_model = trunk(model.clone(config=critic.model_config, lora=None))
+    if run.resume_from is not None and not run.keeps_frozen:  # a checkpoint has its parameters
+        return {"value_model": value_model}
+    load = load_classifier if is_classifier(critic.directory) else load_pretrained
+    types = {"param_dtype": value_model.param_dtype}
+    _, params = load(critic.directory, value_model.dtype, **types)
+    return {"value_model": value_model, "value_params": params}
+
+
+def optimizers(config: PPOConfig, steps: int) -> tuple:
+    """The optimizers of the policy, which may begin later, and of the critic.
+
+    Raises:
+      ConfigError: `critic_warmup_steps` leaves the policy no update.
+    """
+    rate, warmup = config.ppo.critic_learning_rate, config.ppo.critic_warmup_steps
+    if warmup >= steps:
+        raise ConfigError(
+            f"critic_warmup_steps must leave updates for the policy, got {warmup} of {steps}. "
+            "Lower it."
+        )
+    critic = config if rate is None else config.replace(learning_rate=rate)
+    return make_optimizer(config, steps - warmup), make_optimizer(critic, steps)
+
+
+def ppo_options(config: PPOConfig) -> dict[str, Any]:
+    """The options of `PPOTrainer` that `config.ppo` has under the same names."""
+    options = dataclasses.asdict(config.ppo)
+    for name in ("num_mini_batches", "critic_learning_rate", "value_model"):
+        options.pop(name)
+    return options

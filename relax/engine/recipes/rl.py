@@ -1,30 +1,92 @@
-"""What reinforcement learning with completions has in common as a job."""
+"""What GRPO and PPO share as runs: prompts, reward functions, sampling, completions on screen."""
 
-import abc
 import dataclasses
 import json
 import zlib
+from typing import Any
+
+import jax.numpy as jnp
 
 from relax.callbacks.completions import Completions, RewardCounters
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
-from relax.engine.model_source import data_seed, end_tokens
-from relax.engine.recipes.demo import CHUNK, MOST, pretrain_demo
-from relax.engine.recipes.judges import reward_functions_of, shortest
-from relax.engine.recipes.recipe import Datasets, Recipe
+from relax.engine.model_source import ModelSource
+from relax.engine.reward_model import ModelReward, reward_functions
+from relax.engine.rows import Data, Sources, data_seed
+from relax.engine.run import Run
 from relax.errors import DataError, ErrorList
 from relax.models import TransformerConfig
 from relax.rewards import RewardRunner, load_environment
 from relax.sampling import SamplingConfig
 from relax.sampling.config import max_positions
-from relax.trainers.interrupt import Interrupt, Interrupted
+
+HEADLINE = ("eval_reward", "eval_pass@1")
+
+
+def load_rewards(run: Run, tokenizer) -> RewardRunner | None:
+    """The reward functions of a run, each in processes of its own; `model:DIR` beside the policy.
+
+    They are closed when the run ends. None: there is a problem, which `load_data` reports.
+    """
+    if tokenizer is None:
+        return None
+    m, r = run.config.model, run.config.reward
+    dtypes = {"dtype": jnp.dtype(m.dtype), "param_dtype": jnp.dtype(m.param_dtype)}
+
+    run.attempt(_environment, run.config)  # what is wrong with it is told now
+
+    def make() -> RewardRunner:
+        ends = run.source.end_tokens(tokenizer)
+        return RewardRunner(
+            reward_functions(r.reward_funcs, tokenizer, ends, **dtypes),
+            r.reward_weights,
+            parameters=r.reward_kwargs,
+            timeout_s=r.reward_timeout_s,
+            max_errors=r.max_reward_errors,
+            workers=r.reward_workers,
+        )
+
+    return run.close_at_end(run.attempt(make))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How completions make up rollouts and updates.
+
+    Attributes:
+      completions_per_update: of one optimizer step.
+      prompts_per_item: of one rollout; each has a group of `num_generations` completions.
+      updates_per_item: of one rollout, all passes together.
+    """
+
+    completions_per_update: int
+    prompts_per_item: int
+    updates_per_item: int
+    plan: str
+
+    @classmethod
+    def of(cls, config, *, updates_per_pass: int, passes: int) -> "Sizes":
+        """The sizes that a configuration asks for.
+
+        Args:
+          updates_per_pass: updates of one pass over the completions of a rollout.
+          passes: passes over them.
+        """
+        h, G = config.hyperparams, config.rollout.num_generations
+        completions = h.per_device_train_batch_size * h.gradient_accumulation_steps
+        prompts, updates = completions * updates_per_pass // G, updates_per_pass * passes
+        plan = (
+            f"{completions} completions ({h.per_device_train_batch_size} x "
+            f"{h.gradient_accumulation_steps}), {updates} per rollout of {prompts} prompts x {G}"
+        )
+        return cls(completions, prompts, updates, plan)
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptReport:
-    """What is known about the prompts of a data set."""
+    """The prompts of a data set, and how many of them fill no rollout, per epoch."""
 
     prompts: Prompts
-    left_out: int  # per epoch, since they fill no rollout
+    left_out: int
 
     def to_dict(self) -> dict:
         lengths = [len(ids) for ids in self.prompts.prompt_ids]
@@ -37,191 +99,169 @@ class PromptReport:
         }
 
 
-class RLRecipe(Recipe):
-    """Prompts, reward functions in processes of their own, and their completions on the screen."""
+def read_prompts(
+    config,
+    tokenizer,
+    *,
+    model_config: TransformerConfig,
+    sources: Sources,
+    rewards: RewardRunner,
+    sizes: Sizes,
+    extra_rounds: int = 0,
+    critic: ModelSource | None = None,
+) -> Data:
+    """Tokenises the prompts of every set and deals them out to rollouts.
 
-    headline = ("eval_reward", "eval_pass@1")
-    what, kind = "prompts", "prompts"
-    extra_rounds = 0  # items' worth of prompts that an item holds to replace its own
+    Args:
+      rewards: checked against the rows' columns.
+      extra_rounds: items' worth of prompts that an item holds to replace its own.
+      critic: of PPO, where it has positions of its own.
 
-    def __init__(self, config, console):
-        super().__init__(config, console)
-        r = config.reward
-        self.functions = reward_functions_of(config)
-        self.rewards = RewardRunner(
-            self.functions,
-            r.reward_weights,
-            parameters=r.reward_kwargs,
-            timeout_s=r.reward_timeout_s,
-            max_errors=r.max_reward_errors,
-            workers=r.reward_workers,
+    Raises:
+      RelaxError: all problems of all sets, at once.
+    """
+    limit, whose = _positions(model_config, rewards, critic)
+    room = limit - config.rollout.max_completion_length
+    if room < 1:
+        raise DataError(
+            f"max_completion_length {config.rollout.max_completion_length} leaves no room for a "
+            f"prompt in the {limit} positions {whose}. Lower it."
         )
-
-        self.environment = None if r.environment is None else load_environment(r.environment)
-
-    def close(self) -> None:
-        self.rewards.close()
-
-    @property
-    @abc.abstractmethod
-    def updates_per_pass(self) -> int:
-        """Updates of one pass over the completions of a rollout."""
-
-    @property
-    @abc.abstractmethod
-    def passes(self) -> int:
-        """Passes over the completions of a rollout."""
-
-    @property
-    def updates_per_item(self) -> int:
-        return self.passes * self.updates_per_pass
-
-    @property
-    def plan(self) -> str:
-        h, r = self.config.hyperparams, self.config.rollout
-        return (
-            f"{self._completions_per_update} completions ({h.per_device_train_batch_size} x "
-            f"{h.gradient_accumulation_steps}), {self.updates_per_item} per rollout of "
-            f"{self._prompts_per_item} prompts x {r.num_generations}"
-        )
-
-    @property
-    def _completions_per_update(self) -> int:
-        h = self.config.hyperparams
-        return h.per_device_train_batch_size * h.gradient_accumulation_steps
-
-    @property
-    def _prompts_per_item(self) -> int:
-        completions = self._completions_per_update * self.updates_per_pass
-        return completions // self.config.rollout.num_generations
-
-    def _shared_options(self, tokenizer) -> dict:
-        """Arguments of `RLTrainer` that the configuration gives, whatever the algorithm."""
-        h, r = self.config.hyperparams, self.config.rollout
-        return {
-            "reward_funcs": self.rewards,
-            "tokenizer": tokenizer,
-            "environment": self.environment,
-            "sampling": self._sampling(tokenizer),
-            "eval_sampling": self._eval_sampling(tokenizer),
-            "freeze": self.config.peft.freeze,
-            "num_generations": r.num_generations,
-            "prompts_per_item": self._prompts_per_item,
-            "completions_per_update": self._completions_per_update,
-            "recompute_old_logprobs": r.recompute_old_logprobs,
-            "pass_reward": self.config.reward.pass_reward,
-            "gradient_accumulation_steps": h.gradient_accumulation_steps,
-            "max_grad_norm": h.max_grad_norm,
-        }
-
-    def datasets(self, tokenizer, shape: TransformerConfig, rows=None) -> Datasets:
-        parts = self.sources(rows)
-        positions, which = shortest(self.functions, *self.positions(shape))
-        room = positions - self.config.rollout.max_completion_length
-        if room < 1:
-            raise DataError(
-                f"max_completion_length {self.config.rollout.max_completion_length} leaves no room "
-                f"for a prompt in the {positions} positions {which}. Lower it."
+    loaders, reports, digest = {}, {}, 0
+    found = ErrorList()
+    for name, rows in sources.sets.items():
+        with found.catch():
+            prompts = prepare_prompts(
+                rows,
+                tokenizer,
+                system_prompt=sources.system_prompt,
+                vocab_size=model_config.vocab_size,
+                max_prompt_length=room,
             )
-        loaders, reports, digest = {}, {}, 0
-        found = ErrorList()
-        for name, part in parts.items():
-            with found.catch():
-                prompts = prepare_prompts(
-                    part,
-                    tokenizer,
-                    system_prompt=self.system_prompt,
-                    vocab_size=shape.vocab_size,
-                    max_prompt_length=room,
-                )
-                self.rewards.check_rows(prompts.rows)
-                loaders[name] = self._loader(prompts, training=name == self.training)
-                reports[name] = PromptReport(prompts, loaders[name].num_left_out)
-                told = json.dumps([prompts.prompt_ids, prompts.rows], default=str)
-                digest = zlib.crc32(told.encode(), digest)
-        found.raise_all()
-        return self.gathered(loaders, reports, f"{digest:08x}")
+            rewards.check_rows(prompts.rows)
+            training = name == sources.training
+            extra = sizes.prompts_per_item * extra_rounds
+            loader = _loader(config, prompts, sizes, extra) if training else None
+            loaders[name] = loader or _eval_loader(config, prompts)
+            reports[name] = PromptReport(prompts, loaders[name].num_left_out)
+            content = json.dumps([prompts.prompt_ids, prompts.rows], default=str)
+            digest = zlib.crc32(content.encode(), digest)
+    found.raise_all()
+    return Data(
+        train=loaders[sources.training],
+        eval=sources.eval_loaders(loaders),
+        reports=reports,
+        digest=f"{digest:08x}",
+        plan=sizes.plan,
+        show=lambda console: _show(console, config, reports, rewards, sources, sizes),
+        updates_per_item=sizes.updates_per_item,
+        stop_sequences=sources.stop_sequences,
+    )
 
-    def positions(self, shape: TransformerConfig) -> tuple[int, str]:
-        """The positions that prompt and completion have together, and whose they are."""
-        return max_positions(shape)
 
-    def embedded_rows(self, rows):
-        return with_answers(rows)
+def rollout_options(run: Run, data: Data, sizes: Sizes, tokenizer) -> dict[str, Any]:
+    """The arguments of `RLTrainer` that the configuration gives, whatever the algorithm."""
+    config = run.config
+    r = config.rollout
+    sampling = SamplingConfig(
+        max_new_tokens=r.max_completion_length,
+        temperature=r.temperature,
+        top_k=r.top_k,
+        top_p=r.top_p,
+        min_p=r.min_p,
+        repetition_penalty=r.repetition_penalty,
+        eos_token_ids=run.source.end_tokens(tokenizer),
+        stop=data.stop_sequences,
+        slots=r.rollout_slots,
+    )
+    return {
+        "tokenizer": tokenizer,
+        "environment": _environment(config),
+        "sampling": sampling,
+        "eval_sampling": _eval_sampling(r, sampling),
+        "num_generations": r.num_generations,
+        "prompts_per_item": sizes.prompts_per_item,
+        "completions_per_update": sizes.completions_per_update,
+        "recompute_old_logprobs": r.recompute_old_logprobs,
+        "pass_reward": config.reward.pass_reward,
+    }
 
-    def show_data(self, datasets: Datasets) -> None:
-        for note in self.rewards.notes:
-            self.console.print(f"note: {note}", style="yellow", markup=False)
-        if self.stop_sequences:
-            ends = ", ".join(map(repr, self.stop_sequences))
-            self.console.print(f"completions end at {ends}, too", markup=False)
-        for name, report in datasets.reports.items():
-            self.console.rule(name, align="left", style="dim")
-            self.console.print(report.prompts.report(), markup=False)
-            if report.left_out:
-                self.console.print(
-                    f"{report.left_out} prompts of each epoch are left out: they do not fill a "
-                    f"rollout of {self._prompts_per_item} prompts",
-                )
-        shown = datasets.reports[self.training].prompts.rows[: self.config.debug.print_examples]
-        for row in shown:
-            text = json.dumps(row, ensure_ascii=False, default=str)
-            self.console.print(text[:2000], markup=False)
 
-    def callbacks(self, run_dir, logging_steps: int) -> tuple:
-        r = self.config.reward
-        shown = r.num_completions_to_print if r.log_completions else 0
-        return (
-            RewardCounters(self.rewards),
-            Completions(run_dir / "completions", logging_steps, self.console, shown),
-        )
-
-    def fresh_params(self, model, tokenizer):
-        seed = self.config.hyperparams.seed
-        with Interrupt() as interrupt:
-            params = pretrain_demo(
-                model, tokenizer, seed, self.console, CHUNK if self.config.debug.dry_run else MOST
-            )
-            if interrupt.requested is not None:  # half a warm-up is nothing to go on from
-                raise Interrupted(interrupt.requested)
-        return params
-
-    def _sampling(self, tokenizer) -> SamplingConfig:
-        r = self.config.rollout
-        return SamplingConfig(
-            max_new_tokens=r.max_completion_length,
-            temperature=r.temperature,
-            top_k=r.top_k,
-            top_p=r.top_p,
-            min_p=r.min_p,
-            repetition_penalty=r.repetition_penalty,
-            eos_token_ids=end_tokens(self.config.model.model_name_or_path, tokenizer),
-            stop=self.stop_sequences,
-            slots=r.rollout_slots,
-        )
-
-    def _eval_sampling(self, tokenizer) -> SamplingConfig:
-        r, sampling = self.config.rollout, self._sampling(tokenizer)
-        temperature = r.temperature if r.eval_temperature is None else r.eval_temperature
-        if temperature == 0:
-            sampling = dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
-            return dataclasses.replace(sampling, n=1)
-        n = r.num_generations_eval or r.num_generations
-        return dataclasses.replace(sampling, temperature=temperature, n=n)
-
-    def _loader(self, prompts: Prompts, *, training: bool) -> PromptLoader:
-        if not training:
-            rows = self.config.inference.per_device_eval_batch_size
-            return PromptLoader(prompts, rows, shuffle=False, keep_last=True)
-        return PromptLoader(
-            prompts,
-            self._prompts_per_item,
-            seed=data_seed(self.config),
-            shuffle=self.config.data.shuffle_dataset,
-            extra_prompts=self._prompts_per_item * self.extra_rounds,
-        )
+def completion_callbacks(run: Run, data: Data, rewards: RewardRunner) -> tuple:
+    """The callbacks that count rewards, show and keep completions, and warn about rewards."""
+    r = run.config.reward
+    shown = r.num_completions_to_print if r.log_completions else 0
+    directory = run.run_dir.path / "completions"
+    return (
+        RewardCounters(rewards),
+        Completions(directory, run.logging_steps(data), run.console, shown),
+    )
 
 
 def with_answers(rows: list[dict]) -> list[dict]:
-    """The embedded rows, with what the assistant should say as the column `answer`."""
+    """Rows of the demo task, with what the assistant should say as the column `answer`."""
     return [{"prompt": row["prompt"], "answer": row["completion"][0]["content"]} for row in rows]
+
+
+def _positions(
+    policy: TransformerConfig, rewards: RewardRunner, critic: ModelSource | None
+) -> tuple[int, str]:
+    """The positions that policy, critic and reward models all have, and whose they are."""
+    found = [max_positions(policy)]
+    if critic is not None:
+        found.append((critic.model_config.max_position_embeddings, "of value_model"))
+    found += [
+        (f.model.config.max_position_embeddings, f"of reward model {f.__name__!r}")
+        for f in rewards.functions
+        if isinstance(f, ModelReward)
+    ]
+    return min(found, key=lambda pair: pair[0])
+
+
+def _environment(config):
+    name = config.reward.environment
+    return None if name is None else load_environment(name)
+
+
+def _eval_sampling(rollout, sampling: SamplingConfig) -> SamplingConfig:
+    temperature = rollout.eval_temperature
+    temperature = rollout.temperature if temperature is None else temperature
+    if temperature == 0:
+        greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n": 1}
+        return dataclasses.replace(sampling, **greedy)
+    n = rollout.num_generations_eval or rollout.num_generations
+    return dataclasses.replace(sampling, temperature=temperature, n=n)
+
+
+def _loader(config, prompts: Prompts, sizes: Sizes, extra_prompts: int) -> PromptLoader:
+    return PromptLoader(
+        prompts,
+        sizes.prompts_per_item,
+        seed=data_seed(config),
+        shuffle=config.data.shuffle_dataset,
+        extra_prompts=extra_prompts,
+    )
+
+
+def _eval_loader(config, prompts: Prompts) -> PromptLoader:
+    rows = config.inference.per_device_eval_batch_size
+    return PromptLoader(prompts, rows, shuffle=False, keep_last=True)
+
+
+def _show(console, config, reports, rewards, sources: Sources, sizes: Sizes) -> None:
+    for note in rewards.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+    if sources.stop_sequences:
+        ends = ", ".join(map(repr, sources.stop_sequences))
+        console.print(f"completions also end at {ends}", markup=False)
+    for name, report in reports.items():
+        console.rule(name, align="left", style="dim")
+        console.print(report.prompts.report(), markup=False)
+        if report.left_out:
+            console.print(
+                f"{report.left_out} prompts of each epoch are left out: they do not fill a rollout "
+                f"of {sizes.prompts_per_item} prompts",
+            )
+    for row in reports[sources.training].prompts.rows[: config.debug.print_examples]:
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        console.print(text[:2000], markup=False)

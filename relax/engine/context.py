@@ -1,0 +1,217 @@
+"""What is open while a run lasts: its directory, mesh, status, signals, and the checkpoints."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from relax.checkpoint.checkpointer import Checkpointer, full_disk
+from relax.checkpoint.frozen import WithoutFrozen
+from relax.checkpoint.storage import copies_are_apart
+from relax.config import TrainerConfig
+from relax.engine import checks, devices, output
+from relax.engine.model_source import ModelSource
+from relax.engine.terminal import StandardOutput
+from relax.engine.watch import RunMonitor, report_start
+from relax.errors import CheckpointError, ConfigError, ErrorList, Problems, RelaxError
+from relax.parallel import processes
+from relax.trainers.interrupt import Interrupt, Interrupted
+
+FROM_PYTHON = "rows from Python"
+
+
+class RunContext:
+    """The part of a `Run` that is entered and left.
+
+    Attributes:
+      config: the configuration, the mesh spelt out, rows per device multiplied to all devices.
+      local_config: the same with rows per device, as config.json has it.
+      console: where this process speaks: of several processes, the first alone.
+      resume_from: "auto" or the path of a checkpoint; None: the run begins anew.
+      problems: what is wrong so far; `Run.load_data` raises it.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        train_rows=None,
+        eval_rows=None,
+        *,
+        status_writer=None,
+        console: Console | None = None,
+    ):
+        self.config, self.status_writer = config, status_writer
+        self.rows = train_rows, eval_rows
+        self.console = console or Console(file=StandardOutput(), highlight=False, soft_wrap=True)
+        self.start_s = time.monotonic()
+        self.problems = ErrorList()
+        self.metrics: dict[str, float] = {}
+        self.resume_from: str | None = None  # "auto" or the path of a checkpoint
+        self.has_begun = False  # something was written that can be resumed
+        self.tokenizer: Any = None
+        self.keeps_frozen = False  # the state holds weights that are reloaded, never stored
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            if self.status_writer is not None and not self.is_dry:
+                stack.enter_context(report_start(self.status_writer, self.config))
+            self.config.check()
+            self.config, self.rows = _with_rows(self.config, *self.rows)
+            self.interrupt = stack.enter_context(Interrupt(grace_s=self.config.system.grace_s))
+            self._open_devices(stack)
+            self._open_directory(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, Interrupted):
+            self._show_how_to_resume()
+        final = self._final_error(error)
+        self._stack.__exit__(type(final) if final else None, final, traceback)
+        if final is not error:
+            raise final from error
+
+    def _final_error(self, error: BaseException | None) -> BaseException | None:
+        """The error that a user is to see in place of `error`, or `error` itself."""
+        if isinstance(error, OSError):
+            if full_disk(error) is not None:
+                return CheckpointError(f"the disk is full: {error}. {self._how_to_recover()}")
+            if str(error.filename).startswith(str(self.run_dir.path)):
+                recover = self._how_to_recover("make the path writable")
+                return CheckpointError(f"the run cannot write its files: {error}. {recover}")
+        if self.is_dry and isinstance(error, RelaxError) and not isinstance(error, Problems):
+            # A dry run that finds a problem ends as a wrong command does, whatever the problem.
+            return Problems([str(error)])
+        return error
+
+    def _open_devices(self, stack: contextlib.ExitStack) -> None:
+        """Joins the other processes, makes the mesh, and sets what jax has for this run alone."""
+        opened = devices.open_mesh(self.config, self.console, lambda: self.source.model_config)
+        self.config, self.console = stack.enter_context(opened)
+        self.local_config = self.config  # what config.json says: rows per device
+        self.config = devices.for_all_devices(self.config)
+        if self.config.debug.debug_nans:
+            stack.enter_context(jax.debug_nans(True))
+        if self.config.system.compilation_cache_dir:
+            stack.enter_context(_compilation_cache(self.config.system.compilation_cache_dir))
+
+    def _open_directory(self, stack: contextlib.ExitStack) -> None:
+        """Locks the output directory, finds what to resume from, and begins to be watched."""
+        config, console = self.local_config, self.console
+        self.run_dir = stack.enter_context(devices.run_dir(config.output.output_dir))
+        if not self.is_dry:
+            stack.enter_context(self.run_dir)
+        stack.enter_context(warnings.catch_warnings())
+        with self.problems.catch():
+            self.monitor = RunMonitor(config, self.run_dir, console, self.status_writer)
+        if not self.is_dry:
+            self.problems.raise_all()
+            stack.enter_context(self.monitor)
+        warnings.showwarning = self._print_warning if self.is_dry else self.monitor.show_warning
+        config.warn()
+        asked = (config.output.resume, config.output.overwrite_output_dir, console.print)
+        prepare = partial(self.run_dir.prepare, clear=False)
+        look = self.run_dir.look if self.is_dry else prepare
+        with self.problems.catch():
+            self.resume_from = processes.broadcast_from_main(lambda: _text(look(*asked)))
+        self.has_begun = self.resume_from is not None
+        asynchronous = config.output.save_async
+        self.checkpointer = Checkpointer(
+            self.run_dir.checkpoints,
+            save_total_limit=config.output.save_total_limit,
+            asynchronous=copies_are_apart() if asynchronous is None else asynchronous,
+            warn=warnings.warn,
+        )
+        self.saver: Checkpointer | WithoutFrozen = self.checkpointer
+        if not self.is_dry:
+            self.problems.raise_all()
+            processes.broadcast_from_main(self.checkpointer.sweep)
+        if self.resume_from is not None:
+            with self.problems.catch():
+                for line in checks.changed_fields(config, self._old_run):
+                    console.print(f"changed since the run began: {line}", markup=False)
+
+    @property
+    def is_dry(self) -> bool:
+        return self.config.debug.dry_run
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the run is on the demo task: no data set is named."""
+        return self.config.data.dataset_name is None
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Where the model comes from."""
+        return ModelSource.find(self.config.model.model_name_or_path)
+
+    def attempt(self, f: Callable, *args, **kwargs) -> Any:
+        """The result of `f`; None where it raised a `RelaxError`, which `load_data` reports."""
+        with self.problems.catch():
+            return f(*args, **kwargs)
+
+    def close_at_end(self, resource):
+        """Closes `resource` when the run ends, in whatever way; returns it."""
+        if resource is not None:
+            self._stack.callback(resource.close)
+        return resource
+
+    @property
+    def _old_run(self) -> Path:
+        """The directory of the run that is resumed."""
+        if self.resume_from == "auto":
+            return self.run_dir.path
+        return Path(self.resume_from).parent.parent
+
+    def _print_warning(self, message, *_) -> None:
+        self.console.print(f"warning: {message}", style="yellow", markup=False)
+
+    def _show_how_to_resume(self) -> None:
+        if self.has_begun:
+            steps = self.checkpointer.steps()
+            output.show_how_to_resume(self.console, steps, self._resume_command())
+        else:
+            self.console.print(
+                "stopped before the first update: rerun the same command to start over"
+            )
+
+    def _how_to_recover(self, first: str = "make room") -> str:
+        return output.how_to_recover(self.checkpointer.steps(), self._resume_command(), first)
+
+    def _resume_command(self) -> str:
+        return output.resume_command(self.local_config, self.run_dir.path)
+
+
+def _with_rows(config: TrainerConfig, train_rows, eval_rows) -> tuple[TrainerConfig, Any]:
+    """The configuration of a run on Python rows, and both kinds of rows; None: on files."""
+    if train_rows is None:
+        if eval_rows is not None:
+            raise ConfigError("eval_rows need train_rows: give both, or eval_dataset_name.")
+        return config, None
+    if config.data.dataset_name or config.data.eval_dataset_name:
+        raise ConfigError("give rows or dataset_name, not both.")
+    # So that config.json does not claim to repeat the run.
+    return config.replace(dataset_name=FROM_PYTHON), (train_rows, eval_rows)
+
+
+def _text(start: Path | str | None) -> str | None:
+    """Where to start, as JSON that other processes can be sent."""
+    return None if start is None else str(start)
+
+
+@contextlib.contextmanager
+def _compilation_cache(directory: str) -> Iterator[None]:
+    """Keeps compiled steps in a directory, for as long as this run lasts."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", directory)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

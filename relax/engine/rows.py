@@ -1,0 +1,242 @@
+"""The rows of a run: files, data sets or Python rows, as the profile wants them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from relax import data
+from relax.config import TrainerConfig, resolve_steps
+from relax.data import Rows, profiles
+from relax.data.loader import epoch_order
+from relax.errors import ConfigError, ErrorList
+
+
+def source_rows(config: TrainerConfig, given=None):
+    """Rows to train on; and rows to evaluate on, several sets by name, or None.
+
+    `given` are the two, in place of the named ones.
+    """
+    d = config.data
+    if given is None and d.dataset_name is None:
+        return data.arithmetic_rows("train"), data.arithmetic_rows("test")
+    train_source, eval_source = given or (d.dataset_name, d.eval_dataset_name)
+    options, split = d.dataset_kwargs, d.dataset_test_split
+    found, train, sets = ErrorList(), None, {}
+    with found.catch():
+        train = data.read_rows(train_source, d.dataset_train_split, d.dataset_config, options)
+    if eval_source is not None:
+        with found.catch():
+            named = named_sets(eval_source, split)
+            for name, source in ({"": eval_source} if named is None else named).items():
+                with found.catch():
+                    sets[name] = data.read_rows(source, split)
+    found.raise_all()
+    if sets:
+        return train, sets[""] if list(sets) == [""] else sets
+    if d.test_size:
+        return _split(train, resolve_steps(d.test_size, len(train)), data_seed(config))
+    if config.inference.eval_strategy == "no" and not config.inference.eval_on_start:
+        return train, None
+    if given is not None or Path(d.dataset_name).is_file():
+        raise ConfigError(
+            "eval_strategy and eval_on_start need rows to evaluate on: pass --eval_dataset_name "
+            "FILE, or --test_size 0.1 to hold out a tenth of the rows."
+        )
+    return train, data.read_rows(d.dataset_name, split, d.dataset_config, options)
+
+
+def named_sets(source, split: str) -> dict | None:
+    """Several evaluation sets by name; None where `source` is a single one.
+
+    Args:
+      source: `easy=a.jsonl,hard=b.jsonl`, or a mapping of names to rows; one that has the split is
+        a single data set, of splits.
+
+    Raises:
+      ConfigError: a name stands twice, or is no word.
+
+    >>> named_sets("easy=a.jsonl,hard=b.jsonl", "test")
+    {'easy': 'a.jsonl', 'hard': 'b.jsonl'}
+    """
+    if isinstance(source, Mapping):
+        return None if split in source else dict(source)
+    if not isinstance(source, str) or "=" not in source or Path(source).exists():
+        return None
+    sets: dict[str, str] = {}
+    for part in source.split(","):
+        name, equals, path = part.partition("=")
+        if not (name.isidentifier() and equals and path) or name in sets:
+            raise ConfigError(
+                "eval_dataset_name must be a data set, or name=FILE of several with commas "
+                f"between, each name once and a word, got {source!r}."
+            )
+        sets[name] = path
+    return sets
+
+
+def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]:
+    """Holds out `size` rows, drawn by the seed; both parts stay in the file's order."""
+    if size >= len(rows):
+        raise ConfigError(
+            f"test_size must leave rows to train on, got {size} of {len(rows)} rows. Lower it."
+        )
+    held_out = sorted(epoch_order(len(rows), seed, 0)[:size].tolist())
+    chosen = set(held_out)
+    kept = [i for i in range(len(rows)) if i not in chosen]
+
+    def part(indices):
+        origins = [rows.origin(i) for i in indices]
+        return data.Rows([rows.rows[i] for i in indices], origins.__getitem__, rows.notes)
+
+    return part(kept), part(held_out)
+
+
+def data_seed(config: TrainerConfig) -> int:
+    """The seed of the order of rows."""
+    h = config.hyperparams
+    return h.seed if h.data_seed is None else h.data_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The rows of a run by set, as its profile has them.
+
+    Attributes:
+      kind: what they are read as, see `relax.data.profiles.apply_profile`.
+      train: rows to train on.
+      evaluation: rows to evaluate on by the name of the set; "" is the name of an only one.
+      profile: the profile that they have been through.
+      system_prompt: the system prompt for rows that the profile has not given one.
+      stop_sequences: texts that end sampled completions.
+    """
+
+    kind: profiles.Kind
+    train: Rows
+    evaluation: dict[str, Rows]
+    profile: profiles.DataProfile
+    system_prompt: str | None
+    stop_sequences: tuple[str, ...]
+
+    @property
+    def sets(self) -> dict[str, Rows]:
+        """All sets by the title under which each is shown, the training set first."""
+        titles = {_title(self.kind, "evaluation", name): name for name in self.evaluation}
+        evaluation = {title: self.evaluation[name] for title, name in titles.items()}
+        return {self.training: self.train} | evaluation
+
+    @property
+    def training(self) -> str:
+        """The title of the training set."""
+        return _title(self.kind, "training")
+
+    def eval_loaders(self, loaders: dict[str, Any]) -> Any:
+        """What `Trainer.train` takes as `eval_loader`, from loaders by title."""
+        found = {name: loaders[_title(self.kind, "evaluation", name)] for name in self.evaluation}
+        return found[""] if list(found) == [""] else found or None
+
+
+_NOUNS = {"completions": "data", "preferences": "pairs", "prompts": "prompts"}
+
+
+def _title(kind: profiles.Kind, use: str, name: str = "") -> str:
+    return f"{use} {_NOUNS[kind]}" + f" ({name})" * bool(name)
+
+
+def read_sources(
+    config: TrainerConfig, kind: profiles.Kind, console: Console, rows=None, demo_rows=None
+) -> Sources:
+    """Reads the rows of a run and takes them through its profile.
+
+    Args:
+      kind: what they are read as.
+      console: where a choice of profile, and completions that hold a stop sequence, are reported.
+      rows: rows to train on and to evaluate on, in place of the named ones.
+      demo_rows: turns rows of the demo task into the form that the algorithm reads.
+
+    Raises:
+      RelaxError: a file cannot be read, or a row is none that the profile reads.
+    """
+    is_demo, name = config.data.dataset_name is None, config.profile.name
+    if is_demo and name != profiles.DEFAULT:
+        raise ConfigError(
+            f"profile {name} needs rows of your own: the demo task is plain sums. Pass "
+            "--dataset_name."
+        )
+    train, evaluation = source_rows(config, rows)
+    if not isinstance(evaluation, dict):
+        evaluation = {} if evaluation is None else {"": evaluation}
+    asked, base = config.profile.stop_sequences, config.profile.system_prompt
+    if is_demo:
+        profile, note = profiles.load_profile(profiles.DEFAULT), None
+        change = demo_rows or (lambda rows: rows)
+    else:
+        profile, note = profiles.resolve_profile(name, train.rows)
+
+        def change(rows):
+            return profiles.apply_profile(profile, rows, kind, base)
+
+    stops = tuple(profile.get_stop_sequences() if asked is None else asked)
+    train = change(train)
+    if note is not None:
+        console.print(note, markup=False)
+    if not is_demo:
+        _report_early_stops(console, train, stops)
+    return Sources(
+        kind,
+        train,
+        {name: change(rows) for name, rows in evaluation.items()},
+        profile,
+        profiles.remaining_system_prompt(profile, base),
+        stops,
+    )
+
+
+def _report_early_stops(console: Console, rows: Rows, stops: tuple[str, ...]) -> None:
+    for stop, count in profiles.early_stops(rows.rows, stops).items():
+        console.print(
+            f"note: {count} of {len(rows)} completions hold the stop sequence {stop!r} before "
+            "their end, where sampled ones end; --stop_sequences sets others",
+            style="yellow",
+            markup=False,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A run's data, ready to train and evaluate on.
+
+    Attributes:
+      train: the loader of items to train on.
+      eval: the loader to evaluate on, several by name, or None.
+      reports: a report of every set by its title; each has `to_dict()`.
+      digest: a checksum of everything that is trained on: a resumed run must find the same.
+      plan: what an update consists of, in words.
+      show: prints the reports.
+      updates_per_item: updates per item of `train`.
+      stop_sequences: texts that end sampled completions.
+      fill_batch: an item of `train` with the fields that callbacks add in a run.
+    """
+
+    train: Any
+    eval: Any
+    reports: dict[str, Any]
+    digest: str
+    plan: str
+    show: Callable[[Console], None]
+    updates_per_item: int = 1
+    stop_sequences: tuple[str, ...] = ()
+    fill_batch: Callable[[Any], Any] = lambda item: item
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return self.updates_per_item * len(self.train)
+
+
+def rows_plan(config: TrainerConfig) -> str:
+    """What an update consists of, where it is rows."""
+    h = config.hyperparams
+    rows = h.per_device_train_batch_size * h.gradient_accumulation_steps
+    return f"{rows} rows ({h.per_device_train_batch_size} x {h.gradient_accumulation_steps})"
