@@ -31,8 +31,8 @@ def main(
     import jax
     import jax.numpy as jnp
 
+    from relax.data import load_tokenizer
     from relax.data.prompts import prepare_prompts
-    from relax.engine.model_source import load_tokenizer
     from relax.models import load_pretrained
     from relax.optimizers.optimizers import adamw, learning_rate_schedule
     from relax.sampling import SamplingConfig

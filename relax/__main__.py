@@ -59,9 +59,9 @@ def overview() -> str:
 
 
 def _train(config: Any) -> None:
-    _prepare()
-    from relax.engine.engine import TrainerEngine
+    from relax.engine import TrainerEngine, prepare_process
 
+    prepare_process()
     TrainerEngine().run_job(config)
 
 

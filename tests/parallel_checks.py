@@ -25,7 +25,7 @@ from relax.config import SFTConfig
 from relax.config.mesh import parse_mesh
 from relax.data import PreferenceLoader, Preferences
 from relax.data.preference import Preference
-from relax.engine.engine import TrainerEngine
+from relax.engine import TrainerEngine
 from relax.models import Transformer, TransformerConfig, load_pretrained, save_pretrained
 from relax.models.config import LoRA
 from relax.sampling import SamplingConfig, generate

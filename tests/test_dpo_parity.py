@@ -15,7 +15,7 @@ from golden.trl_dpo_cases import SMOLLM2, TINY, write_pairs
 from rich.console import Console
 
 from relax.config import DPOConfig, create_default_config
-from relax.engine.engine import TrainerEngine
+from relax.engine import TrainerEngine
 
 # The issue asks for 0.2 %, 1 % and 0.2 % on a real model.
 TOLERANCE = {"loss": 2e-3, "grad_norm": 1e-2, "logps/chosen": 2e-3, "logps/rejected": 2e-3}

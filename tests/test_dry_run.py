@@ -74,7 +74,7 @@ def test_a_dry_run_says_what_the_run_will_need_and_writes_nothing(algorithm, job
     assert lines["data"].startswith(f"{rows} rows of ")
     # After 3 and 6, and room for one that is being written.
     assert lines["disk"].startswith("3 checkpoints of ")
-    assert out.endswith("all is well: without --dry_run the run begins\n")
+    assert out.endswith("dry run passed; remove --dry_run to start\n")
 
 
 def test_all_that_is_wrong_is_told_at_once(jobs, run, tmp_path):
@@ -112,7 +112,7 @@ def test_an_end_token_that_the_model_does_not_have_is_told(jobs, run, tmp_path):
     (model / "generation_config.json").write_text(json.dumps(generation))
     code, _, errors = run("sft", **jobs["sft"] | {"model_name_or_path": model, "dry_run": False})
     assert code == 2
-    assert len(errors) == 1 and "must be of the 261 of the model, got 300 (" in errors[0]
+    assert len(errors) == 1 and "must be among the 261 tokens of the model, got 300 (" in errors[0]
 
 
 def test_a_disk_and_a_directory_that_will_not_do_are_told_with_exit_code_2(

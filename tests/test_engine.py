@@ -13,8 +13,8 @@ from runs import additions, write_rows
 
 from relax.callbacks import Callback, StopTraining
 from relax.config import create_default_config
-from relax.engine.engine import JobResult, TrainerEngine
-from relax.engine.run import Job
+from relax.engine import RunResult, TrainerEngine
+from relax.engine.run import Run
 from relax.errors import ConfigError
 from relax.models import load_pretrained
 
@@ -31,7 +31,7 @@ def job(model_dir, tmp_path):
     """Runs two updates on some data: the result, the losses, and what was printed."""
     count = iter(range(100))
 
-    def job(dataset, **fields) -> tuple[JobResult, list[float], str]:
+    def job(dataset, **fields) -> tuple[RunResult, list[float], str]:
         output_dir = tmp_path / f"run{next(count)}"
         if not isinstance(dataset, Path):
             dataset = write_rows(tmp_path / f"{output_dir.name}.jsonl", dataset)
@@ -147,14 +147,8 @@ def test_a_callback_that_stops_the_run_ends_it_in_order(job, monkeypatch):
         def on_batch_end(self, event):
             raise StopTraining
 
-    make = Job._trainer
-
-    def with_stop(self, *args):
-        trainer = make(self, *args)
-        trainer.callbacks += (StopAtOne(),)
-        return trainer
-
-    monkeypatch.setattr(Job, "_trainer", with_stop)
+    options = Run.options
+    monkeypatch.setattr(Run, "options", lambda *args: options(*args, StopAtOne()))
     result, losses, said = job(ROWS)
     assert int(result.state.step) == 1
     assert len(losses) == 1 and "done in" in said

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from relax.config import create_default_config
 from relax.data import load_tokenizer
-from relax.engine.model_source import make_model, make_tokenizer
+from relax.engine.model_source import ModelSource, make_model
 from relax.errors import ModelLoadError
 from relax.models import (
     RopeScaling,
@@ -355,7 +355,8 @@ def test_the_program_writes_a_directory_that_a_run_begins_with(tmp_path, made, c
     assert gguf_program([str(file), str(directory)]) == 0
     assert capsys.readouterr().out == f"the model is in '{directory}'\n"
     config = create_default_config(str(directory), max_steps=1)
-    tokenizer, (_, params) = make_tokenizer(config), make_model(config, weights=True)
+    source = ModelSource.find(config.model.model_name_or_path)
+    tokenizer, (_, params) = source.tokenizer(), make_model(source, config, weights=True)
     expected = load_pretrained(made("gemma3")[0])[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), params, expected)
     assert tokenizer("abz<34>")["input_ids"] == [0, 1, 25, 60]

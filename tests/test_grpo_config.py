@@ -1,20 +1,16 @@
 """The configuration of GRPO: its flags, what is refused, and that every option arrives."""
 
 import dataclasses
-import io
 from types import SimpleNamespace
 
-import optax
+import pages
 import pytest
-from rich.console import Console
-from rl import Letters
 
 from relax.config import GRPOConfig, SFTConfig, options
 from relax.config.loader import ConfigLoader
 from relax.config.rl import GRPOSection, RolloutConfig
-from relax.engine.recipes.grpo import GRPORecipe
+from relax.engine.recipes.grpo import rollout_sizes, train_grpo
 from relax.errors import ConfigError
-from relax.rewards import RewardRunner
 from relax.trainers import GRPOTrainer
 
 # Adding, renaming or removing a flag is a visible act: it changes this list.
@@ -171,20 +167,17 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def recipe_of(**fields) -> GRPORecipe:
-    """A recipe whose workers are never started: they are not what is asked about."""
-    recipe = GRPORecipe.__new__(GRPORecipe)
-    recipe.config, recipe.console = config(**fields), Console(file=io.StringIO())
-    recipe.environment = None
-    recipe.rewards = RewardRunner([lambda completions: [0.0] * len(completions)])
-    return recipe
+@pytest.fixture
+def trainer_of(monkeypatch):
+    """Makes the trainer of the page of GRPO, whose rewards start no workers."""
 
+    def make(**fields) -> GRPOTrainer:
+        c = config(**fields)
+        trainer = pages.trainer_of(train_grpo, c, SimpleNamespace(lora=None), monkeypatch)
+        assert trainer.updates_per_item == rollout_sizes(c).updates_per_item
+        return trainer
 
-def trainer_of(**fields) -> GRPOTrainer:
-    recipe = recipe_of(**fields)
-    trainer = recipe.trainer(SimpleNamespace(lora=None), Letters(), optax.sgd(1.0), ())
-    assert trainer.updates_per_item == recipe.updates_per_item
-    return trainer
+    return make
 
 
 def told(trainer: GRPOTrainer) -> dict:
@@ -197,7 +190,7 @@ def told(trainer: GRPOTrainer) -> dict:
     return plain
 
 
-def test_every_option_arrives_at_the_trainer():
+def test_every_option_arrives_at_the_trainer(trainer_of):
     declared = {f.name for section in (GRPOSection, RolloutConfig)
                 for f in dataclasses.fields(section)} | {"pass_reward"}  # fmt: skip
     assert declared == set(OPTIONS)
@@ -208,10 +201,10 @@ def test_every_option_arrives_at_the_trainer():
         assert {k for k in found if found[k] != default[k]}, name
 
 
-def test_batch_sizes_count_completions():
+def test_batch_sizes_count_completions(trainer_of):
     """2 micro-batches of 4 make an update; a rollout is 4 of them: 2 prompts of 8, 2 updates."""
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = trainer_of(**sizes, steps_per_generation=4)
     assert trainer.updates_per_item == 2 and trainer.row_size == 4
-    plan = recipe_of(**sizes, steps_per_generation=4).plan
+    plan = rollout_sizes(config(**sizes, steps_per_generation=4)).plan
     assert plan == "8 completions (4 x 2), 2 per rollout of 2 prompts x 8"

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from relax.callbacks import Callback
 from relax.config import ConfigLoader, GRPOConfig, SFTConfig, create_default_config, from_dict
-from relax.engine.engine import TrainerEngine
-from relax.engine.run import Job
+from relax.engine import TrainerEngine
+from relax.engine.run import Run
 from relax.errors import ConfigError, DataError
 
 ROWS = runs.additions(12)
@@ -66,15 +66,9 @@ def test_a_job_that_fails_is_a_result_with_its_error_where_that_is_asked_for(fie
                 raise OSError("the cable was pulled")
 
     config = from_dict(fields | {"output_dir": str(tmp_path / "b")})
-    make = Job._trainer
-
-    def with_failure(self, *args):
-        trainer = make(self, *args)
-        trainer.callbacks += (Fails(),)
-        return trainer
-
+    options = Run.options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "_trainer", with_failure)
+        patch.setattr(Run, "options", lambda *args: options(*args, Fails()))
         result, _ = run(config, raise_errors=False)
     assert isinstance(result.error, OSError)
     assert result.best_checkpoint == tmp_path / "b" / "checkpoints" / "2"
@@ -105,16 +99,15 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_evaluation_loss(fields, 
 
 def test_a_job_leaves_no_array_and_no_compiled_step_behind(fields, tmp_path):
     trainers = []
-    make = Job._trainer
+    train = Run.train
 
-    def noted(self, *args):
-        trainer = make(self, *args)
+    def noted(self, trainer, *args, **kwargs):
         trainers.append(weakref.ref(trainer))
-        return trainer
+        return train(self, trainer, *args, **kwargs)
 
     counts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "_trainer", noted)
+        patch.setattr(Run, "train", noted)
         for n in range(3):
             config = from_dict(fields | {"output_dir": str(tmp_path / f"run{n}")})
             assert run(config)[0].error is None
@@ -204,7 +197,7 @@ def test_a_profile_reaches_the_tokens_that_are_trained(fields, tmp_path):
         [{"prompt": "1+1=", "completion": "Step 1: Add.\n\nAnswer: 2"}] * 4,
     )[1]
     assert "profile auto takes regime3: 4 of 4 rows have answers in steps" in said
-    assert r"note: 4 of 4 answers hold the stop sequence '\n\n' before their end" in said
+    assert r"note: 4 of 4 completions hold the stop sequence '\n\n' before their end" in said
 
 
 def test_a_profile_is_refused_on_the_embedded_task(tmp_path):
@@ -237,7 +230,7 @@ def test_stop_sequences_of_a_profile_reach_the_sampler(fields, tmp_path, directo
     }.items():
         config = from_dict(job | more | {"output_dir": str(tmp_path / name)}, GRPOConfig)
         _, said = run(config, [{"prompt": "1+1=?"}] * 4)
-        assert ("completions end at '\\n\\n', '<think>', too" in said) == (name == "own")
+        assert ("completions also end at '\\n\\n', '<think>'" in said) == (name == "own")
         lines = next((tmp_path / name / "completions").iterdir()).read_text().splitlines()
         stopped[name] = [json.loads(line)["finish"] for line in lines]
     assert "stop" in stopped["given"] and "stop" not in stopped["own"]

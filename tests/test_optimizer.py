@@ -12,8 +12,8 @@ from runs import additions
 
 from relax.checkpoint.checkpointer import Checkpointer
 from relax.config import SFTConfig, create_default_config
-from relax.engine.engine import TrainerEngine
-from relax.engine.model_source import make_optimizer
+from relax.engine import TrainerEngine
+from relax.engine.schedule import make_optimizer
 from relax.errors import ConfigError
 from relax.models import load_pretrained
 from relax.optimizers.optimizers import (

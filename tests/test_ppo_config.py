@@ -1,20 +1,17 @@
 """The configuration of PPO: its flags, what is refused, and that every option arrives."""
 
 import dataclasses
-import io
 from types import SimpleNamespace
 
+import pages
 import pytest
-from rich.console import Console
-from rl import Letters
 
 from relax.config import GRPOConfig, PPOConfig, options
 from relax.config.loader import ConfigLoader
 from relax.config.ppo import PPOSection
 from relax.config.rl import GRPOSection
-from relax.engine.recipes.ppo import PPORecipe
+from relax.engine.recipes.ppo import rollout_sizes, train_ppo
 from relax.errors import ConfigError
-from relax.rewards import RewardRunner
 
 # Adding, renaming or removing a flag is a visible act: it changes this list.
 OWN_FLAGS = """
@@ -137,17 +134,10 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def told(**fields) -> dict:
+def told(monkeypatch, **fields) -> dict:
     """All that can be seen of a trainer and its optimizers."""
-    recipe = PPORecipe.__new__(PPORecipe)  # its workers are never started
-    recipe.config, recipe.console = config(**fields), Console(file=io.StringIO())
-    recipe.environment = recipe.critic = None
-    recipe.rewards = RewardRunner([lambda completions: [0.0] * len(completions)])
-    recipe._sampling = recipe._eval_sampling = lambda tokenizer: None
-    model = Model()
-    optimizer = recipe.optimizer(100)
-    trainer = recipe.trainer(model, Letters(), optimizer, ())
-    assert trainer.updates_per_item == recipe.updates_per_item
+    trainer = pages.trainer_of(train_ppo, config(**fields), Model(), monkeypatch)
+    assert trainer.updates_per_item == rollout_sizes(config(**fields)).updates_per_item
     found = {k: v for k, v in vars(trainer).items() if isinstance(v, int | float | str | tuple)}
     states = trainer.optimizer.init({"policy": {}, "value": {}}).parts
     return found | {
@@ -168,15 +158,14 @@ class Model(SimpleNamespace):
 def test_every_option_arrives_at_the_trainer(monkeypatch):
     monkeypatch.setattr("relax.trainers.ppo_trainer.trunk", lambda model: model)
     assert {f.name for f in dataclasses.fields(PPOSection)} == set(OPTIONS)
-    default = told()
+    default = told(monkeypatch)
     for name, value in OPTIONS.items():
-        found = told(**{name: value})
+        found = told(monkeypatch, **{name: value})
         assert {k for k in found if found[k] != default.get(k)}, name
 
 
 def test_batch_sizes_count_completions():
     """2 micro-batches of 4 make an update; a rollout is 3 of them, taken 4 times over."""
-    recipe = PPORecipe.__new__(PPORecipe)
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    recipe.config = config(**sizes, num_mini_batches=3, num_generations=2)
-    assert recipe.plan == "8 completions (4 x 2), 12 per rollout of 12 prompts x 2"
+    made = rollout_sizes(config(**sizes, num_mini_batches=3, num_generations=2))
+    assert made.plan == "8 completions (4 x 2), 12 per rollout of 12 prompts x 2"

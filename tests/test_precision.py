@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from relax.config import SFTConfig
-from relax.engine.model_source import make_optimizer
+from relax.engine.schedule import make_optimizer
 from relax.models import Transformer, TransformerConfig
 from relax.models.config import Rope
 from relax.models.layers import Linear, RMSNorm

@@ -140,7 +140,7 @@ def go_on(child: Child) -> Child:
     """Runs exactly the command that a stopped run printed, through a shell."""
     lines = child.stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("stopped"))
-    assert lines[at].endswith("To go on:"), lines[at]
+    assert lines[at].endswith("To resume:"), lines[at]
     return Child(f"exec {lines[at + 1].strip()}", shell=True)
 
 
@@ -226,8 +226,8 @@ def test_sigterm_in_any_phase_ends_with_143_within_the_grace_time(short_job, tmp
         assert code == 143, (phase, child.stderr)
         assert seconds < 30, phase  # each would last a minute
         assert "Traceback" not in child.stderr
-    assert "the same command begins again" in ends["data"][2].stdout
-    assert "step 2 is saved. To go on:" in ends["export"][2].stdout
+    assert "rerun the same command to start over" in ends["data"][2].stdout
+    assert "step 2 is saved. To resume:" in ends["export"][2].stdout
     for phase in ("compile", "step", "evaluate"):
         assert "2 s after SIGTERM the run had not ended" in ends[phase][2].stderr
     assert list_steps(tmp_path / "evaluate" / "checkpoints") == [1]

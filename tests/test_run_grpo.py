@@ -11,7 +11,7 @@ from metric_names import undocumented
 from runs import write_rows
 
 from relax.config import GRPOConfig
-from relax.engine.engine import TrainerEngine
+from relax.engine import TrainerEngine
 from relax.models import load_pretrained
 
 

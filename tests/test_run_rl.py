@@ -11,7 +11,7 @@ from ppo_runs import call, make_job
 
 from relax.config import PPOConfig
 from relax.data import arithmetic_tokenizer
-from relax.engine.engine import TrainerEngine
+from relax.engine import TrainerEngine
 from relax.models import Transformer, TransformerConfig, load_pretrained, save_pretrained
 from relax.models.heads import init_head, trunk, with_head
 from relax.models.huggingface.classifiers import save_classifier

@@ -22,7 +22,7 @@ from golden.trl_cases import (
 from rich.console import Console
 
 from relax.config import create_default_config
-from relax.engine.engine import JobResult, TrainerEngine
+from relax.engine import RunResult, TrainerEngine
 from relax.models import load_pretrained
 
 # The issue asks for 0.2 % of the loss and 1 % of the gradient norm on a real model; the tiny one
@@ -44,7 +44,7 @@ needs_smollm2 = pytest.mark.skipif(
 )
 
 
-def run(model_dir, rows, output_dir, **fields) -> tuple[JobResult, list[dict]]:
+def run(model_dir, rows, output_dir, **fields) -> tuple[RunResult, list[dict]]:
     """Runs a job in this process: its result and the lines of metrics.jsonl."""
     config = create_default_config(str(model_dir), str(rows), str(output_dir), **fields)
     with open(os.devnull, "w") as null:

@@ -12,7 +12,7 @@ from runs import additions, write_rows
 from relax.callbacks import TrainingStatusWriter
 from relax.checkpoint.checkpointer import Checkpointer, named_leaves
 from relax.config import SFTConfig, create_default_config
-from relax.engine.engine import TrainerEngine
+from relax.engine import TrainerEngine
 from relax.errors import ConfigError, NonFiniteError
 from relax.models import load_pretrained
 from relax.monitor import read_status

@@ -142,6 +142,11 @@ class Run(RunContext):
                 data = checks.read_data(read, model.config, self.problems)
         self.problems.raise_all()
         data.show(self.console)
+        asked, steps = self.config.hyperparams.max_steps, self.steps(data)
+        if 0 < asked != steps:
+            self.console.print(
+                f"max_steps {asked} becomes {steps}: a rollout is {data.updates_per_item} updates"
+            )
         return data
 
     def logging_steps(self, data: Data) -> int:
@@ -191,11 +196,6 @@ class Run(RunContext):
         if self.is_dry:
             return RunResult(None, dry_run(self, trainer, data), self.run_dir.path)
         config, steps = self.config, self.steps(data)
-        if 0 < config.hyperparams.max_steps != steps:
-            self.console.print(
-                f"max_steps {config.hyperparams.max_steps} becomes {steps}: a rollout is "
-                f"{data.updates_per_item} updates"
-            )
         if evaluate_demo is not None:
             evaluate_demo = partial(evaluate_demo, self.console) if self.is_demo else None
         checks.check_state_memory(config, trainer)

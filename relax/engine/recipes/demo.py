@@ -2,6 +2,7 @@
 
 import jax
 
+from relax.callbacks.progress import working
 from relax.config import SFTConfig
 from relax.data import arithmetic_rows
 from relax.engine.recipes.sft import read_sft_data
@@ -41,12 +42,13 @@ def pretrain_demo(run, model, tokenizer, params, share: float = SHARE):
     optimizer = adamw(schedule, b2=0.95, weight_decay=0.1)
     trainer = SFTTrainer(model.clone(lora=None), optimizer, max_grad_norm=1.0)
     state, right, steps = trainer.create_train_state(jax.random.key(seed)), 0.0, 0
-    with Interrupt() as interrupt:
+    with working(run.console, "fine-tuning the demo model") as tell, Interrupt() as interrupt:
         while right < share and steps < most:
             steps += CHUNK
             state = trainer.train(train.train, num_epochs=100, state=state, max_steps=steps)
             examples = evaluated.train.examples
             right = trainer.exact_match(state, evaluated.make_plain_loader(examples))
+            tell(f"{right:.0%} of sums right, until {share:.0%}; {steps} updates")
             if interrupt.requested is not None:  # half a pretraining is nothing to resume from
                 raise Interrupted(interrupt.requested)
     run.console.print(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from relax.callbacks.completions import Completions, RewardCounters
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.engine.model_source import ModelSource
-from relax.engine.reward_model import ModelReward, reward_functions
+from relax.engine.reward_model import PREFIX, ModelReward, reward_functions
 from relax.engine.rows import Data, Sources, data_seed
 from relax.engine.run import Run
 from relax.errors import DataError, ErrorList
@@ -27,18 +27,21 @@ def load_rewards(run: Run, tokenizer) -> RewardRunner | None:
 
     They are closed when the run ends. None: there is a problem, which `load_data` reports.
     """
-    if tokenizer is None:
-        return None
     m, r = run.config.model, run.config.reward
     dtypes = {"dtype": jnp.dtype(m.dtype), "param_dtype": jnp.dtype(m.param_dtype)}
 
     run.attempt(_environment, run.config)  # what is wrong with it is told now
 
     def make() -> RewardRunner:
-        ends = run.source.end_tokens(tokenizer)
+        specs = r.reward_funcs
+        if tokenizer is None:  # the others can be looked at all the same
+            functions = [spec for spec in specs if not spec.startswith(PREFIX)]
+        else:
+            ends = run.source.end_tokens(tokenizer)
+            functions = reward_functions(specs, tokenizer, ends, **dtypes)
         return RewardRunner(
-            reward_functions(r.reward_funcs, tokenizer, ends, **dtypes),
-            r.reward_weights,
+            functions,
+            r.reward_weights if len(functions) == len(specs) else None,
             parameters=r.reward_kwargs,
             timeout_s=r.reward_timeout_s,
             max_errors=r.max_reward_errors,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from relax import data
 from relax.data.profiles import apply_profile, remaining_system_prompt, resolve_profile
-from relax.engine.model_source import end_tokens, load_model, load_tokenizer
+from relax.engine.model_source import ModelSource
 from relax.errors import ConfigError, DataError
 from relax.files import atomic_write
 from relax.sampling import SamplingConfig, generate
@@ -27,17 +27,18 @@ def sample(config: SampleConfig) -> None:
     output = None if p.output_file is None else Path(p.output_file)
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"output_file must be in a directory that exists, got '{output}'.")
-    tokenizer = load_tokenizer(name, config.profile.chat_template_path)
+    source = ModelSource.find(name)
+    tokenizer = source.tokenizer(config.profile.chat_template_path)
     profile, rows = _profiled(config, _rows(p, tokenizer))
     dtypes = {"param_dtype": jnp.dtype(m.param_dtype)}
-    model, params = load_model(name, jnp.dtype(m.dtype), **dtypes)
+    model, params = source.load(jnp.dtype(m.dtype), **dtypes)
     prompts = data.prepare_prompts(
         rows,
         tokenizer,
         system_prompt=remaining_system_prompt(profile, config.profile.system_prompt),
         vocab_size=model.config.vocab_size,
     )
-    end = end_tokens(name, tokenizer)
+    end = source.end_tokens(tokenizer)
     sampling = _sampling(config, end, profile.get_stop_sequences())
     seed = config.sampling.seed
     if seed is None and sampling.temperature:
