@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from relax.errors import NonFiniteError
 from relax.losses.logprobs import linear_logprobs
 from relax.models import load_pretrained
-from relax.sampling import SamplingConfig, generate
+from relax.sampling import SamplingConfig, generate, stop_decoder
+from relax.sampling.batch import Row, plan_segment
 from tests.families import FAMILY_NAMES, tiny_family
 
 V = 23  # of the tiny model
@@ -215,6 +217,53 @@ def test_an_eos_token_before_a_stop_string_ends_the_row(llama):
         out = generate(model, params, PROMPTS[:1], jax.random.key(0), config, decode=text_of)
         first = min(free.index(free[place]), free.index(free[2]))
         assert (out.finish_reasons[0], out.lengths[0]) == (reason, first + 1)
+
+
+def test_a_stop_string_that_is_or_holds_a_special_token_ends_a_row_at_that_token(llama):
+    """It is matched in the text of all tokens, whatever is left out where texts are shown."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    model, params = llama
+    free = generate(model, params, PROMPTS[:1], jax.random.key(0), CONFIG).completions[0]
+    special = f"<{free[3]}>"
+    vocabulary = {f"<{i}>" if i == free[3] else chr(97 + i): i for i in range(V)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=[special]
+    )
+    decode = stop_decoder(tokenizer)
+    assert decode([free[2], free[3]]) == chr(97 + free[2]) + special
+    assert tokenizer.decode([free[3]], skip_special_tokens=True) == ""
+    assert free.index(free[3]) == 3
+    for stop in (special, decode(free[2:4])):
+        config = dataclasses.replace(CONFIG, stop=(stop,))
+        out = generate(model, params, PROMPTS[:1], jax.random.key(0), config, decode=decode)
+        assert (out.completions[0], out.finish_reasons) == (free[:4], ("stop",))
+
+
+def test_logits_that_are_no_numbers_stop_generation_with_a_sentence(llama):
+    model, params = llama
+    broken = params | {"norm": {"scale": params["norm"]["scale"] * np.nan}}
+    with pytest.raises(NonFiniteError, match="token 0 of completion 0 has the log-probability nan"):
+        generate(model, broken, PROMPTS, jax.random.key(0), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "waiting", "plan"),
+    [
+        ([0] * 8, False, (4, 12, 6)),  # until two rows are left, which fit a cache of two
+        ([0] * 2, False, (4, 12, 8)),  # until all have ended
+        ([0] * 8, True, (4, 12, 1)),
+        ([0] * 5, True, (4, 12, 4)),  # three slots are free already
+        ([7, 9], False, (3, 20, 8)),  # no row has more than three tokens to go
+    ],
+)
+def test_a_segment_ends_when_another_one_pays(drawn, waiting, plan):
+    prompt = np.zeros(9, np.int32)
+    rows = [Row(i, i, prompt, 10, tokens=[1] * count) for i, count in enumerate(drawn)]
+    assert plan_segment(rows, slots=8, waiting=waiting, most=4) == plan
 
 
 def test_min_new_tokens_holds_back_eos_tokens_and_stop_strings(llama):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from relax.sampling import SamplingConfig, generate
-from relax.sampling.distribution import Rules, draw, greedy, largest, nucleus, process_logits
+from relax.sampling.distribution import Rules, process_logits
+from relax.sampling.selection import draw, greedy, largest, nucleus
 from tests.families import tiny_family
 
 P = np.array([0.06, 0.30, 0.02, 0.16, 0.22, 0.04, 0.12, 0.08])
@@ -54,6 +55,12 @@ CASES = {
         {},
         share(0.06, 0, 0.2, 0.16, 0.22, 0.04, 0.12, 0.08),
     ),
+    # 0.30 · 4 = 1.2 is above 1: its logit is halved after the bias, not doubled before it.
+    "logit_bias, then repetition_penalty": (
+        {"logit_bias": [0, math.log(4), 0, 0, 0, 0, 0, 0], "repetition_penalty": 2.0},
+        {"seen": [1]},
+        share(0.06, 1.2**0.5, 0.02, 0.16, 0.22, 0.04, 0.12, 0.08),
+    ),
     "min_new_tokens": (
         {"eos_token_ids": [1, 3]},
         {"too_short": True},
@@ -94,6 +101,48 @@ def assert_drawn_from(tokens, logprobs, expected):
     chi_square = (np.square(counts[possible] - wanted) / wanted).sum()
     assert chi_square < CHI_SQUARE[possible.sum() - 1], (counts, wanted)
     np.testing.assert_allclose(logprobs, np.log(expected[tokens]), atol=1e-5)
+
+
+def test_processors_give_the_logits_of_transformers_in_its_order():
+    """A bias comes before the penalty, which takes the sign of what it has made."""
+    torch = pytest.importorskip("torch")
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    V, seen = 8, [0, 1, 5]
+    fields = {"vocab_size": V, "hidden_size": 2, "num_hidden_layers": 1, "intermediate_size": 2}
+    model = LlamaForCausalLM(LlamaConfig(**fields, num_attention_heads=1))
+    options = {"repetition_penalty": 1.7, "temperature": 0.6, "top_k": 5, "top_p": 0.9}
+    bias = {0: 2.5, 1: -3.0, 3: -math.inf, 6: 0.5}
+    config = GenerationConfig(
+        do_sample=True,
+        sequence_bias=[[[token], value] for token, value in bias.items() if value > -math.inf],
+        suppress_tokens=[3],
+        eos_token_id=2,
+        min_new_tokens=5,
+        **options,
+    )
+    config._eos_token_tensor = torch.tensor([2])
+    processors = model._get_logits_processor(config, input_ids_seq_length=len(seen))
+    logits = np.array([[-1.0, 2.0, 1.5, 9.0, 0.3, -0.2, 0.1, 1.2]], np.float32)
+    expected = processors(torch.tensor([seen]), torch.tensor(logits)).numpy()
+
+    array = np.zeros(V, np.float32)
+    array[list(bias)] = list(bias.values())
+    rules = Rules(
+        logit_bias=array,
+        repetition_penalty=np.float32(1.7),
+        eos_token_ids=np.array([2]),
+        temperature=np.float32(0.6),
+        top_p=np.float32(0.9),
+    )
+    found = process_logits(
+        jnp.asarray(logits),
+        rules,
+        top_k=5,
+        seen=np.isin(np.arange(V), seen)[None],
+        too_short=np.array([True]),
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -187,13 +236,13 @@ WIRED = [
 def expected_logprobs(logits, seen, drawn, options):
     """One row's log-probabilities with transformers' order of processors, by sorting."""
     x = logits.astype(np.float64).copy()
+    for token, bias in (options.get("logit_bias") or {}).items():
+        x[token] += bias
     penalty = options.get("repetition_penalty", 1.0)
     for token in seen:
         x[token] = x[token] / penalty if x[token] > 0 else x[token] * penalty
     if drawn < options.get("min_new_tokens", 0):
         x[list(options["eos_token_ids"])] = -np.inf
-    for token, bias in (options.get("logit_bias") or {}).items():
-        x[token] += bias
     x = x / (options.get("temperature", 1.0) or 1.0)
     if options.get("top_k"):
         x[x < np.sort(x)[-options["top_k"]]] = -np.inf

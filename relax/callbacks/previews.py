@@ -18,7 +18,7 @@ from relax.data.loader import DataLoader
 from relax.data.preference_loader import PreferenceLoader
 from relax.data.prompts import PromptLoader
 from relax.files import atomic_write
-from relax.sampling import SamplingConfig, generate
+from relax.sampling import SamplingConfig, generate, stop_decoder
 from relax.sampling.config import max_positions
 from relax.trainers.callback import Callback, Event
 
@@ -100,7 +100,7 @@ class Previews(Callback):
             prompts,
             jax.random.key(0),  # greedy answers draw nothing
             self.sampling,
-            decode=self._decode,
+            decode=stop_decoder(self.tokenizer),
             limits=[min(self.sampling.max_new_tokens, room - len(ids)) for ids in prompts],
         )
         records = []

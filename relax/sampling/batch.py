@@ -13,12 +13,14 @@ Which rows run together changes no row: its key is its own, and so are its colum
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from relax import parallel
+from relax.errors import NonFiniteError
 from relax.sampling import step
 from relax.sampling.config import SamplingConfig, max_positions
 from relax.sampling.distribution import Rules
@@ -46,6 +48,30 @@ class Row:
     def position(self) -> int:
         """Where the next token to be decoded stands: the last one drawn, or the prompt's last."""
         return len(self.prompt) - 1 + len(self.tokens)
+
+
+class Plan(NamedTuple):
+    """The bounds of a segment."""
+
+    steps: int  # tokens of each row, at most
+    columns: int  # of the cache that the rows need
+    stop_when: int  # ended or free slots at which it ends early
+
+
+def plan_segment(running: Sequence[Row], *, slots: int, waiting: bool, most: int) -> Plan:
+    """Plans a segment of at most `most` tokens for the rows under way.
+
+    With rows in wait it ends as soon as a few slots more are free than now, which then go to them.
+    Without, when all have ended, or so many that the rest fits a smaller cache.
+    """
+    steps = min(most, max(row.limit - len(row.tokens) for row in running))
+    columns = max(row.position for row in running) + steps
+    if waiting:
+        stop_when = slots - len(running) + max(1, len(running) // 8)
+    else:
+        few = slots // SHRINK
+        stop_when = slots - few if len(running) > few else slots
+    return Plan(steps, columns, stop_when)
 
 
 class Batch:
@@ -100,39 +126,32 @@ class Batch:
             self._shrink()
 
     def advance(self) -> list[tuple[Row, list[int]]]:
-        """One segment: the rows that were under way, with their new tokens."""
+        """Decodes one segment: the rows that were under way, with their new tokens."""
         running = [row for row in self.slots if row is not None]
-        steps = min(self.config.segment, max(row.limit - len(row.tokens) for row in running))
-        columns = max(row.position for row in running) + steps
-        if columns > self.S:
-            self._resize(range(len(self.slots)), _bucket(columns, COLUMNS))
-        stopped = np.array([row is None for row in self.slots])
+        plan = plan_segment(
+            running, slots=len(self.slots), waiting=bool(self.waiting), most=self.config.segment
+        )
+        if plan.columns > self.S:
+            self._resize(range(len(self.slots)), _bucket(plan.columns, COLUMNS))
+        return self._take(self._decode(plan))
+
+    def _decode(self, plan: Plan) -> step.Segment:
+        """Runs a segment on the device, and brings what it drew to the host."""
+        free = np.array([row is None for row in self.slots])
         self.cache, self.state, segment = step.run_segment(
             self.model,
             self.params,
             self.cache,
             self.state,
-            stopped,
+            free,
             self.rules,
             self.ends,
-            np.int32(steps),
-            np.int32(self._leave(len(running))),
+            np.int32(plan.steps),
+            np.int32(plan.stop_when),
             top_k=self.config.top_k,
             N=self.config.segment,
         )
-        return self._take(jax.device_get(segment))
-
-    def _leave(self, running: int) -> int:
-        """How many slots must have ended, or be free, for a segment to end early.
-
-        With rows in wait: a few more than now. Without: all, or so many that the rest fits a
-        smaller cache.
-        """
-        B = len(self.slots)
-        if self.waiting:
-            return B - running + max(1, running // 8)
-        few = B // SHRINK
-        return B - few if running > few else B
+        return jax.device_get(segment)
 
     def _take(self, segment: step.Segment) -> list[tuple[Row, list[int]]]:
         """Gives rows what a segment drew for them, and frees the slots of those that have ended."""
@@ -142,7 +161,9 @@ class Batch:
                 continue
             count, before = int(segment.drawn[place]), len(row.tokens)
             row.tokens += segment.tokens[:count, place].tolist()
-            row.logprobs += segment.logprobs[:count, place].tolist()
+            logprobs = segment.logprobs[:count, place]
+            _check_finite(row, logprobs)
+            row.logprobs += logprobs.tolist()
             self._end(row, before, bool(segment.ended[place]))
             if row.reason is not None:
                 self.slots[place] = None
@@ -151,7 +172,7 @@ class Batch:
 
     def _end(self, row: Row, before: int, ended: bool) -> None:
         config, eos = self.config, self.config.eos_token_ids
-        if config.stop and len(row.tokens) > before:
+        if config.stop and self.decode is not None and len(row.tokens) > before:
             text = row.tokens[:-1] if row.tokens[-1] in eos else row.tokens
             cut = find_stop(text, before, config.stop, config.min_new_tokens, self.decode)
             if cut is not None:
@@ -197,9 +218,9 @@ class Batch:
             places[i], sources[i], numbers[i] = place, source, row.number
             tokens[i], positions[i], limits[i] = row.prompt[-1], row.position, row.limit
         zeros = np.zeros((B,), np.int32)
-        rows = step.Slots(
-            tokens, positions, zeros, limits, zeros.astype(bool), self.keys(numbers), None
-        )
+        ended, keys = np.zeros((B,), bool), self.keys(numbers)
+        # As they are on the host: the compiled program takes them to the device.
+        rows = step.Slots._make([tokens, positions, zeros, limits, ended, keys, None])
         self.cache, self.state = step.admit(
             self.cache,
             self.state,
@@ -225,6 +246,18 @@ class Batch:
         self.slots, self.S = [self.slots[place] for place in places], S
 
 
+def _check_finite(row: Row, logprobs: np.ndarray) -> None:
+    """Refuses the last tokens of a row where they were drawn from logits that are no numbers."""
+    wrong = np.flatnonzero(~np.isfinite(logprobs))
+    if wrong.size:
+        place = len(row.tokens) - len(logprobs) + wrong[0]
+        raise NonFiniteError(
+            f"token {place} of completion {row.number} has the log-probability "
+            f"{logprobs[wrong[0]]}: the model's logits are NaN or infinite there. Look at its "
+            "weights, or compute in float32."
+        )
+
+
 def _rules(config: SamplingConfig, V: int) -> Rules:
     def unless(off, value):
         return None if value == off else np.float32(value)
@@ -235,12 +268,12 @@ def _rules(config: SamplingConfig, V: int) -> Rules:
         bias[list(config.logit_bias)] = list(config.logit_bias.values())
     bans = config.eos_token_ids and config.min_new_tokens
     return Rules(
-        unless(1.0, config.repetition_penalty),
-        np.array(config.eos_token_ids, np.int32) if bans else None,
-        bias,
-        unless(0.0, config.temperature),
-        unless(1.0, config.top_p),
-        unless(0.0, config.min_p),
+        logit_bias=bias,
+        repetition_penalty=unless(1.0, config.repetition_penalty),
+        eos_token_ids=np.array(config.eos_token_ids, np.int32) if bans else None,
+        temperature=unless(0.0, config.temperature),
+        top_p=unless(1.0, config.top_p),
+        min_p=unless(0.0, config.min_p),
     )
 
 

@@ -1,4 +1,4 @@
-"""How to sample, and what is wrong with a request. Names are those of transformers and TRL."""
+"""Sampling options, and checks of a request. Names are those of transformers and TRL."""
 
 import dataclasses
 import math
@@ -13,32 +13,33 @@ from relax.models.config import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn.
+    """Options of drawing completions.
 
-    The options change the logits in the order of this list, which is that of transformers.
+    Those about logits change the logits in the order of this list, which is that of transformers.
 
     Attributes:
-      max_new_tokens: the max_positions completion (TRL's `max_completion_length`).
-      min_new_tokens: no end-of-sequence token and no stop string ends a completion before it.
+      max_new_tokens: tokens of the longest completion (TRL's `max_completion_length`).
+      logit_bias: token id -> what is added to its logit; -inf bans it.
       repetition_penalty: divides the positive logits of tokens in the prompt or the completion by
         it, and multiplies the negative ones; 1: off. Keskar et al., CTRL, 2019, section 4.1.
-      logit_bias: added to the logits of some ids.
+      min_new_tokens: no end-of-sequence token and no stop string ends a completion before it.
       temperature: divides the logits; 0: the most likely token, always.
-      top_k: of the most likely tokens alone; 0: off.
-      top_p: of the smallest set of most likely tokens that holds this share; 1: off. Holtzman et
+      top_k: only so many of the most likely tokens are drawn from; 0: off.
+      top_p: only the smallest set of most likely tokens that holds this share; 1: off. Holtzman et
         al., The Curious Case of Neural Text Degeneration, 2020, section 3.1.
-      min_p: of the tokens at least this share as likely as the most likely one; 0: off.
+      min_p: only tokens at least this share as likely as the most likely one; 0: off.
       eos_token_ids: any of them ends a completion, of which it is the last token.
-      stop: texts that end a completion, of which the token that completes one is the last.
+      stop: texts that end a completion, of which the token that completes one is the last; see
+        `relax.sampling.stops`.
       n: completions per prompt.
       slots: rows that decode at a time; more rows wait until some have ended.
       segment: tokens of a row between two looks of the host at what has ended.
     """
 
     max_new_tokens: int = 256
-    min_new_tokens: int = 0
-    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -117,7 +118,7 @@ def check_request(
     """Refuses what does not fit the model.
 
     Args:
-      limits: `[N]` at most so many new tokens, of the max_positions row of each prompt.
+      limits: `[N]`, the most new tokens of any row of each prompt.
       decodes: whether there is a function from ids to text.
 
     Raises:
@@ -157,7 +158,7 @@ def check_request(
 
 
 def max_positions(model: TransformerConfig) -> tuple[int, str]:
-    """The max_positions row that can be decoded, and what sets it.
+    """Tokens of the longest row that can be decoded, and what sets this limit.
 
     Where rotary frequencies depend on a row's length, keys in the cache would have to turn again
     once the row grows past the original length; such models decode up to there.

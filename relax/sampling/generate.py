@@ -1,4 +1,4 @@
-"""Completions of many prompts: checks what is asked, and runs it through `relax.sampling.batch`."""
+"""Generation: checks a request, and runs it through `relax.sampling.batch`."""
 
 from collections.abc import Callable, Sequence
 
@@ -35,7 +35,7 @@ def generate(
       key: one key, of which row i * n + j gets fold_in(fold_in(key, i), j); or an array of keys,
         one per row. A row depends on its prompt and its key alone, not on the rows beside it.
       config: how to draw.
-      decode: ids to text, for stop strings.
+      decode: ids to text, for stop strings: `relax.sampling.stops.stop_decoder(tokenizer)`.
       on_tokens: called with a row's number and its new tokens as they come.
       limits: at most so many new tokens per row, each up to `config.max_new_tokens`.
 
@@ -44,15 +44,16 @@ def generate(
 
     Raises:
       ConfigError: a prompt or an option cannot be meant; one sentence says which and why.
+      NonFiniteError: the model's logits are NaN or infinite.
     """
-    prompts = checked_prompts(prompts, model.config)
-    limits = _limits(limits, len(prompts) * config.n, config)
-    max_positions = limits.reshape(len(prompts), config.n).max(axis=1)
-    check_request(config, model.config, prompts, max_positions, decodes=decode is not None)
-    keys = _Keys(key, len(prompts), config.n)
+    arrays = checked_prompts(prompts, model.config)
+    most = _limits(limits, len(arrays) * config.n, config)
+    longest = most.reshape(len(arrays), config.n).max(axis=1)
+    check_request(config, model.config, arrays, longest, decodes=decode is not None)
+    keys = _Keys(key, len(arrays), config.n)
     rows = [
-        Row(number, number // config.n, prompts[number // config.n], int(limit))
-        for number, limit in enumerate(limits)
+        Row(number, number // config.n, arrays[number // config.n], int(limit))
+        for number, limit in enumerate(most)
     ]
     batch = Batch(model, _narrowed(params, model.dtype), config, keys, rows, decode)
     while batch.under_way():
@@ -60,7 +61,7 @@ def generate(
         for row, new in batch.advance():
             if on_tokens is not None:
                 on_tokens(row.number, new)
-    return padded([(row.tokens, row.logprobs, row.reason) for row in rows])
+    return padded([(row.tokens, row.logprobs, row.reason or "length") for row in rows])
 
 
 class _Keys:
@@ -77,10 +78,10 @@ class _Keys:
         self.key, self.n = key, n
 
     def __call__(self, numbers: list[int]) -> jax.Array:
-        numbers = np.array(numbers, np.int32)
+        index = np.array(numbers, np.int32)
         if self.key.shape:
-            return self.key[numbers]
-        return step.row_keys(self.key, numbers // self.n, numbers % self.n)
+            return self.key[index]
+        return step.row_keys(self.key, index // self.n, index % self.n)
 
 
 def _limits(limits: Sequence[int] | None, rows: int, config: SamplingConfig) -> np.ndarray:

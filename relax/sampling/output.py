@@ -1,4 +1,4 @@
-"""What generation gives back."""
+"""The result of generation."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The compiled parts of generation. Each is compiled once per model, bucket and set of options.
+"""The compiled parts of generation, each compiled once per model, bucket and set of options.
 
 A slot holds one row under way. Its last token is not yet in the cache: a step decodes that token
 and draws the next one. So a prompt's last token is the first that a slot decodes, and no step is
@@ -18,11 +18,11 @@ from relax import parallel
 from relax.losses.logprobs import token_logits
 from relax.models.cache import Cache, empty_cache, put, resized
 from relax.models.transformer import Transformer
-from relax.sampling.distribution import Rules, draw, greedy, process_logits
+from relax.sampling.distribution import Rules, sample_token
 
 
 class Slots(NamedTuple):
-    """Where each row stands."""
+    """The state of each row on the device."""
 
     tokens: jax.Array  # [B] int32: the last token, to be decoded next
     positions: jax.Array  # [B] int32: where it stands
@@ -34,14 +34,14 @@ class Slots(NamedTuple):
 
 
 class StopRules(NamedTuple):
-    """When a row ends, apart from its limit."""
+    """The ends of a row, apart from its limit."""
 
     eos_token_ids: jax.Array  # [E] int32
     min_new_tokens: jax.Array  # scalar
 
 
 class Segment(NamedTuple):
-    """What a segment has drawn."""
+    """The tokens that a segment has drawn."""
 
     tokens: jax.Array  # [N, B] int32; a row's own are the first `drawn`, the rest means nothing
     logprobs: jax.Array  # [N, B] float32
@@ -79,10 +79,10 @@ def resize(cache: Cache, slots: Slots, index: jax.Array, S: int) -> tuple[Cache,
 
 @functools.partial(jax.jit, donate_argnames=("cache", "slots"))
 def admit(cache: Cache, slots: Slots, prefilled, prompts, count, places, sources, rows: Slots):
-    """Puts rows into slots, in place.
+    """Puts rows into slots, in the memory of the cache and slots that are given.
 
     Args:
-      prefilled: of `prefill`.
+      prefilled: the result of `prefill`.
       prompts: `[C, P]` with V where padded, or None where `slots.seen` is.
       count: how many rows there are; the rest of the arrays below means nothing.
       places: `[B]` int, their slots.
@@ -117,8 +117,8 @@ def _admit(cache, slots, prefilled, prompts, count, places, sources, rows):
         if seen is not None:
             row = jnp.zeros((seen.shape[1],), bool).at[prompts[sources[i]]].set(True, mode="drop")
             seen = seen.at[place].set(row.at[rows.tokens[i]].set(True))
-        new = [old.at[place].set(x[i]) for old, x in zip(slots[:-1], rows[:-1], strict=True)]
-        return cache, Slots(*new, seen)
+        own = [old.at[place].set(x[i]) for old, x in zip(slots[:-1], rows[:-1], strict=True)]
+        return cache, Slots._make([*own, seen])
 
     return jax.lax.fori_loop(0, count, one, (cache, slots))
 
@@ -135,16 +135,23 @@ def run_segment(
     rules: Rules,
     ends: StopRules,
     steps: jax.Array,
-    leave: jax.Array,
+    stop_when: jax.Array,
     *,
     top_k: int,
     N: int,
 ) -> tuple[Cache, Slots, Segment]:
-    """Decodes until `steps` tokens are drawn or `leave` slots have ended.
+    """Decodes until `steps` tokens are drawn for each row, or `stop_when` slots have ended.
 
     Args:
       stopped: `[B]` bool, rows that the host has ended.
-      steps: at most N.
+      rules, top_k: how to draw.
+      ends: when a row ends.
+      steps: from 1 to N.
+      stop_when: from 1 to B.
+      N: tokens of the longest segment, for which there is room in the result.
+
+    Returns:
+      The cache and the slots, in the memory of those that were given, and what was drawn.
     """
     B = slots.tokens.shape[0]
     slots = slots._replace(ended=slots.ended | stopped)
@@ -153,7 +160,7 @@ def run_segment(
 
     def goes_on(state):
         i, _, slots, _ = state
-        return (i < steps) & (slots.ended.sum() < leave)
+        return (i < steps) & (slots.ended.sum() < stop_when)
 
     def step(state):
         i, cache, slots, (tokens, logprobs) = state
@@ -166,7 +173,14 @@ def run_segment(
         # First cut as the matrix is: to gather logits is little, to gather the matrix is much.
         logits = parallel.constrain(logits, "batch", "tensor")
         logits = parallel.constrain(logits, "batch", "replicated")
-        drawn, logprob = _next(logits, slots, rules, ends, top_k)
+        drawn, logprob = sample_token(
+            logits,
+            jax.vmap(jax.random.fold_in)(slots.keys, slots.drawn),
+            rules,
+            top_k=top_k,
+            seen=slots.seen,
+            too_short=slots.drawn < ends.min_new_tokens,
+        )
         slots = _advance(slots, drawn, ends)
         return i + 1, cache, slots, (tokens.at[i].set(drawn), logprobs.at[i].set(logprob))
 
@@ -176,15 +190,6 @@ def run_segment(
     drawn = Segment(tokens, logprobs, slots.drawn - before, slots.ended)
     whole = (parallel.constrain(x, *("replicated",) * x.ndim) for x in drawn)
     return cache, slots, Segment(*whole)  # every process reads all of it
-
-
-def _next(logits, slots: Slots, rules: Rules, ends: StopRules, top_k: int):
-    """A token per slot, and its log-probability."""
-    too_short = slots.drawn < ends.min_new_tokens
-    shaped = process_logits(logits, rules, top_k=top_k, seen=slots.seen, too_short=too_short)
-    if rules.temperature is None:
-        return greedy(shaped)
-    return draw(jax.vmap(jax.random.fold_in)(slots.keys, slots.drawn), shaped)
 
 
 def _advance(slots: Slots, drawn: jax.Array, ends: StopRules) -> Slots:

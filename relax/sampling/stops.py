@@ -1,8 +1,33 @@
-"""Where a completion ends, found on the host from its tokens."""
+"""The end of a completion: one rule for every algorithm and program.
+
+A completion ends at the first of
+1. an end token, one of `eos_token_ids`: it is the completion's last token;
+2. a stop string in its text: the token that completes the string is its last token. The text is
+   that of all tokens, special ones included, so that a stop string may be, or contain, a special
+   token of the tokenizer, and one that is ends the completion at that token;
+3. its limit of tokens.
+
+Neither of the first two counts before `min_new_tokens`. Stop strings are looked for on the host,
+after each segment; what a row has drawn past the end is dropped.
+"""
 
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
+
+
+def stop_decoder(tokenizer) -> Decode:
+    """The function from ids to the text that stop strings are looked for in.
+
+    Special tokens are a part of it, and spaces stay as the tokens spell them. (A completion that is
+    shown or scored is decoded by others, mostly without special tokens.)
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        ids = [int(i) for i in ids]
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return decode
 
 
 def find_stop(
@@ -17,7 +42,7 @@ def find_stop(
       tokens: the completion so far.
       known: no stop string ends within so many first tokens.
       stop: the strings.
-      least: of the tokens that a completion must have.
+      least: the fewest tokens of a completion.
       decode: ids to text.
     """
     first = max(known + 1, least, 1)

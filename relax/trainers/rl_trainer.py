@@ -31,7 +31,7 @@ from relax.losses.policy import log_ratios
 from relax.models.forward import completion_states
 from relax.parallel import processes
 from relax.rewards import Environment, RewardRunner
-from relax.sampling import SamplingConfig, generate
+from relax.sampling import SamplingConfig, generate, stop_decoder
 from relax.trainers.rl.episodes import rollout_episodes
 from relax.trainers.rl.rollout import (
     Rollout,
@@ -178,9 +178,10 @@ class RLTrainer(Trainer):
         given = None
         if self.environment is None:
             prompts = item["prompt_ids"]
-            out = generate(self.model, params, prompts, key, sampling, decode=self._decode)
+            decode = stop_decoder(self.tokenizer)
+            out = generate(self.model, params, prompts, key, sampling, decode=decode)
         else:
-            texts = (self._encode, self._decode)
+            texts = (self._encode, self._decode, stop_decoder(self.tokenizer))
             item, out, given = rollout_episodes(
                 self.model, params, item, key, sampling, self.environment, *texts
             )

@@ -15,7 +15,7 @@ from relax.data.profiles import apply_profile, remaining_system_prompt, resolve_
 from relax.engine.model_source import ModelSource
 from relax.errors import ConfigError, DataError
 from relax.files import atomic_write
-from relax.sampling import SamplingConfig, generate
+from relax.sampling import SamplingConfig, generate, stop_decoder
 from relax.tools.sample.config import SampleConfig
 
 
@@ -52,7 +52,7 @@ def sample(config: SampleConfig) -> None:
         prompts.prompt_ids,
         jax.random.key(seed or 0),  # which nothing is drawn with where the temperature is 0
         sampling,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        decode=stop_decoder(tokenizer),
         on_tokens=stream,
     )
     seconds = time.monotonic() - start_s

@@ -56,6 +56,7 @@ def rollout_episodes(
     make_environment: Callable[[], Environment],
     encode: Callable[[str], list[int]],
     decode: Callable,
+    stop_decode: Callable | None = None,
 ) -> tuple[dict, SampleOutput, np.ndarray]:
     """Plays `sampling.n` episodes of every prompt of an item.
 
@@ -63,6 +64,8 @@ def rollout_episodes(
       sampling: `max_new_tokens` bounds all turns and answers of an episode together.
       make_environment: makes one environment per episode.
       encode: text to ids, without special tokens.
+      decode: ids to the text that the environment sees.
+      stop_decode: ids to the text that stop strings are looked for in; None: `decode`.
 
     Returns:
       The item, whose prompts hold what environments showed first; the completions, with NaN for the
@@ -91,7 +94,7 @@ def rollout_episodes(
             [[*plays[i].episode.prompt_ids, *plays[i].episode.completion_ids] for i in under_way],
             jax.vmap(lambda row_key: jax.random.fold_in(row_key, turn))(keys[np.array(under_way)]),  # noqa: B023
             config,
-            decode=decode,
+            decode=stop_decode or decode,
             limits=rooms,
         )
         for n, (i, room) in enumerate(zip(under_way, rooms, strict=True)):
