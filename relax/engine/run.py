@@ -113,7 +113,7 @@ class Run(RunContext):
             model, params = self.attempt(lambda: make(self.source)) or (None, None)
         if model is not None:
             length = self.config.flat().get("pad_to_multiple_of") or 8
-            model, attention = kernels.select_attention(model, length)
+            attention = kernels.describe_attention(model, length)
             self.console.print(f"attention: {attention}", markup=False)
         return model, params
 

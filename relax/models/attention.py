@@ -120,7 +120,7 @@ def _weighted(softcap, q, k, v, mask):
 
 
 def _gradients(softcap, q, k, v, mask, log_total, mean, d_out):
-    """Of q, k and v, float32."""
+    """The gradients of q, k and v, float32."""
     shape = q.shape
     scores, slope = _scores(softcap, q, k, mask)
     q, log_total, mean, d_out = (
@@ -181,7 +181,7 @@ def _forward_blocks(softcap, q, k, v, blocks):
 
 
 def _merge(one, other):
-    """What `_weighted` gives for two sets of keys, from what it gives for each."""
+    """The result of `_weighted` for two sets of keys, from its results for each."""
     top = jnp.maximum(one[0], other[0])
     a, b = jnp.exp(one[0] - top), jnp.exp(other[0] - top)
     return top, a * one[1] + b * other[1], a * one[2] + b * other[2]

@@ -10,7 +10,7 @@ Axes: B slots, S columns, K key-value heads, G query heads per key-value head, H
 prefilled prompts.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Values(NamedTuple):
 
 
 Cache = tuple[tuple[Keys, Values], ...]
+Columns = TypeVar("Columns", Keys, Values)
 
 
 def empty_cache(config: TransformerConfig, B: int, S: int, dtype) -> Cache:
@@ -44,19 +45,22 @@ def empty_cache(config: TransformerConfig, B: int, S: int, dtype) -> Cache:
     return tuple(layer() for _ in range(config.num_hidden_layers))
 
 
-def write(columns: Keys | Values, new: jax.Array, positions: jax.Array) -> Keys | Values:
+def write(columns: Columns, new: jax.Array, positions: jax.Array) -> Columns:
     """Puts `new[b]` `[K, H]`, of one token per slot, into column `positions[b]` of slot b."""
     old = columns.entries
     B, K = old.shape[:2]
     slot, head = jnp.arange(B)[:, None], jnp.arange(K)[None, :]
-    place = (slot, head, positions[:, None])
+    column = positions[:, None]
+    place: tuple = (slot, head, column)
     if isinstance(columns, Keys):
-        place = (slot, head, slice(None), positions[:, None])
+        place = (slot, head, slice(None), column)
     new = new.astype(old.dtype)
     if old.dtype == jnp.bfloat16:  # as bits: on CPUs XLA would widen the whole cache, and back
-        bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
-        return type(columns)(jax.lax.bitcast_convert_type(_set(*bits, place), old.dtype))
-    return type(columns)(_set(old, new, place))
+        old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
+        written = jax.lax.bitcast_convert_type(_set(old_bits, new_bits, place), old.dtype)
+    else:
+        written = _set(old, new, place)
+    return type(columns)(written)
 
 
 def _set(old, new, place):
@@ -106,15 +110,15 @@ def attend_cached(
     B, K, G, H = q.shape
     q = q * (H**-0.5 if multiplier is None else multiplier)
     parts = (q, keys.entries, values.entries)
-    q, keys, values = (x.reshape(B * K, *x.shape[2:]) for x in parts)
-    scores = jnp.einsum("XGH,XHS->XGS", q, keys, preferred_element_type=jnp.float32)
+    q, k, v = (x.reshape(B * K, *x.shape[2:]) for x in parts)
+    scores = jnp.einsum("XGH,XHS->XGS", q, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    column, last = jnp.arange(keys.shape[2])[None, :], positions[:, None]
+    column, last = jnp.arange(k.shape[2])[None, :], positions[:, None]
     seen = column <= last
     if window is not None:
         seen &= column > last - window
     scores = jnp.where(seen[:, None, None, :], scores.reshape(B, K, G, -1), MASK_VALUE)
-    weights = jax.nn.softmax(scores).astype(values.dtype).reshape(B * K, G, -1)
-    out = jnp.einsum("XGS,XSH->XGH", weights, values, preferred_element_type=jnp.float32)
-    return out.astype(values.dtype).reshape(B, K, G, H)
+    weights = jax.nn.softmax(scores).astype(v.dtype).reshape(B * K, G, -1)
+    out = jnp.einsum("XGS,XSH->XGH", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(v.dtype).reshape(B, K, G, H)

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched past the length a model was first trained on.
+    """Stretching of rotary frequencies past the length a model was first trained on.
 
     Attributes:
       kind: `linear` divides every frequency by `factor`; `llama3` divides the low ones only and
@@ -65,7 +65,7 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What one layer does differently from its neighbours.
+    """The settings in which a layer may differ from its neighbours.
 
     Attributes:
       window: a token sees itself and `window - 1` tokens before it; None: all before it.
@@ -96,13 +96,13 @@ class TransformerConfig:
         of the one back, and of the feed-forward block.
       initializer_range: standard deviation of fresh matrices.
       model_type: the family, of `relax.models.families`, whose files hold such a model.
-      hidden_act: of the gate, `silu`, `gelu` or `gelu_pytorch_tanh`.
+      hidden_act: activation of the gate, `silu`, `gelu` or `gelu_pytorch_tanh`.
       norm_plus_one: norms multiply by 1 + scale.
       pre_norm, post_norm: norms before and after the two blocks of a layer.
-      qk_norm: of queries and keys before they turn: `head` normalises each head, `all` all heads
-        together; None: none.
-      embedding_multiplier: of the embeddings as the layers see them.
-      attention_multiplier: of q · k; None: head_dim^-0.5.
+      qk_norm: norm of queries and keys before they turn: `head` normalises each head, `all` all
+        heads together; None: none.
+      embedding_multiplier: factor of the embeddings.
+      attention_multiplier: factor of q · k; None: head_dim^-0.5.
       attn_logit_softcapping, final_logit_softcapping: c in x -> c tanh(x / c), of q · k and of the
         logits; None: none.
       sliding_window, layer_types: layers of type `sliding_attention` see a window of the past, and
@@ -114,7 +114,7 @@ class TransformerConfig:
         its router likes best; 0: no mixture of experts.
       norm_topk_prob: the chosen experts' weights are normalised to a sum of 1.
       dense_layers: indices of layers with a feed-forward block among those with experts.
-      router_aux_loss_coef: of the load-balancing loss in the loss of a trainer.
+      router_aux_loss_coef: coefficient of the load-balancing loss in training.
     """
 
     vocab_size: int
@@ -192,7 +192,7 @@ class TransformerConfig:
         )
 
     def layer(self, index: int) -> LayerSpec:
-        """What layer `index`, from 0, does."""
+        """The settings of layer `index`, from 0."""
         sliding = bool(self.layer_types) and self.layer_types[index] == "sliding_attention"
         rope = Rope(self.rope_theta, self.rope_scaling)
         if sliding and self.local_rope_theta is not None:

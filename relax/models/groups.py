@@ -9,13 +9,16 @@ Axes: P prompts, L tokens of a prompt, G completions of a group, C tokens of a c
 K key-value heads, H head; M = P * (L + G * C) tokens: a prompt's, then those of its completions.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from relax.models.attention import attend, attention_mask
+from relax.models.block import Context
+from relax.models.config import TransformerConfig
 from relax.models.moe import total_aux_loss
-from relax.models.rotary import rotary_angles
-from relax.models.transformer import Transformer, attention_options
+from relax.models.transformer import Transformer, all_angles, attention_options
 
 
 def group_hidden_states(
@@ -71,17 +74,16 @@ def group_outputs(
         jnp.arange(C)[None, None, :] < completion_lengths[:, :, None],
     )
 
-    R = config.rotary_dim or config.head_dim
-    angles, masks = {None: None}, {}
+    angles, masks = all_angles(config, positions[:, None]), {}
     for kind in config.layers:
-        if kind.rope not in angles:
-            angles[kind.rope] = rotary_angles(positions[:, None], kind.rope, R)
         if kind.window not in masks:
             completion_mask = _completion_mask(prompt_lengths, L, G, C, kind.window)
             masks[kind.window] = (attention_mask(None, P, L, kind.window), completion_mask)
+    within_groups = functools.partial(_within_groups, config)
     x, routers = model.embed(ids), []
     for layer, kind in zip(model.layers, config.layers, strict=True):
-        x, router = model.run(layer, x, (angles[kind.rope], masks[kind.window], real), _over_groups)
+        context = Context(angles[kind.rope], real, masks[kind.window])
+        x, router = model.run(layer, x, context, within_groups)
         routers.append(router)
     prompt, completion = _parted(model.norm(x), P, L)
     return prompt, completion.reshape(P, G, C, -1), total_aux_loss(routers)
@@ -110,25 +112,27 @@ def _completion_mask(prompt_lengths, L, G, C, window):
     return jnp.concatenate([prompt, jnp.broadcast_to(own, (len(lengths), C, C))], axis=2)
 
 
-def _over_groups(config, layer, x, constants):
-    """A layer over prompts and completions: `(x, router)`."""
-    angles, (prompt_mask, completion_mask), real = constants
+def _within_groups(config: TransformerConfig, q, k, v, context: Context):
+    """An `Attend` of prompts to themselves, and of completions to their prompt and themselves.
+
+    The mask is two: `[P, L, L]` of prompts and `[P * G, C, L + C]` of completions.
+    """
+    prompt_mask, completion_mask = context.mask
     P, L = prompt_mask.shape[:2]
     N, C = completion_mask.shape[:2]  # N = P * G
+    options = attention_options(config)
+    (prompt_q, own_q), (prompt_k, own_k), (prompt_v, own_v) = (_parted(x, P, L) for x in (q, k, v))
+    out = attend(prompt_q, prompt_k, prompt_v, prompt_mask, **options).reshape(P, L, -1)
 
-    def attention(q, k, v):
-        options = attention_options(config)
-        prompt, own = zip(*(_parted(a, P, L) for a in (q, k, v)), strict=True)
-        out = attend(*prompt, prompt_mask, **options).reshape(P, L, -1)
-        q, k, v = (a.reshape(N, C, *a.shape[2:]) for a in own)
-        keys, values = (
-            jnp.concatenate([jnp.repeat(shared, N // P, axis=0), own], axis=1)
-            for shared, own in zip(prompt[1:], (k, v), strict=True)
-        )
-        completions = attend(q, keys, values, completion_mask, **options).reshape(
-            P, -1, out.shape[2]
-        )
-        return jnp.concatenate([out, completions], axis=1).reshape(len(x), -1), None
+    def with_prompt(shared, own):  # [P, L, K, H] and [P, G * C, K, H] -> [N, L + C, K, H]
+        own = own.reshape(N, C, *own.shape[2:])
+        return jnp.concatenate([jnp.repeat(shared, N // P, axis=0), own], axis=1)
 
-    x, _, router = layer(x, angles, attention, real)
-    return x, router
+    completions = attend(
+        own_q.reshape(N, C, *own_q.shape[2:]),
+        with_prompt(prompt_k, own_k),
+        with_prompt(prompt_v, own_v),
+        completion_mask,
+        **options,
+    ).reshape(P, -1, out.shape[2])
+    return jnp.concatenate([out, completions], axis=1).reshape(len(q), -1), None

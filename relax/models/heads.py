@@ -57,7 +57,7 @@ def scores(params, hidden: jax.Array) -> jax.Array:
 
     Args:
       params: with the head among them, under `score`.
-      hidden: of `hidden_states` or `group_hidden_states`.
+      hidden: states as `relax.models.forward` gives them.
     """
     kernel = params[HEAD]["kernel"].astype(jnp.float32)
     return jnp.matmul(hidden.astype(jnp.float32), kernel)[..., 0]

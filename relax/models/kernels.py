@@ -1,4 +1,8 @@
-"""Which attention a layer runs: cuDNN's on NVIDIA, splash on TPUs, ours in XLA everywhere.
+"""The attention that a layer runs: cuDNN's on NVIDIA, splash on TPUs, ours in XLA everywhere.
+
+A kernel is chosen for what it is documented to do. The slow tests of attention compare the kernel
+of a device with XLA's, forward and backward; where one fails all the same (an older driver, say),
+`--attn_implementation xla` does without.
 
 Axes: B batch, T token, K key-value heads, G query heads per key-value head, H head.
 """
@@ -6,19 +10,18 @@ Axes: B batch, T token, K key-value heads, G query heads per key-value head, H h
 import collections
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from relax import parallel
 from relax.errors import ConfigError
-from relax.models.attention import SAVED, attend, attention_mask
+from relax.models.attention import SAVED, attend
 
 AUTO = "auto"
 KERNELS = {"cuda": "cudnn", "tpu": "splash"}  # the kernel of a platform; others have none
 LANES = 128  # splash works on multiples of it
-TOLERANCE = 0.05  # of gradients between two paths in bfloat16
 
 
 class Device(NamedTuple):
@@ -26,7 +29,7 @@ class Device(NamedTuple):
 
     Attributes:
       platform: `cpu`, `cuda`, `rocm`, `tpu` or what else jax calls it.
-      capability: of an NVIDIA device, (9, 0) for Hopper; None: unknown.
+      capability: compute capability of an NVIDIA device, (9, 0) for Hopper; None: unknown.
     """
 
     platform: str
@@ -34,13 +37,13 @@ class Device(NamedTuple):
 
 
 class AttentionSpec(NamedTuple):
-    """What a layer asks of its attention.
+    """The requirements of a layer on its attention.
 
     Attributes:
       dtype: name of the dtype of queries, keys and values.
       head_dim: H.
       window: a token sees itself and `window - 1` tokens before it; None: all before it.
-      softcap: of the scores; None: none.
+      softcap: bound of the scores; None: no cap.
       length: T.
       segments: rows hold several documents, or padding.
     """
@@ -113,10 +116,10 @@ def choose(asked: str, need: AttentionSpec, device: Device) -> tuple[str, str]:
             )
         return asked, device.platform
     kernel = KERNELS.get(device.platform)
-    reason = device.platform if kernel is None else refusal(kernel, need, device)
-    if kernel is None or reason is not None:
-        return "xla", reason
-    return kernel, device.platform
+    if kernel is None:
+        return "xla", device.platform
+    reason = refusal(kernel, need, device)
+    return (kernel, device.platform) if reason is None else ("xla", reason)
 
 
 def summary(choices: Iterable[tuple[str, str]]) -> str:
@@ -205,10 +208,12 @@ def _splash(q, k, v, segment_ids, window, multiplier, softcap, interpret=False):
     )
     block = next(n for n in (4 * LANES, 2 * LANES, LANES) if size % n == 0)
     forward, backward = ("q", "kv", "kv_compute"), ("q_dkv", "kv_dkv", "kv_dkv_compute")
-    names = (*forward, *backward, "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {
+        f"block_{name}": block for name in (*forward, *backward, "q_dq", "kv_dq")
+    }
     kernel = splash.make_splash_mha_single_device(
         mask=splash.MultiHeadMask([mask] * (K * G)),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=splash.BlockSizes(**sizes),
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=SAVED,
         interpret=interpret,
@@ -227,62 +232,14 @@ def _splash(q, k, v, segment_ids, window, multiplier, softcap, interpret=False):
     return out[:, :, :T, :H].swapaxes(1, 2).reshape(q.shape)
 
 
-def select_attention(model, length: int):
-    """Tries the chosen kernels once on this device, and settles for XLA where one fails.
+def describe_attention(model, length: int) -> str:
+    """One line about the attention that a model's layers run over packed rows.
 
     Args:
       model: a `Transformer`.
       length: T of the longest rows.
 
-    Returns:
-      The model, and a line about which attention its layers run.
-
     Raises:
-      ConfigError: the path that is asked for does not work here.
+      ConfigError: the path that is asked for cannot do what a layer needs.
     """
-    kinds = model.config.layers
-    choices = [model.attention_choice(kind, length, True) for kind in kinds]
-    tried = {(path, kind.window) for (path, _), kind in zip(choices, kinds, strict=True)}
-    for path, window in sorted(tried, key=str):
-        reason = None if path == "xla" else check_kernel(path, model.config, model.dtype, window)
-        if reason is None:
-            continue
-        if model.attn_implementation != AUTO:
-            raise ConfigError(f"attn_implementation {path} cannot be taken: {reason}. Make it xla.")
-        return model.clone(attn_implementation="xla"), f"xla ({reason})"
-    return model, summary(choices)
-
-
-def check_kernel(path: str, config, dtype, window: int | None, T: int = 256) -> str | None:
-    """What is wrong with a path on this device, by running it forward and backward; None: nothing.
-
-    Drivers and libraries of other versions than those this was written for show themselves here,
-    and not in the middle of a large compilation.
-    """
-    K, H = config.num_key_value_heads, config.head_dim
-    N = config.num_attention_heads
-    shapes = ((2, T, K, N // K, H), (2, T, K, H), (2, T, K, H))
-    keys = jax.random.split(jax.random.key(0), 3)
-    arrays = [jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True)]
-    softcap = config.attn_logit_softcapping
-
-    def gradients(path, segment_ids):
-        mask = attention_mask(segment_ids, 2, T, window)
-
-        def total(q, k, v):
-            options = {"path": path, "window": window, "softcap": softcap}
-            out = attend_rows(q, k, v, mask, segment_ids, **options)
-            return jnp.square(out.astype(jnp.float32)).sum()
-
-        return jax.jit(jax.grad(total, (0, 1, 2)))(*arrays)
-
-    two = jnp.broadcast_to(1 + (jnp.arange(T) >= T // 3)[None, :], (2, T))
-    for segment_ids in (None, two.astype(jnp.int32)):
-        try:
-            pairs = zip(gradients(path, segment_ids), gradients("xla", segment_ids), strict=True)
-            worst = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
-        except Exception as error:  # of whatever kind a driver or a compiler raises
-            return f"{path} fails on this device: {str(error).strip().splitlines()[0]}"
-        if not worst < TOLERANCE:
-            return f"{path} gives other gradients than XLA on this device, by {worst:.1%}"
-    return None
+    return summary(model.attention_choice(kind, length, True) for kind in model.config.layers)

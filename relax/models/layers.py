@@ -69,9 +69,10 @@ class Linear(nn.Module):
             kept = 1.0 - self.lora.dropout
             mask = jax.random.bernoulli(self.make_rng("dropout"), kept, x.shape)
             x = jnp.where(mask, x / kept, 0).astype(x.dtype)
-        a = self.get_variable("params", "lora_a").astype(self.dtype)
-        b = self.get_variable("params", "lora_b").astype(self.dtype)
-        return matmul(matmul(x, a), b) * (self.lora.alpha / self.lora.r)
+        a: jax.Array = self.get_variable("params", "lora_a")
+        b: jax.Array = self.get_variable("params", "lora_b")
+        y = matmul(matmul(x, a.astype(self.dtype)), b.astype(self.dtype))
+        return y * (self.lora.alpha / self.lora.r)
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Gradient checkpointing that keeps its promise on CPUs too."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
@@ -84,4 +86,5 @@ def checkpointed(f, policy=None):
 def _materialised(leaf):
     if not isinstance(leaf, SymbolicZero):
         return leaf
-    return jnp.zeros(leaf.aval.shape, leaf.aval.dtype)
+    aval: Any = leaf.aval
+    return jnp.zeros(aval.shape, aval.dtype)

@@ -42,9 +42,14 @@ def frequencies(rope: Rope, R: int, lengths: jax.Array | None = None) -> jax.Arr
     if scaling.kind == "yarn":
         return _blend(plain, scaling.factor, _yarn_share(rope.theta, R, scaling))
     if scaling.kind == "dynamic":
-        return jnp.asarray(plain) if lengths is None else _dynamic(rope, exponents, lengths)
+        return (
+            jnp.asarray(plain)
+            if lengths is None
+            else _dynamic(rope.theta, scaling, exponents, lengths)
+        )
     if scaling.kind == "longrope":
-        short, long = (np.float32(f) for f in (scaling.short_factor, scaling.long_factor))
+        factors = (scaling.short_factor, scaling.long_factor)
+        short, long = (np.array(factor, np.float32) for factor in factors)
         if lengths is None:
             return jnp.asarray(plain / short)
         is_long = (lengths > scaling.original_max_position_embeddings)[:, None]
@@ -119,12 +124,12 @@ def _yarn_share(theta: float, R: int, scaling: RopeScaling):
     return 1 - np.clip((np.arange(R // 2, dtype=np.float32) - first) / (last - first), 0.0, 1.0)
 
 
-def _dynamic(rope: Rope, exponents, lengths: jax.Array) -> jax.Array:
-    scaling, R = rope.scaling, 2 * len(exponents)
+def _dynamic(theta: float, scaling: RopeScaling, exponents, lengths: jax.Array) -> jax.Array:
+    R = 2 * len(exponents)
     original = scaling.original_max_position_embeddings
     ratio = jnp.maximum(lengths, original).astype(jnp.float32) / original
-    theta = rope.theta * (scaling.factor * ratio - (scaling.factor - 1)) ** (R / (R - 2))
-    return 1.0 / theta[:, None] ** exponents[None, :]
+    raised = theta * (scaling.factor * ratio - (scaling.factor - 1)) ** (R / (R - 2))
+    return 1.0 / raised[:, None] ** exponents[None, :]
 
 
 def _document_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

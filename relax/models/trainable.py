@@ -1,4 +1,4 @@
-"""Which weights are trained, and which are frozen.
+"""Splitting weights into trained and frozen ones.
 
 Parameters are nested dicts, and a weight is named by its path in them: `embed_tokens`, `lm_head`,
 `norm/scale`, `layers_3/q_proj/kernel`, `layers_3/mlp_norm/scale`, `layers_3/experts/router`.
@@ -72,7 +72,7 @@ def split(params, is_chosen: Callable[[tuple[str, ...]], bool]) -> tuple[dict, d
     ({'a': {'b': 1}}, {'a': {'c': 2}})
     """
     flat = flax.traverse_util.flatten_dict(params)
-    parts = ({}, {})
+    parts: tuple[dict, dict] = ({}, {})
     for path, leaf in flat.items():
         parts[not is_chosen(path)][path] = leaf
     chosen, others = map(flax.traverse_util.unflatten_dict, parts)

@@ -1,112 +1,38 @@
-"""A decoder-only transformer: norms, rotary positions, grouped-query attention, gated feed-forward.
+"""A decoder-only transformer; one block serves every family, as `TransformerConfig` tells it.
 
-One block serves every family: what tells them apart is in `TransformerConfig`.
+Notable features:
+- grouped-query attention, in full or in a sliding window, layer by layer; soft caps
+- rotary positions on all of a head, a part of it, or in no layer; stretched in five ways
+- RMS norms before the blocks, behind them, or both, and of queries and keys
+- gated feed-forward blocks, or a mixture of experts that drops no token
+- tied or untied embeddings; the logits of a whole batch never exist in training
+- rows of several documents (`segment_ids`), groups of completions (`relax.models.groups`), and a
+  key-value cache (`prefill`, `decode`) run through the same layers, with another `Attend` each
+- low-rank adapters beside any matrix; gradient checkpointing that works on CPUs too
+- norms, softmax, positions and logits in float32, whatever the dtype of the matrices
 
-Axes: B batch, T query, S key, D model, F feed-forward, N query heads, K key-value heads,
-G = N / K heads per key-value head, H head, L layer, V vocabulary; M = B * T tokens.
-
-Every matrix product sees its tokens flattened to [M, D]. XLA's backward pass for CPUs is about
-twice as fast on them as on [B, T, D], and accelerators do not tell the two apart.
+Axes: B batch, T query, S key, D model, K key-value heads, H head, L layer, V vocabulary;
+M = B * T tokens. Layers see their tokens flattened, `[M, D]`: XLA's backward pass for CPUs is about
+twice as fast on them as on `[B, T, D]`, and accelerators do not tell the two apart.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from relax import parallel
 from relax.models import cache as kv_cache
 from relax.models import kernels
 from relax.models.attention import attention_mask
-from relax.models.config import LayerSpec, LoRA, TransformerConfig
-from relax.models.layers import Linear, RMSNorm
-from relax.models.moe import Experts, activation, total_aux_loss
+from relax.models.block import Attend, Block, Context
+from relax.models.config import LayerSpec, LoRA, Rope, TransformerConfig
+from relax.models.layers import RMSNorm
+from relax.models.moe import total_aux_loss
 from relax.models.remat import POLICIES, checkpointed
-from relax.models.rotary import rotary_angles, rotate
-
-
-class Block(nn.Module):
-    """One layer: x += attention(norm(x)); x += feed_forward(norm(x)); or norms after, or both."""
-
-    config: TransformerConfig
-    layer: LayerSpec
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-    lora: LoRA | None = None
-
-    def setup(self):
-        c = self.config
-        heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = self._linear(heads, c.attention_bias)
-        self.k_proj = self._linear(kv_heads, c.attention_bias)
-        self.v_proj = self._linear(kv_heads, c.attention_bias)
-        self.o_proj = self._linear(c.hidden_size, c.output_bias)
-        if c.qk_norm is not None:
-            self.q_norm, self.k_norm = self._norm(), self._norm()
-        if c.pre_norm:
-            self.attention_norm, self.mlp_norm = self._norm(), self._norm()
-        if c.post_norm:
-            self.post_attention_norm, self.post_mlp_norm = self._norm(), self._norm()
-        if self.layer.experts:
-            self.experts = Experts(c, self.dtype, self.param_dtype)
-        else:
-            self.gate_proj = self._linear(c.intermediate_size, c.mlp_bias)
-            self.up_proj = self._linear(c.intermediate_size, c.mlp_bias)
-            self.down_proj = self._linear(c.hidden_size, c.mlp_bias)
-
-    def _norm(self):
-        c = self.config
-        return RMSNorm(c.rms_norm_eps, c.norm_plus_one, self.dtype, self.param_dtype)
-
-    def _linear(self, features, use_bias):
-        return Linear(
-            features,
-            use_bias,
-            self.config.initializer_range,
-            self.dtype,
-            self.param_dtype,
-            self.lora,
-        )
-
-    def queries_keys_values(self, x, angles):
-        """`[M, D]` -> q `[M, K, G, H]`, k and v `[M, K, H]`, q and k turned."""
-        c = self.config
-        M, K, H = x.shape[0], c.num_key_value_heads, c.head_dim
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if c.qk_norm == "all":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.reshape(M, K, -1, H), k.reshape(M, K, 1, H), v.reshape(M, K, H)
-        if c.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles), rotate(k, angles)[:, :, 0], v
-
-    def feed_forward(self, x, real):
-        if self.layer.experts:
-            return self.experts(x, real)
-        gate = activation(self.config.hidden_act)(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x)), None
-
-    def __call__(self, x, angles, attention, real):
-        """One layer over `[M, D]`.
-
-        Args:
-          x: `[M, D]`.
-          angles: of the rotary positions, or None.
-          attention: `(q, k, v) -> (out [M, N * H], kept)`, over whatever keys there are.
-          real: `[M]` bool, false for padding.
-
-        Returns:
-          `[M, D]`, what `attention` keeps, and the router's sums (None without experts).
-        """
-        c = self.config
-        h = self.attention_norm(x) if c.pre_norm else x
-        h, kept = attention(*self.queries_keys_values(h, angles))
-        h = self.o_proj(h)
-        x = x + (self.post_attention_norm(h) if c.post_norm else h)
-        h = self.mlp_norm(x) if c.pre_norm else x
-        h, router = self.feed_forward(h, real)
-        x = x + (self.post_mlp_norm(h) if c.post_norm else h)
-        return parallel.constrain(x, "batch", None), kept, router
+from relax.models.rotary import Angles, rotary_angles
 
 
 class Transformer(nn.Module):
@@ -118,8 +44,8 @@ class Transformer(nn.Module):
 
     Attributes:
       config: sizes and switches.
-      dtype: of the computation; norms, softmax, rotary positions and logits stay in float32.
-      param_dtype: of the parameters.
+      dtype: dtype of the computation; norms, softmax, rotary positions and logits stay in float32.
+      param_dtype: dtype of the parameters.
       gradient_checkpointing: keep less of each layer for the backward pass.
       gradient_checkpointing_policy: what is kept then, of `relax.models.remat.POLICIES`.
       attn_implementation: `auto`, `xla`, `cudnn` or `splash`, see `relax.models.kernels`; it holds
@@ -175,9 +101,8 @@ class Transformer(nn.Module):
         real = jnp.ones((B * T,), bool) if segment_ids is None else segment_ids.reshape(-1) > 0
         x, routers = self.embed(input_ids), []
         for layer, kind in zip(self.layers, kinds, strict=True):
-            over = functools.partial(_over, self._attention(kind, T, segment_ids))
-            constants = (angles[kind.rope], masks[kind.window], segment_ids, real)
-            x, router = self.run(layer, x, constants, over)
+            context = Context(angles[kind.rope], real, masks[kind.window], segment_ids)
+            x, router = self.run(layer, x, context, self._within_rows(kind, T, segment_ids))
             routers.append(router)
         return self.norm(x).reshape(B, T, -1), total_aux_loss(routers)
 
@@ -196,9 +121,8 @@ class Transformer(nn.Module):
         real = jnp.ones((B * T,), bool)
         x, filled = self.embed(input_ids), []
         for layer, kind in zip(self.layers, self.config.layers, strict=True):
-            mask = attention_mask(None, B, T, kind.window)
-            over = _over_row(self._attention(kind, T, None), mask, None)
-            x, kept, _ = layer(x, angles[kind.rope], over, real)
+            context = Context(angles[kind.rope], real, attention_mask(None, B, T, kind.window))
+            x, kept, _ = layer(x, context, self._within_rows(kind, T, None))
             filled.append(kept)
         return self.norm(x).reshape(B, T, -1), tuple(filled)
 
@@ -208,7 +132,7 @@ class Transformer(nn.Module):
         Args:
           tokens: `[B]`, the last token of each slot.
           positions: `[B]`, where it stands.
-          cache: of `relax.models.cache`, with more columns than any position.
+          cache: a cache of `relax.models.cache`, with more columns than any position.
 
         Returns:
           Hidden states `[B, D]`, and the cache with the tokens' keys and values in it.
@@ -217,8 +141,10 @@ class Transformer(nn.Module):
         real = jnp.ones(tokens.shape, bool)
         x, filled = self.embed(tokens), []
         for layer, kind, columns in zip(self.layers, self.config.layers, cache, strict=True):
-            over = _over_cache(self.config, kind.window, columns, positions)
-            x, kept, _ = layer(x, angles[kind.rope], over, real)
+            attend = functools.partial(
+                _to_cache, self.config, kind.window, columns=columns, positions=positions
+            )
+            x, kept, _ = layer(x, Context(angles[kind.rope], real), attend)
             filled.append(kept)
         return self.norm(x), tuple(filled)
 
@@ -229,17 +155,14 @@ class Transformer(nn.Module):
         multiplier = self.config.embedding_multiplier
         return x if multiplier == 1.0 else x * jnp.asarray(multiplier, self.dtype)
 
-    def _angles(self, positions, segment_ids, B, T):
-        """Per kind of rope, the angles of all tokens; None for the layers without positions."""
+    def _angles(self, positions, segment_ids, B, T) -> dict[Rope | None, Angles | None]:
+        """The angles of all tokens for each kind of rope; None for layers without positions."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
-        R = self.config.rotary_dim or self.config.head_dim
-        ropes = {kind.rope for kind in self.config.layers} - {None}
-        angles = {rope: rotary_angles(positions, rope, R, segment_ids) for rope in ropes}
-        return angles | {None: None}
+        return all_angles(self.config, positions, segment_ids)
 
     def attention_choice(self, layer, T, segments, device=None):
-        """The path of a layer's attention over rows of T tokens, and why (`kernels.choose`)."""
+        """The path of a layer's attention over rows of T tokens, and why: see `kernels.choose`."""
         c = self.config
         need = kernels.AttentionSpec(
             jnp.dtype(self.dtype).name,
@@ -251,28 +174,27 @@ class Transformer(nn.Module):
         )
         return kernels.choose(self.attn_implementation, need, device or kernels.this_device())
 
-    def _attention(self, layer, T, segment_ids):
-        """`(q, k, v, mask, segment_ids) -> out` over rows."""
+    def _within_rows(self, layer: LayerSpec, T: int, segment_ids) -> Attend:
         path, _ = self.attention_choice(layer, T, segment_ids is not None)
         options = attention_options(self.config)
-        return functools.partial(kernels.attend_rows, path=path, window=layer.window, **options)
+        return functools.partial(_within_rows, path=path, window=layer.window, **options)
 
-    def run(self, layer, x, constants, over):
-        """`over(config, layer, x, constants) -> (x, router)`, checkpointed where that is asked."""
+    def run(self, layer: Block, x: jax.Array, context: Context, attend: Attend):
+        """A layer, `(x, router)`, computed again in the backward pass where that is asked for."""
         if not self.gradient_checkpointing or self.is_initializing():
-            return over(self.config, layer, x, constants)
+            x, _, router = layer(x, context, attend)
+            return x, router
         block = self._block(layer.layer, parent=None)
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
 
         def apply(params, x, constants):
-            *constants, key = constants
+            context, key = constants
             rngs = None if key is None else {"dropout": key}
-            bound = block.bind({"params": params}, rngs=rngs)
-            return over(self.config, bound, x, constants)
+            x, _, router = block.apply({"params": params}, x, context, attend, rngs=rngs)
+            return x, router
 
-        constants = (*constants, key)
         policy = POLICIES[self.gradient_checkpointing_policy]
-        return checkpointed(apply, policy)(layer.variables["params"], x, constants)
+        return checkpointed(apply, policy)(layer.variables["params"], x, (context, key))
 
     def __call__(self, input_ids, positions=None, segment_ids=None):
         hidden = self.hidden_states(input_ids, positions, segment_ids)
@@ -291,48 +213,44 @@ class Transformer(nn.Module):
         return params["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]
 
 
-def _over(attend, config, layer, x, constants):
-    """A layer over whole rows: `(x, router)`."""
-    angles, mask, segment_ids, real = constants
-    x, _, router = layer(x, angles, _over_row(attend, mask, segment_ids, keep=False), real)
-    return x, router
+def all_angles(
+    config: TransformerConfig, positions: jax.Array, segment_ids: jax.Array | None = None
+) -> dict[Rope | None, Angles | None]:
+    """The angles of tokens at `positions` `[B, T]` for each kind of rope in a model, and None."""
+    R = config.rotary_dim or config.head_dim
+    angles: dict[Rope | None, Angles | None] = {None: None}
+    for rope in {kind.rope for kind in config.layers} - {None}:
+        angles[rope] = rotary_angles(positions, rope, R, segment_ids)
+    return angles
 
 
-def attention_options(config):
-    """How queries and keys become scores."""
+def attention_options(config: TransformerConfig) -> dict[str, Any]:
+    """The options by which queries and keys become scores."""
     return {"multiplier": config.attention_multiplier, "softcap": config.attn_logit_softcapping}
 
 
-def _over_row(attend, mask, segment_ids, keep=True):
-    """Attention within rows `[B, T]`; keeps keys and values as a cache holds them."""
-    B, T = mask.shape[:2]
-
-    def attention(q, k, v):
-        q, k, v = (x.reshape(B, T, *x.shape[1:]) for x in (q, k, v))
-        out = attend(q, k, v, mask, segment_ids).reshape(B * T, -1)
-        return out, (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
-
-    return attention
+def _within_rows(q, k, v, context: Context, **options):
+    """An `Attend` within rows, whose mask is `[B, T, T]`; keeps keys and values for a cache."""
+    B, T = context.mask.shape[:2]
+    q, k, v = (x.reshape(B, T, *x.shape[1:]) for x in (q, k, v))
+    out = kernels.attend_rows(q, k, v, context.mask, context.segment_ids, **options)
+    return out.reshape(B * T, -1), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
-def _over_cache(config, window, columns, positions):
-    """Attention of one new token per slot to the columns of a cache, itself included."""
+def _to_cache(config: TransformerConfig, window, q, k, v, context: Context, *, columns, positions):
+    """An `Attend` of one new token per slot to the columns of a cache, itself included."""
 
-    def over_part(q, k, v, columns, positions):
-        keys, values = (
-            kv_cache.write(old, new, positions) for old, new in zip(columns, (k, v), strict=True)
-        )
-        out = kv_cache.attend_cached(
-            q, keys, values, positions, window=window, **attention_options(config)
-        )
+    def part(q, k, v, columns, positions):
+        old_keys, old_values = columns
+        keys = kv_cache.write(old_keys, k, positions)
+        values = kv_cache.write(old_values, v, positions)
+        options = attention_options(config)
+        out = kv_cache.attend_cached(q, keys, values, positions, window=window, **options)
         return out, (keys, values)
 
-    def attention(q, k, v):
-        heads = ("batch", "heads")
-        run = parallel.per_device(
-            over_part, (heads, heads, heads, heads, ("batch",)), (heads, (heads, heads))
-        )
-        out, kept = run(q, k, v, columns, positions)
-        return out.reshape(out.shape[0], -1), kept
-
-    return attention
+    heads = ("batch", "heads")
+    run = parallel.per_device(
+        part, (heads, heads, heads, heads, ("batch",)), (heads, (heads, heads))
+    )
+    out, kept = run(q, k, v, columns, positions)
+    return out.reshape(out.shape[0], -1), kept

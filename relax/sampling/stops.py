@@ -19,13 +19,12 @@ Decode = Callable[[list[int]], str]
 def stop_decoder(tokenizer) -> Decode:
     """The function from ids to the text that stop strings are looked for in.
 
-    Special tokens are a part of it, and spaces stay as the tokens spell them. (A completion that is
-    shown or scored is decoded by others, mostly without special tokens.)
+    Special tokens are a part of it. A completion that is shown or scored is decoded elsewhere,
+    mostly without them.
     """
 
     def decode(ids: Sequence[int]) -> str:
-        ids = [int(i) for i in ids]
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     return decode
 

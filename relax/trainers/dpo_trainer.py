@@ -29,8 +29,7 @@ from relax.losses import IGNORED, next_token_targets, target_hits
 from relax.losses.dpo import LOSSES, LossOptions, Pairs, kto_loss, kto_reference_point
 from relax.losses.logprobs import linear_logprobs
 from relax.losses.masked import masked_mean
-from relax.models.forward import hidden_states
-from relax.models.groups import group_hidden_states
+from relax.models.forward import completion_states, hidden_states
 from relax.models.trainable import merge
 from relax.trainers.pairs import num_tokens
 from relax.trainers.state import (
@@ -183,16 +182,7 @@ class DPOTrainer(Trainer):
             targets = next_token_targets(batch["labels"])
         else:
             ids, lengths = batch["completion_ids"], batch["completion_lengths"]
-            dropout = rng is not None and self.model.lora is not None and self.model.lora.dropout
-            hidden, aux_loss = self.model.apply(
-                {"params": params},
-                batch["prompt_ids"],
-                batch["prompt_lengths"],
-                ids,
-                lengths,
-                rngs={"dropout": rng} if dropout else None,
-                method=group_hidden_states,
-            )
+            hidden, aux_loss = completion_states(self.model, params, batch, rng)
             place = jnp.arange(ids.shape[2])[None, None, :]
             is_real = place < lengths[:, :, None]
             # Nothing precedes the first token where the answer has swallowed the prompt.

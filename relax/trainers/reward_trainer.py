@@ -22,8 +22,7 @@ import jax.numpy as jnp
 
 from relax.losses.masked import masked_mean
 from relax.losses.reward import bradley_terry_loss, centering_loss
-from relax.models.forward import hidden_states
-from relax.models.groups import group_outputs
+from relax.models.forward import completion_outputs, hidden_states
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.trainable import merge
 from relax.trainers.pairs import num_tokens
@@ -107,18 +106,8 @@ class RewardTrainer(Trainer):
             last = _last_places(batch["segment_ids"], batch["completion_lengths"].shape[1])
             hidden = jnp.take_along_axis(hidden, last[:, :, None], axis=1)  # [B, 2K, D]
         else:
-            ids, lengths = batch["completion_ids"], batch["completion_lengths"]
-            dropout = rng is not None and self.model.lora is not None and self.model.lora.dropout
-            _, hidden, aux_loss = self.model.apply(
-                {"params": params},
-                batch["prompt_ids"],
-                batch["prompt_lengths"],
-                ids,
-                lengths,
-                rngs={"dropout": rng} if dropout else None,
-                method=group_outputs,
-            )
-            last = jnp.maximum(lengths - 1, 0)[:, :, None, None]
+            hidden, aux_loss = completion_outputs(self.model, params, batch, rng)
+            last = jnp.maximum(batch["completion_lengths"] - 1, 0)[:, :, None, None]
             hidden = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]  # [B, 2, D]
         return scores(params, hidden).reshape(-1, 2), aux_loss
 
