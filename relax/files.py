@@ -6,6 +6,7 @@ inside, of a bounded size; `check_directory` looks at all of them before a libra
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 from relax.errors import ModelLoadError
@@ -35,6 +36,28 @@ def fsync_path(path: str | Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def file_crc(path: Path) -> int | None:
+    """crc32 of a file's bytes, None if it cannot be read."""
+    crc = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                crc = zlib.crc32(block, crc)
+    except OSError:
+        return None
+    return crc
+
+
+def content_digest(path: str | Path) -> str:
+    """A checksum of the bytes of a file, or of all files in a directory and their names."""
+    path, crc = Path(path), 0
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            name = "" if file == path else file.relative_to(path)
+            crc = zlib.crc32(f"{name}:{file_crc(file)}\n".encode(), crc)
+    return f"{crc:08x}"
 
 
 def atomic_write(path: str | Path, data: bytes, *, sync: bool = True) -> None:

@@ -96,9 +96,9 @@ def _checkpoints():
 
 
 def _model_source():
-    from relax.engine import model_source
+    from relax.engine.model_source import ModelSource
 
-    return model_source
+    return ModelSource
 
 
 def _trainer():
@@ -128,7 +128,7 @@ def _renames_to(end: str) -> Callable:
 
 
 _POINTS = {
-    "data": _around(_model_source, "make_tokenizer", before=True),
+    "data": _around(_model_source, "tokenizer", before=True),
     "reference": _around(_dpo_trainer, "answer_logprobs"),
     "rollout": _around(_rl_trainer, "score", before=True),  # completions are not yet scored
     "reward": _around(_rl_trainer, "score"),

@@ -1,5 +1,6 @@
 """Two real processes over loopback: the run of one process, a peer that dies, and a relaunch."""
 
+import functools
 import json
 import os
 import re
@@ -8,11 +9,14 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 import runs
+from golden.trl_cases import write_tiny_llama
 
+from relax import files
 from relax.files import list_steps
 from relax.parallel import processes
 from relax.trainers import Trainer
@@ -46,7 +50,15 @@ def job(tmp_path_factory):
     return directory, JOB | {"dataset_name": rows}
 
 
-def start_two(output: Path, fields: dict, *, fault: str | None = None, other=None, before=None):
+def start_two(
+    output: Path,
+    fields: dict,
+    *,
+    fault: str | None = None,
+    other=None,
+    before=None,
+    before_second=None,
+):
     """Process 0, and process 1 which meets a fault or has other fields; `before` changes both."""
     address = f"127.0.0.1:{port()}"
     children = []
@@ -56,7 +68,13 @@ def start_two(output: Path, fields: dict, *, fault: str | None = None, other=Non
             **own, output_dir=output, mesh="data=2", coordinator=address, num_processes=2,
             process_id=number,
         )  # fmt: skip
-        children.append(runs.fork(*arguments, fault=fault if number else None, before=before))
+        children.append(
+            runs.fork(
+                *arguments,
+                fault=fault if number else None,
+                before=before_second if number and before_second else before,
+            )
+        )
     return children
 
 
@@ -201,6 +219,44 @@ def test_who_takes_part_is_read_from_the_environment_of_a_cluster(environment, m
     else:
         assert ended(children) == [1]
         assert "coordinator auto is for SLURM, MPI, GKE and TPU pods" in children[0].stderr
+
+
+@pytest.mark.parametrize("which", ["rows", "model"])
+def test_processes_whose_files_differ_under_one_name_end_with_one_sentence(job, tmp_path, which):
+    """Each host has its own disk: here the second process finds other bytes at the same path."""
+    directory, fields = job
+    if which == "model":
+        model = write_tiny_llama(tmp_path / "model")
+        fields, name = fields | {"model_name_or_path": model}, "model.safetensors"
+    else:
+        name = "rows.jsonl"
+    children = start_two(directory / which, fields, before_second=functools.partial(other, name))
+    assert ended(children) == [2, 2], [child.stderr[-2000:] for child in children]
+    for child in children:
+        assert re.search(f"the content of .*{which[:4]}.* in process 0 and .* in p", child.stderr)
+    assert not (directory / which / "config.json").exists()
+
+
+def other(name: str) -> None:
+    """Reads another last byte in files of a name."""
+    file_crc = files.file_crc
+    files.file_crc = lambda path: file_crc(path) + (path.name == name)
+
+
+def test_tokens_that_differ_between_processes_end_with_one_sentence(job):
+    """Rows from Python have no file: what they become is compared."""
+    directory, fields = job
+    children = start_two(directory / "tokens", fields, before_second=other_tokens)
+    assert ended(children) == [2, 2], [child.stderr[-2000:] for child in children]
+    for child in children:
+        assert "the tokens that are trained on is" in child.stderr
+
+
+def other_tokens() -> None:
+    from relax.engine.recipes import sft
+
+    crc32 = sft.zlib.crc32
+    sft.zlib = SimpleNamespace(crc32=lambda data, crc=0: crc32(data, crc) ^ 1)
 
 
 def test_processes_with_different_options_end_with_one_sentence(job):

@@ -28,7 +28,6 @@ from relax.checkpoint.storage import (
     Snapshot,
     check_structure,
     damaged_leaves,
-    file_crc,
     fingerprint,
     fingerprint_diff,
     named_leaves,
@@ -43,7 +42,7 @@ from relax.checkpoint.storage import (
 )
 from relax.config.text import format_bytes, join_some
 from relax.errors import CheckpointError
-from relax.files import fsync_path, list_steps
+from relax.files import file_crc, fsync_path, list_steps
 from relax.parallel import processes
 
 __all__ = [

@@ -23,7 +23,7 @@ import tensorstore as ts
 from relax import parallel
 from relax.config.text import join_some
 from relax.errors import CheckpointError
-from relax.files import STATE_FILE, fsync_path
+from relax.files import STATE_FILE, file_crc, fsync_path
 from relax.parallel import processes
 
 FORMAT = 1
@@ -143,18 +143,6 @@ def leaf_crc(array) -> int:
 def _on_host(array: jax.Array) -> bool:
     kind = array.sharding.memory_kind
     return kind == _HOST or all(device.platform == "cpu" for device in array.devices())
-
-
-def file_crc(path: Path) -> int | None:
-    """crc32 of a file's bytes, None if it cannot be read."""
-    crc = 0
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                crc = zlib.crc32(block, crc)
-    except OSError:
-        return None
-    return crc
 
 
 class Snapshot(NamedTuple):

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,12 +13,25 @@ from relax import parallel
 from relax.config import TrainerConfig
 from relax.config.mesh import mesh_text, parse_mesh
 from relax.engine.run_dir import RunDir
-from relax.errors import ConfigError
+from relax.errors import ConfigError, ModelLoadError
+from relax.files import content_digest
 from relax.models import TransformerConfig
+from relax.models.huggingface.directories import find_directory
 from relax.parallel import processes
 
 # What may differ between the processes of a run.
 _OWN = ("process_id",)
+# What may name files, whose bytes must be the same everywhere.
+_FILES = (
+    "model_name_or_path",
+    "value_model",
+    "dataset_name",
+    "eval_dataset_name",
+    "chat_template_path",
+    "profile",
+    "reward_funcs",
+    "callbacks",
+)
 _ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size")
 
 
@@ -57,6 +71,8 @@ def open_mesh(
             rules = parallel.read_rules(system.sharding_rules)
         flat = {name: value for name, value in config.flat().items() if name not in _OWN}
         processes.check_same(flat | {"the sharding rules": repr(rules)})
+        if processes.count() > 1:
+            processes.check_same(_digests(config))
         _check_possible(config)
         if not processes.is_main():
             console = Console(quiet=True)
@@ -64,6 +80,23 @@ def open_mesh(
             for line in layout.describe():
                 console.print(line, markup=False)
             yield config.replace(mesh=mesh_text(layout.sizes)), console
+
+
+def _digests(config: TrainerConfig) -> dict[str, str]:
+    """Checksums of all files that the configuration names, so that equal names are equal files."""
+    flat = config.flat()
+    found = {}
+    for name in _FILES:
+        values = flat.get(name)
+        for value in filter(None, values if isinstance(values, list | tuple) else [values]):
+            path = Path(str(value).removeprefix("model:").partition(".py:")[0])
+            path = path.with_suffix(".py") if ".py:" in str(value) else path
+            if name == "model_name_or_path":
+                with contextlib.suppress(ModelLoadError):  # what is wrong is said later
+                    path = find_directory(path)
+            if path.exists():
+                found[f"the content of {name} '{value}'"] = content_digest(path)
+    return found
 
 
 def _check_possible(config: TrainerConfig) -> None:

@@ -307,6 +307,7 @@ class Run(RunContext):
         return self.source.adapter_base(self.config)
 
     def check_same_data(self, data: Data) -> None:
+        processes.check_same({"the tokens that are trained on": data.digest})
         if self.resume_from is not None:
             output.check_same_data(self.config, data.digest, self._old_run)
 

@@ -209,7 +209,7 @@ def broadcast_from_main(f: Callable[[], Any]) -> Any:
 
 
 def check_same(values: dict[str, Any]) -> None:
-    """Refuses processes that were started with other options or run other code.
+    """Refuses processes that were started with other options or files, or run other code.
 
     Args:
       values: of this process, by name.
@@ -226,7 +226,7 @@ def check_same(values: dict[str, Any]) -> None:
             raise ConfigError(
                 f"all processes must run the same, and {name} is {told[0].get(name, 'absent')} in "
                 f"process 0 and {other.get(name, 'absent')} in process {number}. Start all of "
-                "them with the same code and options."
+                "them with the same code, options and files."
             )
 
 
