@@ -50,16 +50,8 @@ def job(tmp_path_factory):
     return directory, JOB | {"dataset_name": rows}
 
 
-def start_two(
-    output: Path,
-    fields: dict,
-    *,
-    fault: str | None = None,
-    other=None,
-    before=None,
-    before_second=None,
-):
-    """Process 0, and process 1 which meets a fault or has other fields; `before` changes both."""
+def start_two(output: Path, fields: dict, *, fault=None, other=None, before=(None, None)):
+    """Process 0, and process 1 which meets a fault or has other fields; `before` changes each."""
     address = f"127.0.0.1:{port()}"
     children = []
     for number in range(2):
@@ -68,13 +60,8 @@ def start_two(
             **own, output_dir=output, mesh="data=2", coordinator=address, num_processes=2,
             process_id=number,
         )  # fmt: skip
-        children.append(
-            runs.fork(
-                *arguments,
-                fault=fault if number else None,
-                before=before_second if number and before_second else before,
-            )
-        )
+        own_fault = fault if number else None
+        children.append(runs.fork(*arguments, fault=own_fault, before=before[number]))
     return children
 
 
@@ -143,7 +130,7 @@ def test_when_one_is_killed_the_other_ends_with_an_error_and_a_relaunch_goes_on_
 def test_sigterm_to_any_process_saves_and_ends_all_and_a_relaunch_goes_on_exactly(two, job, to):
     directory, fields = job
     output = directory / f"stopped {to}"
-    children = start_two(output, fields, before=slow_steps)
+    children = start_two(output, fields, before=(slow_steps, slow_steps))
     children[0].wait_for("step 1/6")
     children[to].process.send_signal(signal.SIGTERM)
     assert ended(children) == [143, 143], [child.stderr[-2000:] for child in children]
@@ -230,7 +217,7 @@ def test_processes_whose_files_differ_under_one_name_end_with_one_sentence(job, 
         fields, name = fields | {"model_name_or_path": model}, "model.safetensors"
     else:
         name = "rows.jsonl"
-    children = start_two(directory / which, fields, before_second=functools.partial(other, name))
+    children = start_two(directory / which, fields, before=(None, functools.partial(other, name)))
     assert ended(children) == [2, 2], [child.stderr[-2000:] for child in children]
     for child in children:
         assert re.search(f"the content of .*{which[:4]}.* in process 0 and .* in p", child.stderr)
@@ -246,7 +233,7 @@ def other(name: str) -> None:
 def test_tokens_that_differ_between_processes_end_with_one_sentence(job):
     """Rows from Python have no file: what they become is compared."""
     directory, fields = job
-    children = start_two(directory / "tokens", fields, before_second=other_tokens)
+    children = start_two(directory / "tokens", fields, before=(None, other_tokens))
     assert ended(children) == [2, 2], [child.stderr[-2000:] for child in children]
     for child in children:
         assert "the tokens that are trained on is" in child.stderr

@@ -2,19 +2,29 @@
 
 import hashlib
 import json
+import os
+import pty
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from runs import (
+    SCRIPT,
+    TIMEOUT_S,
     Child,
+    Forked,
     additions,
     call,
     end_all,
+    environment,
     finish,
     flags,
     fork,
@@ -26,6 +36,7 @@ from runs import (
     write_rows,
 )
 
+from relax.engine import memory
 from relax.files import list_steps
 from relax.trainers import Trainer
 
@@ -246,11 +257,74 @@ def test_two_ctrl_c_end_at_once_and_a_second_run_is_refused_meanwhile(short_job,
     assert list_steps(tmp_path / "run" / "checkpoints") == [1]
 
 
+def compiling_in_xla():
+    """As for a large model: before the first update, for many seconds."""
+
+    def update_sizes(trainer, state, batch):
+        def unrolled(x):
+            for i in range(3000):
+                x = jnp.sin(x) @ x + i
+            return x
+
+        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_disable_most_optimizations", False)
+        lowered = jax.jit(unrolled).lower(jnp.ones((64, 64)))
+        print("XLA is at work", flush=True)
+        lowered.compile()
+        raise AssertionError("compiled before the signal came")
+
+    memory.update_sizes = update_sizes
+
+
+def test_ctrl_c_while_xla_compiles_ends_with_130_and_nothing_is_torn_down_under_it(
+    short_job, tmp_path
+):
+    """The end of an interpreter destroys what the compiler's threads still use (signal 11)."""
+    arguments = flags(**short_job, output_dir=tmp_path / "run")
+    child = fork(*arguments, before=compiling_in_xla).wait_for("XLA is at work")
+    time.sleep(0.3)
+    assert child.end(signal.SIGINT) == 130, child.stderr
+    assert "compiled before" not in child.stderr
+    assert "To go on:" in child.stdout or "the same command begins again" in child.stdout
+
+
 @pytest.fixture(scope="module")
 def short_run(short_job, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("short") / "run"
     assert call(*flags(**short_job, output_dir=output_dir)) == 0
     return output_dir
+
+
+def test_a_run_goes_on_when_the_reader_of_its_output_goes_away(short_job, short_run, tmp_path):
+    """`| head`, or a `| tee` that dies."""
+    process = Forked(SCRIPT, *flags(**short_job, output_dir=tmp_path / "run"))
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(TIMEOUT_S) == 0, said
+    assert said.count("standard output is gone (Broken pipe): the run goes on without it") == 1
+    assert outcome(tmp_path / "run") == outcome(short_run)
+
+
+def test_a_run_whose_terminal_closes_saves_and_ends(short_job, tmp_path):
+    terminal, end = pty.openpty()
+    many = {"max_steps": 5000, "eval_steps": 5000, "save_steps": 5000}
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags(**short_job | many, output_dir=tmp_path / "run")],
+        stdout=end, stderr=end, stdin=end, env=environment(), cwd=SCRIPT.parent,
+    )  # fmt: skip
+    os.close(end)
+    said = b""
+    while b"one step taken" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    try:
+        assert process.wait(TIMEOUT_S) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    (step,) = list_steps(tmp_path / "run" / "checkpoints")
+    assert 0 < step < 5000
 
 
 def copy(run: Path, to: Path) -> Path:
