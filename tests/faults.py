@@ -35,13 +35,18 @@ def meet(text: str, patch: pytest.MonkeyPatch | None = None) -> None:
     _POINTS[name](passed, patch or pytest.MonkeyPatch())
 
 
+def _sleep(name: str) -> None:
+    print(f"asleep at {name}", flush=True)
+    time.sleep(SLEEP_S)
+
+
 def _full(name: str):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"a test at {name}")
 
 
 _ACTIONS = {
     "kill": lambda name: os.kill(os.getpid(), signal.SIGKILL),
-    "sleep": lambda name: time.sleep(SLEEP_S),
+    "sleep": _sleep,
     "enospc": _full,
 }
 

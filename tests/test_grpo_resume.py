@@ -5,11 +5,16 @@ import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+import runs
+from faults import meet
 from grpo_runs import SCRIPT, call, make_job, outcome, start
 from runs import end_all, finish, flags, killed
+
+from relax.trainers import RLTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +85,34 @@ def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, tmp_path):
         ]
         for chain in chains:
             assert outcome(chain.result()) == expected, chain.result()
+
+
+def evaluating_for_long():
+    def evaluate(self, *_):
+        print("asleep at evaluation", flush=True)
+        time.sleep(60)
+
+    RLTrainer._evaluate = evaluate
+
+
+def test_sigterm_in_a_rollout_or_an_evaluation_saves_at_once_and_changes_no_byte(
+    job, unbroken, tmp_path
+):
+    """The work under way is longer than the grace time: it is dropped, and done again."""
+    arguments = [*flags(**job, grace_s=20), f"--output_dir={tmp_path / 'run'}", "--resume=auto"]
+    stops = (
+        partial(meet, "rollout:2:sleep"),  # 2 updates are made, none of them is saved
+        partial(meet, "reward:1:sleep"),  # rewards are counted, and are counted again
+        evaluating_for_long,
+    )
+    for before in stops:
+        child = runs.fork(*arguments, script=SCRIPT, before=before).wait_for("asleep at")
+        assert child.end(signal.SIGTERM) == 143, child.stderr
+        assert "saving at once" in child.stderr and "by force" not in child.stderr, child.stderr
+    finish(*arguments, script=SCRIPT)
+    found, expected = outcome(tmp_path / "run"), outcome(unbroken)
+    assert found.pop("steps") == [2, 4, 8] and expected.pop("steps") == [4, 8]
+    assert found == expected
 
 
 def gone(pid: int) -> bool:

@@ -126,6 +126,19 @@ def test_a_closed_terminal_and_a_batch_system_ask_as_sigterm_does(signum, code):
     assert returncode == code and "1.5 s after SIG" in err and "stopped at once" not in err
 
 
+def test_work_that_is_dropped_on_sigterm_goes_on_on_ctrl_c():
+    def rollout():
+        signal.raise_signal(signum)
+        yield "drawn"
+        yield "more"
+
+    for signum, batches in ((signal.SIGTERM, []), (signal.SIGINT, ["drawn", "more"])):
+        with Interrupt(say=lambda line: None) as stop:
+            stop.arm()
+            assert list(stop.until_asked(rollout())) == batches
+            assert stop.requested == signum
+
+
 def test_a_hangup_that_is_ignored_stays_ignored():
     """As under `nohup`; a handler of the user's stays, too."""
     before = signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGUSR1)

@@ -38,6 +38,7 @@ from relax.errors import CheckpointError
 from relax.models import kernels, save_pretrained
 from relax.models.huggingface.peft import save_adapter
 from relax.models.lora import merge_adapters
+from relax.parallel import processes
 from relax.trainers.interrupt import Interrupted
 
 

@@ -1,8 +1,9 @@
 """What comes of scoring a batch: the rewards, the failures, and the count of both over a run."""
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,6 +126,16 @@ class Tally:
                     f"more than max_reward_errors={self.max_errors:g} allows. The last: {last}. "
                     "Correct the function, or raise --max_reward_errors."
                 )
+
+    @contextlib.contextmanager
+    def undone_if_interrupted(self) -> Iterator[None]:
+        """What is counted within is forgotten where a signal drops the work: it is done again."""
+        before = self.state()
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.restore(before)
+            raise
 
     def state(self) -> dict[str, dict[str, int]]:
         """The counts, for a checkpoint."""

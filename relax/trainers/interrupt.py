@@ -11,13 +11,15 @@ a rename.
 """
 
 import builtins
+import contextlib
+import itertools
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from relax.errors import ConfigError
@@ -72,6 +74,7 @@ class Interrupt:
         self._say = say or _say
         self._signum: int | None = None
         self._armed = False
+        self._drops = False
         self._outer: Interrupt | None = None
         self._previous: dict[int, Any] = {}  # handlers, by signal
 
@@ -106,6 +109,40 @@ class Interrupt:
     def disarm(self) -> None:
         """From here on nobody polls: a signal raises `Interrupted` again."""
         self._set_armed(False)
+
+    @contextlib.contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Within, a signal with a grace time raises at once, armed or not.
+
+        It is for work that changes nothing and can be done again, such as a rollout or an
+        evaluation: it may take longer than the grace time. Of several processes none may drop what
+        the others go on with, so that there it changes nothing.
+
+        Raises:
+          Interrupted: such a signal came now or before.
+        """
+        owner = self._outer or self
+        if processes.count() > 1:
+            yield
+            return
+        owner._drops = True
+        try:
+            if self.requested not in (None, signal.SIGINT):
+                raise Interrupted(self.requested)
+            yield
+        finally:
+            owner._drops = False
+
+    def until_asked(self, batches: Iterable) -> Iterator:
+        """The batches; none where the first one is dropped before it is made."""
+        iterator = iter(batches)
+        try:
+            with self.dropping():
+                first = list(itertools.islice(iterator, 1))
+        except Interrupted:
+            return
+        yield from first
+        yield from iterator
 
     def _set_armed(self, armed: bool) -> None:
         if self._outer:
@@ -142,6 +179,9 @@ class Interrupt:
         if first:
             # Before anything is raised: an exception may be swallowed where it is raised.
             self._signum = signum
+        if self._drops and signum != signal.SIGINT:
+            self._say("saving at once: the work under way is dropped, and done again on resume")
+            raise Interrupted(signum)
         if not self._armed:
             raise Interrupted(signum)
         if first:

@@ -27,3 +27,8 @@ def items_of(loader, epoch: int, start: int) -> Iterator:
             "has no length."
         )
     return items
+
+
+def is_due(every: int | None, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return bool(every) and after // every > before // every

@@ -145,9 +145,10 @@ class RLTrainer(Trainer):
     def make_batches(self, state: TrainState, item) -> Iterator[LoggedBatch]:
         """Rollout, rewards and experience of an item, then the batches of its updates."""
         key = self._key(state, ROLLOUT)
-        collected = self.collect(state, item, key)
-        start_s = time.monotonic()
-        experience = self.experience(state, collected)
+        with self.rewards.tally.undone_if_interrupted():
+            collected = self.collect(state, item, key)
+            start_s = time.monotonic()
+            experience = self.experience(state, collected)
         order_key = self._key(state, ORDER)
         metrics = self._metrics(collected) | self.experience_metrics(collected, experience)
         metrics["time/reference"] = time.monotonic() - start_s
@@ -155,6 +156,10 @@ class RLTrainer(Trainer):
         for batch in self._split(collected.rollout, experience, order_key):
             yield LoggedBatch(batch, metrics, records)
             metrics, records = {}, ()
+
+    def _evaluate(self, state: TrainState, loader, max_batches: int | None):
+        with self.rewards.tally.undone_if_interrupted():
+            return super()._evaluate(state, loader, max_batches)
 
     def experience_metrics(self, collected: ScoredRollout, experience: dict) -> dict:
         """Numbers to log about the experience of an item; here none."""

@@ -28,8 +28,8 @@ from relax.optimizers import optimizers
 from relax.trainers import callback as hooks
 from relax.trainers import evaluation
 from relax.trainers.callback import Event
-from relax.trainers.interrupt import Interrupt
-from relax.trainers.items import items_of
+from relax.trainers.interrupt import Interrupt, Interrupted
+from relax.trainers.items import is_due, items_of
 from relax.trainers.state import TrainState, copy_tree
 from relax.trainers.update import (
     LossOutput,
@@ -243,6 +243,7 @@ class Trainer(abc.ABC):
 
         Ctrl-C or SIGTERM finishes the current item, saves where there is a checkpointer, and
         returns a usable state; `train(..., state=state)` goes on from it as if nothing had been.
+        SIGTERM drops a rollout or an evaluation that is under way: it is done again on resume.
 
         Args:
           train_loader: an `OrderedLoader`, or any iterable of batches that can be iterated anew.
@@ -270,13 +271,13 @@ class Trainer(abc.ABC):
         state = self.create_train_state(key) if state is None else state
         event = _first_event(self, state, train_loader, num_epochs, max_steps, progress)
         saved = None if progress is None else event.step
-        evaluate = functools.partial(_validate_once, loader=eval_loader, most=max_eval_batches)
         with Interrupt() as interrupt, contextlib.ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.close)
             if checkpointer is not None:
                 stack.callback(checkpointer.wait)
             interrupt.arm()
+            evaluate = functools.partial(_validate_once, eval_loader, max_eval_batches, interrupt)
 
             def is_over(event: Event) -> bool:
                 interrupt.agree()
@@ -284,7 +285,8 @@ class Trainer(abc.ABC):
                 return enough or event.stop or interrupt.requested is not None
 
             event = _call("on_train_begin", event)
-            if eval_on_start and event.step == 0:
+            dropped = progress is not None and _dropped_evaluation(event, eval_steps)
+            if dropped or (eval_on_start and event.step == 0):
                 event = evaluate(event)
             while event.epoch < num_epochs and not is_over(event):
                 if event.position == 0:
@@ -292,9 +294,9 @@ class Trainer(abc.ABC):
                 for item in items_of(train_loader, event.epoch, event.position):
                     if is_over(event):
                         break
-                    before = event.step
+                    before, whole = event.step, event
                     event = replace(event, position=event.position + 1)
-                    for given in self.make_batches(event.state, item):
+                    for given in interrupt.until_asked(self.make_batches(event.state, item)):
                         logged = given if isinstance(given, LoggedBatch) else LoggedBatch(given)
                         event = replace(event, batch=logged.batch, records=logged.records)
                         event = _call("on_batch_begin", event)
@@ -303,10 +305,13 @@ class Trainer(abc.ABC):
                         metrics |= logged.metrics
                         event = replace(event, state=state, step=event.step + 1, metrics=metrics)
                         event = _call("on_batch_end", event)
+                    if event.step == before and interrupt.requested is not None:
+                        event = whole  # the item is dropped, and made again on resume
+                        break
                     event = replace(event, batch=None, records=(), metrics={})
-                    if _is_due(eval_steps, before, event.step):
+                    if is_due(eval_steps, before, event.step):
                         event = evaluate(event)
-                    if _is_due(save_steps, before, event.step):
+                    if is_due(save_steps, before, event.step):
                         event, saved = _save(checkpointer, event), event.step
                 else:  # the loader has ended: the epoch is done
                     event = _call("on_epoch_end", _require_batches(event))
@@ -362,16 +367,27 @@ def _require_batches(event: Event) -> Event:
     return event
 
 
-def _validate_once(event: Event, loader, most: int | None) -> Event:
+def _validate_once(loader, most: int | None, interrupt: Interrupt, event: Event) -> Event:
     """Validates, unless there is nothing to validate on or this step has been validated."""
     if loader is None or event.evaluated == event.step:
         return event
-    return replace(_validate(event, loader, most), metrics={}, evaluated=event.step)
+    with contextlib.suppress(Interrupted):  # dropped: a resumed run validates
+        done = _validate(event, loader, most, interrupt.dropping())
+        return replace(done, metrics={}, evaluated=event.step)
+    return event
 
 
-def _validate(event: Event, loader, most: int | None) -> Event:
+def _dropped_evaluation(event: Event, eval_steps: int | None) -> bool:
+    """Whether an evaluation was due where a resumed run was stopped; it may have been made."""
+    before = max(event.step - event.trainer.updates_per_item, 0)
+    at_epoch_end = event.position == 0 and event.epoch > 0
+    return at_epoch_end if eval_steps is None else is_due(eval_steps, before, event.step)
+
+
+def _validate(event: Event, loader, most: int | None, within=None) -> Event:
     event = _call("on_validation_begin", event)
-    metrics = event.trainer._evaluate(event.state, loader, most)
+    with within or contextlib.nullcontext():
+        metrics = event.trainer._evaluate(event.state, loader, most)
     return _call("on_validation_end", replace(event, metrics=metrics))
 
 
@@ -380,8 +396,3 @@ def _save(checkpointer, event: Event) -> Event:
     progress["callbacks"] = hooks.state_dicts(event.trainer.callbacks)
     checkpointer.save(event.step, event.state, progress)
     return _call("on_save", event)
-
-
-def _is_due(every: int | None, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
-    return bool(every) and after // every > before // every
