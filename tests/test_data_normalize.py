@@ -281,8 +281,8 @@ def test_depth_and_size_of_files_are_limited(tmp_path):
         read_rows([deep], limits=Limits(max_json_depth=3))
     assert read_rows([deep]).rows == [deep]
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 10)
-    with pytest.raises(DataError, match="1 files hold 140 bytes, max_file_bytes=100"):
-        read_rows(tmp_path / "a.jsonl", limits=Limits(max_file_bytes=100))
+    with pytest.raises(DataError, match="1 files hold 140 bytes, max_file_gib=1e-07"):
+        read_rows(tmp_path / "a.jsonl", limits=Limits(max_file_gib=1e-7))
 
 
 # Names of files and columns

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from relax.errors import ConfigError, DataError
 
 MIB = 2**20
-MAX_TEMPLATE_BYTES = MIB  # a file given with chat_template_path
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Limits:
     Args:
       max_row_bytes: bytes of one row: a line of a file, or the texts of a Python row.
       max_json_depth: levels of lists and objects in a row.
-      max_file_bytes: bytes of all files of a split together; rows are held in memory.
+      max_file_gib: GiB of all files of a split together; rows are held in memory.
       template_timeout_s: seconds to render one conversation.
       template_output_ratio: characters rendered per character of input (template, messages, tools).
       template_memory_mib: MiB that rendering may allocate.
@@ -24,7 +23,7 @@ class Limits:
 
     max_row_bytes: int = 8 * MIB
     max_json_depth: int = 64
-    max_file_bytes: int = 32 * 2**30
+    max_file_gib: float = 32.0
     template_timeout_s: float = 5.0
     template_output_ratio: int = 64
     template_memory_mib: int = 512
@@ -48,16 +47,16 @@ def row_too_large(where: str, num_bytes: int | None, limits: Limits) -> DataErro
 
 
 def check_files(sizes: list[int], what: str, limits: Limits) -> None:
-    """Refuses files that are together larger than `max_file_bytes`.
+    """Refuses files that are together larger than `max_file_gib`.
 
     Raises:
       DataError: with the sum.
     """
-    if sum(sizes) > limits.max_file_bytes:
+    if sum(sizes) > limits.max_file_gib * 2**30:
         raise DataError(
             f"{what}: {len(sizes)} files hold {sum(sizes):,} bytes, "
-            f"max_file_bytes={limits.max_file_bytes:,}: rows are held in memory. Train on fewer "
-            "files, or raise --max_file_bytes."
+            f"max_file_gib={limits.max_file_gib:g}: rows are held in memory. Train on fewer "
+            "files, or raise --max_file_gib."
         )
 
 
