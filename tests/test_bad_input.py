@@ -115,6 +115,14 @@ BROKEN_FILES = {
         GOOD + '{"prompt": "1+1=", "comp',
         ":5: broken JSON in the last line, which has no line end: the file looks cut off",
     ),
+    "messages that are texts": (
+        line({"messages": ["1+1=", "2"]}),
+        ":1: 'messages[0]' must be an object, it is '1+1='.",
+    ),
+    "half a surrogate pair": (
+        GOOD + '{"prompt": "\\ud83d", "completion": "2"}\n',
+        ":5: a text holds U+D83D, half of a surrogate pair, at character 1",
+    ),
     "token id": (
         line({"input_ids": [5, 6]}) + line({"input_ids": [5, 261]}),
         ":2: token id 261 is outside of the model's embedding of 261 rows",

@@ -90,7 +90,8 @@ def _message(message, place: str, where: str, changes: set[str]):
         message = parse_json(message, f"{where}: {place}")
         changes.add("json")
     if not isinstance(message, Mapping):
-        return message  # refused where formats are checked
+        shown = repr(message)[:60]
+        raise DataError(f"{where}: {place!r} must be an object, it is {shown}.")
     new: dict[str, Any] = {}
     for key in ("content", "value"):
         if isinstance(message.get(key), list | tuple):

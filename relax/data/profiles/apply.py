@@ -71,6 +71,7 @@ def early_stops(rows: Sequence[Mapping[str, Any]], stops: Sequence[str]) -> dict
     for row in rows:
         messages = row.get("completion") or row.get("messages") or row.get("chosen") or ()
         last = messages[-1] if isinstance(messages, list) and messages else {}
+        last = last if isinstance(last, Mapping) else {}  # rows are checked when they are encoded
         texts.append(last.get("content") if last.get("role") == "assistant" else None)
     counts = {
         stop: sum(isinstance(t, str) and 0 <= t.find(stop) < len(t) - len(stop) for t in texts)
