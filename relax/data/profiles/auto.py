@@ -81,7 +81,9 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
             messages = messages_of(row)
         except (ValueError, KeyError, TypeError):
             messages = []
-    said = [m.get("content") for m in messages if m.get("role") == "assistant"]
+    # Rows are checked when they are encoded: an item may be no message.
+    found = [m for m in messages if isinstance(m, Mapping)]
+    said = [m.get("content") for m in found if m.get("role") == "assistant"]
     return [text for text in (*answers, *said) if isinstance(text, str)]
 
 
