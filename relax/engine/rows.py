@@ -24,15 +24,17 @@ def source_rows(config: TrainerConfig, given=None):
         return data.arithmetic_rows("train"), data.arithmetic_rows("test")
     train_source, eval_source = given or (d.dataset_name, d.eval_dataset_name)
     options, split = d.dataset_kwargs, d.dataset_test_split
+    limits = data.Limits(**d.limits)
     found, train, sets = ErrorList(), None, {}
     with found.catch():
-        train = data.read_rows(train_source, d.dataset_train_split, d.dataset_config, options)
+        name = d.dataset_train_split
+        train = data.read_rows(train_source, name, d.dataset_config, options, limits)
     if eval_source is not None:
         with found.catch():
             named = named_sets(eval_source, split)
             for name, source in ({"": eval_source} if named is None else named).items():
                 with found.catch():
-                    sets[name] = data.read_rows(source, split)
+                    sets[name] = data.read_rows(source, split, limits=limits)
     found.raise_all()
     if sets:
         return train, sets[""] if list(sets) == [""] else sets
@@ -45,7 +47,7 @@ def source_rows(config: TrainerConfig, given=None):
             "eval_strategy and eval_on_start need rows to evaluate on: pass --eval_dataset_name "
             "FILE, or --test_size 0.1 to hold out a tenth of the rows."
         )
-    return train, data.read_rows(d.dataset_name, split, d.dataset_config, options)
+    return train, data.read_rows(d.dataset_name, split, d.dataset_config, options, limits)
 
 
 def named_sets(source, split: str) -> dict | None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from relax.callbacks.completions import Completions, RewardCounters
+from relax.data.limits import Limits
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.engine.model_source import ModelSource
 from relax.engine.reward_model import PREFIX, ModelReward, reward_functions
@@ -140,6 +141,7 @@ def read_prompts(
                 system_prompt=sources.system_prompt,
                 vocab_size=model_config.vocab_size,
                 max_prompt_length=room,
+                limits=Limits(**config.data.limits),
             )
             rewards.check_rows(prompts.rows)
             training = name == sources.training

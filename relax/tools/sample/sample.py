@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from relax import data
 from relax.data.profiles import apply_profile, remaining_system_prompt, resolve_profile
 from relax.engine.model_source import ModelSource
-from relax.errors import ConfigError, DataError
+from relax.errors import ConfigError
 from relax.files import atomic_write
 from relax.sampling import SamplingConfig, generate, stop_decoder
 from relax.tools.sample.config import SampleConfig
@@ -92,14 +92,10 @@ def _rows(p, tokenizer) -> list[dict]:
     chat = bool(tokenizer.chat_template) if p.chat is None else p.chat
     if p.prompt is not None:
         rows = [{"prompt": p.prompt}]
-    elif p.prompts_file.endswith(".txt"):
-        try:
-            lines = Path(os.path.expanduser(p.prompts_file)).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read prompts from '{p.prompts_file}': {error}.") from error
-        rows = [{"prompt": line} for line in lines.splitlines() if line.strip()]
     else:
-        rows = data.read_rows(p.prompts_file).rows
+        rows = data.read_rows(os.path.expanduser(p.prompts_file)).rows
+        if p.prompts_file.endswith(".txt"):
+            rows = [{"prompt": row["text"]} for row in rows]
     if not chat:
         return rows
     return [
