@@ -149,11 +149,10 @@ class RLTrainer(Trainer):
             collected = self.collect(state, item, key)
             start_s = time.monotonic()
             experience = self.experience(state, collected)
-        order_key = self._key(state, ORDER)
         metrics = self._metrics(collected) | self.experience_metrics(collected, experience)
         metrics["time/reference"] = time.monotonic() - start_s
         records = completion_records(collected, self.reward_names, experience.get("advantages"))
-        for batch in self._split(collected.rollout, experience, order_key):
+        for batch in self._split(collected.rollout, experience, self._key(state, ORDER)):
             yield LoggedBatch(batch, metrics, records)
             metrics, records = {}, ()
 
