@@ -201,14 +201,9 @@ class RLTrainer(Trainer):
 
     def submit_rewards(self, rollout: Rollout, step: int) -> Callable[[], ScoredRollout]:
         """Hands completions to the reward functions; what it returns waits for their answers."""
-        return submit_rewards(
-            self.rewards,
-            rollout,
-            self._run_length.trainer_state(step),
-            in_turns=self.environment is not None,
-            decode=self.tokenizer.decode,
-            eos_token_ids=self.sampling.eos_token_ids,
-        )
+        decoding = {"decode": self.tokenizer.decode, "eos_token_ids": self.sampling.eos_token_ids}
+        in_turns, state = self.environment is not None, self._run_length.trainer_state(step)
+        return submit_rewards(self.rewards, rollout, state, in_turns=in_turns, **decoding)
 
     def completion_logprobs(
         self, params, batch, rng: jax.Array | None = None
