@@ -34,7 +34,7 @@ def main(
     from relax.data import load_tokenizer
     from relax.data.prompts import prepare_prompts
     from relax.models import load_pretrained
-    from relax.optimizers.optimizers import adamw, learning_rate_schedule
+    from relax.optimizers import adamw, learning_rate_schedule
     from relax.sampling import SamplingConfig
     from relax.trainers import GRPOTrainer, TrainState
 

@@ -69,7 +69,7 @@ def _measure(model_dir, rows, tokens, use_peft, settings) -> dict:
     import numpy as np
 
     from relax.models.config import LoRA
-    from relax.optimizers.optimizers import adamw, learning_rate_schedule
+    from relax.optimizers import adamw, learning_rate_schedule
     from relax.trainers import SFTTrainer
     from relax.trainers.state import initial_state
 

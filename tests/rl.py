@@ -100,6 +100,7 @@ def rollout_of(ids, lengths, rows=None, logprobs=None, seed=0) -> Rollout:
         prompt_lengths=rng.integers(2, 6, P).astype(np.int32),
         completion_ids=ids,
         completion_lengths=lengths,
+        mask=real,
         logprobs=np.where(real, logprobs, np.nan).astype(np.float32),
         finish=np.where(last == EOS, "eos", "length"),
         texts=texts,

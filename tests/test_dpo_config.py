@@ -5,7 +5,7 @@ import pytest
 from relax.config import DPOConfig, create_default_config
 from relax.config import dpo as declared
 from relax.errors import ConfigError
-from relax.losses.dpo import LOSSES
+from relax.losses import PREFERENCE_LOSSES
 
 
 def config(**fields) -> DPOConfig:
@@ -14,13 +14,13 @@ def config(**fields) -> DPOConfig:
 
 
 def test_the_configuration_names_the_losses_that_there_are():
-    assert declared.LOSSES == tuple(LOSSES)
+    assert declared.LOSSES == tuple(PREFERENCE_LOSSES)
     assert declared.WITHOUT_REFERENCE == tuple(
-        name for name, loss in LOSSES.items() if not loss.needs_reference
+        name for name, loss in PREFERENCE_LOSSES.items() if not loss.needs_reference
     )
     for option in ("label_smoothing", "simpo_gamma"):
         assert declared.READERS[option] == tuple(
-            n for n, ls in LOSSES.items() if option in ls.reads
+            n for n, ls in PREFERENCE_LOSSES.items() if option in ls.reads
         )
 
 

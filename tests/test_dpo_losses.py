@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.losses.dpo import LOSSES, LossOptions, Pairs, kto_loss, kto_reference_point
+from relax.losses import PREFERENCE_LOSSES, LossOptions, Pairs, kto_loss, kto_reference_point
 
 
 def pairs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length) -> Pairs:
@@ -37,7 +37,7 @@ GOLDEN = pairs([-10, -12], [-11, -9], [-10.5, -11.5], [-10, -9.5], [4, 4], [5, 5
     ],
 )
 def test_losses_equal_the_golden_numbers(name, options, expected):
-    loss = LOSSES[name].function(GOLDEN, LossOptions(**options)).mean()
+    loss = PREFERENCE_LOSSES[name].function(GOLDEN, LossOptions(**options)).mean()
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
 
 
@@ -61,7 +61,7 @@ def test_apo_down_exo_simpo_and_orpo_equal_their_equations_in_numpy():
     options = LossOptions(label_smoothing=0.1)
     for name, value in expected.items():
         np.testing.assert_allclose(
-            LOSSES[name].function(first, options), value, rtol=1e-5, err_msg=name
+            PREFERENCE_LOSSES[name].function(first, options), value, rtol=1e-5, err_msg=name
         )
 
 
@@ -88,14 +88,14 @@ def test_the_reference_point_of_kto_is_never_negative():
     assert kto_reference_point(jnp.array([-3.0, 1.0]), jnp.array([True, True])) == 0
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_a_step_down_the_gradient_widens_the_margin(name):
     """At the start, where policy and reference are one."""
     start = pairs([-10, -12], [-11, -9], [-10, -12], [-11, -9], [4, 4], [4, 4])
 
     def loss(chosen, rejected):
         p = start._replace(chosen=chosen, rejected=rejected)
-        return LOSSES[name].function(p, LossOptions(label_smoothing=0.1)).mean()
+        return PREFERENCE_LOSSES[name].function(p, LossOptions(label_smoothing=0.1)).mean()
 
     d_chosen, d_rejected = jax.grad(loss, (0, 1))(start.chosen, start.rejected)
     assert (np.asarray(d_chosen) < np.asarray(d_rejected)).all()
@@ -103,7 +103,7 @@ def test_a_step_down_the_gradient_widens_the_margin(name):
 
 def test_losses_that_name_no_reference_do_not_read_it():
     changed = GOLDEN._replace(ref_chosen=jnp.zeros(2), ref_rejected=jnp.ones(2))
-    for name, loss in LOSSES.items():
+    for name, loss in PREFERENCE_LOSSES.items():
         options = LossOptions(label_smoothing=0.1)
         same = np.array_equal(loss.function(GOLDEN, options), loss.function(changed, options))
         assert same != loss.needs_reference, name
@@ -111,7 +111,7 @@ def test_losses_that_name_no_reference_do_not_read_it():
 
 def test_losses_read_the_options_that_they_name_and_no_others():
     base = LossOptions(beta=0.1, label_smoothing=0.1, simpo_gamma=0.5)
-    for name, loss in LOSSES.items():
+    for name, loss in PREFERENCE_LOSSES.items():
         for option in ("label_smoothing", "simpo_gamma"):
             other = base._replace(**{option: 0.2})
             same = np.array_equal(loss.function(GOLDEN, base), loss.function(GOLDEN, other))

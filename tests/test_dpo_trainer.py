@@ -11,7 +11,7 @@ from conftest import bits
 
 from relax.data import PreferenceLoader
 from relax.data.preference import Preference, Preferences
-from relax.losses.dpo import LOSSES
+from relax.losses import PREFERENCE_LOSSES
 from relax.models.config import LoRA
 from relax.trainers import DPOTrainer
 
@@ -292,7 +292,7 @@ def test_what_cannot_be_meant_is_refused(options, reason, tiny_model):
 
 
 def test_every_loss_gives_a_finite_gradient_though_rows_are_empty(tiny_model, tiny_params):
-    dpo = trainer(tiny_model, tiny_params, loss_type=list(LOSSES), label_smoothing=0.1)
+    dpo = trainer(tiny_model, tiny_params, loss_type=list(PREFERENCE_LOSSES), label_smoothing=0.1)
     batch = dict(next(iter(loader(6))), ref_logprobs=np.full((6, 2), -3, np.float32))
     slope = jax.jit(jax.grad(lambda p: dpo.compute_loss(p, batch, frozen={}).loss))(tiny_params)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))

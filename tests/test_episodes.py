@@ -86,13 +86,14 @@ def played(model_and_params):
     return item, out, rewards, log
 
 
-def test_answers_stand_behind_the_turns_they_answer_and_have_no_log_probability(played):
+def test_answers_stand_behind_the_turns_they_answer_and_are_masked(played):
     _, out, _, log = played
     assert {len(turns) for turns in log} - {1}, "no episode of several turns"
     for row, turns in enumerate(log):
         ids = out.completions[row]
-        written = [i for i, p in zip(ids, out.logprobs[row], strict=False) if not np.isnan(p)]
-        shown = [i for i, p in zip(ids, out.logprobs[row], strict=False) if np.isnan(p)]
+        written = [i for i, sampled in zip(ids, out.mask[row], strict=False) if sampled]
+        shown = [i for i, sampled in zip(ids, out.mask[row], strict=False) if not sampled]
+        assert (out.logprobs[row][~out.mask[row]] == 0).all()
         assert set(shown) <= {SHOWN} and set(written) <= {A, STOP, EOS}
         expected = []
         for turn in turns:
@@ -130,7 +131,7 @@ def test_log_probabilities_are_those_of_the_trainer_and_answers_are_not_trained_
     state = trainer.create_train_state(jax.random.key(2))
     (given,) = trainer.make_batches(state, ITEM)
     batch = given.batch
-    shown = (batch["completion_ids"] == SHOWN) & np.isnan(batch["old_logprobs"])
+    shown = (batch["completion_ids"] == SHOWN) & ~batch["mask"]
     assert shown.any() and not batch["mask"][shown].any()
     assert given.metrics["rewards/environment/mean"] == pytest.approx(given.metrics["reward"])
     state, metrics = trainer.train_step(state, batch)

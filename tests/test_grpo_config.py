@@ -21,7 +21,7 @@ max_resample_rounds max_reward_errors min_p num_completions_to_print num_generat
 num_generations_eval num_iterations pass_reward recompute_old_logprobs ref_model_mixup_alpha
 ref_model_sync_steps repetition_penalty reward_funcs reward_kwargs reward_timeout_s reward_weights
 reward_workers rollout_slots scale_rewards steps_per_generation sync_ref_model temperature top_k
-top_p
+top_p use_bias_correction_kl
 """.split()
 SFT_ONLY = """
 assistant_only_loss completion_only_loss dataset_text_field eval_packing max_length packing
@@ -155,7 +155,8 @@ def test_adapters_have_no_dropout_unless_asked_for():
 # Every option arrives at the trainer, another value than the default.
 
 OPTIONS = {
-    "beta": 0.1, "kl_estimator": "k2", "kl_in_reward": True, "loss_type": "grpo", "epsilon": 0.1,
+    "beta": 0.1, "kl_estimator": "k2", "kl_in_reward": True, "use_bias_correction_kl": False,
+    "loss_type": "grpo", "epsilon": 0.1,
     "epsilon_high": 0.3, "delta": 1.5, "importance_sampling_level": "sequence",
     "scale_rewards": "none", "mask_truncated_completions": True, "entropy_coef": 0.1,
     "max_resample_rounds": 2, "sync_ref_model": True, "ref_model_mixup_alpha": 0.5,
@@ -183,7 +184,7 @@ def trainer_of(monkeypatch):
 def told(trainer: GRPOTrainer) -> dict:
     """All numbers of a trainer."""
     plain = {k: v for k, v in vars(trainer).items() if isinstance(v, int | float | str | tuple)}
-    plain |= {"ratio": trainer.ratio, "clip": trainer.clip}
+    plain["clip"] = trainer.clip
     for name in ("sampling", "eval_sampling"):
         sampling = dataclasses.asdict(getattr(trainer, name))
         plain |= {f"{name}.{key}": value for key, value in sampling.items()}

@@ -91,7 +91,8 @@ def token_loss(rho, advantage, logprob, o):
 KL = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: jnp.exp(-d) + d - 1}
 PLAIN = {
     "loss_type": "dapo", "epsilon": 0.2, "epsilon_high": None, "delta": None, "beta": 0.0,
-    "kl_estimator": "k3", "kl_in_reward": False, "importance_sampling_level": "token",
+    "kl_estimator": "k3", "kl_in_reward": False, "use_bias_correction_kl": True,
+    "importance_sampling_level": "token",
     "scale_rewards": "group", "mask_truncated_completions": False, "entropy_coef": 0.0,
 }  # fmt: skip
 
@@ -119,7 +120,9 @@ def looped_loss(logprobs, entropies, found, o, ref=None):
         losses = token_loss(jnp.exp(shared[level]), advantages[p, g], logprobs[p][g], o)
         total = (losses * np.ones(n)).sum() - o["entropy_coef"] * entropies[p][g].sum()
         if o["beta"] and not o["kl_in_reward"]:
-            total += o["beta"] * KL[o["kl_estimator"]](logprobs[p][g] - ref[p, g, :n]).sum()
+            kl = KL[o["kl_estimator"]](logprobs[p][g] - ref[p, g, :n])
+            weight = jnp.exp(shared[level]) if o["use_bias_correction_kl"] else 1.0
+            total += o["beta"] * (weight * kl).sum()
         sums.append(total), counts.append(n)
     if o["loss_type"] == "grpo":
         return sum(s / max(n, 1) for s, n in zip(sums, counts, strict=True)) / (P * G)
@@ -147,6 +150,8 @@ VARIANTS = [
     BY_K1,
     BY_K1 | {"kl_in_reward": True},
     IN_LOSS | {"kl_estimator": "k2"},
+    IN_LOSS | {"use_bias_correction_kl": False},
+    IN_LOSS | GRPO | {"importance_sampling_level": "sequence"},
     {"mask_truncated_completions": True},
     GRPO | {"mask_truncated_completions": True},
     {"entropy_coef": 0.2},
@@ -188,6 +193,7 @@ LIVE = {
     "beta": ({}, 0.3),
     "kl_estimator": (IN_LOSS, "k1"),
     "kl_in_reward": (BY_K1, True),
+    "use_bias_correction_kl": (IN_LOSS, False),
     "loss_type": ({}, "grpo"),
     "epsilon": ({}, 0.05),
     "epsilon_high": ({}, 0.5),
@@ -424,7 +430,9 @@ def test_groups_without_variance_are_replaced_within_bounds(
 
     trainer = TableTrainer(reward_funcs=[by_row], max_resample_rounds=rounds)
     state = trainer.create_train_state(KEY)
-    found = trainer.collect(state, item_of(useful, extra_prompts), KEY)
+    item = item_of(useful, extra_prompts)
+    found = trainer.collect(state, item, KEY)
+    found = trainer.resample(state, item, found) if rounds else found
     assert found.metrics.get("resampled_groups") == replaced
     wanted = None if replaced is None else sum(useful) / 3 / 2  # half of a useful group is right
     assert found.metrics.get("reward_drawn") == wanted
@@ -444,8 +452,10 @@ def test_fresh_groups_are_drawn_by_keys_of_their_own_and_failures_are_counted():
     drawn = []
     generate = trainer.generate
     trainer.generate = lambda *a, **k: drawn.append(generate(*a, **k)) or drawn[-1]
-    with pytest.warns(UserWarning, match="could not be had|no reward"):
-        found = trainer.collect(state, item_of([0, 0], [0, 0]), trainer._key(state, 1))
+    with pytest.warns(UserWarning, match="functions failed on|no reward"):
+        item = item_of([0, 0], [0, 0])
+        found = trainer.collect(state, item, trainer._key(state, 1))
+        found = trainer.resample(state, item, found)
     assert found.metrics["reward_errors"] == 2 and found.metrics["resampled_groups"] == 0
     assert drawn[0].completion_ids.tolist() != drawn[1].completion_ids.tolist()
 
@@ -542,7 +552,7 @@ def test_the_subclass_of_the_documentation_learns_from_a_plain_list(tiny_model):
     """Six lines, a lambda for a reward, a list of items; three seeds, for a token the model has
     no liking for."""
     source = grpo_trainer.__doc__.partition("only the advantage:\n")[2].partition("\n\nWhere")[0]
-    namespace = {"GRPOTrainer": GRPOTrainer, "jnp": jnp}
+    namespace = {"GRPOTrainer": GRPOTrainer, "np": np}
     exec(textwrap.dedent(source), namespace)
     assert len(source.strip().splitlines()) <= 6
     trainer = namespace["MyTrainer"](

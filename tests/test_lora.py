@@ -38,7 +38,7 @@ from relax.models.huggingface.peft_config import (
 from relax.models.layers import Linear
 from relax.models.lora import init_adapters, merge_adapters, target_layers
 from relax.models.trainable import merge, partition
-from relax.optimizers.optimizers import adamw
+from relax.optimizers import adamw
 from relax.trainers import SFTTrainer
 
 # peft asks transformers for a name that this is about to drop.

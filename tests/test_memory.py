@@ -19,7 +19,7 @@ from relax.engine import TrainerEngine, advice, memory
 from relax.engine.memory import Capacity, Sizes
 from relax.errors import ConfigError
 from relax.models import Transformer, TransformerConfig
-from relax.optimizers.optimizers import OPTIMIZERS
+from relax.optimizers import OPTIMIZERS
 from relax.trainers import SFTTrainer, TrainState
 
 DEEP = TransformerConfig(

@@ -16,13 +16,13 @@ from relax.engine import TrainerEngine
 from relax.engine.schedule import make_optimizer
 from relax.errors import ConfigError
 from relax.models import load_pretrained
-from relax.optimizers.optimizers import (
+from relax.optimizers import (
     OPTIMIZERS,
-    _muon_or_adamw,
     adamw,
     eval_params,
     learning_rate_schedule,
 )
+from relax.optimizers.optimizers import _muon_or_adamw
 from relax.trainers import SFTTrainer, Trainer, TrainState
 
 KEY = jax.random.key(3)

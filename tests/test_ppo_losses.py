@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.losses.policy import Clip, policy_loss
-from relax.losses.value import value_losses
-from relax.trainers.rl.experience import adapt_kl_coef, estimate, token_rewards
+from relax.losses import Clip, policy_loss, value_losses
+from relax.trainers.rl.experience import adapt_kl_coef, advantages_and_returns, token_rewards
 
 # The golden numbers of the formulas: three real tokens of six, garbage behind them.
 LOGPROBS, REF = np.array([-1, -0.5, -0.8]), np.array([-1.1, -0.7, -0.6])
@@ -39,7 +38,7 @@ GOLDEN = {
 @pytest.mark.parametrize("reward_at", GOLDEN)
 def test_experience_equals_the_golden_numbers_whatever_the_padding_holds(reward_at, garbage):
     values = padded(VALUES[: 4 if reward_at == "after_eos" else 3], garbage)
-    found = estimate(
+    found = advantages_and_returns(
         jnp.ones(1), padded(LOGPROBS - REF, garbage), values, MASK, jnp.array([3]), 0.05,
         reward_at=reward_at,
     )  # fmt: skip
@@ -78,7 +77,9 @@ def test_whitened_rewards_have_variance_one_and_keep_their_mean():
     kl, scores = rng.normal(size=(3, 5)), rng.normal(size=3)
     rows = [np.float32(x) for x in (scores, kl, np.zeros((3, 5)))]
     plain, white = (
-        np.asarray(estimate(*rows, mask, mask.sum(1), 0.3, whiten_rewards=w)["rewards"])[mask]
+        np.asarray(
+            advantages_and_returns(*rows, mask, mask.sum(1), 0.3, whiten_rewards=w)["rewards"]
+        )[mask]
         for w in (False, True)
     )
     assert abs(plain.std(ddof=1) - 1) > 0.1
@@ -93,7 +94,7 @@ def test_with_lambda_one_returns_are_those_of_monte_carlo():
     mask[:, 0] = True
     kl, values = (rng.normal(size=(4, 7)).astype(np.float32) for _ in range(2))
     scores = rng.normal(size=4).astype(np.float32)
-    found = estimate(scores, kl, values, mask, np.full(4, 7), 0.2, gamma=0.9, lam=1.0)
+    found = advantages_and_returns(scores, kl, values, mask, np.full(4, 7), 0.2, gamma=0.9, lam=1.0)
     for row in range(4):
         total, real = 0.0, np.flatnonzero(mask[row])
         for t in reversed(real):
@@ -122,10 +123,10 @@ def test_the_dual_clip_bounds_the_loss_of_bad_tokens_alone():
     for advantage in (-2.0, 1.0):
         plain = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
         expected = np.maximum(plain, 3.0 * advantage) if advantage < 0 else plain
-        loss, _ = policy_loss(
-            jnp.zeros((1, 5)), jnp.array(ratio)[None], jnp.array([advantage]),
+        loss = policy_loss(
+            jnp.log(jnp.array(ratio))[None], jnp.zeros((1, 5)), jnp.array([advantage]),
             jnp.ones((1, 5), bool), clip=Clip(0.2, 0.2, 3.0),
-        )  # fmt: skip
+        ).loss  # fmt: skip
         np.testing.assert_allclose(loss, -expected.mean(), rtol=1e-6)
 
 

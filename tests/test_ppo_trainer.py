@@ -15,7 +15,7 @@ from relax.config.ppo import PPOSection
 from relax.models import Transformer, TransformerConfig
 from relax.models.config import LoRA
 from relax.models.heads import init_head, with_head
-from relax.optimizers.optimizers import adamw
+from relax.optimizers import adamw
 from relax.sampling import SamplingConfig
 from relax.trainers import PPOTrainer
 from relax.trainers.rl.experience import Experience

@@ -15,7 +15,7 @@ from relax.models import Transformer, TransformerConfig
 from relax.models.config import Rope
 from relax.models.layers import Linear, RMSNorm
 from relax.models.rotary import rotary_angles, rotate
-from relax.optimizers.optimizers import OPTIMIZERS
+from relax.optimizers import OPTIMIZERS
 from relax.optimizers.stochastic_rounding import stochastic_round, stochastic_rounding
 from relax.trainers import SFTTrainer
 from relax.trainers.update import apply_gradients

@@ -104,7 +104,7 @@ def test_a_failure_is_counted_and_shown_with_function_prompt_and_completion():
     with pytest.warns(UserWarning) as caught:
         given = first(trainer)
     said = str(caught[0].message)
-    assert "rewards could not be had for 8 of 8 completions" in said
+    assert "reward functions failed on 8 of 8 completions" in said
     assert "'breaks'" in said and "by nought" in said and "'00'" in said
     assert given.metrics["reward_errors"] == 8
     with pytest.warns(UserWarning):

@@ -127,7 +127,7 @@ def test_failures_are_told_and_too_many_stop_the_run_with_their_message(job, tmp
     fields = job | {"reward_funcs": f"{file}:one_fails", "reward_weights": 1.0, "max_steps": 2}
     assert call(**fields, output_dir=tmp_path / "one") == 0
     said = capsys.readouterr().out
-    assert "warning: rewards could not be had for 1 of 8 completions; reward 'one_fails'" in said
+    assert "warning: reward functions failed on 1 of 8 completions; reward 'one_fails'" in said
     evaluated, trained = lines(tmp_path / "one" / "metrics.jsonl")
     assert trained["reward_errors"] == 1 and evaluated["eval_reward_errors"] == 1
     assert call(**fields, max_reward_errors=0.001, output_dir=tmp_path / "none") == 1

@@ -11,7 +11,7 @@ import pytest
 from conftest import bits, packed_batch
 
 from relax.data import DataLoader, Encoded
-from relax.optimizers.optimizers import adamw, learning_rate_schedule
+from relax.optimizers import adamw, learning_rate_schedule
 from relax.trainers import SFTTrainer
 
 KEY = jax.random.key(1)

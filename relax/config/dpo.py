@@ -16,7 +16,7 @@ from relax.config.schema import (
 )
 
 KTO = "kto"
-# The names of `relax.losses.dpo.LOSSES`, which this module cannot import; a test compares them.
+# The names in `relax.losses.PREFERENCE_LOSSES`; this module imports no jax. A test compares them.
 LOSSES = (
     "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "exo_pair",
     "nca_pair", "bco_pair", "sppo_hard", "sft", "simpo", "orpo",

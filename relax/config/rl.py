@@ -107,6 +107,9 @@ class GRPOSection:
     kl_in_reward: bool = option(
         False, "Subtract the KL penalty from the reward instead of adding it to the loss."
     )
+    use_bias_correction_kl: bool = option(
+        True, "Multiply the KL penalty per token by the importance ratio."
+    )
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "cispo_absolute"] = option(
         "dapo", "Objective and its aggregation over tokens."
     )
@@ -242,7 +245,13 @@ _ONE_UPDATE = (
     "a rollout is one update, so the ratio is 1; give num_iterations or steps_per_generation"
 )
 GRPO = (
-    needs("kl_estimator kl_in_reward sync_ref_model", "beta", warn=True),
+    needs("kl_estimator kl_in_reward use_bias_correction_kl sync_ref_model", "beta", warn=True),
+    NoEffect(
+        "use_bias_correction_kl",
+        lambda v: v["kl_in_reward"],
+        "kl_in_reward subtracts the penalty from the reward",
+        warn=True,
+    ),
     needs("ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model"),
     NoEffect(
         "delta",

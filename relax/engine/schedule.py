@@ -2,7 +2,7 @@
 
 from relax.config import TrainerConfig, resolve_steps
 from relax.config.run_rules import OPTIMIZER_FIELDS
-from relax.optimizers.optimizers import OPTIMIZERS, learning_rate_schedule
+from relax.optimizers import OPTIMIZERS, learning_rate_schedule
 from relax.optimizers.stochastic_rounding import stochastic_rounding
 
 

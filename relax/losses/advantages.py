@@ -1,81 +1,137 @@
 """Advantages: how much better a completion, or a token, was than expected.
 
-A group's advantage is a function `f(rewards [P, G]) -> advantages [P, G]`, registered by name in
-`ADVANTAGES`; a reward that is NaN (no reward function applied) gets advantage 0 and has no part in
-the group's statistics. To add one:
+An advantage is a function of rewards `[P, G]` to advantages `[P, G]`, registered by name. A reward
+is NaN where no reward function applied: it gets advantage 0, and is no part of its group's
+statistics. One of your own:
 
     @register_advantage("mine")
     def mine(rewards):
-        return rewards - jnp.nanmedian(rewards, axis=1, keepdims=True)
+        return rewards - np.nanmedian(rewards, axis=1, keepdims=True)
+
+The trainer computes advantages on the host, in float64: rewards of 10,000,000.25 and 10,000,000.5
+are the same number in float32. Numpy arrays give numpy arrays; JAX arrays, traced ones included,
+give JAX arrays.
 
 Axes: P prompts, G completions of a group, B rows, T tokens.
 """
 
+import warnings
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from relax.losses.registry import Registry
+from relax.losses.shapes import require_same_shape
 
 EPSILON = 1e-4  # TRL's, in the denominators of scaled advantages
 
-ADVANTAGES: dict[str, Callable] = {}
-
-
-def register_advantage(name: str):
-    """Makes a function of rewards `[P, G]` known by a name."""
-
-    def register(function):
-        ADVANTAGES[name] = function
-        return function
-
-    return register
+ADVANTAGES: Registry[Callable] = Registry("scale_rewards")
+register_advantage = ADVANTAGES.register
 
 
 @register_advantage("group")
-def group_advantages(rewards: jax.Array) -> jax.Array:
-    """(r - μ_group) / (σ_group + 1e-4), σ unbiased. Shao et al., DeepSeekMath, 2024, section 4.1.
+def group_advantages(rewards):
+    """GRPO's: rewards centred on their group's mean, over its standard deviation.
 
-    >>> group_advantages(jnp.array([[1.0, 0.0, 0.0, 1.0]])).round(4)
-    Array([[ 0.8659, -0.8659, -0.8659,  0.8659]], dtype=float32)
+        Â = (r - μ_group) / (σ_group + 1e-4),   σ unbiased
+
+    Args:
+      rewards: `[P, G]`, finite, or NaN where there is none.
+
+    Returns:
+      `[P, G]`; 0 where a reward is NaN, and exactly 0 in a group of equal rewards.
+
+    Raises:
+      ValueError: `rewards` has not two axes.
+
+    Example:
+      >>> group_advantages(np.array([[1.0, 0.0, 0.0, 1.0]])).round(4).tolist()
+      [[0.8659, -0.8659, -0.8659, 0.8659]]
+
+    References:
+      Shao et al., DeepSeekMath, 2024, https://arxiv.org/abs/2402.03300, section 4.1.2
     """
-    return _or_zero(_centred(rewards) / (nan_std(rewards, axis=1, keepdims=True) + EPSILON))
+    return _or_zero(rewards, _centred(rewards) / (nan_std(rewards, 1, keepdims=True) + EPSILON))
 
 
 @register_advantage("batch")
-def batch_advantages(rewards: jax.Array) -> jax.Array:
-    """(r - μ_group) / (σ_batch + 1e-4). Liu et al., Part I: Tricks or Traps?, 2025, section 4.1."""
-    return _or_zero(_centred(rewards) / (nan_std(rewards) + EPSILON))
+def batch_advantages(rewards):
+    """Rewards centred on their group's mean, over the standard deviation of all of them.
+
+        Â = (r - μ_group) / (σ_batch + 1e-4)
+
+    Arguments and result as for `group_advantages`.
+
+    Example:
+      >>> batch_advantages(np.array([[1.0, 0.0], [0.0, 0.0]])).round(4).tolist()
+      [[0.9998, -0.9998], [0.0, 0.0]]
+
+    References:
+      Liu et al., Part I: Tricks or Traps?, 2025, https://arxiv.org/abs/2508.08221, section 4.1
+    """
+    return _or_zero(rewards, _centred(rewards) / (nan_std(rewards) + EPSILON))
 
 
 @register_advantage("none")
-def centred_advantages(rewards: jax.Array) -> jax.Array:
-    """r - μ_group. Liu et al., Understanding R1-Zero-Like Training (Dr. GRPO), 2025, eq. 2."""
-    return _or_zero(_centred(rewards))
+def centred_advantages(rewards):
+    """Dr. GRPO's: rewards centred on their group's mean, Â = r - μ_group.
+
+    Arguments and result as for `group_advantages`.
+
+    Example:
+      >>> centred_advantages(np.array([[1.0, 0.0, np.nan]])).tolist()
+      [[0.5, -0.5, 0.0]]
+
+    References:
+      Liu et al., Understanding R1-Zero-Like Training (Dr. GRPO), 2025,
+      https://arxiv.org/abs/2503.20783, eq. 2
+    """
+    return _or_zero(rewards, _centred(rewards))
 
 
 @register_advantage("rloo")
-def rloo_advantages(rewards: jax.Array) -> jax.Array:
-    """r minus the mean of the others of its group. Ahmadian et al., Back to Basics, 2024, eq. 8.
+def rloo_advantages(rewards):
+    """RLOO's: each reward less the mean of the others of its group.
 
-    >>> rloo_advantages(jnp.array([[1.0, 0.0, 0.0, 1.0]])).round(4)
-    Array([[ 0.6667, -0.6667, -0.6667,  0.6667]], dtype=float32)
+        Â_i = r_i - Σ_{j≠i} r_j / (G - 1) = (r_i - μ) G / (G - 1)
+
+    Arguments and result as for `group_advantages`; 0 where a reward has no other beside it.
+
+    Example:
+      >>> rloo_advantages(np.array([[1.0, 0.0, 0.0, 1.0]])).round(4).tolist()
+      [[0.6667, -0.6667, -0.6667, 0.6667]]
+
+    References:
+      Ahmadian et al., Back to Basics, 2024, https://arxiv.org/abs/2402.14740, eq. 8
     """
-    counts = (~jnp.isnan(rewards)).sum(axis=1, keepdims=True)
-    others = jnp.nansum(rewards, axis=1, keepdims=True) - rewards
-    advantages = rewards - others / jnp.maximum(counts - 1, 1)
-    return _or_zero(jnp.where(counts > 1, advantages, 0.0))
+    xp = _numpy_of(rewards)
+    counts = (~xp.isnan(rewards)).sum(axis=1, keepdims=True)
+    return _or_zero(rewards, _centred(rewards) * (counts / xp.maximum(counts - 1, 1)))
 
 
-def nan_std(values: jax.Array, axis=None, keepdims: bool = False) -> jax.Array:
-    """The unbiased standard deviation of what is not NaN; NaN where nothing is, 0 for a single one.
+def nan_std(values, axis: int | None = None, keepdims: bool = False):
+    """Unbiased standard deviation of the entries that are not NaN.
 
-    >>> nan_std(jnp.array([1.0, 2.0, 3.0, jnp.nan])).item()
-    1.0
+    Args:
+      values: any shape.
+      axis: the axis to reduce; None reduces all.
+      keepdims: keep reduced axes, with size 1.
+
+    Returns:
+      NaN where every entry is NaN, 0 where only one is not.
+
+    Example:
+      >>> nan_std(np.array([1.0, 2.0, 3.0, np.nan])).item()
+      1.0
     """
-    counts = (~jnp.isnan(values)).sum(axis=axis, keepdims=keepdims)
-    mean = jnp.nanmean(values, axis=axis, keepdims=True)
-    squares = jnp.nansum(jnp.square(values - mean), axis=axis, keepdims=keepdims)
-    return jnp.where(counts > 0, jnp.sqrt(squares / jnp.maximum(counts - 1, 1)), jnp.nan)
+    xp = _numpy_of(values)
+    counts = (~xp.isnan(values)).sum(axis=axis, keepdims=keepdims)
+    shifted = values - _nan(xp.nanmax, values, axis)  # see `_centred`
+    squares = xp.nansum(xp.square(shifted - _nan(xp.nanmean, shifted, axis)), axis=axis)
+    squares = squares.reshape(counts.shape)
+    return xp.where(counts > 0, xp.sqrt(squares / xp.maximum(counts - 1, 1)), xp.nan)
 
 
 def gae(
@@ -86,41 +142,78 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation over the real tokens, from the last to the first.
+    """Generalised advantage estimation, from the last token to the first.
 
         δ_t = r_t + γ V_{t+1} - V_t,   Â_t = δ_t + γ λ Â_{t+1},   R_t = Â_t + V_t
 
-    A masked token (padding, an observation) is passed over: the token before it sees the value and
-    the advantage of the next real one. Schulman et al., High-Dimensional Continuous Control Using
-    Generalized Advantage Estimation, 2016, eq. 16.
+    A masked token (padding, an environment's text) is passed over: the token before it sees the
+    value and the advantage of the next one that counts. Behind the last one both are 0.
 
     Args:
-      rewards, values: `[B, T]`; what stands in masked places is not read.
-      mask: `[B, T]` bool.
-      gamma, lam: in [0, 1].
+      rewards: `[B, T]`.
+      values: `[B, T]`, of the state in which token t was drawn.
+      mask: `[B, T]` bool, the tokens that count; elsewhere anything may stand.
+      gamma: discount γ, in [0, 1].
+      lam: λ in [0, 1]; 1 gives Monte Carlo returns, 0 one-step errors.
 
     Returns:
-      Advantages and returns `[B, T]`, 0 where masked.
+      Advantages and returns, `[B, T]` each, 0 where masked.
+
+    Raises:
+      ValueError: shapes that differ.
+
+    Example:
+      >>> rewards, values = jnp.array([[0.0, 1.0]]), jnp.array([[0.5, 0.75]])
+      >>> advantages, returns = gae(rewards, values, jnp.array([[True, True]]), lam=1.0)
+      >>> advantages.tolist(), returns.tolist()
+      ([[0.5, 0.25]], [[1.0, 1.0]])
+
+    References:
+      Schulman et al., High-Dimensional Continuous Control Using Generalized Advantage Estimation,
+      2016, https://arxiv.org/abs/1506.02438, eq. 16
     """
+    require_same_shape(2, rewards=rewards, values=values, mask=mask)
     rewards, values = jnp.where(mask, rewards, 0.0), jnp.where(mask, values, 0.0)
 
     def step(carry, token):
         next_value, next_advantage = carry
-        reward, value, real = token
+        reward, value, counts = token
         advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
-        carry = (jnp.where(real, value, next_value), jnp.where(real, advantage, next_advantage))
-        return carry, jnp.where(real, advantage, 0.0)
+        carry = (jnp.where(counts, value, next_value), jnp.where(counts, advantage, next_advantage))
+        return carry, jnp.where(counts, advantage, 0.0)
 
-    zeros = jnp.zeros(rewards.shape[0])
+    zeros = jnp.zeros(rewards.shape[0], rewards.dtype)
     tokens = (rewards.T, values.T, mask.T)
     _, advantages = jax.lax.scan(step, (zeros, zeros), tokens, reverse=True)
     advantages = advantages.T
     return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
+def _numpy_of(values):
+    return jnp if isinstance(values, jax.Array) else np
+
+
+def _nan(reduce: Callable, values, axis: int | None):
+    """A reduction that skips NaN and keeps its axes; a slice of nothing but NaN is NaN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of a slice of NaN
+        return reduce(values, axis=axis, keepdims=True)
+
+
 def _centred(rewards):
-    return rewards - jnp.nanmean(rewards, axis=1, keepdims=True)
+    """r - μ of each group.
+
+    The largest reward is taken off first: the rest is exact where rewards are close, so equal
+    rewards give exactly 0. Against a rounded mean of 99.9s they would give 1e-14 or, in float32,
+    1e-5, which a standard deviation as small then scales up to an advantage.
+    """
+    require_same_shape(2, rewards=rewards)
+    xp = _numpy_of(rewards)
+    shifted = rewards - _nan(xp.nanmax, rewards, 1)
+    return shifted - _nan(xp.nanmean, shifted, 1)
 
 
-def _or_zero(advantages):
-    return jnp.nan_to_num(advantages, nan=0.0)
+def _or_zero(rewards, advantages):
+    """0 where there is no reward, and nowhere else: what overflows stays NaN and stops the run."""
+    xp = _numpy_of(rewards)
+    return xp.where(xp.isnan(rewards), 0.0, advantages)

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy from hidden states, without ever holding the logits of a whole batch.
+"""Next-token cross-entropy from hidden states; the logits of a whole batch never exist at once.
 
 Axes: B batch, T tokens of a row, M = B * T tokens in all, C tokens of a chunk, D model,
 V vocabulary.
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from relax import parallel
-
-IGNORED = -100  # a label that is no target: prompts, padding, the first token of a document
+from relax.losses import chunks
+from relax.losses.chunks import IGNORED
 
 
 class TokenSums(NamedTuple):
@@ -22,14 +22,14 @@ class TokenSums(NamedTuple):
     nll: jax.Array  # Σ −log p(target), nats
     correct: jax.Array  # Σ 1[argmax p = target]
     entropy: jax.Array  # Σ H(p), nats
-    weight: jax.Array  # how many tokens are trained
+    weight: jax.Array  # number of trained tokens
 
 
 def next_token_targets(labels: jax.Array) -> jax.Array:
     """Labels in Hugging Face alignment -> the target of each position; the last one has none.
 
     Args:
-      labels: `[B, T]` int, the token itself where it is trained, `IGNORED` elsewhere.
+      labels: `[B, T]` int, the token itself where it is trained, `IGNORED` (-100) elsewhere.
 
     Returns:
       `[B, T]`: entry t is label t + 1.
@@ -54,10 +54,10 @@ def linear_cross_entropy(
         Σ_m 1[target_m ≠ IGNORED] · (logsumexp_v z_mv − z_m,target_m),   z = cap(hidden · matrixᵀ)
 
     Works through `chunk_size` tokens at a time, trained tokens first, and skips the chunks that
-    hold none: a batch of long prompts and short answers pays for its answers only. The gradient
-    is made in the same pass as the loss, so no logits are computed twice, and the one of a matrix
-    that nothing is differentiated with respect to is not made. Products are of the hidden states'
-    dtype and summed in float32, as is all that comes after them.
+    hold none: a batch of long prompts and short completions pays for its completions only. The
+    gradient is made in the same pass as the loss, so no logits are computed twice, and the one of a
+    matrix that nothing is differentiated with respect to is not made. Products are of the hidden
+    states' dtype and summed in float32, as is all that comes after them.
 
     Args:
       hidden: `[M, D]` the model's last hidden states. Rows of ignored tokens may hold anything.
@@ -70,13 +70,20 @@ def linear_cross_entropy(
       The sums over the trained tokens. With none, all are exactly 0 and so are the gradients.
 
     Raises:
-      ValueError: there is no token, or `chunk_size` is below 1.
+      ValueError: there is no token, `chunk_size` is below 1, or shapes do not fit.
+
+    Example:
+      >>> sums = linear_cross_entropy(jnp.zeros((3, 2)), jnp.ones((4, 2)), jnp.array([0, 1, -100]))
+      >>> round(sums.nll.item() / sums.weight.item(), 4)  # log 4
+      1.3863
     """
 
     def sums(hidden, matrix, targets):
+        hidden, targets, _ = chunks.trained_first(hidden, targets)
         parts = _sums(hidden, matrix, targets, _checked(hidden, chunk_size), softcap)
         return tuple(part[None] for part in parts)
 
+    chunks.check_shapes(hidden, matrix, targets)
     _checked(hidden, chunk_size)
     # Each device goes through the chunks of its own tokens.
     run = parallel.per_device(sums, (("batch",), None, ("batch",)), (("batch",),) * 4, auto=True)
@@ -91,17 +98,23 @@ def target_hits(
     chunk_size: int = 256,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`[M]` bool: whether the most likely token is the target; see `linear_cross_entropy`."""
+    """`[M]` bool: whether the most likely token is the target; see `linear_cross_entropy`.
+
+    Example:
+      >>> target_hits(jnp.eye(2), jnp.eye(2), jnp.array([0, 0])).tolist()
+      [True, False]
+    """
 
     def hits(hidden, matrix, targets):
         matrix = matrix.astype(hidden.dtype)
 
         def hit(row):
-            logits = jnp.einsum("D,VD->V", row[0], matrix, preferred_element_type=jnp.float32)
-            return _capped(logits, softcap)[0].argmax() == row[1]
+            logits = chunks.logits_and_slope(row[0][None], matrix, softcap)[0]
+            return logits[0].argmax() == row[1]
 
         return jax.lax.map(hit, (hidden, targets), batch_size=_checked(hidden, chunk_size))
 
+    chunks.check_shapes(hidden, matrix, targets)
     run = parallel.per_device(hits, (("batch",), None, ("batch",)), ("batch",), auto=True)
     return run(hidden, matrix, targets)
 
@@ -117,9 +130,15 @@ def _checked(hidden, chunk_size):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _sums(hidden, matrix, targets, chunk_size, softcap):
-    chunks = _chunks(hidden, targets, chunk_size)
-    body = functools.partial(_accumulate, matrix.astype(hidden.dtype), softcap)
-    return jax.lax.scan(body, _zeros(), chunks)[0]
+    narrow = matrix.astype(hidden.dtype)
+
+    def body(sums, chunk):
+        def trained(sums):
+            return _chunk_sums(narrow, softcap, sums, chunk)[0]
+
+        return jax.lax.cond(chunks.has_target(chunk[1]), trained, lambda sums: sums, sums), None
+
+    return jax.lax.scan(body, _zeros(), _split(hidden, targets, chunk_size))[0]
 
 
 def _sums_forward(hidden, matrix, targets, chunk_size, softcap):
@@ -127,31 +146,22 @@ def _sums_forward(hidden, matrix, targets, chunk_size, softcap):
     hidden, targets = hidden.value, targets.value
     matrix, is_trained = matrix.value, matrix.perturbed
     narrow = matrix.astype(hidden.dtype)
-    order = _trained_first(targets)
-    chunks = _chunks(hidden, targets, chunk_size)
 
     def body(carry, chunk):
-        sums, d_matrix = carry
-
         def trained(sums, d_matrix):
             sums, d_logits = _chunk_sums(narrow, softcap, sums, chunk)
-            d_hidden = jnp.einsum("CV,VD->CD", d_logits, narrow, preferred_element_type=jnp.float32)
-            if is_trained:
-                d_matrix += jnp.einsum(
-                    "CV,CD->VD", d_logits, chunk[0], preferred_element_type=jnp.float32
-                )
-            return (sums, d_matrix), d_hidden.astype(hidden.dtype)
+            d_hidden, d_matrix = chunks.backward(d_logits, chunk[0], narrow, d_matrix)
+            return (sums, d_matrix), d_hidden
 
         def skipped(sums, d_matrix):
             return (sums, d_matrix), jnp.zeros_like(chunk[0])
 
-        return jax.lax.cond((chunk[1] != IGNORED).any(), trained, skipped, sums, d_matrix)
+        return jax.lax.cond(chunks.has_target(chunk[1]), trained, skipped, *carry)
 
     start = (_zeros(), jnp.zeros(matrix.shape, jnp.float32) if is_trained else None)
-    (sums, d_matrix), d_hidden = jax.lax.scan(body, start, chunks)
-    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    d_hidden = jnp.zeros_like(hidden).at[order].set(d_hidden, unique_indices=True)
-    return sums, (d_hidden, d_matrix.astype(matrix.dtype) if is_trained else None)
+    (sums, d_matrix), d_hidden = jax.lax.scan(body, start, _split(hidden, targets, chunk_size))
+    d_matrix = None if d_matrix is None else d_matrix.astype(matrix.dtype)
+    return sums, (chunks.joined(d_hidden, hidden.shape[0]), d_matrix)
 
 
 def _sums_backward(chunk_size, softcap, residuals, cotangents):
@@ -171,54 +181,24 @@ def _zeros():
     return tuple(jnp.zeros((), jnp.float32) for _ in TokenSums._fields)
 
 
-def _trained_first(targets):
-    return jnp.argsort(targets == IGNORED, stable=True)
-
-
-def _chunks(hidden, targets, chunk_size):
-    """Tokens in the order trained, ignored, cut into `[n, C, D]` and `[n, C]`."""
-    order = _trained_first(targets)
-    pad = -hidden.shape[0] % chunk_size
-    targets = jnp.pad(targets[order], (0, pad), constant_values=IGNORED)
-    hidden = jnp.pad(hidden[order], ((0, pad), (0, 0)))
-    # An ignored row may hold NaN, which times a zero gradient would still reach the matrix.
-    hidden = jnp.where((targets != IGNORED)[:, None], hidden, 0)
-    return hidden.reshape(-1, chunk_size, hidden.shape[1]), targets.reshape(-1, chunk_size)
-
-
-def _accumulate(matrix, softcap, sums, chunk):
-    trained = (chunk[1] != IGNORED).any()
-    return jax.lax.cond(
-        trained, lambda s: _chunk_sums(matrix, softcap, s, chunk)[0], lambda s: s, sums
-    ), None
-
-
-def _capped(logits, softcap):
-    """c tanh(logits / c), and its slope."""
-    if softcap is None:
-        return logits, None
-    share = jnp.tanh(logits / softcap)
-    return softcap * share, 1.0 - jnp.square(share)
+def _split(hidden, targets, chunk_size):
+    return chunks.split(hidden, chunk_size), chunks.split(targets, chunk_size, IGNORED)
 
 
 def _chunk_sums(matrix, softcap, sums, chunk):
     """Adds one chunk to the sums; also gives ∂nll/∂(hidden · matrixᵀ) `[C, V]`, narrow."""
     hidden, targets = chunk
     trained = targets != IGNORED
-    logits = jnp.einsum("CD,VD->CV", hidden, matrix, preferred_element_type=jnp.float32)
-    logits, slope = _capped(logits, softcap)
-    top = logits.max(axis=-1, keepdims=True)
-    shifted = logits - top
+    logits, slope = chunks.logits_and_slope(hidden, matrix, softcap)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
     exp = jnp.exp(shifted)
     total = exp.sum(axis=-1, keepdims=True)
-    is_target = jnp.arange(logits.shape[-1])[None, :] == targets[:, None]
-    target_shifted = jnp.where(is_target, shifted, 0).sum(axis=-1)
+    hit = chunks.is_target(logits, targets)
     log_total = jnp.log(total[:, 0])
     entropy = log_total - (exp * shifted).sum(axis=-1) / total[:, 0]
     correct = logits.argmax(axis=-1) == targets
-    parts = (log_total - target_shifted, correct, entropy, jnp.ones_like(entropy))
+    nll = log_total - jnp.where(hit, shifted, 0).sum(axis=-1)
+    parts = (nll, correct, entropy, jnp.ones_like(entropy))
     sums = tuple(s + jnp.where(trained, p, 0).sum() for s, p in zip(sums, parts, strict=True))
-    d_logits = exp / total - is_target
-    d_logits = d_logits if slope is None else d_logits * slope
-    d_logits = jnp.where(trained[:, None], d_logits, 0)
+    d_logits = jnp.where(trained[:, None], (exp / total - hit) * slope, 0)
     return sums, d_logits.astype(matrix.dtype)

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from relax import parallel
-from relax.losses.cross_entropy import IGNORED
+from relax.losses import chunks
+from relax.losses.chunks import IGNORED
 
 
 class TokenLogprobs(NamedTuple):
     """Per token, float32 nats; 0 where the target is `IGNORED`."""
 
     logprobs: jax.Array  # [M] log p(target)
-    entropy: jax.Array  # [M] of the distribution that the target was drawn from
+    entropy: jax.Array  # [M] entropy of p
 
 
 def token_logits(
@@ -31,8 +32,22 @@ def token_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> jax.Array:
-    """cap(hidden · matrixᵀ) / temperature, `[M, D]` and `[V, D]` -> `[M, V]` float32."""
-    return _logits(hidden, matrix.astype(hidden.dtype), temperature, softcap)[0]
+    """Logits at a temperature: cap(hidden · matrixᵀ) / temperature.
+
+    Args:
+      hidden: `[M, D]`.
+      matrix: `[V, D]`.
+      temperature, softcap: as for `linear_logprobs`.
+
+    Returns:
+      `[M, V]` float32.
+
+    Example:
+      >>> token_logits(jnp.eye(2), jnp.eye(2), temperature=0.5).tolist()
+      [[2.0, 0.0], [0.0, 2.0]]
+    """
+    matrix = matrix.astype(hidden.dtype)
+    return chunks.logits_and_slope(hidden, matrix, softcap, temperature)[0]
 
 
 def linear_logprobs(
@@ -44,13 +59,13 @@ def linear_logprobs(
     softcap: float | None = None,
     chunk_size: int = 256,
 ) -> TokenLogprobs:
-    """log softmax(z)[target] and the entropy of softmax(z).
+    """Log-probability of each target, log softmax(z)[target], and the entropy of softmax(z).
 
         z = cap(hidden · matrixᵀ) / temperature
 
-    Works through `chunk_size` tokens at a time, real ones first, and skips the chunks that hold
-    none. The backward pass computes the logits of a chunk again; no more than one chunk's exist at
-    a time. Products are of the hidden states' dtype and summed in float32.
+    Works through `chunk_size` tokens at a time, those with a target first, and skips the chunks
+    that hold none. The backward pass computes the logits of a chunk again; no more than one chunk's
+    exist at a time. Products are of the hidden states' dtype and summed in float32.
 
     Args:
       hidden: `[M, D]` the states before the targets. Rows of ignored targets may hold anything.
@@ -60,8 +75,17 @@ def linear_logprobs(
       softcap: c in cap(z) = c tanh(z / c); None: no cap.
       chunk_size: tokens whose logits exist at once (>= 1).
 
+    Returns:
+      Log-probabilities and entropies, `[M]` each.
+
     Raises:
-      ValueError: there is no token, or `chunk_size` or `temperature` is not above 0.
+      ValueError: there is no token, `chunk_size` or `temperature` is not above 0, or shapes do not
+        fit.
+
+    Example:
+      >>> out = linear_logprobs(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.array([1, -100]))
+      >>> out.logprobs.round(4)  # -log 4
+      Array([-1.3863,  0.    ], dtype=float32)
     """
     if chunk_size < 1 or temperature <= 0 or not hidden.shape[0]:
         raise ValueError(
@@ -69,18 +93,18 @@ def linear_logprobs(
             f"temperature above 0, got {hidden.shape[0]} tokens, {chunk_size} and {temperature}."
         )
 
+    targets = jnp.asarray(targets)
+    chunks.check_shapes(hidden, matrix, targets)
+
     def of_part(hidden, matrix, targets):
+        ordered, ordered_targets, order = chunks.trained_first(hidden, targets)
         chunk = min(chunk_size, hidden.shape[0])
-        order = jnp.argsort(targets == IGNORED, stable=True)
-        real = (targets != IGNORED)[:, None]
-        # An ignored row may hold NaN, which times a zero gradient would still reach the matrix.
-        ordered = jnp.where(real, hidden, 0)[order]
-        out = _ordered(ordered, matrix, targets[order], temperature, softcap, chunk)
+        out = _ordered(ordered, matrix, ordered_targets, temperature, softcap, chunk)
         return tuple(jnp.zeros_like(x).at[order].set(x, unique_indices=True) for x in out)
 
     # Each device goes through the chunks of its own tokens.
     run = parallel.per_device(of_part, (("batch",), None, ("batch",)), (("batch",),) * 2, auto=True)
-    return TokenLogprobs(*run(hidden, matrix, jnp.asarray(targets)))
+    return TokenLogprobs(*run(hidden, matrix, targets))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -90,17 +114,17 @@ def _ordered(hidden, matrix, targets, temperature, softcap, chunk_size):
     def body(_, chunk):
         hidden, targets = chunk
 
-        def real():
-            logits, _ = _logits(hidden, narrow, temperature, softcap)
-            logprobs, probs, entropy = _statistics(logits)
-            chosen = jnp.where(_is_target(logits, targets), logprobs, 0).sum(axis=-1)
+        def trained():
+            logits, _ = chunks.logits_and_slope(hidden, narrow, softcap, temperature)
+            logprobs, _, entropy = _statistics(logits)
+            chosen = jnp.where(chunks.is_target(logits, targets), logprobs, 0).sum(axis=-1)
             return jnp.where(targets == IGNORED, 0, jnp.stack([chosen, entropy]))
 
         none = jnp.zeros((2, chunk_size), jnp.float32)
-        return None, jax.lax.cond((targets != IGNORED).any(), real, lambda: none)
+        return None, jax.lax.cond(chunks.has_target(targets), trained, lambda: none)
 
-    chunks = (_chunked(hidden, chunk_size), _chunked(targets, chunk_size, IGNORED))
-    _, out = jax.lax.scan(body, None, chunks)  # [n, 2, C]
+    xs = (chunks.split(hidden, chunk_size), chunks.split(targets, chunk_size, IGNORED))
+    _, out = jax.lax.scan(body, None, xs)  # [n, 2, C]
     logprobs, entropy = out.swapaxes(0, 1).reshape(2, -1)[:, : hidden.shape[0]]
     return logprobs, entropy
 
@@ -123,53 +147,36 @@ def _ordered_backward(temperature, softcap, chunk_size, residuals, cotangents):
     def body(d_matrix, chunk):
         hidden, targets, d_logprobs, d_entropy = chunk
 
-        def real(d_matrix):
-            logits, slope = _logits(hidden, narrow, temperature, softcap)
+        def trained(d_matrix):
+            logits, slope = chunks.logits_and_slope(hidden, narrow, softcap, temperature)
             logprobs, probs, entropy = _statistics(logits)
-            d_logits = d_logprobs[:, None] * (_is_target(logits, targets) - probs)
+            d_logits = d_logprobs[:, None] * (chunks.is_target(logits, targets) - probs)
             if with_entropy:
                 d_logits -= d_entropy[:, None] * probs * (logprobs + entropy[:, None])
             d_logits = jnp.where((targets != IGNORED)[:, None], d_logits * slope, 0)
-            d_logits = d_logits.astype(hidden.dtype)
-            d_hidden = jnp.einsum("CV,VD->CD", d_logits, narrow, preferred_element_type=jnp.float32)
-            if is_trained:
-                d_matrix += jnp.einsum(
-                    "CV,CD->VD", d_logits, hidden, preferred_element_type=jnp.float32
-                )
-            return d_matrix, d_hidden.astype(hidden.dtype)
+            d_hidden, d_matrix = chunks.backward(
+                d_logits.astype(hidden.dtype), hidden, narrow, d_matrix
+            )
+            return d_matrix, d_hidden
 
-        def none(d_matrix):
+        def skipped(d_matrix):
             return d_matrix, jnp.zeros_like(hidden)
 
-        return jax.lax.cond((targets != IGNORED).any(), real, none, d_matrix)
+        return jax.lax.cond(chunks.has_target(targets), trained, skipped, d_matrix)
 
-    chunks = (
-        _chunked(hidden, chunk_size),
-        _chunked(targets, chunk_size, IGNORED),
-        _chunked(d_logprobs, chunk_size),
-        _chunked(d_entropy, chunk_size),
+    xs = (
+        chunks.split(hidden, chunk_size),
+        chunks.split(targets, chunk_size, IGNORED),
+        chunks.split(d_logprobs, chunk_size),
+        chunks.split(d_entropy, chunk_size),
     )
     start = jnp.zeros(matrix.shape, jnp.float32) if is_trained else None
-    d_matrix, d_hidden = jax.lax.scan(body, start, chunks)
-    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return d_hidden, d_matrix.astype(matrix.dtype) if is_trained else None, None
+    d_matrix, d_hidden = jax.lax.scan(body, start, xs)
+    d_matrix = None if d_matrix is None else d_matrix.astype(matrix.dtype)
+    return chunks.joined(d_hidden, hidden.shape[0]), d_matrix, None
 
 
 _ordered.defvjp(_ordered_forward, _ordered_backward, symbolic_zeros=True)
-
-
-def _chunked(x, chunk_size, fill=0):
-    pad = [(0, -x.shape[0] % chunk_size)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, pad, constant_values=fill).reshape(-1, chunk_size, *x.shape[1:])
-
-
-def _logits(hidden, matrix, temperature, softcap):
-    """The logits, and their slope: ∂z / ∂(hidden · matrixᵀ)."""
-    logits = jnp.einsum("CD,VD->CV", hidden, matrix, preferred_element_type=jnp.float32)
-    if softcap is None:
-        return logits / temperature, 1.0 / temperature
-    share = jnp.tanh(logits / softcap)
-    return softcap * share / temperature, (1.0 - jnp.square(share)) / temperature
 
 
 def _statistics(logits):
@@ -179,7 +186,3 @@ def _statistics(logits):
     total = exp.sum(axis=-1, keepdims=True)
     logprobs, probs = shifted - jnp.log(total), exp / total
     return logprobs, probs, -(probs * logprobs).sum(axis=-1)
-
-
-def _is_target(logits, targets):
-    return jnp.arange(logits.shape[-1])[None, :] == targets[:, None]

@@ -1,4 +1,4 @@
-"""Parameters in bfloat16 that small updates do not pass by."""
+"""Stochastic rounding of bfloat16 parameters, so that small updates are not lost."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,27 +9,34 @@ import optax
 
 
 class RoundingState(NamedTuple):
-    """State of `stochastic_rounding`: that of the optimizer within, and the updates made."""
+    """State of `stochastic_rounding`.
+
+    Attributes:
+      inner: the wrapped optimizer's state.
+      count: int32 scalar, updates made.
+    """
 
     inner: Any
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count; checkpoints hold the name
 
 
 def stochastic_rounding(
     optimizer: optax.GradientTransformation, seed: int = 0
 ) -> optax.GradientTransformation:
-    """Rounds updated bfloat16 parameters up or down at random, right in the mean.
+    """Rounds updated bfloat16 parameters up or down at random, so that the mean is exact.
 
-    A bfloat16 number has 8 bits. An update that is less than half of the last one of them is lost
-    when it is rounded to the nearest: at a weight of 0.02 that is any below 3e-5, which most of
-    fine-tuning is. Here the weight moves by the whole last bit, and does so with a probability of
-    the share of it that the update is. Parameters of other dtypes are left alone.
-
-    Gupta et al., Deep Learning with Limited Numerical Precision, 2015, section 3.
+    A bfloat16 number has 8 significant bits. Rounding to nearest loses an update of less than half
+    of the last bit: at a weight of 0.02 that is any below 3e-5, as most updates of fine-tuning are.
+    Here the weight moves by the whole last bit, with the probability update / last bit. Parameters
+    of other dtypes are updated as usual.
 
     Args:
-      optimizer: whose updates are float32 (see `relax.optimizers.optimizers`).
-      seed: of the randomness; the same in every run.
+      optimizer: its updates are float32, as those of `relax.optimizers` are.
+      seed: seed of the rounding.
+
+    References:
+      Gupta et al., Deep Learning with Limited Numerical Precision, 2015,
+      https://arxiv.org/abs/1502.02551, section 3
     """
 
     def init(params):
@@ -39,11 +46,15 @@ def stochastic_rounding(
         updates, inner = optimizer.update(updates, state.inner, params)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         leaves, tree = jax.tree.flatten(params)
-        steps = [
-            _rounded_step(p, u, jax.random.fold_in(key, i)) if p.dtype == jnp.bfloat16 else u
-            for i, (p, u) in enumerate(zip(leaves, tree.flatten_up_to(updates), strict=True))
-        ]
-        return tree.unflatten(steps), RoundingState(inner, state.count + 1)
+        numbers = jax.tree.unflatten(tree, range(len(leaves)))
+
+        def step(param, update, number):
+            if param.dtype != jnp.bfloat16:
+                return update
+            return _rounded_step(param, update, jax.random.fold_in(key, number))
+
+        steps = jax.tree.map(step, params, updates, numbers)
+        return steps, RoundingState(inner, state.count + 1)
 
     return optax.GradientTransformation(init, update)
 
@@ -55,9 +66,16 @@ def _rounded_step(param, step, key):
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 -> float32 that bfloat16 holds exactly: x in the mean; NaN and infinity as they are.
+    """Rounds float32 to a neighbour that bfloat16 holds exactly; its mean is x.
 
-    Noise below the last bit that is kept, then the bits below it cut off.
+    Adds noise below the last bit of bfloat16, and clears the bits below it. NaN and infinity stay.
+
+    Args:
+      x: float32, any shape.
+      key: decides the noise.
+
+    Returns:
+      float32, the same shape.
     """
     noise = _noise(x.shape, key) >> 16
     bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
@@ -65,9 +83,10 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _noise(shape, key) -> jax.Array:
-    """uint32 from a number per entry, mixed; jax's own would take longer than the update itself.
+    """A uint32 per entry: its index, hashed.
 
-    The finaliser of Appleby, MurmurHash3, 2011.
+    `jax.random.bits` would take longer than the update itself on CPUs. The hash is the finaliser of
+    Appleby, MurmurHash3, 2011.
     """
     number = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     x = number ^ jax.random.bits(key, (), jnp.uint32)

@@ -14,7 +14,6 @@ of a completion: tags may be special tokens, and a chat template may open one in
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -178,6 +177,11 @@ def check_plain(value, where: str) -> None:
     )
 
 
+# A reward beyond this is refused as infinity is. Its square, which variances and the critic's loss
+# take, is still a float32.
+MAX_REWARD = 1e18
+
+
 class BadResult(Exception):
     """A function returned something that is no list of rewards, one for each completion."""
 
@@ -191,8 +195,8 @@ def check_rewards(result, n: int) -> tuple[list[float | None], dict[int, str]]:
     Raises:
       BadResult: the whole is not a list of n items.
 
-    >>> check_rewards([1, None, float("nan")], 3)
-    ([1.0, None, None], {2: 'returned nan'})
+    >>> check_rewards([1, None, float("nan"), 1e308], 4)
+    ([1.0, None, None, None], {2: 'returned nan', 3: 'returned 1e+308'})
     """
     result = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(result, list | tuple):
@@ -219,7 +223,7 @@ def _number(value) -> float | None:
         value = float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= MAX_REWARD else None  # NaN is not
 
 
 def text_of(completion: str | list[dict]) -> str:

@@ -1,20 +1,20 @@
 """Direct preference optimisation, and the family of losses that grew out of it.
 
-1. A batch holds prompts, a chosen and a rejected answer to each.
-2. The policy gives the log-probability of every answer; so does the frozen reference.
-3. The loss widens the margin between the two answers, measured against the reference.
+1. A batch holds prompts with a chosen and a rejected completion each.
+2. The policy gives the log-probability of every completion; so does the frozen reference.
+3. The loss widens the margin between the two completions, measured against the reference.
 
     s = log π_θ(y | x) - log π_ref(y | x)
     L = - log σ(β (s_chosen - s_rejected))
 
-Rafailov et al., Direct Preference Optimization, 2023, eq. 7. `relax.losses.dpo` has the losses. KTO
-takes single answers, good or bad; the second answer is then another row's, whose mean s over the
-micro-batch is what the first is compared with.
+Rafailov et al., Direct Preference Optimization, 2023, https://arxiv.org/abs/2305.18290, eq. 7.
+`relax.losses.dpo` has the losses. KTO takes single completions, good or bad; the second one is then
+another row's, and the first is compared with the mean s of those over the micro-batch.
 
 Where it departs from TRL: `label_smoothing` works with sigmoid (cDPO); means are over all pairs of
 an update, and the sft loss over all chosen tokens of it, however micro-batches share them.
 
-Axes: B rows, C tokens of an answer, T tokens of a packed row, K pairs of a packed row; N = B or
+Axes: B rows, C tokens of a completion, T tokens of a packed row, K pairs of a packed row; N = B or
 B * K pairs, M tokens in all, D model.
 """
 
@@ -25,10 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax import parallel
-from relax.losses import IGNORED, next_token_targets, target_hits
-from relax.losses.dpo import LOSSES, LossOptions, Pairs, kto_loss, kto_reference_point
-from relax.losses.logprobs import linear_logprobs
-from relax.losses.masked import masked_mean
+from relax.losses import (
+    IGNORED,
+    PREFERENCE_LOSSES,
+    LossOptions,
+    Pairs,
+    kto_loss,
+    kto_reference_point,
+    linear_logprobs,
+    masked_mean,
+    next_token_targets,
+    target_hits,
+)
 from relax.models.forward import completion_states, hidden_states
 from relax.models.trainable import merge
 from relax.trainers.pairs import num_tokens
@@ -46,29 +54,31 @@ KTO = "kto"
 
 
 class DPOTrainer(Trainer):
-    """Learns from pairs of answers, or with `loss_type="kto"` from single ones.
+    """Trains on pairs of completions, or with `loss_type="kto"` on single ones.
 
     Batches are those of `relax.data.PreferenceLoader`.
 
     Args:
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
       params: as for `Trainer`; None: `ref_params`, or fresh ones.
-      ref_params: parameters of the reference (copied); None: those of the start. With adapters the
-        reference is the model without them, and costs nothing.
+      ref_params: parameters of the reference (copied); None: the initial ones. With adapters the
+        reference is the model without them, and costs no memory.
       freeze: as for `SFTTrainer`.
-      loss_type: a name of `LOSSES`, several, or `kto`.
-      loss_weights: of several; None: 1 each.
+      loss_type: a name in `PREFERENCE_LOSSES`, several, whose sum is minimised, or `kto`.
+      loss_weights: weights of several losses; None: 1 each.
       beta, label_smoothing, simpo_gamma: see `LossOptions`.
-      desirable_weight, undesirable_weight: of good and bad answers in KTO.
+      desirable_weight, undesirable_weight: weights of good and bad completions in KTO.
       precomputed: batches bring `ref_logprobs`, and the state holds no reference.
-      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every so many updates the
-        reference becomes alpha times the policy plus (1 - alpha) times itself.
-      loss_chunk_size: tokens whose logits exist at once.
+      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every `ref_model_sync_steps`
+        updates the reference becomes alpha times the policy plus (1 - alpha) times itself.
+      loss_chunk_size: tokens whose logits exist at once (>= 1).
+      **options: of `Trainer`.
 
-    Metrics, with TRL's names: `rewards/...` are β s (of losses without a reference β log π / |y|),
-    `rewards/accuracies` the share of pairs with s_chosen > s_rejected, `logps/...` log π of whole
-    answers, `logits/...` means over tokens and vocabulary (before a soft cap), `entropy` over all
-    answers' tokens, `mean_token_accuracy` over the chosen ones', `num_tokens` prompts per answer.
+    Metrics, with TRL's names: `rewards/...` are β s (for losses without a reference β log π / |y|),
+    `rewards/accuracies` is the share of pairs with s_chosen > s_rejected, `logps/...` are log π of
+    whole completions, `logits/...` means over tokens and vocabulary (before a soft cap), `entropy`
+    is over all completions' tokens, `mean_token_accuracy` over those of chosen ones; `num_tokens`
+    counts a prompt once per completion.
     """
 
     def __init__(
@@ -101,7 +111,9 @@ class DPOTrainer(Trainer):
             "desirable_weight": desirable_weight,
             "undesirable_weight": undesirable_weight,
         }
-        self.needs_reference = not self.is_paired or any(LOSSES[n].needs_reference for n in names)
+        self.needs_reference = not self.is_paired or any(
+            PREFERENCE_LOSSES[n].needs_reference for n in names
+        )
         self.reference = self.needs_reference and not precomputed
         self.sync_ref_model = sync_ref_model
         self.ref_model_mixup_alpha = ref_model_mixup_alpha
@@ -142,25 +154,25 @@ class DPOTrainer(Trainer):
         weights = merge(params, frozen)
         hidden, targets, aux_loss = self._states(weights, batch, rng)
         tokens = self._logprobs(weights, hidden, targets)
-        logprobs = _per_answer(batch, tokens.logprobs)  # [N, 2]
+        logprobs = _per_completion(batch, tokens.logprobs)  # [N, 2]
         ref_logprobs = self._of_reference(frozen, batch, logprobs)
         lengths = batch["completion_lengths"].reshape(-1, 2)
-        is_real = (lengths > 0).all(axis=1)
+        mask = (lengths > 0).all(axis=1)
         losses = self._pair_losses if self.is_paired else self._kto_losses
-        losses, metrics = losses(batch, logprobs, ref_logprobs, lengths, is_real)
-        loss = masked_mean(losses, is_real)
+        losses, metrics = losses(batch, logprobs, ref_logprobs, lengths, mask)
+        loss = masked_mean(losses, mask)
         scores = logprobs - ref_logprobs
         if not self.needs_reference:
             scores = logprobs / jnp.maximum(lengths, 1)
-        metrics |= self._reward_metrics(batch, logprobs, scores, is_real)
+        metrics |= self._reward_metrics(batch, logprobs, scores, mask)
         metrics |= self._token_metrics(weights, batch, hidden, targets, tokens)
         if aux_loss is not None:
             loss += self.model.config.router_aux_loss_coef * aux_loss
             metrics["aux_loss"] = aux_loss
-        return LossOutput(loss=loss, weight=is_real.sum(), metrics=metrics)
+        return LossOutput(loss=loss, weight=mask.sum(), metrics=metrics)
 
     def answer_logprobs(self, params, batch) -> np.ndarray:
-        """`[N, 2]` log-probabilities of a batch's answers under all parameters `params`."""
+        """Log-probabilities `[N, 2]` of a batch's completions under `params` (all of them)."""
         return parallel.to_host(self._compiled_logprobs(params, parallel.shard_batch(batch)))
 
     def _of_reference(self, frozen, batch, logprobs):
@@ -173,10 +185,10 @@ class DPOTrainer(Trainer):
 
     def _answer_logprobs(self, params, batch):
         hidden, targets, _ = self._states(params, batch, None)
-        return _per_answer(batch, self._logprobs(params, hidden, targets).logprobs)
+        return _per_completion(batch, self._logprobs(params, hidden, targets).logprobs)
 
     def _states(self, params, batch, rng):
-        """The states before the answers' tokens `[M, D]`, those tokens `[M]`, and the aux loss."""
+        """States before the completions' tokens `[M, D]`, those tokens `[M]`, and the aux loss."""
         if "segment_ids" in batch:
             hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)
             targets = next_token_targets(batch["labels"])
@@ -184,10 +196,10 @@ class DPOTrainer(Trainer):
             ids, lengths = batch["completion_ids"], batch["completion_lengths"]
             hidden, aux_loss = completion_states(self.model, params, batch, rng)
             place = jnp.arange(ids.shape[2])[None, None, :]
-            is_real = place < lengths[:, :, None]
-            # Nothing precedes the first token where the answer has swallowed the prompt.
-            is_real &= (place > 0) | (batch["prompt_lengths"] > 0)[:, None, None]
-            targets = jnp.where(is_real, ids, IGNORED)
+            is_token = place < lengths[:, :, None]
+            # Nothing precedes the first token where the completion has swallowed the prompt.
+            is_token &= (place > 0) | (batch["prompt_lengths"] > 0)[:, None, None]
+            targets = jnp.where(is_token, ids, IGNORED)
         return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), aux_loss
 
     def _logprobs(self, params, hidden, targets):
@@ -198,46 +210,54 @@ class DPOTrainer(Trainer):
         cap = self.model.config.final_logit_softcapping
         return {"chunk_size": self.loss_chunk_size, "softcap": cap}
 
-    def _pair_losses(self, batch, logprobs, ref_logprobs, lengths, is_real):
+    def _pair_losses(self, batch, logprobs, ref_logprobs, lengths, mask):
         lengths = jnp.maximum(lengths, 1)
         mean = batch.get("mean_chosen_length")
         if mean is None:
-            mean = jnp.broadcast_to(masked_mean(lengths[:, 0], is_real), is_real.shape)
-        elif mean.shape != is_real.shape:
-            mean = jnp.repeat(mean, is_real.size // mean.size)
-        pairs = Pairs(*logprobs.T, *ref_logprobs.T, *lengths.T, mean)
+            mean = jnp.broadcast_to(masked_mean(lengths[:, 0], mask), mask.shape)
+        elif mean.shape != mask.shape:
+            mean = jnp.repeat(mean, mask.size // mean.size)
+        pairs = Pairs(
+            chosen=logprobs[:, 0],
+            rejected=logprobs[:, 1],
+            ref_chosen=ref_logprobs[:, 0],
+            ref_rejected=ref_logprobs[:, 1],
+            chosen_length=lengths[:, 0],
+            rejected_length=lengths[:, 1],
+            mean_chosen_length=mean,
+        )
         metrics, losses = {}, jnp.zeros_like(mean)
         for name, weight in zip(self.loss_names, self.loss_weights, strict=True):
-            part = LOSSES[name].function(pairs, self.options)
+            part = PREFERENCE_LOSSES[name].function(pairs, self.options)
             losses += weight * part
             if len(self.loss_names) > 1:
-                metrics[f"loss/{name}"] = masked_mean(part, is_real)
+                metrics[f"loss/{name}"] = masked_mean(part, mask)
         return losses, metrics
 
-    def _kto_losses(self, batch, logprobs, ref_logprobs, lengths, is_real):
+    def _kto_losses(self, batch, logprobs, ref_logprobs, lengths, mask):
         scores = logprobs - ref_logprobs
-        kl = kto_reference_point(scores[:, 1], is_real)
+        kl = kto_reference_point(scores[:, 1], mask)
         is_desirable = batch["is_desirable"].reshape(-1)
         beta = self.options.beta
         losses = kto_loss(scores[:, 0], kl, is_desirable, beta=beta, **self.kto_weights)
         return losses, {"kl": kl}
 
-    def _reward_metrics(self, batch, logprobs, scores, is_real) -> dict:
+    def _reward_metrics(self, batch, logprobs, scores, mask) -> dict:
         rewards = self.options.beta * scores
         if self.is_paired:
-            parts = {"chosen": (is_real, 0), "rejected": (is_real, 1)}
+            parts = {"chosen": (mask, 0), "rejected": (mask, 1)}
         else:
             good = batch["is_desirable"].reshape(-1)
-            parts = {"chosen": (is_real & good, 0), "rejected": (is_real & ~good, 0)}
-        metrics = {}
-        for name, (mask, column) in parts.items():
+            parts = {"chosen": (mask & good, 0), "rejected": (mask & ~good, 0)}
+        metrics: dict = {}
+        for name, (rows, column) in parts.items():
             for what, values in (("rewards", rewards), ("logps", logprobs)):
-                mean = masked_mean(values[:, column], mask)
-                metrics[f"{what}/{name}"] = Mean(mean, mask.sum())
+                mean = masked_mean(values[:, column], rows)
+                metrics[f"{what}/{name}"] = Mean(mean, rows.sum())
         if self.is_paired:
             margin = rewards[:, 0] - rewards[:, 1]
-            metrics["rewards/margins"] = masked_mean(margin, is_real)
-            metrics["rewards/accuracies"] = masked_mean(rewards[:, 0] > rewards[:, 1], is_real)
+            metrics["rewards/margins"] = masked_mean(margin, mask)
+            metrics["rewards/accuracies"] = masked_mean(rewards[:, 0] > rewards[:, 1], mask)
         return metrics
 
     def _token_metrics(self, params, batch, hidden, targets, tokens) -> dict:
@@ -245,12 +265,12 @@ class DPOTrainer(Trainer):
         lengths = batch["completion_lengths"].reshape(-1, 2)
         # The mean over the vocabulary of hidden · matrixᵀ is hidden · (mean row of the matrix).
         logits = hidden.astype(jnp.float32) @ matrix.astype(jnp.float32).mean(axis=0)
-        logits = _per_answer(batch, jnp.where(targets != IGNORED, logits, 0.0))
-        entropy = _per_answer(batch, tokens.entropy)
+        logits = _per_completion(batch, jnp.where(targets != IGNORED, logits, 0.0))
+        entropy = _per_completion(batch, tokens.entropy)
         chosen_hidden, chosen_targets = _of_chosen(batch, hidden, targets)
         hits = target_hits(chosen_hidden, matrix, chosen_targets, **self._vocabulary())
         hits = (hits & (chosen_targets != IGNORED)).sum()
-        if not self.is_paired:  # the second answer is another row's: it says nothing of the data
+        if not self.is_paired:  # the second completion is another row's, drawn for the KL alone
             good = batch["is_desirable"].reshape(-1)[:, None]
             entropy, logits, lengths = (
                 jnp.concatenate([jnp.where(good, x, 0), jnp.where(good, 0, x)], axis=1)
@@ -274,10 +294,11 @@ def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float
     Raises:
       ValueError: an unknown loss, weights that are not one each, or numbers out of range.
     """
-    known = (*LOSSES, KTO)
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown loss_type {name!r}. Known: {', '.join(known)}.")
+        if name != KTO and name not in PREFERENCE_LOSSES:
+            raise ValueError(
+                f"unknown loss_type {name!r}. Known: {', '.join((*PREFERENCE_LOSSES, KTO))}."
+            )
     if not names or (KTO in names and len(names) > 1):
         raise ValueError(
             f"loss_type must name losses, and kto takes no other beside it, got {list(names)}."
@@ -294,8 +315,8 @@ def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float
     return tuple(weights or (1.0,) * len(names))
 
 
-def _per_answer(batch, values: jax.Array) -> jax.Array:
-    """Sums over the tokens of each answer, `[M]` -> `[N, 2]`."""
+def _per_completion(batch, values: jax.Array) -> jax.Array:
+    """Sums over the tokens of each completion, `[M]` -> `[N, 2]`."""
     if "segment_ids" not in batch:
         return values.reshape(batch["completion_ids"].shape).sum(axis=2)
     B, K = batch["completion_lengths"].shape[:2]
@@ -306,7 +327,7 @@ def _per_answer(batch, values: jax.Array) -> jax.Array:
 
 
 def _of_chosen(batch, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """States and targets of first answers; all other targets are ignored or left out."""
+    """States and targets of first completions; all other targets are ignored or left out."""
     if "segment_ids" in batch:
         is_first = (batch["segment_ids"] % 2 == 1).reshape(-1)
         return hidden, jnp.where(is_first, targets, IGNORED)

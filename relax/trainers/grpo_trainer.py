@@ -1,37 +1,56 @@
 """Group relative policy optimisation, and the family of losses that grew out of it.
 
 1. `generate`: every prompt gets a group of G completions (`RLTrainer`).
-2. `score`: reward functions judge them (`RLTrainer`).
-3. `advantages`: each completion's reward against those of its group.
-4. `compute_loss`: the clipped policy-gradient loss, and a KL penalty to a reference policy.
+2. `score`: reward functions score them (`RLTrainer`).
+3. `resample`: groups of equal rewards are replaced, where that is asked for (DAPO).
+4. `advantages`: each completion's reward against those of its group.
+5. `compute_loss`: the clipped policy-gradient loss, and a KL penalty to a reference policy.
 
     Â_i = (r_i - mean(r)) / std(r),   ρ_t = π_θ(y_t) / π_old(y_t)
     L = - Σ_t min(ρ_t Â, clip(ρ_t, 1 - ε, 1 + ε) Â) / #tokens + β KL(π_θ ‖ π_ref)
 
-Shao et al., DeepSeekMath, 2024, section 4.1. A subclass that changes only the advantage:
+Shao et al., DeepSeekMath, 2024, https://arxiv.org/abs/2402.03300, section 4.1. A subclass that
+changes only the advantage:
 
     class MyTrainer(GRPOTrainer):
         def advantages(self, rewards):  # [P, G]
-            return rewards - jnp.nanmedian(rewards, axis=1, keepdims=True)
+            return rewards - np.nanmedian(rewards, axis=1, keepdims=True)
 
 Where it departs from TRL: dapo and bnpo divide by the tokens of the update, whatever the size of a
-micro-batch or of a rollout; cispo clips to the paper's interval (`cispo_absolute` is TRL's).
+micro-batch or of a rollout; cispo clips to the paper's interval (`cispo_absolute` is TRL's); the
+log-ratio is held at ±20 before it is exponentiated, as in verl and OpenRLHF.
 
 Axes: P prompts, G completions of a group, g of them in a row, C tokens of a completion;
 B = P * g completions of a batch.
 """
 
+from collections.abc import Iterator
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from relax.losses.advantages import ADVANTAGES
-from relax.losses.kl import KL_ESTIMATORS, kl_estimate
-from relax.losses.masked import masked_mean
-from relax.losses.policy import LOSS_TYPES, RATIOS, Clip, clip_fractions, log_ratios, policy_loss
-from relax.trainers.rl.rollout import concatenate
-from relax.trainers.rl_trainer import RESAMPLING, RLTrainer, ScoredRollout, difference_metrics
+from relax.losses import (
+    ADVANTAGES,
+    KL_ESTIMATORS,
+    LOSS_TYPES,
+    RATIOS,
+    Clip,
+    clip_fractions,
+    kl_estimate,
+    masked_mean,
+    policy_loss,
+)
+from relax.trainers.rl.differences import difference_metrics
+from relax.trainers.rl.finite import check_finite
+from relax.trainers.rl.rollout import concatenate, has_zero_std
+from relax.trainers.rl_trainer import (
+    RESAMPLING,
+    ROLLOUT,
+    RLTrainer,
+    ScoredRollout,
+)
 from relax.trainers.state import TrainState, reference_params, update_reference
+from relax.trainers.trainer import LoggedBatch
 from relax.trainers.update import LossOutput, Max, Mean, Min
 
 
@@ -40,19 +59,23 @@ class GRPOTrainer(RLTrainer):
 
     Args:
       model, optimizer, reward_funcs, tokenizer, **options: as for `RLTrainer`.
-      beta: of the KL penalty; 0 holds no reference.
-      kl_estimator: `k1`, `k2` or `k3`.
-      kl_in_reward: the penalty, summed over a completion's tokens, is taken off its reward instead.
+      beta: KL coefficient β (>= 0); 0 holds no reference.
+      kl_estimator: `k1`, `k2`, `k3`, or a registered one.
+      kl_in_reward: subtract the penalty, summed over a completion's tokens, from its reward instead
+        of adding it to the loss.
+      use_bias_correction_kl: multiply the penalty per token by the ratio (TRL's name and default):
+        an estimate of the trained policy's KL, where tokens were drawn by an earlier one.
       epsilon, epsilon_high, delta: bounds of the ratio, see `Clip`; epsilon_high None: epsilon.
-      loss_type: of `LOSS_TYPES`: dapo, grpo, bnpo, dr_grpo, cispo, cispo_absolute.
+      loss_type: dapo, grpo, bnpo, dr_grpo, cispo, cispo_absolute, or a registered one.
       importance_sampling_level: `token`, `sequence` (GSPO) or `trajectory` (RLOO).
-      scale_rewards: of `ADVANTAGES`: group, batch, none, or rloo.
-      mask_truncated_completions: those that did not end by themselves are not trained on.
-      entropy_coef: of the tokens' entropy, which is taken off their losses.
-      max_resample_rounds: how often groups whose rewards are all equal are replaced by those of
-        fresh prompts, from the item's `extra_prompts` (DAPO's dynamic sampling); 0: never.
-      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every so many updates the
-        reference becomes alpha times the policy plus (1 - alpha) times itself.
+      scale_rewards: group, batch, none or rloo, or a registered advantage.
+      mask_truncated_completions: do not train on completions that did not end by themselves. Their
+        rewards stay part of their groups' mean and deviation.
+      entropy_coef: coefficient of the tokens' entropy, which is subtracted from their losses.
+      max_resample_rounds: how often groups of equal rewards are replaced by groups of fresh
+        prompts, from the item's `extra_prompts` (DAPO's dynamic sampling); 0: never.
+      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every `ref_model_sync_steps`
+        updates the reference becomes alpha times the policy plus (1 - alpha) times itself.
     """
 
     def __init__(
@@ -63,6 +86,7 @@ class GRPOTrainer(RLTrainer):
         beta: float = 0.0,
         kl_estimator: str = "k3",
         kl_in_reward: bool = False,
+        use_bias_correction_kl: bool = True,
         epsilon: float = 0.2,
         epsilon_high: float | None = None,
         delta: float | None = None,
@@ -83,18 +107,18 @@ class GRPOTrainer(RLTrainer):
                 "num_generations must be at least 2, since advantages are against the group, got "
                 f"{self.num_generations}."
             )
-        for name, value, known in (
-            ("loss_type", loss_type, LOSS_TYPES),
-            ("importance_sampling_level", importance_sampling_level, RATIOS),
-            ("scale_rewards", scale_rewards, ADVANTAGES),
-            ("kl_estimator", kl_estimator, KL_ESTIMATORS),
+        for registry, name in (
+            (LOSS_TYPES, loss_type),
+            (RATIOS, importance_sampling_level),
+            (ADVANTAGES, scale_rewards),
+            (KL_ESTIMATORS, kl_estimator),
         ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}. Known: {', '.join(known)}.")
+            registry[name]  # an unknown name is refused here, not in the first update
         self.beta, self.kl_estimator, self.kl_in_reward = beta, kl_estimator, kl_in_reward
         high = epsilon if epsilon_high is None else epsilon_high
         self.clip = Clip(epsilon, high, delta)
-        self.loss_type, self.ratio = loss_type, RATIOS[importance_sampling_level]
+        self.use_bias_correction_kl = use_bias_correction_kl
+        self.loss_type, self.importance_sampling_level = loss_type, importance_sampling_level
         self.scale_rewards = scale_rewards
         self.mask_truncated_completions = mask_truncated_completions
         self.entropy_coef, self.max_resample_rounds = entropy_coef, max_resample_rounds
@@ -107,87 +131,115 @@ class GRPOTrainer(RLTrainer):
         self.ref_model_mixup_alpha = ref_model_mixup_alpha
         self.ref_model_sync_steps = ref_model_sync_steps
 
-    def advantages(self, rewards: jax.Array) -> jax.Array:
+    def advantages(self, rewards: np.ndarray):
         """Each completion's reward against its group's: `[P, G]` -> `[P, G]`.
 
-        A reward is NaN where no function applies; whatever is returned there counts as 0.
+        Args:
+          rewards: float64 on the host, NaN where no reward function applies; the result there
+            counts as 0.
         """
         return ADVANTAGES[self.scale_rewards](rewards)
 
-    def collect(self, state: TrainState, item, key: jax.Array) -> ScoredRollout:
-        """As `RLTrainer`'s; then groups without variance are replaced, where that is asked for."""
-        kept = super().collect(state, item, key)
-        size, metrics = len(item["rows"]), dict(kept.metrics)
-        extra_prompts = item.get("extra_prompts", {"prompt_ids": [], "rows": []})
-        replaced, drawn = 0, kept.rewards[~np.isnan(kept.rewards)]
-        if self.max_resample_rounds and drawn.size:
+    def make_batches(self, state: TrainState, item) -> Iterator[LoggedBatch]:
+        with self.rewards.tally.undone_if_interrupted():
+            collected = self.collect(state, item, self._key(state, ROLLOUT))  # generate, score
+            if self.max_resample_rounds:
+                collected = self.resample(state, item, collected)
+            experience = self.timed_experience(state, collected)
+        yield from self.split_updates(state, collected, *experience)
+
+    def resample(self, state: TrainState, item, collected: ScoredRollout) -> ScoredRollout:
+        """Replaces groups of equal rewards, which give no gradient, by groups of fresh prompts.
+
+        Each round draws as many of the item's `extra_prompts` as there are such groups, at most
+        `max_resample_rounds` times.
+
+        References:
+          Yu et al., DAPO, 2025, https://arxiv.org/abs/2503.14476, eq. 11 (dynamic sampling)
+        """
+        kept, metrics = collected, collected.metrics | {"resampled_groups": 0}
+        drawn = kept.rewards[~np.isnan(kept.rewards)]
+        if drawn.size:
             metrics["reward_drawn"] = float(drawn.mean())
+        extra_prompts = item.get("extra_prompts", {"prompt_ids": [], "rows": []})
         for attempt in range(self.max_resample_rounds):
             flat = np.flatnonzero(has_zero_std(kept.rewards))
-            first = attempt * size
+            first = attempt * len(item["rows"])
             fresh_item = {
-                name: extra_prompts[name][first : first + len(flat)] for name in extra_prompts
+                name: values[first : first + len(flat)] for name, values in extra_prompts.items()
             }
             if not fresh_item["rows"]:
                 break
-            fresh_key = jax.random.fold_in(self._key(state, RESAMPLING), attempt)
-            fresh = super().collect(state, fresh_item, fresh_key)
-            kept, count = _replace(kept, fresh, flat)
-            replaced += count
+            key = jax.random.fold_in(self._key(state, RESAMPLING), attempt)
+            fresh = self.collect(state, fresh_item, key)
+            kept, replaced = _replace(kept, fresh, flat)
+            metrics["resampled_groups"] += replaced
             for name in ("time/rollout", "time/reward", "reward_errors"):
                 metrics[name] += fresh.metrics[name]
-        if self.max_resample_rounds:
-            metrics["resampled_groups"] = replaced
         return kept._replace(metrics=metrics)
 
     def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
         rollout, rewards = collected.rollout, collected.rewards
+        # A truncated completion keeps its reward in the group's mean either way: left out, a group
+        # would be judged against those of its completions that happened to end.
         mask = rollout.mask
         if self.mask_truncated_completions:
             mask = mask & ~rollout.truncated[:, :, None]
-        arrays = {"mask": mask, "old_logprobs": self.old_logprobs(state, rollout)}
-        arrays["sampling_logprobs"] = rollout.logprobs
+        old_logprobs = self.old_logprobs(state, rollout)
+        arrays = {
+            "mask": mask,
+            "old_logprobs": old_logprobs,
+            "sampling_logprobs": rollout.logprobs,
+        }
         if self.beta:
-            ref_logprobs = self.token_logprobs(reference_params(state.frozen), rollout)
+            reference = reference_params(state.frozen)
+            ref_logprobs = self.token_logprobs(reference, rollout)
+            check_finite("the reference's log-probability", ref_logprobs, rollout, reference)
             if self.kl_in_reward:
-                old_logprobs = arrays["old_logprobs"]
                 kl = kl_estimate(old_logprobs, ref_logprobs, rollout.mask, self.kl_estimator)
-                rewards = rewards - self.beta * np.asarray(kl).sum(axis=2)
+                rewards = rewards - self.beta * np.asarray(kl, np.float64).sum(axis=2)
             arrays["ref_logprobs"] = ref_logprobs
-        advantages = np.asarray(self.advantages(jnp.asarray(rewards, jnp.float32)), np.float32)
-        return arrays | {"advantages": np.where(np.isnan(rewards), np.float32(0), advantages)}
+        advantages = np.array(self.advantages(rewards), np.float32)
+        # No reward function applies: the completion says nothing, and is no better or worse than
+        # expected. NaN from anywhere else stays, so that the update is skipped and counted.
+        advantages[np.isnan(rewards)] = np.nan
+        advantages[np.isnan(collected.rewards)] = 0.0
+        return arrays | {"advantages": advantages}
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         weights = self.model_params(params, frozen or {})
         (logprobs, entropy), aux_loss = self.completion_logprobs(weights, batch, rng)
         C = logprobs.shape[-1]
-        flat = {name: batch[name].reshape(-1, C) for name in ("mask", "old_logprobs")}
         logprobs, entropy = logprobs.reshape(-1, C), entropy.reshape(-1, C)  # [B, C]
-        mask, advantages = flat["mask"], batch["advantages"].reshape(-1)
-        ratio = self.ratio(log_ratios(logprobs, flat["old_logprobs"], mask), mask)
-        # No product with a coefficient of 0: the entropy's gradient is as dear as the loss's.
-        penalty, metrics = (-self.entropy_coef * entropy if self.entropy_coef else 0.0), {}
+        mask, old_logprobs, sampled = (
+            batch[name].reshape(-1, C) for name in ("mask", "old_logprobs", "sampling_logprobs")
+        )
+        advantages = batch["advantages"].reshape(-1)
+        # Not multiplied by a coefficient of 0: the entropy's gradient costs as much as the loss's.
+        penalty, kl = (-self.entropy_coef * entropy if self.entropy_coef else None), None
         if self.beta:
             ref_logprobs = batch["ref_logprobs"].reshape(-1, C)
             kl = kl_estimate(logprobs, ref_logprobs, mask, self.kl_estimator)
-            metrics["kl"] = Mean(masked_mean(kl, mask), mask.sum())
-            penalty += 0.0 if self.kl_in_reward else self.beta * kl
-        loss, weight = policy_loss(
+        loss, weight, ratio = policy_loss(
             logprobs,
-            ratio,
+            old_logprobs,
             advantages,
             mask,
             loss_type=self.loss_type,
+            importance_sampling_level=self.importance_sampling_level,
             clip=self.clip,
             penalty=penalty,
+            kl=None if kl is None or self.kl_in_reward else self.beta * kl,
+            unbiased_kl=self.use_bias_correction_kl,
             max_length=self.sampling.max_new_tokens,
         )
-        metrics["entropy"] = Mean(masked_mean(entropy, mask), mask.sum())
+        metrics: dict = {"entropy": Mean(masked_mean(entropy, mask), mask.sum())}
+        if kl is not None:
+            metrics["kl"] = Mean(masked_mean(kl, mask), mask.sum())
         if aux_loss is not None:
             loss += self.model.config.router_aux_loss_coef * aux_loss
             metrics["aux_loss"] = aux_loss
         metrics |= self._clip_metrics(ratio, advantages, mask)
-        sampled = batch["sampling_logprobs"].reshape(-1, C)
         metrics |= difference_metrics(logprobs, sampled, mask)
         return LossOutput(loss=loss, weight=weight, metrics=metrics)
 
@@ -210,17 +262,10 @@ class GRPOTrainer(RLTrainer):
         }
 
 
-def has_zero_std(rewards: np.ndarray) -> np.ndarray:
-    """`[P]` bool: the rewards of a group `[P, G]` are all equal, or fewer than two apply."""
-    highest = np.where(np.isnan(rewards), -np.inf, rewards).max(axis=1)
-    lowest = np.where(np.isnan(rewards), np.inf, rewards).min(axis=1)
-    return ~(highest - lowest > 1e-6)
-
-
 def _replace(
     kept: ScoredRollout, fresh: ScoredRollout, flat: np.ndarray
 ) -> tuple[ScoredRollout, int]:
-    """Puts fresh groups that have variance in the places of those that have none."""
+    """Puts fresh groups of unequal rewards in the places `flat`; also counts them."""
     good = np.flatnonzero(~has_zero_std(fresh.rewards))
     source = np.arange(len(kept.rewards))
     source[flat[: len(good)]] = len(kept.rewards) + good

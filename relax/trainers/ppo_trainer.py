@@ -1,9 +1,9 @@
 """Proximal policy optimisation with a critic.
 
 1. `generate`: every prompt gets completions (`RLTrainer`).
-2. `score`: reward functions judge them (`RLTrainer`).
-3. `experience`: a KL penalty per token and the score become rewards; the critic's values and
-   generalised advantage estimation make advantages and returns of them.
+2. `score`: reward functions score them (`RLTrainer`).
+3. `experience`: a KL penalty per token and the score become rewards; with the critic's values,
+   generalised advantage estimation turns them into advantages and returns.
 4. `compute_loss`, for every mini-batch of every epoch: the clipped losses of policy and values.
 
     ρ_t = π_θ(y_t) / π_old(y_t)
@@ -11,42 +11,56 @@
         + vf_coef Σ_t ½ max((V_t - R_t)², (clip(V_t, V_old ± ε_v) - R_t)²) / #states
         - entropy_coef H
 
-Schulman et al., Proximal Policy Optimization Algorithms, 2017, eq. 7 and 9; Ziegler et al.,
-Fine-Tuning Language Models from Human Preferences, 2019, section 2.2 (the penalty in the reward).
+Schulman et al., Proximal Policy Optimization Algorithms, 2017, https://arxiv.org/abs/1707.06347,
+eq. 7 and 9; Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019,
+https://arxiv.org/abs/1909.08593, section 2.2 (the penalty in the reward).
 
-What is trained is `params = {"policy": ..., "value": ...}`. The critic is a head on the policy's
-trunk, or a model of its own with one; values are of the state that a token is drawn in.
+The trained parameters are `{"policy": ..., "value": ...}`. The critic is a head on the policy's
+trunk, or a model of its own with a head; V_t is the value of the state in which token t is drawn.
+
+Where it departs from TRL: the log-ratio is held at ±20 before it is exponentiated, as in verl and
+OpenRLHF.
 
 Axes: P prompts, G completions of a group, g of them in a row, C tokens of a completion;
 B completions of a batch.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.losses.kl import kl_estimate
-from relax.losses.logprobs import TokenLogprobs
-from relax.losses.masked import masked_mean, masked_sum
-from relax.losses.policy import Clip, clip_fractions, log_ratios, policy_loss
-from relax.losses.value import value_losses
+from relax.losses import (
+    Clip,
+    TokenLogprobs,
+    clip_fractions,
+    kl_estimate,
+    log_ratios,
+    masked_mean,
+    masked_sum,
+    policy_loss,
+    value_losses,
+)
 from relax.models.forward import completion_states
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.lora import merge_adapters
 from relax.models.trainable import merge
-from relax.optimizers.optimizers import freeze_for, learning_rate, partition_by_key
+from relax.optimizers import freeze_for, learning_rate, partition_by_key
+from relax.trainers.rl.differences import difference_metrics
 from relax.trainers.rl.experience import (
     AFTER_EOS,
     REWARD_AT,
     Experience,
     adapt_kl_coef,
-    estimate,
+    advantages_and_returns,
     experience_metrics,
     per_completion,
     take,
 )
+from relax.trainers.rl.finite import check_finite
 from relax.trainers.rl.rollout import Rollout, with_slot_after_eos
-from relax.trainers.rl_trainer import RLTrainer, ScoredRollout, difference_metrics
+from relax.trainers.rl_trainer import RLTrainer, ScoredRollout
 from relax.trainers.state import TrainState, copy_tree, initial_weights, reference_params
 from relax.trainers.update import (
     LossOutput,
@@ -60,32 +74,36 @@ COPY = "policy"  # a critic that begins as a copy of the policy
 
 
 class PPOTrainer(RLTrainer):
-    """PPO.
+    """Trains a policy and a critic on rewards of the policy's completions.
 
     Args:
       model, optimizer, reward_funcs, tokenizer, **options: as for `RLTrainer`; `optimizer` is the
         policy's.
       value_model: the critic: None: a head on the policy's trunk; "policy": a copy of the policy's
-        trunk with a head; or a `Transformer` whose trunk has one.
-      value_params: of a critic of its own (copied), with or without a head; None: from the key.
-      critic_optimizer: None: another of the same as the policy's.
-      critic_warmup_steps: the policy stands still for so many updates.
-      num_ppo_epochs: passes over the completions of an item, each in another order.
-      kl_coef: of the penalty; 0 holds no reference.
+        trunk with a head; or a `Transformer`, whose trunk gets a head.
+      value_params: parameters of a critic with a model of its own (copied), with or without a head;
+        None initialises from the key.
+      critic_optimizer: None: the same transformation as the policy's, with a state of its own.
+      critic_warmup_steps: updates in which only the critic is trained (>= 0).
+      num_ppo_epochs: passes over the completions of an item, each in another order (>= 1).
+      num_generations: completions per prompt (>= 1).
+      kl_coef: coefficient of the KL penalty (>= 0); 0 holds no reference.
       kl_estimator: `k1` or `k3`.
-      kl_target: nats of a completion that the coefficient follows; None: it stays.
-      kl_horizon: completions in which it then changes by a fifth at most.
+      kl_target: KL of a completion, in nats, that the coefficient is adapted to; None: constant.
+      kl_horizon: completions over which the coefficient then changes by a fifth at most.
       reward_at: `last_token` or `after_eos`, see `token_rewards`.
-      missing_eos_penalty: taken off the score of a completion that did not end by itself.
-      whiten_rewards: the rewards of a rollout get variance 1.
-      gamma, lam: of the advantages.
+      missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
+      whiten_rewards: scale the rewards of a rollout to variance 1.
+      gamma, lam: discount and λ of `gae`, in [0, 1].
       cliprange, dual_clip: bounds of the ratio: [1 - cliprange, 1 + cliprange], and dual_clip where
-        the advantage is negative (Ye et al., 2020, eq. 5); None: none.
-      cliprange_value: how far a value may go from that of the rollout; None: any way.
-      vf_coef: of the value loss.
-      entropy_coef: of the tokens' entropy.
-      target_kl: an update that finds the policy further than this from that of the rollout, in
-        nats a token, is left out, and so are the others of the rollout.
+        the advantage is negative (Ye et al., 2020, https://arxiv.org/abs/1912.09729, eq. 5); None:
+        none.
+      cliprange_value: distance from the rollout's value past which a value has no gradient; None:
+        no bound.
+      vf_coef: coefficient of the value loss.
+      entropy_coef: coefficient of the tokens' entropy, which is subtracted from the loss.
+      target_kl: mean KL per token, in nats, between the policy and that of the rollout, past which
+        an update and the rest of the rollout's are skipped; None: never.
     """
 
     def __init__(
@@ -164,11 +182,11 @@ class PPOTrainer(RLTrainer):
             control["kl_coef"] = jnp.float32(self.kl_coef)
         if self.target_kl is not None:
             control["stopped"] = jnp.zeros((), bool)
-        return state.replace(control=control)
+        return dataclasses.replace(state, control=control)
 
     def _initial_critic(self, key, policy, params) -> dict:
         model = self.value_model or self.model
-        # All values are 0 at first: a random head would push the trunk about for nothing.
+        # All values are 0 at first: the errors of a random head would only disturb the trunk.
         head = init_head(key, model.config, std=0.0, dtype=model.param_dtype)
         if self.value_model is None:
             return {HEAD: head}
@@ -195,19 +213,26 @@ class PPOTrainer(RLTrainer):
         shape = rollout.completion_ids.shape
         if self.missing_eos_penalty is not None:
             score = score - self.missing_eos_penalty * rollout.truncated
-        # Without a score there is nothing to learn, not even to stay near the reference.
+        # A completion that no reward function applies to is not trained on, not even to stay near
+        # the reference: its score of 0 below is a place-holder, not a reward. A truncated one keeps
+        # its score: leaving it out would teach that long completions cost nothing.
         mask = rollout.mask & ~np.isnan(score)[:, :, None]
         old_logprobs = self.old_logprobs(state, rollout)
         values = self.per_token(
             rollout, lambda batch: self._values(state.params, state.frozen, batch)
         )
+        weights = {"params": state.params, "frozen": state.frozen}
+        check_finite("the critic's value", values, rollout, weights)
         kl = np.zeros(shape, np.float32)
         if self.kl_coef:
-            ref_logprobs = self.token_logprobs(reference_params(state.frozen), rollout)
+            reference = reference_params(state.frozen)
+            ref_logprobs = self.token_logprobs(reference, rollout)
+            check_finite("the reference's log-probability", ref_logprobs, rollout, reference)
             kl = np.asarray(kl_estimate(old_logprobs, ref_logprobs, mask, self.kl_estimator))
         kl_coef = np.float32(state.control.get("kl_coef", self.kl_coef))
-        rows = (np.float32(np.nan_to_num(score)), kl, values, mask, rollout.completion_lengths)
-        found = estimate(
+        known_score = np.where(np.isnan(score), 0.0, score).astype(np.float32)
+        rows = (known_score, kl, values, mask, rollout.completion_lengths)
+        found = advantages_and_returns(
             *(row.reshape(-1, *row.shape[2:]) for row in rows),
             kl_coef,
             reward_at=self.reward_at,
@@ -230,17 +255,16 @@ class PPOTrainer(RLTrainer):
             "val/num_eos_tokens": float((~collected.rollout.truncated).sum())
         }
 
-    def buffer(self, arrays: dict[str, np.ndarray]) -> Experience:
+    def buffer(self, arrays: dict) -> Experience:
         kept = ("sampling_logprobs", "old_logprobs", "values", "advantages", "returns")
         rows = len(arrays["prompt_ids"])
-        return jax.device_put(
-            Experience(
-                tokens={name: arrays[name] for name in TOKENS},
-                **{name: arrays[name] for name in (*kept, "mask", "value_mask")},
-                kl=np.full(rows, per_completion(arrays["kl"], arrays["score"]), np.float32),
-                value_share=np.ones(rows, np.float32),
-            )
-        )
+        kl = per_completion(arrays["kl"], arrays["score"])
+        fields: dict = {name: arrays[name] for name in (*kept, "mask", "value_mask")} | {
+            "tokens": {name: arrays[name] for name in TOKENS},
+            "kl": np.full(rows, kl, np.float32),
+            "value_share": np.ones(rows, np.float32),
+        }
+        return jax.device_put(Experience(**fields))
 
     def take(self, buffer: Experience, rows: np.ndarray) -> Experience:
         return take(buffer, rows)
@@ -248,15 +272,10 @@ class PPOTrainer(RLTrainer):
     def evaluate(
         self, params, frozen, tokens, rng: jax.Array | None = None
     ) -> tuple[TokenLogprobs, jax.Array, dict[str, tuple]]:
-        """What policy and critic say of completions.
+        """Log-probabilities, entropies and values `[N, g, C]` of completions.
 
-        Args:
-          params: `{"policy": ..., "value": ...}`.
-          tokens: of `Experience`.
-
-        Returns:
-          Log-probabilities and entropies `[N, g, C]`, values `[N, g, C]`, and by name the routers'
-          losses with the configurations that weigh them.
+        Also gives the routers' losses with the configurations that hold their coefficients, by
+        metric name.
         """
         weights, aux = self.model_params(params, frozen), {}
         hidden, loss = completion_states(self.model, weights, tokens, rng)
@@ -270,7 +289,7 @@ class PPOTrainer(RLTrainer):
         return logprobs, scores(params["value"], hidden), aux
 
     def completion_values(self, params, frozen, tokens) -> jax.Array:
-        """The values of `evaluate` alone."""
+        """The values of `evaluate`, without the policy's log-probabilities."""
         model, weights = self.value_model, params["value"]
         if model is None:
             model, weights = self.model, self.model_params(params, frozen)
@@ -282,80 +301,80 @@ class PPOTrainer(RLTrainer):
         logprobs, entropy, values = (x.reshape(-1, C) for x in (logprobs, entropy, values))
         names = ("sampling_logprobs", "old_logprobs", "advantages", "mask")
         sampled, old_logprobs, advantages, mask = (getattr(batch, n).reshape(-1, C) for n in names)
-        log_ratio = log_ratios(logprobs, old_logprobs, mask)
-        ratio = jnp.exp(log_ratio)
-        policy, weight = policy_loss(logprobs, ratio, advantages, mask, clip=self.clip)
-        value_mask = batch.value_mask.reshape(-1, C)
-        value, is_held = value_losses(
-            values,
-            *(x.reshape(-1, C) for x in (batch.values, batch.returns)),
-            value_mask,
-            clip=self.cliprange_value,
+        policy, weight, ratio = policy_loss(
+            logprobs, old_logprobs, advantages, mask, clip=self.clip
         )
-        # The loss is weighed by tokens: so that micro-batches add up, states count as tokens do.
+        value_mask = batch.value_mask.reshape(-1, C)
+        old_values, returns = batch.values.reshape(-1, C), batch.returns.reshape(-1, C)
+        value, value_clipped = value_losses(
+            values, old_values, returns, value_mask, clip=self.cliprange_value
+        )
+        # Micro-batches weigh their loss by tokens, but values are of states, which are more with
+        # `after_eos`: see `take`, which gives the update's share of tokens over states.
         per_token = masked_sum(value, value_mask) / jnp.maximum(weight, 1)
         loss = policy + self.vf_coef * batch.value_share[0] * per_token
         mean_entropy = masked_mean(entropy, mask)
-        if self.entropy_coef:  # the entropy's gradient is as dear as the loss's
+        if self.entropy_coef:  # the entropy's gradient costs as much as the loss's
             loss -= self.entropy_coef * mean_entropy
         for aux_loss, config in aux.values():
             loss += config.router_aux_loss_coef * aux_loss
         states = value_mask.sum()
-        metrics = {name: aux_loss for name, (aux_loss, _) in aux.items()} | {
+        metrics: dict = {name: aux_loss for name, (aux_loss, _) in aux.items()} | {
             "loss/policy_avg": Mean(policy, weight),
             "loss/value_avg": Mean(masked_mean(value, value_mask), states),
-            "val/clipfrac_avg": Mean(masked_mean(is_held, value_mask), states),
+            "val/clipfrac_avg": Mean(masked_mean(value_clipped, value_mask), states),
             "entropy": Mean(mean_entropy, weight),
         }
+        log_ratio = log_ratios(logprobs, old_logprobs, mask)
         metrics |= self._ratio_metrics(ratio, log_ratio, advantages, mask)
         metrics |= difference_metrics(logprobs, sampled, mask)
         return LossOutput(loss=loss, weight=weight, metrics=metrics)
 
     def _ratio_metrics(self, ratio, log_ratio, advantages, mask) -> dict:
         clipped = clip_fractions(ratio, advantages, mask, self.clip)
-        of = {
+        per_token = {
             "policy/approxkl_avg": jnp.square(log_ratio) / 2,
             "policy/clipfrac_avg": clipped["low"] | clipped["high"],
             "val/ratio": ratio,
             "val/ratio_var": jnp.square(ratio - 1.0),
         }
-        return {name: Mean(masked_mean(x, mask), mask.sum()) for name, x in of.items()}
+        return {name: Mean(masked_mean(x, mask), mask.sum()) for name, x in per_token.items()}
 
     def update(self, state: TrainState, batch: Experience):
-        """`Trainer.update`, then the numbers in `state.control` that the algorithm adapts."""
+        """As `Trainer.update`; then updates `state.control`: KL coefficient, early stop."""
         if self.target_kl is None:
             state, metrics = super().update(state, batch)
         else:
-            state, metrics = self._step_or_stop(state, batch)
+            state, metrics = self._step_or_stop(state, batch, self.target_kl)
         for name, part in (("learning_rate", "policy"), ("critic_learning_rate", "value")):
             if (rate := learning_rate(state.opt_state.parts[part])) is not None:
                 metrics[name] = rate
         control = dict(state.control)
         ends = state.step % self.updates_per_item == 0
-        if "kl_coef" in control:
+        if self.kl_target is not None:
             count = batch.mask.shape[0] * batch.mask.shape[1] * self._updates_per_pass
-            options = {"target": self.kl_target, "horizon": self.kl_horizon, "count": count}
-            after = adapt_kl_coef(control["kl_coef"], batch.kl[0], **options)
+            bounds = {"horizon": self.kl_horizon, "count": count}
+            after = adapt_kl_coef(control["kl_coef"], batch.kl[0], target=self.kl_target, **bounds)
             control["kl_coef"] = jnp.where(ends, after, control["kl_coef"])
         if "stopped" in control:
             control["stopped"] &= ~ends
-        return state.replace(control=control), metrics
+        return dataclasses.replace(state, control=control), metrics
 
-    def _step_or_stop(self, state: TrainState, batch: Experience):
-        """An update, unless the policy is further than `target_kl` from that of the rollout."""
+    def _step_or_stop(self, state: TrainState, batch: Experience, target_kl: float):
+        """One update; the first past `target_kl` is dropped, those after it have no gradient."""
         update = super().update
 
         def go_on(state):
             new, metrics = update(state, batch)
             metrics.pop("learning_rate", None)
-            far = metrics["policy/approxkl_avg"] > self.target_kl
+            far = metrics["policy/approxkl_avg"] > target_kl
             kept = jax.tree.map(
                 lambda new, old: jnp.where(far, old, new),
                 (new.params, new.opt_state),
                 (state.params, state.opt_state),
             )
-            new = new.replace(
-                params=kept[0], opt_state=kept[1], control=state.control | {"stopped": far}
+            new = dataclasses.replace(
+                new, params=kept[0], opt_state=kept[1], control=state.control | {"stopped": far}
             )
             return new, metrics
 
@@ -369,7 +388,7 @@ class PPOTrainer(RLTrainer):
                 parts,
             )
             none = {"grad_norm": jnp.float32(0), "skipped_steps": jnp.int32(0)}
-            return state.replace(step=state.step + 1), reduce_metrics(outputs) | none
+            return dataclasses.replace(state, step=state.step + 1), reduce_metrics(outputs) | none
 
         state, metrics = jax.lax.cond(state.control["stopped"], stay, go_on, state)
         metrics["skipped_minibatches"] = state.control["stopped"].astype(jnp.int32)

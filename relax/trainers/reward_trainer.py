@@ -1,27 +1,27 @@
-"""Reward models: a number that says how good an answer is, learned from pairs of answers.
+"""Reward models: a score of how good a completion is, learned from pairs of completions.
 
-1. A batch holds prompts, a chosen and a rejected answer to each.
-2. The model reads prompt and answer; its head scores the last real token.
+1. A batch holds prompts with a chosen and a rejected completion each.
+2. The model reads prompt and completion; its head scores the last token.
 3. The loss widens the difference of the two scores.
 
     r(x, y) = h(x, y)_last · w
     L = - log σ(r_chosen - r_rejected - margin) [+ c (r_chosen + r_rejected)²]
 
-Ouyang et al., Training language models to follow instructions with human feedback, 2022, eq. 1.
+Ouyang et al., Training language models to follow instructions with human feedback, 2022,
+https://arxiv.org/abs/2203.02155, eq. 1.
 
 Where it departs from TRL: means are over all pairs of an update, however micro-batches share them;
-the two answers share their prompt, which is computed once; rows that are too long are cut or
-dropped as in DPO, and counted.
+the two completions share their prompt, which is computed once; rows that are too long are truncated
+or dropped as in DPO, and counted.
 
-Axes: B rows, L tokens of a prompt, C tokens of an answer, T tokens of a packed row, K pairs of a
+Axes: B rows, L tokens of a prompt, C tokens of a completion, T tokens of a packed row, K pairs of a
 packed row; N = B or B * K pairs, D model.
 """
 
 import jax
 import jax.numpy as jnp
 
-from relax.losses.masked import masked_mean
-from relax.losses.reward import bradley_terry_loss, centering_loss
+from relax.losses import bradley_terry_loss, centering_loss, masked_mean
 from relax.models.forward import completion_outputs, hidden_states
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.trainable import merge
@@ -32,7 +32,7 @@ from relax.trainers.update import LossOutput, Max, Min, Sum
 
 
 class RewardTrainer(Trainer):
-    """Learns to score answers from pairs of them.
+    """Trains a model to score completions, on pairs of them.
 
     Batches are those of `relax.data.PreferenceLoader`.
 
@@ -42,11 +42,12 @@ class RewardTrainer(Trainer):
       params: pretrained parameters to start from (copied): of a language model, which gets a fresh
         head, or with a head; None: fresh ones.
       freeze: as for `SFTTrainer`; the head is `score/kernel`. With adapters it is trained as well.
-      center_rewards_coefficient: c; None: the level of the scores is left open.
+      center_rewards_coefficient: coefficient c of `centering_loss` (> 0); None: no centering.
+      **options: of `Trainer`.
 
     Metrics, with TRL's names: `accuracy`, the share of pairs with r_chosen > r_rejected, `margin`,
-    the mean difference, `min_reward`, `mean_reward` and `max_reward` over all answers,
-    `num_tokens`, prompts per answer.
+    the mean difference, `min_reward`, `mean_reward` and `max_reward` over all
+    completions, `num_tokens`, which counts a prompt once per completion.
     """
 
     def __init__(
@@ -80,27 +81,27 @@ class RewardTrainer(Trainer):
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         rewards, aux_loss = self._rewards(merge(params, frozen or {}), batch, rng)
         chosen, rejected = rewards.T
-        is_real = (batch["completion_lengths"].reshape(-1, 2) > 0).all(axis=1)
-        margin = batch["margin"].reshape(-1) if "margin" in batch else 0.0
+        mask = (batch["completion_lengths"].reshape(-1, 2) > 0).all(axis=1)
+        margin = batch["margin"].reshape(-1) if "margin" in batch else None
         losses = bradley_terry_loss(chosen, rejected, margin)
         if self.center_rewards_coefficient is not None:
             losses += self.center_rewards_coefficient * centering_loss(chosen, rejected)
-        loss = masked_mean(losses, is_real)
+        loss = masked_mean(losses, mask)
         metrics = {
-            "accuracy": masked_mean(chosen > rejected, is_real),
-            "margin": masked_mean(chosen - rejected, is_real),
-            "min_reward": Min(jnp.where(is_real[:, None], rewards, jnp.inf).min()),
-            "mean_reward": masked_mean(rewards.mean(axis=1), is_real),
-            "max_reward": Max(jnp.where(is_real[:, None], rewards, -jnp.inf).max()),
+            "accuracy": masked_mean(chosen > rejected, mask),
+            "margin": masked_mean(chosen - rejected, mask),
+            "min_reward": Min(jnp.where(mask[:, None], rewards, jnp.inf).min()),
+            "mean_reward": masked_mean(rewards.mean(axis=1), mask),
+            "max_reward": Max(jnp.where(mask[:, None], rewards, -jnp.inf).max()),
             "num_tokens": Sum(num_tokens(batch)),
         }
         if aux_loss is not None:
             loss += self.model.config.router_aux_loss_coef * aux_loss
             metrics["aux_loss"] = aux_loss
-        return LossOutput(loss=loss, weight=is_real.sum(), metrics=metrics)
+        return LossOutput(loss=loss, weight=mask.sum(), metrics=metrics)
 
     def _rewards(self, params, batch, rng) -> tuple[jax.Array, jax.Array | None]:
-        """Scores `[N, 2]` of answers at their last token, and the routers' loss or None."""
+        """Scores `[N, 2]` of completions at their last token, and the routers' loss or None."""
         if "segment_ids" in batch:
             hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)  # [B, T, D]
             last = _last_places(batch["segment_ids"], batch["completion_lengths"].shape[1])
@@ -113,7 +114,7 @@ class RewardTrainer(Trainer):
 
 
 def _last_places(segment_ids: jax.Array, K: int) -> jax.Array:
-    """Where each document of packed rows ends, `[B, T]` -> `[B, 2K]`; 0 for those that are not.
+    """Last position of each document of packed rows, `[B, T]` -> `[B, 2K]`; 0 where there is none.
 
     >>> _last_places(jnp.array([[1, 1, 2, 3, 0]]), 2).tolist()
     [[1, 2, 3, 0]]

@@ -1,13 +1,14 @@
-"""What reinforcement learning with completions has in common: from prompts to experience.
+"""The base of reinforcement learning with completions: from prompts to experience.
 
 One item of the loader, `{"prompt_ids": [...], "rows": [...]}`, becomes updates in three steps:
 
 1. `generate`: every prompt gets a group of completions, drawn by the current policy.
-2. `score`: reward functions judge each completion.
-3. `experience`: an algorithm turns rewards into what its loss needs: advantages, log-probabilities.
+2. `score`: reward functions score each completion.
+3. `experience`: an algorithm turns rewards into the arrays of its loss: advantages,
+   log-probabilities.
 
-The weights that generate are the weights that are trained: no copy, no second engine. All that is
-random follows from (root key, update), so a run that goes on after a kill draws the same texts.
+The weights that generate are the weights that are trained: no copy, no second engine. Every random
+number follows from (root key, update), so a run that is killed and resumed draws the same texts.
 
 Axes: P prompts, G completions of a group, g of them in a row, L tokens of a prompt, C tokens of a
 completion, D model, F reward functions.
@@ -24,15 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax import parallel
-from relax.losses import IGNORED
-from relax.losses.logprobs import TokenLogprobs, linear_logprobs
-from relax.losses.masked import masked_mean
-from relax.losses.policy import log_ratios
+from relax.losses import IGNORED, TokenLogprobs, linear_logprobs
 from relax.models.forward import completion_states
 from relax.parallel import processes
 from relax.rewards import Environment, RewardRunner
 from relax.sampling import SamplingConfig, generate, stop_decoder
 from relax.trainers.rl.episodes import rollout_episodes
+from relax.trainers.rl.finite import check_finite
 from relax.trainers.rl.rollout import (
     Rollout,
     ScoredRollout,
@@ -41,44 +40,46 @@ from relax.trainers.rl.rollout import (
     make_rollout,
     reward_metrics,
     rollout_metrics,
+    updates_per_pass,
     with_eos,
 )
 from relax.trainers.rl.scoring import RunLength, score_across_processes, submit_rewards
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import LoggedBatch, Trainer
-from relax.trainers.update import Max, Mean
 
 # Streams of random numbers, folded into the root key before the update's number. `train_step` folds
-# in that number alone, and no update has one of these.
+# in that number alone, and no update has a number as large as these.
 ROLLOUT, EVALUATION, ORDER, RESAMPLING = (np.uint32(2**31 + n) for n in range(4))
 
 
 class RLTrainer(Trainer):
-    """Base of the algorithms that learn from the rewards of their own completions.
+    """Base of the algorithms that learn from rewards of their own completions.
 
     A subclass supplies `experience` and `compute_loss`.
 
     Args:
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
-      reward_funcs: functions or names, see `relax.rewards`, or the `RewardRunner` that holds them.
-      tokenizer: turns completions into text; its end token ends them unless `sampling` says more.
-      sampling: how completions are drawn; `n` is set to the size of a group.
+      reward_funcs: functions or names, see `relax.rewards`, or a `RewardRunner` that holds them.
+      tokenizer: turns completions into text; its end token ends them unless `sampling` names
+        others.
+      sampling: how completions are drawn; `n` is set to `num_generations`.
       freeze: as for `SFTTrainer`.
-      environment: makes what the model talks to, one for each completion, which then has several
-        turns (`relax.rewards.Environment`); what it gives is added to the rewards.
-      reward_weights: of the functions in the sum; None: 1 each.
-      num_generations: G, completions per prompt.
-      prompts_per_item: prompts of an item of the loader; None: all completions of an item make one
-        update, however many prompts it has.
-      completions_per_update: divides prompts_per_item * num_generations.
-      num_iterations: passes over the completions of an item.
-      reference: hold the weights of the start, for a KL penalty. With adapters that is the model
-        without them, and costs nothing.
-      recompute_old_logprobs: by a forward pass, in place of the sampler's. Done in any case where
-        the sampler drew from a truncated distribution, which is not the policy's.
+      environment: a function that makes one `relax.rewards.Environment` per completion, which then
+        has several turns; the environment's reward is added to the functions'. None: one turn.
+      reward_weights: weights of the functions in the sum; None: 1 each.
+      num_generations: G, completions per prompt (>= 1).
+      prompts_per_item: prompts of a loader item; None: all completions of an item make one update,
+        however many prompts it has.
+      completions_per_update: divides prompts_per_item * num_generations; None: all of them.
+      num_iterations: passes over the completions of an item (>= 1).
+      reference: keep the initial weights as a reference, for a KL penalty. With adapters that is
+        the model without them, and costs no memory.
+      recompute_old_logprobs: compute the old log-probabilities by a forward pass instead of taking
+        the sampler's. Always done where the sampler draws from a truncated distribution.
       eval_sampling: how completions are drawn in evaluation; None: as in training.
-      pass_reward: the reward from which on a completion passes, for pass@k.
-      loss_chunk_size: tokens whose logits exist at once.
+      pass_reward: the lowest reward of a completion that passes, for pass@k.
+      loss_chunk_size: tokens whose logits exist at once (>= 1).
+      **options: of `Trainer`.
     """
 
     def __init__(
@@ -108,7 +109,10 @@ class RLTrainer(Trainer):
         self.callbacks = (*self.callbacks, self._run_length)
         given = isinstance(reward_funcs, RewardRunner)
         if not given and not reward_funcs and environment is None:
-            raise ValueError("reward_funcs must name what judges completions, got none.")
+            raise ValueError(
+                "reward_funcs is empty and there is no environment: no completion has a reward. "
+                "Pass at least one function."
+            )
         if given and reward_weights is not None:
             raise ValueError("a RewardRunner has its weights: leave reward_weights out.")
         self.rewards = reward_funcs if given else RewardRunner(reward_funcs, reward_weights)
@@ -122,7 +126,7 @@ class RLTrainer(Trainer):
         self.recompute_old_logprobs = recompute_old_logprobs
         self.pass_reward, self.loss_chunk_size = pass_reward, loss_chunk_size
         self.prompts_per_item = prompts_per_item
-        self._updates_per_pass, self.row_size = _updates(
+        self._updates_per_pass, self.row_size = updates_per_pass(
             num_generations,
             prompts_per_item,
             completions_per_update,
@@ -132,7 +136,7 @@ class RLTrainer(Trainer):
 
     @abc.abstractmethod
     def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
-        """What `compute_loss` needs of each prompt's group: arrays with leading axes `[P, G]`."""
+        """The arrays of `compute_loss` for each prompt's group, with leading axes `[P, G]`."""
 
     @property
     def updates_per_item(self) -> int:
@@ -144,14 +148,24 @@ class RLTrainer(Trainer):
 
     def make_batches(self, state: TrainState, item) -> Iterator[LoggedBatch]:
         """Rollout, rewards and experience of an item, then the batches of its updates."""
-        key = self._key(state, ROLLOUT)
         with self.rewards.tally.undone_if_interrupted():
-            collected = self.collect(state, item, key)
-            start_s = time.monotonic()
-            experience = self.experience(state, collected)
+            collected = self.collect(state, item, self._key(state, ROLLOUT))
+            experience = self.timed_experience(state, collected)
+        yield from self.split_updates(state, collected, *experience)
+
+    def timed_experience(self, state: TrainState, collected: ScoredRollout) -> tuple[dict, float]:
+        """`experience`, and the seconds it took."""
+        start_s = time.monotonic()
+        return self.experience(state, collected), time.monotonic() - start_s
+
+    def split_updates(
+        self, state: TrainState, collected: ScoredRollout, experience: dict, seconds: float
+    ) -> Iterator[LoggedBatch]:
+        """The batches of an item's updates; the first one carries the item's metrics."""
         metrics = self._metrics(collected) | self.experience_metrics(collected, experience)
-        metrics["time/reference"] = time.monotonic() - start_s
-        records = completion_records(collected, self.reward_names, experience.get("advantages"))
+        metrics["time/reference"] = seconds
+        advantages = experience.get("advantages")
+        records: Sequence[dict] = completion_records(collected, self.reward_names, advantages)
         for batch in self._split(collected.rollout, experience, self._key(state, ORDER)):
             yield LoggedBatch(batch, metrics, records)
             metrics, records = {}, ()
@@ -161,14 +175,15 @@ class RLTrainer(Trainer):
             return super()._evaluate(state, loader, max_batches)
 
     def experience_metrics(self, collected: ScoredRollout, experience: dict) -> dict:
-        """Numbers to log about the experience of an item; here none."""
+        """Metrics of an item's experience; here none."""
         return {}
 
     def collect(self, state: TrainState, item, key: jax.Array) -> ScoredRollout:
-        """Completions of an item's prompts, and their rewards."""
+        """Completions of an item's prompts, and their rewards: `generate`, then `score`."""
         start_s = time.monotonic()
         rollout = self.generate(state, item, key)
         rolled_s = time.monotonic()
+        self._check(state, rollout)
         collected = self.score(rollout, int(state.step))
         times = {"time/rollout": rolled_s - start_s, "time/reward": time.monotonic() - rolled_s}
         return collected._replace(metrics=collected.metrics | times)
@@ -192,7 +207,7 @@ class RLTrainer(Trainer):
         return make_rollout(item, out, sampling, self._decode, given)
 
     def score(self, rollout: Rollout, step: int = 0) -> ScoredRollout:
-        """What the reward functions say of each completion."""
+        """Rewards of each completion."""
         return score_across_processes(
             lambda part: self.submit_rewards(part, step)(),
             rollout,
@@ -200,17 +215,28 @@ class RLTrainer(Trainer):
         )
 
     def submit_rewards(self, rollout: Rollout, step: int) -> Callable[[], ScoredRollout]:
-        """Hands completions to the reward functions; what it returns waits for their answers."""
-        decoding = {"decode": self.tokenizer.decode, "eos_token_ids": self.sampling.eos_token_ids}
-        in_turns, state = self.environment is not None, self._run_length.trainer_state(step)
-        return submit_rewards(self.rewards, rollout, state, in_turns=in_turns, **decoding)
+        """Sends completions to the reward functions; returns a function that waits for rewards."""
+        return submit_rewards(
+            self.rewards,
+            rollout,
+            self._run_length.trainer_state(step),
+            in_turns=self.environment is not None,
+            decode=self.tokenizer.decode,
+            eos_token_ids=self.sampling.eos_token_ids,
+        )
 
     def completion_logprobs(
         self, params, batch, rng: jax.Array | None = None
     ) -> tuple[TokenLogprobs, jax.Array | None]:
-        """Log-probabilities `[P, g, C]` of a batch's completions, at the sampler's temperature.
+        """Log-probabilities of a batch's completions, at the sampler's temperature.
 
-        Also gives the routers' load-balancing loss, or None. `params` are all parameters.
+        Args:
+          params: all parameters.
+          batch: `prompt_ids`, `prompt_lengths`, `completion_ids`, `completion_lengths`.
+          rng: the key of the adapters' dropout; None: no dropout.
+
+        Returns:
+          `[P, g, C]` each, and the routers' load-balancing loss, or None.
         """
         hidden, aux_loss = completion_states(self.model, params, batch, rng)
         return self.logprobs_of(params, hidden, batch), aux_loss
@@ -218,11 +244,11 @@ class RLTrainer(Trainer):
     def logprobs_of(self, params, hidden: jax.Array, batch) -> TokenLogprobs:
         """As `completion_logprobs`, from the states `[P, g, C, D]` before the tokens."""
         ids, lengths = batch["completion_ids"], batch["completion_lengths"]
-        real = jnp.arange(ids.shape[2])[None, None, :] < lengths[:, :, None]
+        is_token = jnp.arange(ids.shape[2])[None, None, :] < lengths[:, :, None]
         out = linear_logprobs(
             hidden.reshape(-1, hidden.shape[-1]),
             self.model.output_matrix(params),
-            jnp.where(real, ids, IGNORED).reshape(-1),
+            jnp.where(is_token, ids, IGNORED).reshape(-1),
             temperature=self.sampling.temperature,
             softcap=self.model.config.final_logit_softcapping,
             chunk_size=self.loss_chunk_size,
@@ -230,20 +256,22 @@ class RLTrainer(Trainer):
         return TokenLogprobs(*(x.reshape(ids.shape) for x in out))
 
     def old_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
-        """`[P, G, C]` of a rollout's completions under the policy that drew them."""
+        """Log-probabilities `[P, G, C]` of completions under the policy that drew them."""
+        # The sampler's are the policy's to 1e-4 or better, unless it drew from another distribution
+        # (top_k, top_p, ...): theirs are renormalised, and the ratio would be biased.
         if self.recompute_old_logprobs or is_truncated(self.sampling):
             params = self.model_params(state.params, state.frozen)
             return self.token_logprobs(params, rollout)
         return rollout.logprobs
 
     def token_logprobs(self, params, rollout: Rollout) -> np.ndarray:
-        """`[P, G, C]` of a rollout's completions under all parameters `params`, no gradient."""
+        """Log-probabilities `[P, G, C]` of completions under `params` (all of them)."""
         return self.per_token(rollout, lambda batch: self._compiled_logprobs(params, batch))
 
     def per_token(self, rollout: Rollout, function: Callable) -> np.ndarray:
-        """What a function of batches gives for each token of a rollout, `[P, G, C]`.
+        """Applies a function of batches to a rollout, `[P, G, C]`.
 
-        Rows go through the model as they do in an update, as many at once.
+        Rows go through the model as in an update, and as many at once: what fits there fits here.
         """
         arrays = self._arrays(rollout)
         rows = len(arrays["prompt_ids"])
@@ -279,12 +307,12 @@ class RLTrainer(Trainer):
         return self.row_size or math.gcd(P * G // self.gradient_accumulation_steps, G)
 
     def _rows_for_one(self, P: int, G: int) -> int:
-        """Rows of a mesh in place of one of a single device, so that each device has whole ones."""
+        """Rows on a mesh per row on one device, so that every device has whole rows."""
         parts = self._updates_per_pass * self.gradient_accumulation_steps * parallel.batch_shards()
         return self._in_row(P, G) // math.gcd(P * G // parts, self._in_row(P, G))
 
     def _split(self, rollout: Rollout, experience: dict, key: jax.Array) -> Iterator[dict]:
-        """The batches of all updates: every pass in another order, where there are several."""
+        """The batches of all updates; with several, every pass has an order of its own."""
         prompts = len(rollout.completion_lengths)
         if self.prompts_per_item not in (None, prompts):
             raise ValueError(
@@ -305,27 +333,33 @@ class RLTrainer(Trainer):
                 yield self.take(buffer, order[first : first + size])
 
     def buffer(self, arrays: dict[str, np.ndarray]):
-        """Where the rows of an item stay while they are trained on; here as they are."""
+        """An item's rows, wherever they stay while they are trained on; here on the host."""
         return arrays
 
     def take(self, buffer, rows: np.ndarray):
-        """The batch of some rows."""
+        """The batch of some rows of `buffer`."""
         return {name: value[rows] for name, value in buffer.items()}
 
     def _metrics(self, collected: ScoredRollout) -> dict[str, float | int]:
         rollout, rewards, by_function, _, metrics = collected
-        rewards = reward_metrics(rewards, by_function, self.reward_names)
-        return rollout_metrics(rollout) | rewards | metrics
+        statistics = reward_metrics(rewards, by_function, self.reward_names)
+        return rollout_metrics(rollout) | statistics | metrics
+
+    def _check(self, state: TrainState, rollout: Rollout) -> None:
+        """Stops where the policy gives NaN: see `check_finite`."""
+        weights = {"params": state.params, "frozen": state.frozen}
+        check_finite("the sampler's log-probability", rollout.logprobs, rollout, weights)
 
     def evaluate_item(self, state: TrainState, params, item, index: int) -> Callable[[], tuple]:
-        """Held-out prompts, completed as `eval_sampling` says, and what that is worth.
+        """Completes held-out prompts as `eval_sampling` says, and scores them.
 
-        They are scored while the next ones are completed. In training there is nothing to judge
-        beside: the next rollout waits for an update, which waits for the rewards.
+        They are scored while the next ones are completed. Training cannot overlap the two: the next
+        rollout waits for an update, which waits for the rewards.
         """
         key = jax.random.fold_in(jax.random.fold_in(state.rng, EVALUATION), index)
-        step, state = int(state.step), state.replace(params=params)
+        step, state = int(state.step), dataclasses.replace(state, params=params)
         rollout = self.generate(state, item, key, self.eval_sampling)
+        self._check(state, rollout)
         alone = processes.count() == 1
         collected = (
             self.submit_rewards(rollout, step) if alone else lambda: self.score(rollout, step)
@@ -339,8 +373,10 @@ class RLTrainer(Trainer):
 
     def reduce_evaluation(self, parts: list[tuple]) -> dict[str, float]:
         """Mean reward and pass@k."""
-        rewards, by_function, lengths, errors = zip(*parts, strict=True)
-        rewards, by_function = np.concatenate(rewards), np.concatenate(by_function)
+        columns = zip(*parts, strict=True)
+        rewards, by_function = (np.concatenate(next(columns)) for _ in range(2))
+        lengths, errors = columns
+        # A completion without a reward has not passed.
         passed = np.nan_to_num(rewards, nan=-math.inf) >= self.pass_reward
         return reward_metrics(rewards, by_function, self.reward_names) | {
             "pass@1": float(passed.mean()),
@@ -349,7 +385,7 @@ class RLTrainer(Trainer):
             "reward_errors": sum(errors),
         }
 
-    def _key(self, state: TrainState, stream: int) -> jax.Array:
+    def _key(self, state: TrainState, stream: int | np.integer) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(state.rng, stream), state.step)
 
     def _encode(self, text: str) -> list[int]:
@@ -357,39 +393,3 @@ class RLTrainer(Trainer):
 
     def _decode(self, ids) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
-
-
-def difference_metrics(logprobs: jax.Array, sampled: jax.Array, mask: jax.Array) -> dict:
-    """How far the trainer's log-probabilities are from the sampler's."""
-    difference = jnp.abs(log_ratios(logprobs, sampled, mask))
-    return {
-        "sampling/logp_difference/mean": Mean(masked_mean(difference, mask), mask.sum()),
-        "sampling/logp_difference/max": Max(jnp.where(mask, difference, 0.0).max()),
-    }
-
-
-def _updates(
-    num_generations: int,
-    prompts_per_item: int | None,
-    completions_per_update: int | None,
-    gradient_accumulation_steps: int,
-) -> tuple[int, int | None]:
-    """Updates per pass over an item, and completions that share their prompt's row.
-
-    Raises:
-      ValueError: the numbers do not divide each other.
-    """
-    G = num_generations
-    if completions_per_update is None:
-        return 1, None
-    if prompts_per_item is None:
-        raise ValueError("completions_per_update needs prompts_per_item: give both, or none.")
-    total = prompts_per_item * G
-    micro, rest = divmod(completions_per_update, gradient_accumulation_steps)
-    if rest or total % completions_per_update:
-        raise ValueError(
-            f"completions_per_update must divide the {prompts_per_item} x {G} completions of an "
-            f"item and be a multiple of gradient_accumulation_steps, got {completions_per_update} "
-            f"and {gradient_accumulation_steps}."
-        )
-    return total // completions_per_update, math.gcd(micro, G)

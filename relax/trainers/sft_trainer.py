@@ -13,6 +13,8 @@ mixture of experts adds its routers' load-balancing loss.
 Axes: B batch, T tokens, D model.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -94,13 +96,13 @@ class SFTTrainer(Trainer):
             return output
         exact, counted = self._document_hits(params, frozen, batch)
         share = Mean(exact / jnp.maximum(counted, 1), counted)
-        return output.replace(metrics=output.metrics | {"exact_match": share})
+        return dataclasses.replace(output, metrics=output.metrics | {"exact_match": share})
 
     def exact_match(self, state: TrainState, loader) -> float:
-        """The share of documents whose trained tokens greedy decoding would write, every one.
+        """Share of documents whose trained tokens are all what greedy decoding would write.
 
-        Decoding writes what it is given to continue, so it meets the reference answer to the end
-        exactly where each of its tokens is the argmax after the ones before it.
+        Greedy decoding reproduces a reference exactly where each of its tokens is the argmax after
+        the tokens before it, so one forward pass tells.
 
         Args:
           state: its `eval_params` are read.
@@ -124,7 +126,7 @@ class SFTTrainer(Trainer):
             **self._vocabulary(),
         ).reshape(targets.shape)
         B, T = targets.shape
-        # Of packed rows each segment is a document; a target is of the segment it is read from.
+        # In packed rows each segment is a document; a target belongs to the segment before it.
         segments = batch.get("segment_ids", jnp.zeros_like(targets))
         documents = jnp.arange(B)[:, None] * (T + 1) + segments
 

@@ -7,7 +7,7 @@ from relax.config import SFTConfig
 from relax.data import arithmetic_rows
 from relax.engine.recipes.sft import read_sft_data
 from relax.engine.rows import read_sources
-from relax.optimizers.optimizers import adamw, learning_rate_schedule
+from relax.optimizers import adamw, learning_rate_schedule
 from relax.trainers import SFTTrainer
 from relax.trainers.interrupt import Interrupt, Interrupted
 

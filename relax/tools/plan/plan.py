@@ -23,7 +23,7 @@ from relax.engine import memory
 from relax.errors import ConfigError
 from relax.models import Transformer, TransformerConfig, kernels, read_pretrained_config
 from relax.models.families import family_of
-from relax.optimizers.optimizers import OPTIMIZERS
+from relax.optimizers import OPTIMIZERS
 from relax.parallel.mesh import BATCH
 from relax.sampling import step
 from relax.sampling.distribution import Rules

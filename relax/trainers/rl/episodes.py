@@ -1,36 +1,53 @@
 """Rollouts of several turns: the model speaks, an environment answers, and so on.
 
-Every episode of a group goes on by itself; those under way take their next turn together, each
-behind all of its own tokens so far. What an environment answers is tokenised once and appended. A
-turn's key follows from the row's and the turn's number alone.
+Every episode of a group continues by itself; unfinished ones take their next turn together, each
+after all of its own tokens so far. An environment's answer is tokenised once and appended, never
+tokenised again with what stands before it: the tokens that are trained are those that were sampled.
+A turn's key follows from the row's and the turn's number alone.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from relax.errors import RewardError
 from relax.rewards import Environment, Episode
 from relax.sampling import SampleOutput, SamplingConfig, generate
 
-TURNS = 104  # the stream of the turns' keys
+# Folded into a rollout's key, so that the keys of turns are a stream of their own: `generate` folds
+# row numbers into the same key. The value is arbitrary; another would change recorded runs.
+TURNS = 104
 
 
 @dataclasses.dataclass
 class _EpisodeState:
-    """One conversation, and what the sampler said of its tokens."""
+    """One conversation, and the sampler's log-probabilities of its tokens (0 on answers)."""
 
     environment: Environment
     episode: Episode
     logprobs: list[float]
     finish: str = ""
 
+    @property
+    def ids(self) -> list[int]:
+        """All tokens so far: what the next turn continues."""
+        return [*self.episode.prompt_ids, *self.episode.completion_ids]
+
     def take(self, ids: list[int], logprobs: list[float], reason: str, encode, decode, room: int):
-        """The episode behind one turn; `room` is what was left for it."""
+        """Adds a turn and the environment's answer.
+
+        Args:
+          ids, logprobs: sampled in this turn.
+          reason: the sampler's finish reason.
+          encode, decode: as for `rollout_episodes`.
+          room: tokens that were left for the turn and its answer.
+        """
         self.logprobs += logprobs
         before = len(self.episode.completion_ids)
-        if reason == "length":  # cut in the middle of a turn: there is nothing to answer
+        if reason == "length":  # truncated in the middle of a turn: there is nothing to answer
             self.finish = reason
             self.episode = dataclasses.replace(
                 self.episode,
@@ -40,7 +57,7 @@ class _EpisodeState:
             return
         self.episode = self.episode.turn(ids, self.environment, encode, decode)
         shown = len(self.episode.completion_ids) - before - len(ids)
-        self.logprobs += [np.nan] * shown
+        self.logprobs += [0.0] * shown
         if self.episode.done:
             self.finish = reason
         elif len(ids) + shown >= room:
@@ -58,9 +75,12 @@ def rollout_episodes(
     decode: Callable,
     stop_decode: Callable | None = None,
 ) -> tuple[dict, SampleOutput, np.ndarray]:
-    """Plays `sampling.n` episodes of every prompt of an item.
+    """Rolls out `sampling.n` episodes of every prompt of an item.
 
     Args:
+      model, params: the policy; `params` are all parameters.
+      item: `prompt_ids` and `rows` of P prompts.
+      key: the rollout's key.
       sampling: `max_new_tokens` bounds all turns and answers of an episode together.
       make_environment: makes one environment per episode.
       encode: text to ids, without special tokens.
@@ -68,42 +88,52 @@ def rollout_episodes(
       stop_decode: ids to the text that stop strings are looked for in; None: `decode`.
 
     Returns:
-      The item, whose prompts hold what environments showed first; the completions, with NaN for the
-      log-probability of tokens that the environment wrote; and the rewards given, `[R]`, NaN where
-      none was.
+      The item, whose prompts now end with what `reset` showed; the completions, whose `mask` is
+      true on the tokens that the policy wrote; and the environments' rewards `[P * n]`, NaN where
+      none was given.
 
     Raises:
       ValueError: environments show one prompt's episodes different beginnings.
+      RewardError: an environment gave a reward that is not finite.
     """
-    plays = [
+    groups = [
         _begin(row, ids, sampling.n, make_environment, encode)
         for row, ids in zip(item["rows"], item["prompt_ids"], strict=True)
     ]
-    prompts = [list(group[0].episode.prompt_ids) for group in plays]
-    plays = [one for group in plays for one in group]
+    prompts = [list(group[0].episode.prompt_ids) for group in groups]
+    states = [state for group in groups for state in group]
     keys = _row_keys(key, len(prompts), sampling.n)
+    config = dataclasses.replace(sampling, n=1, stop=(*sampling.stop, *states[0].environment.stop))
     limit, turn = sampling.max_new_tokens, 0
-    while under_way := [i for i, play in enumerate(plays) if not play.finish]:
-        rooms = [limit - len(plays[i].episode.completion_ids) for i in under_way]
-        config = dataclasses.replace(
-            sampling, n=1, stop=(*sampling.stop, *plays[0].environment.stop)
-        )
+    while unfinished := [i for i, state in enumerate(states) if not state.finish]:
+        rooms = [limit - len(states[i].episode.completion_ids) for i in unfinished]
         out = generate(
             model,
             params,
-            [[*plays[i].episode.prompt_ids, *plays[i].episode.completion_ids] for i in under_way],
-            jax.vmap(lambda row_key: jax.random.fold_in(row_key, turn))(keys[np.array(under_way)]),  # noqa: B023
+            [states[i].ids for i in unfinished],
+            jax.vmap(jax.random.fold_in, (0, None))(keys[np.array(unfinished)], turn),
             config,
             decode=stop_decode or decode,
             limits=rooms,
         )
-        for n, (i, room) in enumerate(zip(under_way, rooms, strict=True)):
+        for n, (i, room) in enumerate(zip(unfinished, rooms, strict=True)):
             length = out.lengths[n]
             ids, logprobs = out.tokens[n, :length].tolist(), out.logprobs[n, :length].tolist()
-            plays[i].take(ids, logprobs, out.finish_reasons[n], encode, decode, room)
+            states[i].take(ids, logprobs, out.finish_reasons[n], encode, decode, room)
         turn += 1
-    rewards = [np.nan if p.episode.reward is None else p.episode.reward for p in plays]
-    return item | {"prompt_ids": prompts}, _output(plays, limit), np.array(rewards, np.float64)
+    rewards = np.array([_reward(state) for state in states], np.float64)
+    return item | {"prompt_ids": prompts}, _output(states, limit), rewards
+
+
+def _reward(state: _EpisodeState) -> float:
+    """The episode's reward, NaN where the environment gave none; one that is NaN is an error."""
+    reward = state.episode.reward
+    if reward is not None and not math.isfinite(reward):
+        raise RewardError(
+            f"rewards of an environment must be finite, or None for none, and those of "
+            f"{type(state.environment).__name__} add up to {reward}. Correct its `step`."
+        )
+    return math.nan if reward is None else reward
 
 
 def _begin(row, prompt_ids, n: int, make_environment, encode) -> list[_EpisodeState]:
@@ -129,13 +159,17 @@ def _row_keys(key, prompts: int, n: int):
     return one(rows // n, rows % n)
 
 
-def _output(plays: list[_EpisodeState], limit: int) -> SampleOutput:
-    """The episodes as if each were one completion; an answer past the limit is cut off."""
-    lengths = np.array([min(len(p.episode.completion_ids), limit) for p in plays], np.int32)
-    shape = (len(plays), int(lengths.max()))
+def _output(states: list[_EpisodeState], limit: int) -> SampleOutput:
+    """The episodes as one completion each; an answer past the limit is truncated.
+
+    `mask` is `Episode.sampled`: what the environment wrote is context, and not trained on.
+    """
+    lengths = np.array([min(len(s.episode.completion_ids), limit) for s in states], np.int32)
+    shape = (len(states), int(lengths.max()))
     tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for i, (play, length) in enumerate(zip(plays, lengths, strict=True)):
-        tokens[i, :length] = play.episode.completion_ids[:length]
-        logprobs[i, :length] = play.logprobs[:length]
-    mask = np.arange(shape[1])[None, :] < lengths[:, None]
-    return SampleOutput(tokens, logprobs, mask, lengths, tuple(p.finish for p in plays))
+    mask = np.zeros(shape, bool)
+    for i, (state, length) in enumerate(zip(states, lengths, strict=True)):
+        tokens[i, :length] = state.episode.completion_ids[:length]
+        logprobs[i, :length] = state.logprobs[:length]
+        mask[i, :length] = state.episode.sampled[:length]
+    return SampleOutput(tokens, logprobs, mask, lengths, tuple(s.finish for s in states))

@@ -1,6 +1,6 @@
-"""Experience: what PPO learns from in the updates of a rollout.
+"""Experience of PPO: the arrays that the updates of a rollout train on.
 
-The score of a completion and a KL penalty per token become rewards, rewards and values become
+The score of a completion and a KL penalty per token make rewards; rewards and values make
 advantages and returns:
 
     r_t = - kl_coef kl_t,   r_e += score,   δ_t = r_t + γ V_{t+1} - V_t,   Â_t = δ_t + γ λ Â_{t+1}
@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.losses.advantages import gae
-from relax.losses.masked import masked_whiten
+from relax.losses import gae, masked_whiten
 
 LAST_TOKEN, AFTER_EOS = "last_token", "after_eos"
 REWARD_AT = (LAST_TOKEN, AFTER_EOS)
@@ -25,21 +24,21 @@ REWARD_AT = (LAST_TOKEN, AFTER_EOS)
 
 @flax.struct.dataclass
 class Experience:
-    """The rows of a rollout, or some of them, on the device.
+    """Rows of a rollout, on the device.
 
     Attributes:
       tokens: `prompt_ids` `[N, L]`, `prompt_lengths` `[N]`, `completion_ids` `[N, g, C]` and
         `completion_lengths` `[N, g]`.
-      sampling_logprobs: `[N, g, C]`, of the sampler.
-      old_logprobs: `[N, g, C]`, of the policy that drew the completions.
-      values: `[N, g, C]`, of the critic before the first update; entry t is of the state that
-        token t was drawn in.
-      advantages: `[N, g, C]`, white over the rollout.
-      returns: `[N, g, C]`, what values are to become.
+      sampling_logprobs: `[N, g, C]`, the sampler's.
+      old_logprobs: `[N, g, C]`, under the policy that drew the completions.
+      values: `[N, g, C]`, the critic's before the first update; entry t is the value of the state
+        in which token t was drawn.
+      advantages: `[N, g, C]`, whitened over the rollout.
+      returns: `[N, g, C]`, the values' targets.
       mask: `[N, g, C]` bool, the tokens that the policy wrote.
       value_mask: `[N, g, C]` bool, the states whose values are learned.
       kl: `[N]`, the same in every row: the rollout's mean KL of a completion, nats.
-      value_share: `[N]`, the same in every row: tokens over states, of the rows of an update.
+      value_share: `[N]`, the same in every row: tokens over states in the rows of an update.
     """
 
     tokens: dict[str, jax.Array]
@@ -57,6 +56,8 @@ class Experience:
 @jax.jit
 def take(experience: Experience, rows: jax.Array) -> Experience:
     """Some rows, in that order, as one update."""
+    # Tokens and states differ by the slots after EOS. Micro-batches weigh the whole loss by tokens;
+    # this share turns the value loss per token back into the mean over the update's states.
     part = jax.tree.map(lambda leaf: leaf[rows], experience)
     share = part.mask.sum() / jnp.maximum(part.value_mask.sum(), 1)
     return part.replace(value_share=jnp.full_like(part.value_share, share))
@@ -73,18 +74,20 @@ def token_rewards(
 ) -> tuple[jax.Array, jax.Array]:
     """Rewards per token, and the states that have a value.
 
+        r_t = -kl_coef kl_t,   r_e += score
+
     Args:
-      scores: `[B]`.
-      kl: `[B, C]`, estimates per token.
+      scores: `[B]`, finite.
+      kl: `[B, C]`, KL estimates per token, nats.
       mask: `[B, C]` bool, the tokens that the policy wrote; a completion without any has no reward.
-      lengths: `[B]`, of completions, from 1 to C.
-      kl_coef: of the penalty.
-      reward_at: `last_token`: the score is given for the last token that the policy wrote;
-        `after_eos`: one place behind the completion, for the state that has seen all of it, where
-        C has that place, and for the last token where not. That state has a value as well.
+      lengths: `[B]`, tokens of each completion, from 1 to C.
+      kl_coef: KL coefficient (>= 0).
+      reward_at: `last_token`: e is the last token that the policy wrote; `after_eos`: e is the slot
+        after the completion, whose state has seen all of it, as in TRL's PPO; the last token where
+        C has no such slot. That state has a value too.
 
     Returns:
-      `[B, C]` rewards, 0 elsewhere, and `[B, C]` bool, the places of values.
+      `[B, C]` rewards, 0 elsewhere, and `[B, C]` bool, the states with a value.
     """
     places = jnp.arange(mask.shape[1])[None, :]
     has_any = mask.any(axis=1)[:, None]
@@ -97,7 +100,7 @@ def token_rewards(
 
 
 @functools.partial(jax.jit, static_argnames=("reward_at", "whiten_rewards", "gamma", "lam"))
-def estimate(
+def advantages_and_returns(
     scores: jax.Array,
     kl: jax.Array,
     values: jax.Array,
@@ -113,20 +116,21 @@ def estimate(
     """Advantages and returns of a rollout.
 
     Args:
-      values: `[B, C]`, entry t of the state that token t was drawn in.
-      whiten_rewards: the rewards of the rollout get variance 1, and keep their mean.
-      gamma, lam: of `gae`.
-      others: those of `token_rewards`.
+      scores, kl, mask, lengths, kl_coef, reward_at: as for `token_rewards`.
+      values: `[B, C]`, entry t the value of the state in which token t was drawn.
+      whiten_rewards: scale the rollout's rewards to variance 1; they keep their mean.
+      gamma, lam: as for `gae`.
 
     Returns:
-      `[B, C]` each: `rewards`, `returns`, `advantages` (returns less values, then white over all
-      tokens of the rollout, 0 elsewhere), and the bool `value_mask`.
+      `[B, C]` each: `rewards`, `returns`, `advantages` (whitened over all tokens of the rollout, 0
+      elsewhere), and the bool `value_mask`.
     """
     rewards, value_mask = token_rewards(
         scores, kl, mask, lengths, kl_coef=kl_coef, reward_at=reward_at
     )
     if whiten_rewards:
         rewards = masked_whiten(rewards, value_mask, shift_mean=False)
+    # Returns are made of the advantages before they are whitened: they are targets in reward units.
     advantages, returns = gae(rewards, values, value_mask, gamma=gamma, lam=lam)
     return {
         "rewards": rewards,
@@ -139,36 +143,47 @@ def estimate(
 def adapt_kl_coef(
     kl_coef: jax.Array, kl: jax.Array, *, target: float, horizon: float, count: int
 ) -> jax.Array:
-    """The coefficient after a rollout, moved so that the KL comes to a target.
+    """The KL coefficient after a rollout, moved so that the KL approaches a target.
 
         kl_coef ← kl_coef (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
 
     Args:
-      kl: mean of completions, nats.
+      kl_coef: before.
+      kl: the rollout's mean KL of a completion, nats.
       target: nats (> 0).
-      horizon: completions in which it changes by a fifth at most.
+      horizon: completions over which it changes by a fifth at most.
       count: n, completions of the rollout.
 
-    Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, section 2.2.
+    References:
+      Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019,
+      https://arxiv.org/abs/1909.08593, section 2.2
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * count / horizon)
 
 
 def per_completion(values: np.ndarray, score: np.ndarray) -> float:
-    """The mean over completions with a score of the sums over their tokens; 0 where none has."""
+    """Mean of the completions' sums over tokens; those without a score are left out.
+
+    Args:
+      values: `[..., C]`, 0 where masked.
+      score: `[...]`, NaN where there is none.
+
+    Returns:
+      0 where no completion has a score.
+    """
     sums = values.sum(axis=-1)[~np.isnan(score)]
     return float(sums.mean()) if sums.size else 0.0
 
 
 def experience_metrics(experience: dict[str, np.ndarray]) -> dict[str, float | int]:
-    """TRL's numbers about a rollout, over completions that have a score and their real tokens.
+    """TRL's PPO metrics of a rollout, over completions that have a score.
 
-    `objective/...` are means over completions, the first three of sums over tokens;
+    `objective/...` are means over completions, the first three of sums over the policy's tokens;
     `val/explained_variance` is 1 - Var(R - V) / Var(R) over states, left out where all returns are
     equal.
     """
-    e, score = experience, experience["score"]
+    e, score = experience, experience["score"]  # NaN: no reward function applied
     kl_coef, kl = float(e["kl_coef"].flat[0]), per_completion(e["kl"], score)
     mean_score = float(score[~np.isnan(score)].mean()) if (~np.isnan(score)).any() else 0.0
     metrics = {

@@ -1,4 +1,4 @@
-"""A rollout: prompts, the groups of completions drawn for them, and what is counted about them.
+"""A rollout: prompts, the groups of completions drawn for them, and their metrics.
 
 Axes: P prompts, G completions of a group, L tokens of a prompt, C tokens of a completion.
 """
@@ -11,23 +11,30 @@ from typing import NamedTuple
 
 import numpy as np
 
+from relax.errors import RewardError
+from relax.losses.advantages import nan_std
 from relax.rewards import RewardBatch, weighted_total
+from relax.rewards.protocol import MAX_REWARD
 from relax.sampling import SampleOutput, SamplingConfig
+
+PER_TOKEN = ("completion_ids", "mask", "logprobs")  # fields of a rollout, `[P, G, C]`
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Prompts and their completions; tokens are padded on the right, and lengths say what is real.
+    """Prompts and their completions, padded on the right; masks are made from lengths.
 
     Attributes:
       rows: `[P]`, the data set's row of each prompt.
       prompt_ids, prompt_lengths: `[P, L]` and `[P]` int32.
       completion_ids, completion_lengths: `[P, G, C]` and `[P, G]` int32, the end token included.
-      logprobs: `[P, G, C]` float32, of each token under the distribution it was drawn from; NaN
-        where it was not drawn but written by an environment.
+      mask: `[P, G, C]` bool, the tokens that the policy wrote: false on padding, and on what an
+        environment wrote. It alone says so; a log-probability of NaN is an error, not a mask.
+      logprobs: `[P, G, C]` float32 nats, of each token under the distribution it was drawn from; 0
+        where `mask` is false.
       finish: `[P, G]` str, why each ended: `eos`, `stop` or `length`.
       texts: `[P][G]`, the completions without special tokens.
-      environment_rewards: `[P, G]` float64, what an environment gave; NaN where there is none.
+      environment_rewards: `[P, G]` float64 from an environment; NaN where it gave none.
     """
 
     rows: list[dict]
@@ -35,6 +42,7 @@ class Rollout:
     prompt_lengths: np.ndarray
     completion_ids: np.ndarray
     completion_lengths: np.ndarray
+    mask: np.ndarray
     logprobs: np.ndarray
     finish: np.ndarray
     texts: list[list[str]]
@@ -45,22 +53,14 @@ class Rollout:
         """`[P, G]` bool: the completion did not end by itself."""
         return self.finish == "length"
 
-    @property
-    def mask(self) -> np.ndarray:
-        """`[P, G, C]` bool: the tokens that the policy wrote."""
-        places = np.arange(self.completion_ids.shape[2])[None, None, :]
-        return (places < self.completion_lengths[:, :, None]) & ~np.isnan(self.logprobs)
-
-    def take(self, prompts: Sequence[int]) -> "Rollout":
+    def take(self, prompts: Sequence[int] | np.ndarray) -> "Rollout":
         """The groups of some prompts, in that order."""
         chosen = list(prompts)
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Rollout(
-            **{
-                name: value[chosen] if isinstance(value, np.ndarray) else [value[i] for i in chosen]
-                for name, value in values.items()
-            }
-        )
+
+        def some(value):
+            return value[chosen] if isinstance(value, np.ndarray) else [value[i] for i in chosen]
+
+        return Rollout(**{f.name: some(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
 class ScoredRollout(NamedTuple):
@@ -68,7 +68,7 @@ class ScoredRollout(NamedTuple):
 
     Attributes:
       rollout: the completions.
-      rewards: `[P, G]` float64, the weighted sums; NaN where no function applies.
+      rewards: `[P, G]` float64, the weighted sums; NaN where no function applies, else finite.
       by_function: `[P, G, F]` float64, NaN where a function does not apply or failed.
       extras: `[P, G]` columns that reward functions logged, by name.
       metrics: numbers to log.
@@ -80,7 +80,7 @@ class ScoredRollout(NamedTuple):
     extras: dict[str, np.ndarray]
     metrics: dict[str, float | int]
 
-    def take(self, prompts: Sequence[int]) -> "ScoredRollout":
+    def take(self, prompts: Sequence[int] | np.ndarray) -> "ScoredRollout":
         """The groups of some prompts, in that order, with the same metrics."""
         chosen = list(prompts)
         extras = {name: values[chosen] for name, values in self.extras.items()}
@@ -100,14 +100,14 @@ def make_rollout(
     decode: Callable[[Sequence[int]], str],
     environment_rewards: np.ndarray | None = None,
 ) -> Rollout:
-    """The rollout that an item's prompts and the sampler's output for them make.
+    """Arranges the sampler's output by prompt and completion.
 
     Args:
       item: `prompt_ids` and `rows` of P prompts.
-      output: of `P * sampling.n` completions.
+      output: `P * sampling.n` completions; its mask says which tokens the policy wrote.
       sampling: the `SamplingConfig` of `output`.
       decode: tokens to text.
-      environment_rewards: `[P * G]`, of an environment.
+      environment_rewards: `[P * G]` from an environment; None: there is none.
     """
     prompts, G = item["prompt_ids"], sampling.n
     P = len(prompts)
@@ -121,6 +121,7 @@ def make_rollout(
         prompt_lengths=lengths,
         completion_ids=_pad(output.tokens, C).reshape(P, G, C),
         completion_lengths=ends.reshape(P, G),
+        mask=_pad(output.mask, C).reshape(P, G, C),
         logprobs=_pad(output.logprobs, C).reshape(P, G, C),
         finish=np.array(output.finish_reasons).reshape(P, G),
         texts=[texts[p * G : (p + 1) * G] for p in range(P)],
@@ -132,30 +133,32 @@ def make_rollout(
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     """The groups of several rollouts, one after the other."""
-    joined = {}
-    for field in dataclasses.fields(Rollout):
-        values = [getattr(rollout, field.name) for rollout in rollouts]
+
+    def joined(name: str):
+        values = [getattr(rollout, name) for rollout in rollouts]
         if isinstance(values[0], list):
-            joined[field.name] = [item for value in values for item in value]
-        else:
+            return [row for value in values for row in value]
+        if name in ("prompt_ids", *PER_TOKEN):
             width = max(value.shape[-1] for value in values)
-            ragged = field.name in ("prompt_ids", "completion_ids", "logprobs")
-            padded = [_pad(value, width) for value in values] if ragged else values
-            joined[field.name] = np.concatenate(padded)
-    return Rollout(**joined)
+            values = [_pad(value, width) for value in values]
+        return np.concatenate(values)
+
+    return Rollout(**{field.name: joined(field.name) for field in dataclasses.fields(Rollout)})
 
 
 def with_slot_after_eos(rollout: Rollout, most: int) -> Rollout:
-    """Padded so that there is a place behind every completion of fewer tokens than `most`."""
+    """Pads so that every completion of fewer tokens than `most` has a slot after its last token."""
     width = bucket(int(rollout.completion_lengths.max()) + 1, most)
     if width <= rollout.completion_ids.shape[2]:
         return rollout
-    wider = {n: _pad(getattr(rollout, n), width) for n in ("completion_ids", "logprobs")}
+    wider: dict = {name: _pad(getattr(rollout, name), width) for name in PER_TOKEN}
     return dataclasses.replace(rollout, **wider)
 
 
 def bucket(length: int, limit: int | None = None) -> int:
-    """A length to pad to, of few: powers of two from 8 on and what lies halfway between them.
+    """Rounds a length up to a power of two (>= 8) or halfway between two of them.
+
+    Few lengths are few compiled programs; at most a third of a row is padding.
 
     >>> [bucket(n) for n in (1, 8, 9, 13, 17, 100)]
     [8, 8, 12, 16, 24, 128]
@@ -176,15 +179,46 @@ def padded(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
     return out
 
 
+def updates_per_pass(
+    num_generations: int,
+    prompts_per_item: int | None,
+    completions_per_update: int | None,
+    gradient_accumulation_steps: int,
+) -> tuple[int, int | None]:
+    """Updates per pass over an item, and completions that share a row with their prompt.
+
+    Raises:
+      ValueError: the numbers do not divide each other.
+    """
+    G = num_generations
+    if completions_per_update is None:
+        return 1, None
+    if prompts_per_item is None:
+        raise ValueError("completions_per_update needs prompts_per_item: give both, or none.")
+    total = prompts_per_item * G
+    micro, rest = divmod(completions_per_update, gradient_accumulation_steps)
+    if rest or total % completions_per_update:
+        raise ValueError(
+            f"completions_per_update must divide the {prompts_per_item} x {G} completions of an "
+            f"item and be a multiple of gradient_accumulation_steps, got {completions_per_update} "
+            f"and {gradient_accumulation_steps}."
+        )
+    return total // completions_per_update, math.gcd(micro, G)
+
+
 def with_eos(sampling: SamplingConfig, tokenizer) -> SamplingConfig:
-    """With the tokenizer's end token, where nothing else ends a completion."""
+    """Adds the tokenizer's end token, unless `sampling` has end tokens already."""
     if sampling.eos_token_ids or tokenizer.eos_token_id is None:
         return sampling
     return dataclasses.replace(sampling, eos_token_ids=(tokenizer.eos_token_id,))
 
 
 def is_truncated(sampling: SamplingConfig) -> bool:
-    """Whether completions are drawn from another distribution than the policy's own."""
+    """Whether completions are drawn from another distribution than the policy's own.
+
+    Log-probabilities of such draws are renormalised over the tokens left, so the ratio to the
+    policy's would be biased: old log-probabilities are then computed by a forward pass.
+    """
     return bool(
         sampling.top_k
         or sampling.top_p < 1
@@ -196,22 +230,22 @@ def is_truncated(sampling: SamplingConfig) -> bool:
 
 
 def warn_of_failures(scores: RewardBatch, count: int) -> None:
-    """Tells how many of `count` completions a reward function failed on, and of the first."""
+    """Warns of completions that a reward function failed on, and shows the first failure."""
     failed = len({failure.index for failure in scores.failures})
     if failed:
         warnings.warn(
-            f"rewards could not be had for {failed} of {count} completions; {scores.failures[0]}",
+            f"reward functions failed on {failed} of {count} completions; {scores.failures[0]}",
             stacklevel=2,
         )
 
 
 def warn_of_none(scores: RewardBatch, texts: Sequence[str]) -> None:
-    """Tells how many completions no function applies to."""
+    """Warns of completions that no reward function applies to."""
     none = np.flatnonzero(np.isnan(scores.total))
     if none.size:
         warnings.warn(
-            f"{none.size} of {len(texts)} completions have no reward from any function, and teach "
-            f"nothing, such as {texts[none[0]][:200]!r}",
+            f"{none.size} of {len(texts)} completions have no reward from any function and are not "
+            f"trained on, such as {texts[none[0]][:200]!r}",
             stacklevel=2,
         )
 
@@ -219,7 +253,11 @@ def warn_of_none(scores: RewardBatch, texts: Sequence[str]) -> None:
 def collect_scores(
     rollout: Rollout, scores: RewardBatch, *, with_environment_rewards: bool
 ) -> ScoredRollout:
-    """The rewards of a rollout; what an environment gave is a function of its own, the last."""
+    """Rewards by prompt and completion; an environment's are added as one more function, the last.
+
+    Raises:
+      RewardError: a sum that is infinite or beyond `MAX_REWARD`.
+    """
     shape = rollout.completion_lengths.shape
     rewards = scores.total.reshape(shape)
     by_function = scores.rewards.reshape(*shape, scores.rewards.shape[1])  # there may be none
@@ -227,6 +265,14 @@ def collect_scores(
         by_function = np.concatenate([by_function, rollout.environment_rewards[:, :, None]], axis=2)
         both = np.stack([rewards, rollout.environment_rewards], axis=2).reshape(-1, 2)
         rewards = weighted_total(both, np.ones(2)).reshape(shape)
+    # Not NaN, which means that no function applies. A sum of finite rewards may still overflow.
+    if (extreme := np.argwhere(np.abs(rewards) > MAX_REWARD)).size:
+        p, g = extreme[0]
+        raise RewardError(
+            f"rewards of a completion must add up to a number within ±{MAX_REWARD:g}, got "
+            f"{rewards[p, g]:g} for {rollout.texts[p][g][:200]!r}, and the like for {len(extreme)} "
+            f"of {rewards.size}. Scale the reward functions or their weights down."
+        )
     extras = {name: _objects(values).reshape(shape) for name, values in scores.extras.items()}
     metrics = scores.metrics | {"reward_errors": len(scores.failures)}
     return ScoredRollout(rollout, rewards, by_function, extras, metrics)
@@ -235,7 +281,7 @@ def collect_scores(
 def completion_records(
     collected: ScoredRollout, names: Sequence[str], advantages: np.ndarray | None
 ) -> list[dict]:
-    """One per completion: what a table of completions shows."""
+    """Rows of a table of completions."""
     rollout, rewards, by_function, extras, _ = collected
     records = []
     for p, g in np.ndindex(*rewards.shape):
@@ -249,14 +295,14 @@ def completion_records(
         }
         if advantages is not None and advantages.ndim == 2:
             record["advantage"] = float(advantages[p, g])
-        # What a function calls like one of these does not take its place.
+        # A function's column never replaces one of these.
         logged = {name: values[p, g] for name, values in extras.items()}
         records.append(record | {f"logged_{n}" if n in record else n: logged[n] for n in logged})
     return records
 
 
 def _objects(values: list) -> np.ndarray:
-    """One object an item, lists included."""
+    """An array of objects, one per item, lists included."""
     out = np.empty(len(values), object)
     out[:] = values
     return out
@@ -280,34 +326,43 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
 def reward_metrics(
     rewards: np.ndarray, by_function: np.ndarray, names: Sequence[str]
 ) -> dict[str, float]:
-    """Statistics of rewards `[P, G]`, and of each function's `[P, G, F]`; NaN: not applicable.
+    """Statistics of rewards and of each function's; NaN entries (not applicable) are left out.
 
-    What applies to no completion is left out: a mean over several rollouts is of the others. So are
-    the statistics of groups where a group is a single completion.
+    A statistic of nothing is left out too, so that a mean over several rollouts is of the others.
+    Groups have statistics where they have more than one completion.
+
+    Args:
+      rewards: `[P, G]`.
+      by_function: `[P, G, F]`.
+      names: `[F]`.
     """
-    metrics = {
-        "reward": _mean(rewards),
-        "reward_std": _std(rewards),
-    }
+    metrics = {"reward": _mean(rewards), "reward_std": _std(rewards)}
     if rewards.shape[1] > 1:
-        spread = np.array([_std(group) for group in rewards])
-        metrics["reward_group_std"] = _mean(spread)
-        metrics["frac_reward_zero_std"] = float((spread < 1e-6).mean())
+        metrics["reward_group_std"] = float(np.mean([_std(group) for group in rewards]))
+        metrics["frac_reward_zero_std"] = float(has_zero_std(rewards).mean())
     for i, name in enumerate(names):
         metrics[f"rewards/{name}/mean"] = _mean(by_function[..., i])
         metrics[f"rewards/{name}/std"] = _std(by_function[..., i])
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
+def has_zero_std(rewards: np.ndarray) -> np.ndarray:
+    """`[P]` bool: the rewards of a group `[P, G]` are all equal, or fewer than two apply."""
+    highest = np.where(np.isnan(rewards), -np.inf, rewards).max(axis=1)
+    lowest = np.where(np.isnan(rewards), np.inf, rewards).min(axis=1)
+    # By their range: a standard deviation of equal numbers is rounded to 1e-14 or so.
+    return ~(highest - lowest > 1e-6)
+
+
 def _mean(values: np.ndarray) -> float:
-    real = values[~np.isnan(values)]
-    return float(real.mean()) if real.size else float("nan")
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if there.size else float("nan")
 
 
 def _std(values: np.ndarray) -> float:
-    """Unbiased, of what applies; 0 of fewer than two."""
-    real = values[~np.isnan(values)]
-    return float(real.std(ddof=1)) if real.size > 1 else 0.0
+    """Unbiased; 0 of fewer than two."""
+    std = float(nan_std(values))
+    return 0.0 if math.isnan(std) else std
 
 
 def _pad(value: np.ndarray, width: int) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""What reward functions say of a rollout; of several processes each asks for its own prompts.
+"""Rewards of a rollout: each process scores its share of the prompts, and all get all rewards.
 
 Completions are known to all processes, since all drive the sampler; rewards are not: a function may
-be slow, random or a service. So each completion is scored once, and all are told.
+be slow, random or a service. So each completion is scored once, by one process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -51,15 +51,17 @@ def submit_rewards(
     decode: Callable[[list[int]], str] | None = None,
     eos_token_ids: tuple[int, ...] = (),
 ) -> Callable[[], ScoredRollout]:
-    """Hands completions to the reward functions; what it returns waits for their answers.
+    """Sends completions to the reward functions; returns a function that waits for the rewards.
 
     Args:
-      trainer_state: what reward functions see as its attributes, `global_step` and others.
+      rewards: the reward functions.
+      rollout: the completions.
+      trainer_state: the attributes that reward functions see, `global_step` and others.
       in_turns: an environment gave rewards as well.
       decode: tokens to text, special tokens included, for functions that ask for such texts.
       eos_token_ids: of which the last token of a completion is no part of that text.
     """
-    rows = [row for row in rollout.rows for _ in rollout.texts[0]]
+    rows: list[Mapping] = [row for row in rollout.rows for _ in rollout.texts[0]]
     prompts = [row["prompt"] for row in rows]
     texts = [text for group in rollout.texts for text in group]
     completions = [
@@ -92,7 +94,7 @@ def submit_rewards(
     def wait() -> ScoredRollout:
         scores = pending.result()
         warn_of_failures(scores, len(texts))
-        if not in_turns:  # an episode that is cut short has no reward, as a rule
+        if not in_turns:  # an episode that is truncated has no reward, as a rule
             warn_of_none(scores, texts)
         return collect_scores(rollout, scores, with_environment_rewards=in_turns)
 
@@ -102,26 +104,26 @@ def submit_rewards(
 def score_across_processes(
     score: Callable[[Rollout], ScoredRollout], rollout: Rollout, *, everywhere: bool = False
 ) -> ScoredRollout:
-    """`score(rollout)`, of which every process computes a part.
+    """Computes `score(rollout)`, each process a part of it.
 
     Args:
-      score: judges some groups.
+      score: scores some groups.
       rollout: the same in all processes.
-      everywhere: all compute all of it, since the function itself runs on their devices; what
-        counts is what process 0 found.
+      everywhere: every process scores everything, since the function itself runs on the devices of
+        all of them; the result of process 0 counts.
     """
     count = processes.count()
     if count == 1:
         return score(rollout)
     if everywhere:
-        told = processes.gather(_told(score(rollout)))[:1]
+        messages = processes.gather(_to_message(score(rollout)))[:1]
     else:
         mine = np.array_split(np.arange(len(rollout.rows)), count)[processes.index()]
-        told = processes.gather(_told(score(rollout.take(mine))) if mine.size else None)
-    return _joined(rollout, [part for part in told if part is not None])
+        messages = processes.gather(_to_message(score(rollout.take(mine))) if mine.size else None)
+    return _from_messages(rollout, [part for part in messages if part is not None])
 
 
-def _told(part: ScoredRollout) -> dict:
+def _to_message(part: ScoredRollout) -> dict:
     return {
         "rewards": part.rewards.tolist(),
         "by_function": part.by_function.tolist(),
@@ -131,7 +133,7 @@ def _told(part: ScoredRollout) -> dict:
     }
 
 
-def _joined(rollout: Rollout, parts: list[dict]) -> ScoredRollout:
+def _from_messages(rollout: Rollout, parts: list[dict]) -> ScoredRollout:
     def stacked(name, dtype=np.float64):
         return np.concatenate([np.array(part[name], dtype) for part in parts])
 
