@@ -116,8 +116,7 @@ class Trainer(abc.ABC):
         """
 
     def initial_params(self):
-        """`params` for `create_train_state`, which may use them up: a copy, or with
-        `donate_params` the very arrays; None where there are none."""
+        """`params` for `create_train_state` to use up: copied unless `donate_params`; or None."""
         return self.params if self.donate_params else copy_tree(self.params)
 
     def make_batches(self, state: TrainState, item) -> Iterable:
@@ -263,12 +262,7 @@ class Trainer(abc.ABC):
         Raises:
           ValueError: neither `key` nor `state`, or both; or the loader gave nothing to train on.
         """
-        if (state is None) == (key is None):
-            raise ValueError(
-                "train needs either a key, such as jax.random.key(0), to begin with, or a state to "
-                f"go on from, got {'neither' if key is None else 'both'}. A state holds its key."
-            )
-        state = self.create_train_state(key) if state is None else state
+        state = _state_to_begin_with(self, key, state)
         event = _first_event(self, state, train_loader, num_epochs, max_steps, progress)
         saved = None if progress is None else event.step
         with Interrupt() as interrupt, contextlib.ExitStack() as stack:
@@ -327,6 +321,13 @@ class Trainer(abc.ABC):
                 checkpointer.wait()
             _call("on_train_end", event)
         return event.state
+
+
+def _state_to_begin_with(trainer: Trainer, key, state) -> TrainState:
+    if (state is None) == (key is None):
+        got = "neither" if key is None else "both"
+        raise ValueError(f"train needs a key, jax.random.key(0) say, or a state, got {got}.")
+    return trainer.create_train_state(key) if state is None else state
 
 
 def _first_event(trainer, state, loader, num_epochs, max_steps, progress) -> Event:
