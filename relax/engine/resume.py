@@ -59,4 +59,15 @@ def check_same_config(old: Mapping, new: Mapping, allow: Iterable[str] = ()) -> 
 
 def _as_json(fields: Mapping, name: str) -> str:
     """A field as config.json has it, so that a tuple equals the list it was written as."""
-    return json.dumps(fields[name], sort_keys=True, default=str) if name in fields else "(absent)"
+    if name not in fields:
+        return "(absent)"
+    return json.dumps(_plain(fields[name]), sort_keys=True, default=str)
+
+
+def _plain(value):
+    """A value whose whole numbers are integers: 1.0, read from a file, is the 1 of a notebook."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
