@@ -55,7 +55,7 @@ _SAMPLER = "completions come from the built-in sampler, which shares the model's
 _TRANSFORMERS = "models run in JAX and take no keyword arguments of transformers"
 _TRACKERS = "set the tracker's own environment variables"
 _LOGS = "each run prints the same lines and writes metrics.jsonl"
-_MOE = "no auxiliary loss is added to mixture-of-experts models"
+_MOE = "the coefficient is router_aux_loss_coef in the model's config.json"
 _ALGORITHM = "this variant of the loss is not implemented"
 _IMAGES = "only text is trained on"
 _CALLS = "the number of turns is the environment's; see docs/rewards.md"
@@ -65,7 +65,7 @@ ADVICE = {
     "activation_checkpointing": "use --gradient_checkpointing",
     "activation_checkpointing_kwargs": "use --gradient_checkpointing_policy",
     "activation_offloading": "use --gradient_checkpointing to save memory",
-    "auto_find_batch_size": "--dry_run tells whether a batch fits into memory",
+    "auto_find_batch_size": "--dry_run shows whether a batch fits into memory",
     "average_tokens_across_devices": "not needed: losses are always averaged over all tokens",
     "batch_eval_metrics": "not needed: metrics are computed batch by batch",
     "bf16": "use --dtype bfloat16",
@@ -104,7 +104,7 @@ ADVICE = {
     "group_by_length": "use --packing, which leaves no padding",
     "half_precision_backend": "use --dtype bfloat16",
     "ignore_bias_buffers": _SHARDING,
-    "ignore_data_skip": "a resumed run always goes on at its place in the data, without rereading",
+    "ignore_data_skip": "a resumed run always continues at its place in the data, without rereading",
     "include_for_metrics": _LOGS,
     "include_num_input_tokens_seen": "not needed: the number of tokens is always logged",
     "include_tokens_per_second": "not needed: tokens per second are always logged",
@@ -157,7 +157,7 @@ ADVICE = {
     "save_on_each_node": "processes share one --output_dir",
     "save_only_model": "final/ holds the model alone; checkpoints hold the whole state",
     "save_safetensors": "not needed: models are always saved as safetensors",
-    "skip_memory_metrics": "not needed: --dry_run tells the memory",
+    "skip_memory_metrics": "not needed: --dry_run shows the memory",
     "tf32": "set JAX_DEFAULT_MATMUL_PRECISION in the environment",
     "tokenizer_name": "the tokenizer is that of --model_name_or_path",
     "tokenizer_name_or_path": "the tokenizer is that of --model_name_or_path",
@@ -166,7 +166,6 @@ ADVICE = {
     "train_sampling_strategy": "use --shuffle_dataset; --packing groups rows by length",
     "trust_remote_code": "code that comes with a model is never run",
     "use_adaptive_entropy": _ALGORITHM,
-    "use_bias_correction_kl": _ALGORITHM,
     "use_bnb_nested_quant": _QUANTISED,
     "use_cache": "not needed: sampling always uses a KV cache, training never",
     "use_cpu": "set JAX_PLATFORMS=cpu in the environment to run on the CPU",
