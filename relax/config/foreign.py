@@ -104,7 +104,7 @@ ADVICE = {
     "group_by_length": "use --packing, which leaves no padding",
     "half_precision_backend": "use --dtype bfloat16",
     "ignore_bias_buffers": _SHARDING,
-    "ignore_data_skip": "a resumed run always continues at its place in the data, without rereading",
+    "ignore_data_skip": "a resumed run always continues at its place in the data",
     "include_for_metrics": _LOGS,
     "include_num_input_tokens_seen": "not needed: the number of tokens is always logged",
     "include_tokens_per_second": "not needed: tokens per second are always logged",
