@@ -165,7 +165,7 @@ class MetricsLog(Callback):
                 record["eps"] = episodes / (step_s * len(self._window))
 
     def _emit(self, event: Event, metrics: dict) -> None:
-        record = {"step": event.step}
+        record: dict[str, float] = {"step": event.step}
         if event.epochs_done is not None:
             record["epoch"] = round(event.epochs_done, 6)
         record |= metrics | {"elapsed_s": time.monotonic() - self._start_s}

@@ -141,6 +141,7 @@ def questions_of(loader, tokenizer, count: int) -> list[Question]:
       loader: a loader of `relax.data`; any other has no questions.
       tokenizer: the tokenizer of its rows.
     """
+    parts: list[tuple[np.ndarray, np.ndarray | None]]
     if isinstance(loader, DataLoader):
         rows = [loader.examples[i] for i in _spread(len(loader.examples), count)]
         parts = [_split(np.asarray(row.input_ids), np.asarray(row.labels)) for row in rows]

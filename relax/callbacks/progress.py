@@ -52,6 +52,7 @@ _IN_BAR = ("loss", "reward", "tokens_per_second")
 _BAR_WIDTH = 10
 _ROLLOUT = "rollout"
 _SAY_EVERY_S, _SAY_FROM_S = 5.0, 2.0
+_CACHE_DIR = "jax_compilation_cache_dir"
 
 
 class TimeLeft:
@@ -136,12 +137,13 @@ class Progress(Callback):
         if shape in self._shapes:
             return
         self._shapes.add(shape)
-        sizes = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
-        rows = " x ".join(map(str, max(sizes, key=lambda size: len(size))))
+        sizes: set[tuple[int, ...]] = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
+        longest = max(sizes, key=len)
+        rows = " x ".join(map(str, longest))
         self._compiling = (rows, time.monotonic())
         self._left.pause()
         self._begin(f"compiling the train step for {rows}")
-        cache = jax.config.jax_compilation_cache_dir
+        cache = getattr(jax.config, _CACHE_DIR)
         if cache and len(self._shapes) == 1:
             self._print(f"compiled programs are kept in '{cache}' for the next run")
         self._print(f"compiling the train step for batches of {rows} ...")

@@ -219,7 +219,7 @@ def all_angles(
     """The angles of tokens at `positions` `[B, T]` for each kind of rope in a model, and None."""
     R = config.rotary_dim or config.head_dim
     angles: dict[Rope | None, Angles | None] = {None: None}
-    for rope in {kind.rope for kind in config.layers} - {None}:
+    for rope in {kind.rope for kind in config.layers if kind.rope is not None}:
         angles[rope] = rotary_angles(positions, rope, R, segment_ids)
     return angles
 

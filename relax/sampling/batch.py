@@ -161,7 +161,7 @@ class Batch:
                 continue
             count, before = int(segment.drawn[place]), len(row.tokens)
             row.tokens += segment.tokens[:count, place].tolist()
-            logprobs = segment.logprobs[:count, place]
+            logprobs = np.asarray(segment.logprobs[:count, place])
             _check_finite(row, logprobs)
             row.logprobs += logprobs.tolist()
             self._end(row, before, bool(segment.ended[place]))

@@ -39,7 +39,8 @@ def evaluate(trainer, state, loader, max_batches: int | None, items) -> Evaluati
       ValueError: a loader gave no batch.
     """
     sets = loader if isinstance(loader, Mapping) else {"": loader}
-    params, parts, found = state.eval_params, {}, {}
+    params, parts = state.eval_params, {}
+    found: dict[str, float] = {}
     for name, one in sets.items():
         given = [
             trainer.evaluate_item(state, params, item, i)

@@ -31,4 +31,4 @@ def items_of(loader, epoch: int, start: int) -> Iterator:
 
 def is_due(every: int | None, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
-    return bool(every) and after // every > before // every
+    return every is not None and every != 0 and after // every > before // every

@@ -353,9 +353,9 @@ class PPOTrainer(RLTrainer):
         ends = state.step % self.updates_per_item == 0
         if self.kl_target is not None:
             count = batch.mask.shape[0] * batch.mask.shape[1] * self._updates_per_pass
-            bounds = {"horizon": self.kl_horizon, "count": count}
-            after = adapt_kl_coef(control["kl_coef"], batch.kl[0], target=self.kl_target, **bounds)
-            control["kl_coef"] = jnp.where(ends, after, control["kl_coef"])
+            before, kl, horizon = control["kl_coef"], batch.kl[0], self.kl_horizon
+            after = adapt_kl_coef(before, kl, target=self.kl_target, horizon=horizon, count=count)
+            control["kl_coef"] = jnp.where(ends, after, before)
         if "stopped" in control:
             control["stopped"] &= ~ends
         return dataclasses.replace(state, control=control), metrics

@@ -26,8 +26,8 @@ from relax import parallel
 from relax.models.trainable import merge
 from relax.optimizers import optimizers
 from relax.trainers import callback as hooks
-from relax.trainers import evaluation
 from relax.trainers.callback import Event
+from relax.trainers.evaluation import Evaluation, evaluate
 from relax.trainers.interrupt import Interrupt, Interrupted
 from relax.trainers.items import is_due, items_of
 from relax.trainers.state import TrainState, copy_tree
@@ -168,7 +168,7 @@ class Trainer(abc.ABC):
             metrics["learning_rate"] = rate
         step = state.step + 1
         frozen = self.update_frozen(state.frozen, params, step)
-        state = state.replace(step=step, params=params, opt_state=opt_state, frozen=frozen)
+        state = replace(state, step=step, params=params, opt_state=opt_state, frozen=frozen)
         return parallel.constrain_tree(state), metrics
 
     def evaluate_batch(self, params, frozen, batch) -> LossOutput:
@@ -178,9 +178,7 @@ class Trainer(abc.ABC):
     def _loss(self, params, batch, **extras):
         return self.compute_loss(params, batch, **{name: extras[name] for name in self._extras})
 
-    def validate(
-        self, state: TrainState, loader, max_batches: int | None = None
-    ) -> evaluation.Evaluation:
+    def validate(self, state: TrainState, loader, max_batches: int | None = None) -> Evaluation:
         """Loss and metrics over a loader, weighted by items; no gradient, no dropout.
 
         Args:
@@ -196,11 +194,11 @@ class Trainer(abc.ABC):
           ValueError: if a loader gave no batch.
         """
         event = Event(self, state, int(state.step))
-        return _validate(event, loader, max_batches).metrics
+        return _validate(event, loader, max_batches)[1]
 
-    def _evaluate(self, state: TrainState, loader, max_batches: int | None):
+    def _evaluate(self, state, loader, max_batches: int | None) -> Evaluation:
         items = functools.partial(items_of, epoch=0, start=0)
-        return evaluation.evaluate(self, state, loader, max_batches, items)
+        return evaluate(self, state, loader, max_batches, items)
 
     def evaluate_item(self, state: TrainState, params, item, index: int) -> Any:
         """The result of one item of an evaluation loader, for `reduce_evaluation`.
@@ -264,14 +262,14 @@ class Trainer(abc.ABC):
         """
         state = _state_to_begin_with(self, key, state)
         event = _first_event(self, state, train_loader, num_epochs, max_steps, progress)
-        saved = None if progress is None else event.step
+        epoch, saved = event.epoch or 0, None if progress is None else event.step
         with Interrupt() as interrupt, contextlib.ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.close)
             if checkpointer is not None:
                 stack.callback(checkpointer.wait)
             interrupt.arm()
-            evaluate = functools.partial(_validate_once, eval_loader, max_eval_batches, interrupt)
+            validate = functools.partial(_validate_once, eval_loader, max_eval_batches, interrupt)
 
             def is_over(event: Event) -> bool:
                 interrupt.agree()
@@ -281,11 +279,11 @@ class Trainer(abc.ABC):
             event = _call("on_train_begin", event)
             dropped = progress is not None and _dropped_evaluation(event, eval_steps)
             if dropped or (eval_on_start and event.step == 0):
-                event = evaluate(event)
-            while event.epoch < num_epochs and not is_over(event):
+                event = validate(event)
+            while epoch < num_epochs and not is_over(event):
                 if event.position == 0:
                     event = _call("on_epoch_begin", event)
-                for item in items_of(train_loader, event.epoch, event.position):
+                for item in items_of(train_loader, epoch, event.position):
                     if is_over(event):
                         break
                     before, whole = event.step, event
@@ -304,18 +302,19 @@ class Trainer(abc.ABC):
                         break
                     event = replace(event, batch=None, records=(), metrics={})
                     if is_due(eval_steps, before, event.step):
-                        event = evaluate(event)
+                        event = validate(event)
                     if is_due(save_steps, before, event.step):
                         event, saved = _save(checkpointer, event), event.step
                 else:  # the loader has ended: the epoch is done
                     event = _call("on_epoch_end", _require_batches(event))
                     if eval_steps is None:
-                        event = evaluate(event)
-                    event = replace(event, epoch=event.epoch + 1, position=0)
+                        event = validate(event)
+                    epoch += 1
+                    event = replace(event, epoch=epoch, position=0)
                     if save_steps == 0:
                         event, saved = _save(checkpointer, event), event.step
             if interrupt.requested is None:
-                event = evaluate(event)
+                event = validate(event)
             if checkpointer is not None:
                 event = event if saved == event.step else _save(checkpointer, event)
                 checkpointer.wait()
@@ -373,7 +372,7 @@ def _validate_once(loader, most: int | None, interrupt: Interrupt, event: Event)
     if loader is None or event.evaluated == event.step:
         return event
     with contextlib.suppress(Interrupted):  # dropped: a resumed run validates
-        done = _validate(event, loader, most, interrupt.dropping())
+        done, _ = _validate(event, loader, most, interrupt.dropping())
         return replace(done, metrics={}, evaluated=event.step)
     return event
 
@@ -381,15 +380,15 @@ def _validate_once(loader, most: int | None, interrupt: Interrupt, event: Event)
 def _dropped_evaluation(event: Event, eval_steps: int | None) -> bool:
     """Whether an evaluation was due where a resumed run was stopped; it may have been made."""
     before = max(event.step - event.trainer.updates_per_item, 0)
-    at_epoch_end = event.position == 0 and event.epoch > 0
+    at_epoch_end = event.position == 0 and bool(event.epoch)
     return at_epoch_end if eval_steps is None else is_due(eval_steps, before, event.step)
 
 
-def _validate(event: Event, loader, most: int | None, within=None) -> Event:
+def _validate(event: Event, loader, most: int | None, within=None) -> tuple[Event, Evaluation]:
     event = _call("on_validation_begin", event)
     with within or contextlib.nullcontext():
         metrics = event.trainer._evaluate(event.state, loader, most)
-    return _call("on_validation_end", replace(event, metrics=metrics))
+    return _call("on_validation_end", replace(event, metrics=metrics)), metrics
 
 
 def _save(checkpointer, event: Event) -> Event:

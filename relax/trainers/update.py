@@ -4,6 +4,7 @@ A loss function here is `f(params, micro_batch, index) -> LossOutput`, index the
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -63,7 +64,7 @@ def as_loss_output(loss) -> LossOutput:
     else:
         output = LossOutput(loss=loss)
     weight = jax.lax.stop_gradient(jnp.asarray(output.weight, jnp.float32))
-    return output.replace(loss=jnp.asarray(output.loss), weight=weight)
+    return replace(output, loss=jnp.asarray(output.loss), weight=weight)
 
 
 def split_micro_batches(batch, count: int):

@@ -17,7 +17,7 @@ import numpy as np
 from relax import parallel
 from relax.config.text import join_some
 from relax.errors import ModelLoadError
-from relax.models.config import LoRA
+from relax.models.config import LoRA, TransformerConfig
 from relax.models.families import family_of
 from relax.models.families.family import LAYER
 from relax.models.huggingface import shards
@@ -156,7 +156,8 @@ def save_adapter(
         tensors |= zip(_tensor_names(name), (a, b), strict=True)
     if not processes.is_main():
         return Path(path)
-    fields = _fields(model, list(modules), ranks) | {"base_model_name_or_path": base}
+    fields = _fields(model.config, model.lora, list(modules), ranks)
+    fields["base_model_name_or_path"] = base
     with new_directory(path) as (temporary, final):
         shards.write_shard(temporary / WEIGHTS, tensors)
         if tokenizer is not None:
@@ -201,7 +202,9 @@ def _joined(pairs, widths):
     return np.ascontiguousarray(np.concatenate(a)), b
 
 
-def _fields(model: Transformer, modules: list[str], ranks: dict[str, int]) -> dict:
+def _fields(
+    config: TransformerConfig, lora: LoRA, modules: list[str], ranks: dict[str, int]
+) -> dict:
     """adapter_config.json.
 
     PEFT 0.21 with transformers 5 takes every target of a model with experts that ends in
@@ -213,8 +216,7 @@ def _fields(model: Transformer, modules: list[str], ranks: dict[str, int]) -> di
     def number(value):
         return int(value) if value == int(value) else value
 
-    lora = model.lora
-    by_weight = [n for n in ranks if model.config.num_experts and ".mlp." in n]
+    by_weight = [n for n in ranks if config.num_experts and ".mlp." in n]
     if by_weight and lora.dropout:
         warnings.warn(
             f"lora_dropout {lora.dropout} is written as 0: PEFT has none for the dense layers of "
