@@ -130,7 +130,7 @@ def _has_argument_structs(shape: Shape) -> bool:
     for step in (0, "tool_calls", 0):
         if not isinstance(shape, list if step == 0 else dict):
             return False
-        shape = shape[0] if step == 0 else shape.get(step)
+        shape = shape[0] if isinstance(shape, list) else shape.get(step)
     call = shape.get("function", shape) if isinstance(shape, dict) else None
     return isinstance(call, dict) and isinstance(call.get("arguments"), dict)
 
@@ -180,14 +180,14 @@ def _permits_null(schema: Mapping) -> bool:
     )
 
 
-def _schemas(tools) -> dict[str, dict]:
+def _schemas(tools) -> dict[Any, dict]:
     """The parameters of each function of `tools`."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except ValueError:
             return {}
-    schemas = {}
+    schemas: dict[Any, dict] = {}
     for tool in tools if isinstance(tools, list) else ():
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if isinstance(function, dict) and isinstance(function.get("parameters"), dict):
@@ -195,7 +195,7 @@ def _schemas(tools) -> dict[str, dict]:
     return schemas
 
 
-def _clean_calls(messages: list, given: list, schemas: dict[str, dict]) -> None:
+def _clean_calls(messages: list, given: list, schemas: dict[Any, dict]) -> None:
     """Decides on the null arguments of calls whose function is known, in place."""
     for message, original in zip(messages, given, strict=True):
         calls = message.get("tool_calls") if isinstance(message, dict) else None

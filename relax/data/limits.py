@@ -1,6 +1,7 @@
 """Limits on rows and chat templates, which may come from anywhere; docs/data.md lists them."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from relax.errors import ConfigError, DataError
@@ -80,7 +81,7 @@ def check_values(value, where: str, limits: Limits) -> None:
                     f"max_json_depth={limits.max_json_depth} levels deep: flatten the row, or "
                     "raise --max_json_depth."
                 )
-            items = item
+            items: Iterable = item
             if isinstance(item, dict):
                 for key in item:
                     if isinstance(key, str):

@@ -96,12 +96,12 @@ class DataLoader:
 
     def _batch(self, chosen: np.ndarray, places: np.ndarray | None) -> dict[str, np.ndarray]:
         longest = self.row_lengths[chosen].max()
-        places = range(self.batch_size) if places is None else places
+        own = range(self.batch_size) if places is None else places.tolist()
         rows = [
             [self._piece(segment) for segment in self.rows[chosen[place]]]
             if place < len(chosen)
             else []
-            for place in places
+            for place in own
         ]
         return collate(rows, next(n for n in self.bucket_lengths if n >= longest))
 
@@ -126,16 +126,16 @@ def _pack_rows(examples: Examples, packing: str | None, max_length: int | None):
     lengths = examples.lengths
     if not len(lengths) or not lengths.sum():
         raise DataError("a loader needs at least one example with a token, got none.")
-    if packing and max_length is None:
-        raise ConfigError("packing needs max_length, the number of tokens of a packed row.")
     if max_length is not None and packing in (None, "bfd") and lengths.max() > max_length:
         raise DataError(
             f"example {int(lengths.argmax())} has {lengths.max()} tokens, max_length={max_length}: "
             "truncate it before (prepare does), or pack with bfd_split."
         )
-    if packing:
-        return pack(lengths, max_length, packing)
-    return [[Segment(i, 0, int(length))] for i, length in enumerate(lengths) if length]
+    if not packing:
+        return [[Segment(i, 0, int(length))] for i, length in enumerate(lengths) if length]
+    if max_length is None:
+        raise ConfigError("packing needs max_length, the number of tokens of a packed row.")
+    return pack(lengths, max_length, packing)
 
 
 def _trained_tokens(examples: Examples, rows: list[list[Segment]]) -> list[int]:

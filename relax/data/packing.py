@@ -63,6 +63,7 @@ def _best_fit_decreasing(pieces: list[Segment], max_length: int) -> list[list[Se
     # logarithmic in their number, which is at most max_length.
     rows_with: dict[int, deque[list[Segment]]] = defaultdict(deque)
     spaces: list[int] = []
+    row: list[Segment]
     for piece in sorted(pieces, key=lambda p: p.start - p.stop):  # a stable sort, longest first
         length = piece.stop - piece.start
         found = bisect_left(spaces, length)

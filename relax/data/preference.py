@@ -127,14 +127,22 @@ class _PairTruncator:
 
     def __call__(self, item: Preference, i: int) -> Preference | None:
         self._check(item, i)
+        kept = self._cut(item, i)
+        if isinstance(kept, str):
+            self.dropped[kept] += 1
+            return None
+        return kept
+
+    def _cut(self, item: Preference, i: int) -> Preference | str:
+        """The pair, cut where need be, or why it is dropped."""
         answers = (item.chosen, item.rejected)
         longest = max(map(len, answers))
         self.lengths.append(len(item.prompt) + longest)
         self.answer_lengths += map(len, answers)
         if self.is_pair and np.array_equal(*answers):
-            return self._drop("chosen equals rejected")
+            return "chosen equals rejected"
         if not self._is_trained(item):
-            return self._drop("no trained token")
+            return "no trained token"
         if self.max_length is None or len(item.prompt) + longest <= self.max_length:
             return item
         if self.mode == "error":
@@ -144,22 +152,21 @@ class _PairTruncator:
                 "cuts or drops."
             )
         if self.mode == "drop":
-            return self._drop("longer than max_length")
+            return "longer than max_length"
         if self.mode == "keep_end":
             room = self.max_length - longest
             if room < 1:
-                return self._drop("an answer fills max_length")
+                return "an answer fills max_length"
             self.truncated += 1
             return item._replace(prompt=item.prompt[-room:])
         room = self.max_length - len(item.prompt)
         if room < 1:
-            return self._drop("the prompt fills max_length")
-        answers = [answer[:room] for answer in answers]
-        if self.is_pair and np.array_equal(*answers):
-            return self._drop("no difference within max_length")
-        item = item._replace(chosen=answers[0], rejected=answers[1])
+            return "the prompt fills max_length"
+        item = item._replace(chosen=item.chosen[:room], rejected=item.rejected[:room])
+        if self.is_pair and np.array_equal(item.chosen, item.rejected):
+            return "no difference within max_length"
         if not self._is_trained(item):
-            return self._drop("no trained token within max_length")
+            return "no trained token within max_length"
         self.truncated += 1
         return item
 
@@ -168,11 +175,13 @@ class _PairTruncator:
         least = 1 if len(item.prompt) or self.judges else 2
         return min(len(item.chosen), len(item.rejected)) >= least
 
-    def _drop(self, reason: str) -> None:
-        self.dropped[reason] += 1
-
     def _check(self, item: Preference, i: int) -> None:
-        for part, what in zip(item, ("prompt", "chosen answer", "rejected answer"), strict=False):
+        parts = {
+            "prompt": item.prompt,
+            "chosen answer": item.chosen,
+            "rejected answer": item.rejected,
+        }
+        for what, part in parts.items():
             if not len(part) and what != "prompt":
                 raise DataError(
                     f"{self.rows.origin(i)}: the {what} has no token: an answer needs one to be "

@@ -1,7 +1,7 @@
 """Pairs of answers and labelled answers: their formats, and their tokens with nothing cut."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,13 +72,13 @@ class PairEncoder:
     def __iter__(self) -> Iterator[Preference]:
         if self.format.name == "tokens":
             for i, row in enumerate(self.rows.rows):
-                parts = row
+                columns = row
                 if "prompt_ids" not in self.format.columns:
                     split = split_prompt(row["chosen_ids"], row["rejected_ids"], may_be_empty=True)
-                    parts = {f"{name}_ids": ids for name, ids in split.items()}
-                self._check_prompt(parts["prompt_ids"], i)
-                arrays = [np.asarray(parts[name], np.int32) for name in TOKENS]
-                yield Preference(*arrays, margin=self._margin(row))
+                    columns = {f"{name}_ids": ids for name, ids in split.items()}
+                self._check_prompt(columns["prompt_ids"], i)
+                prompt, chosen, rejected = (np.asarray(columns[n], np.int32) for n in TOKENS)
+                yield Preference(prompt, chosen, rejected, margin=self._margin(row))
             return
         for first in range(0, len(self.rows), CHUNK):
             places = range(first, min(first + CHUNK, len(self.rows)))
@@ -89,8 +89,8 @@ class PairEncoder:
                 texts = self.renderer.texts(texts)
             # Templates write their own special tokens.
             all_ids = iter(tokenize(self.tokenizer, texts, special=not chat))
-            for i, row in zip(places, parts, strict=True):
-                yield self._item([next(all_ids) for _ in row], i)
+            for i, one in zip(places, parts, strict=True):
+                yield self._item([next(all_ids) for _ in one], i)
 
     def _parts(self, row: dict, where: str) -> list:
         """The prompt, if there is one, and it with each answer: texts, or conversations."""
@@ -114,9 +114,9 @@ class PairEncoder:
         length = min(common_length(prompt, whole) for whole in wholes)
         self.merged += length < len(prompt)
         answers = [np.array(whole[length:], np.int32) for whole in wholes]
-        row, prompt = self.rows.rows[i], np.array(prompt[:length], np.int32)
+        row, shared = self.rows.rows[i], np.array(prompt[:length], np.int32)
         label = self.is_pair or row["label"]
-        return Preference(prompt, answers[0], answers[-1], label, self._margin(row))
+        return Preference(shared, answers[0], answers[-1], label, self._margin(row))
 
     def _check_prompt(self, prompt: list[int], i: int) -> None:
         if not prompt and not self.judges:
@@ -161,7 +161,7 @@ def find_format(row: dict, where: str, judges: bool = False, columns: Iterable[s
 def _check(row: dict, found: Format, where: str) -> None:
     if found.name == "tokens":
         for name in found.columns:
-            value = row.get(name)
+            value: Any = row.get(name)
             value = value.tolist() if hasattr(value, "tolist") else value
             if not isinstance(value, list) or not all(
                 type(item) is int and abs(item) < 2**31 for item in value

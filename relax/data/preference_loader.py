@@ -85,8 +85,10 @@ class PreferenceLoader:
         return -(-len(self.rows) // self.batch_size)
 
     @property
-    def fill(self) -> float:
-        """The share of a packed row's places that hold a token."""
+    def fill(self) -> float | None:
+        """The share of a packed row's places that hold a token; None in the plain layout."""
+        if self.packed_length is None:
+            return None
         return self.num_tokens / (len(self.rows) * self.packed_length)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -116,7 +118,7 @@ class PreferenceLoader:
             index[i, : len(row)] = row
         index = index if packs else index[:, 0]  # [B, K] or [B]
         chosen = [[items[i] for i in row] for row in rows]
-        if packs:
+        if self.packed_length is not None:
             batch = _packed(chosen, self.packed_length, self.pairs_per_row)
         else:
             longest = [row[0] for row in chosen if row]

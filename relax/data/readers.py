@@ -97,7 +97,7 @@ def _read_csv(path: Path, limits: Limits) -> FileRows:
                 got = sum(value is not None for value in row.values()) + len(row.get(None) or ())
                 raise DataError(
                     f"{where}: the row has {got - (None in row)} cells, the first line names "
-                    f"{len(reader.fieldnames)} columns."
+                    f"{len(reader.fieldnames or ())} columns."
                 )
             rows.append({name: value or None for name, value in row.items()})
             numbers.append(line)
@@ -202,7 +202,8 @@ def _read_arrow(path: Path, limits: Limits) -> FileRows:
 
 
 def _arrow_rows(path: Path, schema, batches) -> FileRows:
-    shapes, rows = shape_of_schema(schema), []
+    shapes = shape_of_schema(schema)
+    rows: list[dict] = []
     for batch in batches:
         for row in batch.to_pylist():
             where = f"{path}:{len(rows) + 1}"

@@ -69,8 +69,8 @@ def read_rows(
                 f"{dataset!r} has no configurations, got {config!r}: pass dataset_kwargs instead."
             )
         made, faults = task_rows_and_faults(dataset, split, options)
-        rows = _python_rows(made, split, limits)
-        return Rows(rows.rows, rows.origin, (*faults, *rows.notes))
+        read = _python_rows(made, split, limits)
+        return Rows(read.rows, read.origin, (*faults, *read.notes))
     if options:
         raise ConfigError(
             f"dataset_kwargs are options of reasoning_gym tasks, got {dict(options)} for a data "
@@ -215,7 +215,8 @@ def _python_rows(dataset, split: str, limits: Limits) -> Rows:
         raise DataError("the data set has no rows.")
     rows = [row if isinstance(row, dict) else dict(row) for row in rows]
     features = getattr(dataset, "features", None)
-    if hasattr(features, "to_dict"):  # of the `datasets` library, which reads JSON columns itself
+    if features is not None and hasattr(features, "to_dict"):
+        # Of the `datasets` library, which reads JSON columns itself.
         rows = without_aligned_nulls(rows, shape_of_features(features.to_dict(), json_shape=None))
     normal, notes = normalize(rows, _row_number, limits)
     return Rows(normal, _row_number, notes)

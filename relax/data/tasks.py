@@ -13,13 +13,20 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from relax.errors import ConfigError, DataError
 
 PREFIX = "reasoning_gym/"
 
 # Options of the rows, beside those of the task itself.
-_OWN = {"size": 500, "test_size": 100, "seed": 42, "prompt": "{question}", "conversational": True}
+_OWN: dict[str, Any] = {
+    "size": 500,
+    "test_size": 100,
+    "seed": 42,
+    "prompt": "{question}",
+    "conversational": True,
+}
 ROUNDS = 4  # draws of so many times the rows asked for, at most
 _PROBED = 10  # rows whose scorer is asked about wrong answers
 _NUMBER = re.compile(r"-?[0-9]{1,15}(\.[0-9]+)?")

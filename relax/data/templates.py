@@ -291,6 +291,8 @@ class _Worker:
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is the parent's
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         if self._read() != "ready":
             raise RuntimeError(
                 "the process that renders chat templates did not start, exit code "
@@ -315,18 +317,18 @@ class _Worker:
 
     def _write(self, line: str) -> None:
         try:
-            self.process.stdin.write(line.encode() + b"\n")
-            self.process.stdin.flush()
+            self.stdin.write(line.encode() + b"\n")
+            self.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended, which reading tells
 
     def _read(self):
-        line = self.process.stdout.readline()
+        line = self.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
     def close(self) -> int:
         """Ends the process; returns its exit status, negative for a signal."""
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.stdin, self.stdout):
             try:
                 pipe.close()
             except OSError:
@@ -344,10 +346,14 @@ _workers: dict[tuple, _Worker] = {}
 
 def _worker_of(limits: Limits) -> _Worker:
     """The worker of this process with these limits."""
-    key = (os.getpid(), limits.template_timeout_s, limits.template_memory_mib)
-    key += (limits.template_output_ratio,)
+    key = (
+        os.getpid(),
+        limits.template_timeout_s,
+        limits.template_memory_mib,
+        limits.template_output_ratio,
+    )
     worker = _workers.get(key)
-    if worker is None or worker.process.poll() is not None or worker.process.stdin.closed:
+    if worker is None or worker.process.poll() is not None or worker.stdin.closed:
         worker = _workers[key] = _Worker(limits)
     return worker
 

@@ -109,5 +109,5 @@ def _read_template(path: Path) -> str:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]

@@ -33,7 +33,8 @@ def leading_tokens(tokenizer) -> list[int]:
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    chunk, size = [], 0
+    chunk: list[str] = []
+    size = 0
     for text in texts:
         if chunk and size + len(text) > _CHUNK_CHARACTERS:
             yield chunk

@@ -173,7 +173,8 @@ def _measured_once(series: dict[str, tuple[list[float], list[float]]]) -> dict[s
 def _series(name: str, values, named: bool) -> Series:
     plain = name.removesuffix("/mean").replace("completions/", "")
     plain = plain.removeprefix("rewards/").removeprefix(TIME)
-    return Series(plain if named else name, *values, points=name.startswith("eval_"))
+    xs, ys = values
+    return Series(plain if named else name, xs, ys, points=name.startswith("eval_"))
 
 
 def accuracy(run: Run) -> tuple[list[int], list[float]] | None:
@@ -283,7 +284,8 @@ def environment(run: Run) -> str:
 def configuration(run: Run, characters: int) -> str:
     """The options that differ from their defaults, and all options by section, folded away."""
     defaults = default_values(run.algorithm)
-    out, given = "", {}
+    out = ""
+    given: dict[str, Any] = {}
     for section, fields in run.config.items():
         if isinstance(fields, dict):
             changed = {n: v for n, v in fields.items() if n in defaults and v != defaults[n]}

@@ -185,8 +185,8 @@ def gather(
     extras = {column: values for s in scores for column, values in s.extras.items()}
     metrics: dict[str, list[float]] = {}
     for function, s in zip(names, scores, strict=True):
-        for name, values in s.metrics.items():
-            metrics.setdefault(metric_name(function, name), []).extend(values)
-    means = {name: math.fsum(values) / len(values) for name, values in metrics.items()}
+        for name, numbers in s.metrics.items():
+            metrics.setdefault(metric_name(function, name), []).extend(numbers)
+    means = {name: math.fsum(numbers) / len(numbers) for name, numbers in metrics.items()}
     total = weighted_total(rewards, weights)
     return RewardBatch(rewards, total, failures, seconds, extras, means, printed)

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from relax.data.formats import FormatOptions, conversation
 
@@ -23,8 +23,8 @@ class DataProfile(abc.ABC):
       instruction: what prompts ask for, if anything.
     """
 
-    columns: ClassVar[tuple[str, ...]] = REASONING
-    instruction: ClassVar[str] = ""
+    columns: tuple[str, ...] = REASONING
+    instruction: str = ""
 
     @abc.abstractmethod
     def prepare_messages(self, example: Mapping[str, Any]) -> list[Message]:
@@ -46,7 +46,7 @@ class DataProfile(abc.ABC):
 class Rewriting(DataProfile):
     """Base of profiles that ask for something in the first prompt and rewrite every answer."""
 
-    system: ClassVar[str] = ""  # what is added to a system prompt
+    system: str = ""  # what is added to a system prompt
 
     def rewrite(self, answer: str) -> str:
         """An answer in the form that `instruction` asks for; one that has it stays as it is."""
