@@ -141,7 +141,7 @@ def test_no_flag_reads_as_the_negation_of_another():
 
 
 def test_no_arguments_start_with_the_defaults():
-    assert started() == SFTConfig().replace(**SFTConfig.embedded)
+    assert started() == SFTConfig().replace(**SFTConfig.demo)
 
 
 READ = [
@@ -264,8 +264,8 @@ REFUSED = [
     (["--learning_rate", "-inf"], "--learning_rate must be a finite number, got '-inf'"),
     (["--learning_rate", "nan"], "--learning_rate must be a finite number, got 'nan'"),
     (["--dtype", "fp32"], "--dtype must be one of float32, bfloat16, got 'fp32'"),
-    (["--output_dir="], "--output_dir must not be empty: leave it away to have the default"),
-    (["--output_dir", ""], "--output_dir must not be empty: leave it away to have the default"),
+    (["--output_dir="], "--output_dir must not be empty: omit it to use the default"),
+    (["--output_dir", ""], "--output_dir must not be empty: omit it to use the default"),
     (["--allow_config_change=a,,b"], "--allow_config_change must be a list a,b without empty"),
     (["--allow_config_change=[1]"], "--allow_config_change must be a list of texts, got [1]"),
     (["--allow_config_change=[a"], "--allow_config_change must be a,b or a JSON list, got '[a'"),
@@ -278,7 +278,7 @@ REFUSED = [
     (["--config"], "--config needs a value"),
     (["--no_packing", "false"], "--no_packing takes no value, got 'false': write --packing=false"),
     (["--nopacking=true"], "--nopacking takes no value, got 'true': write --packing=true"),
-    (["--no_seed"], "--no_seed negates what is not true or false: write --seed=VALUE"),
+    (["--no_seed"], "--no_seed negates an option that is not true or false: write --seed=VALUE"),
     # repeated flags, in any spelling
     (["--seed=1", "--seed=2"], "--seed is given twice. Give it once."),
     (["--test-size=0.1", "--test_size=0.1"],
@@ -354,7 +354,7 @@ def test_print_config_prints_what_a_config_file_reads_and_starts_nothing(tmp_pat
     assert json.loads(out)["hyperparams"]["seed"] == 7
     path = tmp_path / "run.json"
     path.write_text(out)
-    expected = SFTConfig().replace(**SFTConfig.embedded, seed=7, system_prompt="\u00fc\udc80")
+    expected = SFTConfig().replace(**SFTConfig.demo, seed=7, system_prompt="\u00fc\udc80")
     assert ConfigLoader(path).load() == expected
 
 

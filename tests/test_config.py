@@ -125,7 +125,7 @@ WRONG = [
     ({"max_length": "no"}, "max_length must be a whole number or none, got 'no' (a text)"),
     ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16' (a text)"),
     ({"dtype": []}, "dtype must be one of float32, bfloat16, got [] (a list)"),
-    ({"output_dir": ""}, "output_dir must not be empty: leave it away to have the default"),
+    ({"output_dir": ""}, "output_dir must not be empty: omit it to use the default"),
     ({"output_dir": None}, "output_dir must be a text, got None"),
     ({"allow_config_change": "seed"}, "allow_config_change must be a list of texts, got 'seed'"),
     ({"allow_config_change": [1]}, "allow_config_change must be a list of texts, got [1]"),
@@ -221,7 +221,7 @@ def test_option_that_a_sweep_may_hold_fixed_is_warned_of(fields, name):
 
 FREE = {"optim": "schedule_free_adamw"}
 CONTRADICTORY = [
-    (FREE, "optim schedule_free_adamw averages in place of a falling learning rate, got"),
+    (FREE, "optim schedule_free_adamw averages weights and needs no decay, got"),
     (
         FREE | {"lr_scheduler_type": "constant", "adam_beta1": 0},
         "adam_beta1 must be above 0 with optim schedule_free_adamw, got 0.0",
@@ -393,7 +393,7 @@ system_prompt: |
 
 def test_yaml_is_read_with_the_scalars_of_json(tmp_path):
     config = ConfigLoader(write(tmp_path, YAML, "run.yaml")).load()
-    assert diff(SFTConfig().replace(**SFTConfig.embedded), config) == [
+    assert diff(SFTConfig().replace(**SFTConfig.demo), config) == [
         ("learning_rate", 2e-3, 1e-4),
         ("seed", 42, 3),
         ("packing", False, True),
@@ -406,7 +406,7 @@ def test_yaml_is_read_with_the_scalars_of_json(tmp_path):
 def test_embedded_defaults_hold_where_nothing_is_named_and_yield_to_what_is_given():
     config = create_default_config(learning_rate=1e-3)
     assert config.hyperparams.learning_rate == 1e-3
-    assert config.hyperparams.max_steps == SFTConfig.embedded["max_steps"]
+    assert config.hyperparams.max_steps == SFTConfig.demo["max_steps"]
     assert create_default_config(num_train_epochs=2).hyperparams.max_steps == -1
     assert create_default_config(model_path="x").hyperparams == SFTConfig().hyperparams
     assert create_default_config(dataset_path="x").hyperparams == SFTConfig().hyperparams
@@ -414,8 +414,8 @@ def test_embedded_defaults_hold_where_nothing_is_named_and_yield_to_what_is_give
 
 
 BAD_FILES = [
-    ("a.json", '{"seed": 1, "seed": 2}', "key 'seed' stands there twice"),
-    ("a.json", '{"data": {"packing": true, "packing": true}}', "key 'packing' stands there twice"),
+    ("a.json", '{"seed": 1, "seed": 2}', "key 'seed' occurs twice"),
+    ("a.json", '{"data": {"packing": true, "packing": true}}', "key 'packing' occurs twice"),
     ("a.json", '{"learning_rate": NaN}', "numbers must be finite, got NaN"),
     ("a.json", '{"learning_rate": 1e999}', "learning_rate must be a finite number, got inf"),
     ("a.json", '{"seed": %s}' % ("1" * 5000), "a number has 5000 digits"),
@@ -427,7 +427,7 @@ BAD_FILES = [
     ("a.json", '{"seed": "5"}', "seed must be a whole number, got '5' (a text)"),
     ("a.json", '{"seed": 1.0}', "seed must be a whole number, got 1.0 (a number)"),
     ("a.json", '{"packng": true}', "unknown field packng. Did you mean packing?"),
-    ("a.yaml", "seed: 1\nseed: 2", "key 'seed' stands there twice"),
+    ("a.yaml", "seed: 1\nseed: 2", "key 'seed' occurs twice"),
     ("a.yaml", "seed: '5'", "seed must be a whole number, got '5' (a text)"),
     ("a.yaml", "seed: 0x10", "seed must be a whole number, got '0x10' (a text)"),
     ("a.yaml", "packing: yes", "packing must be true or false, got 'yes' (a text)"),

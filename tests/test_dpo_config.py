@@ -51,9 +51,9 @@ def test_what_has_an_effect_is_taken(fields):
 @pytest.mark.parametrize(
     "fields, reason",
     [
-        ({"loss_type": ["sigmiod"]}, "loss_type must be of sigmoid, .*, kto, got 'sigmiod'"),
+        ({"loss_type": ["sigmiod"]}, "loss_type must be one of sigmoid, .*, kto, got 'sigmiod'"),
         ({"loss_type": []}, "must name each loss once, got none"),
-        ({"loss_type": ["kto", "sft"]}, "kto takes no other loss beside it"),
+        ({"loss_type": ["kto", "sft"]}, "kto cannot be combined with another loss"),
         ({"loss_weights": [1.0, 2.0]}, "one per loss, got 2 for 1"),
         ({"loss_type": ["kto"], "loss_weights": [1.0]}, "kto has desirable_weight"),
         ({"loss_type": ["exo_pair"]}, "exo_pair needs label_smoothing above 0"),
@@ -76,11 +76,11 @@ def test_what_has_no_effect_or_contradicts_is_refused(fields, reason):
     "fields, reason",
     [
         ({"loss_type": ["hinge"], "label_smoothing": 0.1}, "label_smoothing has no effect"),
-        ({"simpo_gamma": 1.0}, "simpo_gamma has no effect: only simpo read"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma has no effect: only simpo use"),
         ({"desirable_weight": 2.0}, "desirable_weight has no effect"),
         ({"loss_type": ["sft"], "beta": 0.2}, "beta has no effect"),
-        ({"loss_type": ["orpo"], "precompute_ref_log_probs": True}, "orpo reads no reference"),
-        ({"loss_type": ["sft"], "sync_ref_model": True}, "loss_type sft reads no reference"),
+        ({"loss_type": ["orpo"], "precompute_ref_log_probs": True}, "orpo uses no reference"),
+        ({"loss_type": ["sft"], "sync_ref_model": True}, "loss_type sft uses no reference"),
     ],
 )
 def test_what_a_sweep_over_losses_may_hold_fixed_is_warned_of(fields, reason):

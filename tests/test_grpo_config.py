@@ -43,7 +43,7 @@ def test_the_list_of_flags_is_frozen():
 
 
 def test_the_embedded_run_and_the_plainest_run_are_valid():
-    GRPOConfig().replace(**GRPOConfig.embedded).validate()
+    GRPOConfig().replace(**GRPOConfig.demo).validate()
     config().validate()
 
 
@@ -74,11 +74,11 @@ REFUSED = [
     ({"ref_model_sync_steps": 5, "beta": 0.1}, "ref_model_sync_steps has no effect"),
     ({"ref_model_mixup_alpha": 0.5, "beta": 0.1}, "ref_model_mixup_alpha has no effect"),
     # sampling
-    ({"eval_temperature": 0.5}, "eval_temperature has no effect: no row is held out"),
-    ({"num_generations_eval": 2}, "num_generations_eval has no effect: no row is held out"),
-    ({"pass_reward": 0.5}, "pass_reward has no effect: no row is held out"),
+    ({"eval_temperature": 0.5}, "eval_temperature has no effect: no rows are held out"),
+    ({"num_generations_eval": 2}, "num_generations_eval has no effect: no rows are held out"),
+    ({"pass_reward": 0.5}, "pass_reward has no effect: no rows are held out"),
     ({"test_size": 2, "eval_temperature": 0.0, "num_generations_eval": 4},
-     "eval_temperature 0 draws the same completion again"),
+     "eval_temperature 0 always gives the same completion"),
     # ranges
     ({"temperature": 0.0}, "temperature must be above 0"),
     ({"beta": -0.1}, "beta must be at least 0"),
@@ -104,15 +104,15 @@ WARNED = [
     ({"kl_estimator": "k1"}, "kl_estimator has no effect: beta is 0"),
     ({"kl_in_reward": True}, "kl_in_reward has no effect: beta is 0"),
     ({"sync_ref_model": True}, "sync_ref_model has no effect: beta is 0"),
-    ({"epsilon": 0.1}, "epsilon has no effect: a rollout is one update", "num_iterations"),
+    ({"epsilon": 0.1}, "epsilon has no effect: a rollout is one step", "num_iterations"),
     (SEVERAL | {"loss_type": "cispo_absolute", "epsilon": 0.1}, "epsilon has no effect",
      "epsilon_high alone"),
-    ({"epsilon_high": 0.28}, "epsilon_high has no effect: a rollout is one update"),
-    ({"delta": 2.0}, "delta has no effect: a rollout is one update"),
+    ({"epsilon_high": 0.28}, "epsilon_high has no effect: a rollout is one step"),
+    ({"delta": 2.0}, "delta has no effect: a rollout is one step"),
     (SEVERAL | {"loss_type": "cispo", "delta": 2.0}, "delta has no effect: loss_type cispo"),
     (SEVERAL | {"delta": 1.1}, "delta has no effect", "bounds the ratio by less"),
     ({"loss_type": "cispo", "importance_sampling_level": "sequence"},
-     "importance_sampling_level has no effect: a rollout is one update"),
+     "importance_sampling_level has no effect: a rollout is one step"),
     ({"top_k": 5, "recompute_old_logprobs": True}, "recompute_old_logprobs has no effect: top_k"),
     ({"reward_workers": 2}, "reward_workers has no effect: more processes than reward functions"),
 ]  # fmt: skip

@@ -190,7 +190,7 @@ def test_a_profile_reaches_the_tokens_that_are_trained(fields, tmp_path):
         | {"save_steps": 500.0}
     )
     _, said = run(config, rows)
-    assert "<system>Be kind.\n\nYou reason in unique_name steps" in said
+    assert "<system>Be kind.\n\nYou reason in numbered steps" in said
     assert "«Answer: 2<eos>»" in said
     said = run(
         config.replace(profile="auto", output_dir=str(tmp_path / "auto")),

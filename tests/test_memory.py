@@ -275,7 +275,7 @@ def test_the_state_that_training_begins_with_has_the_shapes_it_was_judged_by():
 def started(output_dir, **fields) -> str:
     """What a job of two rows per update prints before its first update."""
     config = SFTConfig().replace(
-        **SFTConfig.embedded
+        **SFTConfig.demo
         | {"output_dir": str(output_dir), "per_device_train_batch_size": 2, "max_steps": 1}
         | fields
     )

@@ -35,7 +35,7 @@ def test_the_list_of_flags_is_frozen():
 
 
 def test_the_embedded_run_and_the_plainest_run_are_valid():
-    PPOConfig().replace(**PPOConfig.embedded).validate()
+    PPOConfig().replace(**PPOConfig.demo).validate()
     config().validate()
 
 
@@ -53,11 +53,11 @@ REFUSED = [
     # no reference
     ({"kl_horizon": 100.0}, "kl_horizon has no effect: kl_target is none"),
     # the critic
-    ({"critic_warmup_steps": 10, "max_steps": 10}, "leave updates for the policy, got 10 of 10"),
+    ({"critic_warmup_steps": 10, "max_steps": 10}, "leave steps for the policy, got 10 of 10"),
     # shared with GRPO
     ({"reward_funcs": []}, "reward_funcs must name a reward function"),
     ({"reward_weights": [1.0, 2.0]}, "got 2 for 1"),
-    ({"pass_reward": 0.5}, "pass_reward has no effect: no row is held out"),
+    ({"pass_reward": 0.5}, "pass_reward has no effect: no rows are held out"),
     # ranges
     ({"kl_estimator": "k2"}, "kl_estimator must be"),
     ({"reward_at": "eos"}, "reward_at must be"),
@@ -86,10 +86,10 @@ def test_what_cannot_be_meant_is_refused_in_one_sentence(case):
 WARNED = [
     ({"kl_coef": 0.0, "kl_estimator": "k3"}, "kl_estimator has no effect: kl_coef is 0"),
     ({"kl_coef": 0.0, "kl_target": 6.0}, "kl_target has no effect: kl_coef is 0"),
-    (ONE_UPDATE | {"cliprange": 0.1}, "cliprange has no effect: a rollout is one update"),
+    (ONE_UPDATE | {"cliprange": 0.1}, "cliprange has no effect: a rollout is one step"),
     (ONE_UPDATE | {"cliprange_value": 0.1}, "cliprange_value has no effect: a rollout is one"),
     ({"dual_clip": 1.1}, "dual_clip has no effect: cliprange 0.2 bounds the ratio by less"),
-    (ONE_UPDATE | {"dual_clip": 3.0}, "dual_clip has no effect: a rollout is one update"),
+    (ONE_UPDATE | {"dual_clip": 3.0}, "dual_clip has no effect: a rollout is one step"),
     (ONE_UPDATE | {"target_kl": 0.1}, "target_kl has no effect", "num_ppo_epochs or"),
     ({"top_k": 5, "recompute_old_logprobs": True}, "recompute_old_logprobs has no effect: top_k"),
 ]  # fmt: skip

@@ -139,7 +139,7 @@ def test_failures_are_told_and_too_many_stop_the_run_with_their_message(job, tmp
 @pytest.mark.parametrize("seed", [42, 43, 44])
 def test_the_run_with_no_flags_lifts_held_out_accuracy_over_95_percent(seed, tmp_path):
     result = TrainerEngine().run_job(
-        GRPOConfig().replace(**GRPOConfig.embedded, seed=seed, output_dir=str(tmp_path / "run"))
+        GRPOConfig().replace(**GRPOConfig.demo, seed=seed, output_dir=str(tmp_path / "run"))
     )
     before = next(r for r in lines(tmp_path / "run" / "metrics.jsonl") if "eval_pass@1" in r)
     assert before["eval_pass@1"] < 0.7 and result.metrics["eval_pass@1"] > 0.95

@@ -110,7 +110,7 @@ def other_tokens(directory: Path) -> Path:
 @pytest.mark.parametrize("seed", [42, 43, 44])
 def test_the_run_with_no_flags_lifts_held_out_accuracy_over_95_percent(seed, tmp_path):
     result = TrainerEngine().run_job(
-        PPOConfig().replace(**PPOConfig.embedded, seed=seed, output_dir=str(tmp_path / "run"))
+        PPOConfig().replace(**PPOConfig.demo, seed=seed, output_dir=str(tmp_path / "run"))
     )
     before = next(r for r in lines(tmp_path / "run" / "metrics.jsonl") if "eval_pass@1" in r)
     assert before["eval_pass@1"] < 0.7 and result.metrics["eval_pass@1"] > 0.95

@@ -468,7 +468,7 @@ def test_a_callback_is_found_in_a_file_and_a_mistake_in_it_is_told(tmp_path):
     assert load_object("relax.callbacks.EarlyStopping", "callbacks", type) is EarlyStopping
     for spec, reason in {
         f"{file}:Mien": "has no class 'Mien'. Did you mean Mine",
-        f"{file}:Needs": "must be made without arguments, and this raised TypeError",
+        f"{file}:Needs": "cannot be constructed without arguments: TypeError",
         f"{tmp_path}/none.py:Mine": "there is no Python file",
         "no_such_package.Class": "there is no module 'no_such_package'",
     }.items():

@@ -33,7 +33,7 @@ _FLAG = re.compile(r"--?[^\W\d][\w-]*(=|\Z)|--?\Z")
 class CommandLine(NamedTuple):
     """Checked arguments."""
 
-    flags: dict[str, str]  # field -> text that its type takes
+    flags: dict[str, str]  # field -> text that its type accepts
     config: str | None  # path of a file
     print_config: bool
     help: bool
@@ -97,7 +97,7 @@ def run(
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt as stop:
         code = getattr(stop, "exit_code", 130)
-        with contextlib.suppress(OSError):  # the signal may tell that the terminal is gone
+        with contextlib.suppress(OSError):  # the signal may mean that the terminal is gone
             print(str(stop) or "interrupted", file=sys.stderr, flush=True)
             sys.stdout.flush()
         if argv is None if ends_process is None else ends_process:
@@ -111,7 +111,7 @@ def _fire(launch: Callable[..., None], config_class: type[Settings], flags: dict
     """Lets fire parse the checked texts and call `launch` with the values."""
     import fire
 
-    # What fire sees: keyword-only parameters, so that nothing can be bound by position.
+    # Keyword-only parameters, so that fire binds nothing by position.
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(name, keyword, default=None) for name in flags]
     launch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -123,10 +123,10 @@ def _fire(launch: Callable[..., None], config_class: type[Settings], flags: dict
 
 
 def say(text: str) -> None:
-    """Prints a text whose reader may go away before the end, as `head` does."""
+    """Prints text to a reader that may close the pipe early, as `head` does."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # and no second one when Python flushes at its end
+    except BrokenPipeError:  # avoids a second one when Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -138,9 +138,9 @@ def _refuse(error: ConfigError, program: str) -> NoReturn:
 
 
 def program_words(config_class: type[Settings]) -> list[str]:
-    """The words that start the running program anew, to be followed by flags.
+    """The command that starts the running program again, without flags.
 
-    They name the algorithm's script where that is running, and the command `relax` otherwise.
+    It is the algorithm's script if that is running, and the command `relax` otherwise.
     """
     running = Path(sys.argv[0])
     script = config_class.script or f"run_{config_class.algorithm}.py"
@@ -190,7 +190,7 @@ def read_command(config_class: type[Settings], argv: Sequence[str]) -> CommandLi
 
 
 def _split(argv: Sequence[str], types: dict[str, Any]) -> tuple[list[_Typed], list[str]]:
-    """Pairs flags with their values; what is neither is a problem."""
+    """Pairs flags with their values; anything else is a problem."""
     typed: list[_Typed] = []
     problems: list[str] = []
     position = 0
@@ -218,7 +218,7 @@ def _is_flag(token: str) -> bool:
 
 
 def _resolve(name: str, types: dict[str, Any]) -> tuple[str | None, bool]:
-    """The field that a name stands for (None: no field), and whether it stands for its negation."""
+    """The field that a name refers to (None: no field), and whether the name negates it."""
     name = ALIASES.get(name, name)
     if name in types:
         return name, False
@@ -229,14 +229,14 @@ def _resolve(name: str, types: dict[str, Any]) -> tuple[str | None, bool]:
 
 
 def _text(flag: _Typed, field: str, negated: bool, annotation: Any) -> str:
-    """The text of a flag's value, once its type takes it.
+    """The text of a flag's value, checked against its type.
 
     Raises:
-      ValueError: what is wrong, to stand after the flag.
+      ValueError: the problem, as a sentence without the flag that begins it.
     """
     if negated:
         if not is_switch(annotation):
-            raise ValueError(f"negates what is not true or false: write --{field}=VALUE")
+            raise ValueError(f"negates an option that is not true or false: write --{field}=VALUE")
         if flag.text is not None:
             raise ValueError(f"takes no value, got {flag.text!r}: write --{field}={flag.text}")
         return "false"

@@ -5,15 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from relax.config.options import option, section
-from relax.config.rules import NoEffect, Rule, Values, needs
-from relax.config.schema import (
-    Hyperparams,
-    InferenceConfig,
-    OutputConfig,
-    PeftConfig,
-    RowsConfig,
-    TrainerConfig,
-)
+from relax.config.rules import NoEffect, Rule, Values, needs, warns
+from relax.config.schema import Hyperparams, OutputConfig, PeftConfig, RowsConfig, TrainerConfig
 
 KTO = "kto"
 # The names in `relax.losses.PREFERENCE_LOSSES`; this module imports no jax. A test compares them.
@@ -53,10 +46,25 @@ class PreferenceConfig(RowsConfig):
 
 
 @dataclass(slots=True, kw_only=True)
-class DPOSection:
-    """Loss and reference model of DPO."""
+class ReferenceSection:
+    """KL penalty and reference model."""
 
     beta: float = option(0.1, "KL penalty strength (beta).", above=0)
+    sync_ref_model: bool = option(
+        False, "Update the reference model towards the policy during training."
+    )
+    ref_model_mixup_alpha: float = option(
+        0.6, "Weight of the policy in an update of the reference model.", above=0, at_most=1
+    )
+    ref_model_sync_steps: int = option(
+        512, "Steps between updates of the reference model.", at_least=1
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class DPOSection(ReferenceSection):
+    """Loss and reference model of DPO."""
+
     loss_type: list[str] = option(
         ["sigmoid"],
         "Losses, added up, such as sigmoid,sft; see docs/dpo.md. kto takes unpaired completions.",
@@ -78,15 +86,6 @@ class DPOSection:
         "Directory of precomputed reference log-probabilities, shared by runs; none = in "
         "output_dir.",
     )
-    sync_ref_model: bool = option(
-        False, "Update the reference model towards the policy during training."
-    )
-    ref_model_mixup_alpha: float = option(
-        0.6, "Weight of the policy in an update of the reference model.", above=0, at_most=1
-    )
-    ref_model_sync_steps: int = option(
-        512, "Steps between updates of the reference model.", at_least=1
-    )
     loss_chunk_size: int = option(
         256, "Tokens per chunk of logits; smaller saves memory.", at_least=1
     )
@@ -96,15 +95,15 @@ def _losses(v: Values) -> Iterator[str]:
     names, weights = v["loss_type"], v["loss_weights"]
     for name in names:
         if name not in (*LOSSES, KTO):
-            yield f"loss_type must be of {', '.join((*LOSSES, KTO))}, got {name!r}"
+            yield f"loss_type must be one of {', '.join((*LOSSES, KTO))}, got {name!r}"
     if not names or len(set(names)) < len(names):
         yield f"loss_type must name each loss once, got {','.join(names) or 'none'}"
     if KTO in names and len(names) > 1:
-        yield f"loss_type kto takes no other loss beside it, got {','.join(names)}"
+        yield f"loss_type kto cannot be combined with another loss, got {','.join(names)}"
     if weights is not None and len(weights) != len(names):
         yield f"loss_weights must be one per loss, got {len(weights)} for {len(names)}"
     if "exo_pair" in names and not v["label_smoothing"]:
-        yield "loss_type exo_pair needs label_smoothing above 0; 0.001 is its authors'"
+        yield "loss_type exo_pair needs label_smoothing above 0; its authors use 0.001"
 
 
 def _reference(v: Values) -> Iterator[str]:
@@ -127,11 +126,8 @@ def _reads_no_reference(v: Values) -> bool:
 
 
 def _only(name: str, readers: tuple[str, ...]) -> NoEffect:
-    return NoEffect(
-        name,
-        lambda v: not set(readers) & set(v["loss_type"]),
-        f"only {', '.join(readers)} read it",
-        warn=True,
+    return warns(
+        name, lambda v: not set(readers) & set(v["loss_type"]), f"only {', '.join(readers)} use it"
     )
 
 
@@ -139,7 +135,7 @@ PAIRS = (
     NoEffect(
         "attn_implementation",
         lambda v: v["attn_implementation"] in ("cudnn", "splash") and not v["pack_pairs"],
-        "answers that share a prompt are not computed by {attn_implementation}; give pack_pairs",
+        "{attn_implementation} does not support completions that share a prompt; give pack_pairs",
     ),
 )
 DPO = (
@@ -149,11 +145,10 @@ DPO = (
         "kto has desirable_weight and undesirable_weight",
     ),
     *(_only(name, readers) for name, readers in READERS.items()),
-    NoEffect(
+    warns(
         "precompute_ref_log_probs sync_ref_model",
         _reads_no_reference,
-        "loss_type {loss_type} reads no reference",
-        warn=True,
+        "loss_type {loss_type} uses no reference",
     ),
     needs("ref_log_probs_dir", "precompute_ref_log_probs"),
     needs("ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model"),
@@ -162,15 +157,15 @@ DPO = (
 
 @dataclass(slots=True, kw_only=True)
 class DPOConfig(TrainerConfig):
-    """DPO and kin: prefer chosen to rejected completions."""
+    """DPO and related losses: prefer chosen to rejected completions."""
 
     algorithm: ClassVar[str] = "dpo"
     examples: ClassVar[tuple[str, ...]] = (
         "--model_name_or_path DIR --dataset_name pairs.jsonl --beta 0.1 --output_dir outputs/mine",
     )
-    # What the run with no flags needs to tell right sums from wrong ones in a minute. Without sft
-    # the log-probability of right sums falls as well, if less than that of wrong ones.
-    embedded: ClassVar[dict[str, Any]] = {
+    # Defaults of the run without flags, which learns to prefer right sums in a minute.
+    # Without sft the logprobs of right sums fall too, only less than those of wrong ones.
+    demo: ClassVar[dict[str, Any]] = {
         "loss_type": ["sigmoid", "sft"],
         "learning_rate": 5e-4,
         "lr_scheduler_type": "cosine",
@@ -191,6 +186,5 @@ class DPOConfig(TrainerConfig):
     # With dropout the first loss would not be ln 2: the reference has none.
     peft: PeftConfig = section(PeftConfig, lora_dropout=0.0)
     data: PreferenceConfig = section(PreferenceConfig)
-    inference: InferenceConfig = section(InferenceConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/dpo")
     dpo: DPOSection = section(DPOSection)

@@ -22,18 +22,15 @@ _COMMAND = {
 
 
 def help_text(
-    config_class: type[Settings],
-    program: str,
-    width: int | None = None,
-    colour: bool | None = None,
+    config_class: type[Settings], program: str, width: int | None = None, colour: bool | None = None
 ) -> str:
     """The text that `--help` prints.
 
     Args:
-      config_class: whose fields are shown.
-      program: the words that start it.
-      width: columns, held within 80 and 120; default: the terminal's.
-      colour: whether to use ANSI styles; default: on a terminal that has not refused them.
+      config_class: the configuration to show.
+      program: the command that starts it.
+      width: columns, from 80 to 120; default: the terminal's.
+      colour: whether to use ANSI styles; default: on a terminal, unless NO_COLOR is set.
     """
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
     width = min(max(width, 80), 120)
@@ -87,7 +84,7 @@ def _entry(left: str, text: str, width: int) -> list[str]:
 
 
 def _between_choices(text: str, width: int) -> list[str]:
-    """Breaks a|b|c where it is too long for a line."""
+    """Breaks a|b|c if it is too long for a line."""
     lines = textwrap.wrap(text.replace("|", "| "), width, subsequent_indent=" " * 6)
     return [line.replace("| ", "|") for line in lines]
 

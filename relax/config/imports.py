@@ -1,4 +1,4 @@
-"""Objects that a configuration names: `package.module.Name` or `path/to/file.py:Name`."""
+"""Imports of objects by name: `package.module.Name` or `path/to/file.py:Name`."""
 
 import hashlib
 import importlib
@@ -49,17 +49,17 @@ def load_object(spec: str, what: str, kind: type = object) -> Any:
 
 
 def make_object(spec: str, what: str) -> Any:
-    """An instance of the class that `spec` names, made without arguments.
+    """An instance of the class that `spec` names, constructed without arguments.
 
     Raises:
-      ConfigError: see `load_object`; or making the instance raises an exception.
+      ConfigError: see `load_object`; or the constructor raises an exception.
     """
     found = load_object(spec, what, type)
     try:
         return found()
     except Exception as error:
         raise ConfigError(
-            f"{what} {spec!r} must be made without arguments, and this raised "
+            f"{what} {spec!r} cannot be constructed without arguments: "
             f"{type(error).__name__}: {error}."
         ) from error
 
@@ -72,7 +72,7 @@ def _load_module(name: str, spec: str, what: str) -> ModuleType:
         if missing and f"{name}.".startswith(f"{missing}."):
             raise ConfigError(
                 f"{what} {spec!r}: there is no module {missing!r}. Is it installed, and is this "
-                "the directory to start from?"
+                "the right working directory?"
             ) from error
         raise _broken(name, spec, what, error) from error
 
@@ -88,7 +88,7 @@ def _load_file(path: str, spec: str, what: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, file)
-    assert found is not None and found.loader is not None  # of a .py file there always is one
+    assert found is not None and found.loader is not None  # a .py file always has one
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # where dataclasses look it up
     try:

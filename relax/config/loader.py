@@ -43,7 +43,7 @@ class ConfigLoader:
         """The values of `args` over the file over the defaults, checked.
 
         Args:
-          args: by field name; of an `argparse.Namespace` what is None was not given.
+          args: by field name; None in an `argparse.Namespace` means not given.
 
         Raises:
           ConfigError: names every problem, one a line.
@@ -80,7 +80,7 @@ def create_default_config(
     config_class: type[Settings] = SFTConfig,
     **fields: Any,
 ) -> Settings:
-    """A checked configuration from the few values one usually gives; `fields` by field name."""
+    """A checked configuration from the most common options, and any `fields` by name."""
     named = {
         "model_name_or_path": model_path,
         "dataset_name": dataset_path,
@@ -100,10 +100,10 @@ def _make(config_class: type[Settings], fields: dict[str, Any]) -> Settings:
 
 
 def _fields(data: dict[str, Any], config_class: type[Settings], where: str) -> dict[str, Any]:
-    """The values of a dict by field name, checked; `where` stands before each problem."""
+    """The values of a dict by field name, checked; `where` begins each problem."""
     known = options(config_class)
     sections = list(dict.fromkeys(option.section for option in known.values()))
-    # A file by section may call a field what the attribute is called.
+    # In a file by section, a field may have the name of its attribute.
     flags = {(o.section, o.field): o.name for o in known.values()}
     found: dict[str, Any] = {}
     problems: list[str] = []
@@ -179,7 +179,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {key!r} stands there twice")
+            raise ValueError(f"key {key!r} occurs twice")
         found[key] = value
     return found
 
@@ -211,7 +211,7 @@ def _read_yaml(text: str) -> Any:
 
 
 def _plain(node: Any, seen: set[int]) -> Any:
-    """The value of a YAML node; an alias, which would make it a graph, is refused."""
+    """The value of a YAML node; aliases, which would make it a graph, are refused."""
     line = f"line {node.start_mark.line + 1}"
     if node.tag.rpartition(":")[2] not in _YAML_TAGS:
         raise ValueError(f"{line}: the tag {node.tag!r} is not supported")

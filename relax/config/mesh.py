@@ -1,6 +1,6 @@
-"""The shape of a mesh, as `--mesh` writes it. Imports no jax.
+"""Mesh sizes in the syntax of `--mesh`. Imports no jax.
 
-`data` and `fsdp` share out the rows of a batch; `fsdp` the weights as well, `tensor` the columns of
+`data` and `fsdp` shard the rows of a batch, `fsdp` also the weights, and `tensor` the columns of
 matrices and the heads.
 """
 
@@ -13,11 +13,11 @@ AUTO = "auto"
 
 
 def parse_mesh(text: str, devices: int | None = None) -> dict[str, int]:
-    """Devices along each axis.
+    """Parses the number of devices along each axis.
 
     Args:
-      text: `data=2,fsdp=4`, an axis that is left out being 1; or `auto`: all devices along fsdp.
-      devices: how many there are, which the axes must multiply to; None: not known yet.
+      text: `data=2,fsdp=4`, where omitted axes are 1; or `auto`: all devices along fsdp.
+      devices: number of devices, the product of the sizes; None: not known yet.
 
     Returns:
       Sizes in the order of `AXES`; {} for `auto` where `devices` is None.
@@ -43,13 +43,13 @@ def parse_mesh(text: str, devices: int | None = None) -> dict[str, int]:
     if devices is not None and math.prod(sizes.values()) != devices:
         raise ConfigError(
             f"the axes of a mesh must multiply to the number of devices, got {mesh_text(sizes)} "
-            f"for {devices}. Pass --mesh {AUTO}, or sizes that do."
+            f"for {devices}. Pass --mesh {AUTO}, or other sizes."
         )
     return sizes
 
 
 def mesh_text(sizes: dict[str, int]) -> str:
-    """As `parse_mesh` reads it.
+    """The text of a mesh, which `parse_mesh` reads.
 
     >>> mesh_text({"data": 2, "fsdp": 4, "tensor": 1})
     'data=2,fsdp=4,tensor=1'

@@ -1,21 +1,21 @@
-"""Names of options: other spellings that work, and what is said of those that do not."""
+"""Names of options: aliases, suggestions, and sentences that refuse unknown names."""
 
 import difflib
 from collections.abc import Iterable
 
 from relax.config.foreign import advice
 
-# Other names of an option that work, in flags and in files.
+# Other accepted names of options, in flags and in files.
 ALIASES = {"warmup_ratio": "warmup_steps", "resume_from_checkpoint": "resume"}
 
 
 def normal(name: str) -> str:
-    """`learning-rate` and `learning_rate` are one name."""
+    """The name with underscores: `learning-rate` is `learning_rate`."""
     return name.replace("-", "_")
 
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.7) -> str:
-    """ " Did you mean ...?" for a misspelt name, or nothing.
+    """Suggests the closest known name; an empty text if there is none.
 
     >>> suggestion("lerning_rate", ["learning_rate", "seed"], prefix="--")
     ' Did you mean --learning_rate?'
@@ -28,7 +28,7 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "", cutoff: float 
 
 
 def unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The sentence that refuses a name: what to use instead, where that is known, or a suggestion.
+    """A sentence that refuses a name, with advice or a suggestion where there is one.
 
     >>> unknown("bf16", ["dtype"], prefix="--")
     '--bf16 is not a flag here: use --dtype bfloat16.'
@@ -41,7 +41,7 @@ def unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def ratio_problem(name: str, value: object) -> str | None:
-    """An alias that says "ratio" takes a ratio: 5 would be read as five steps."""
+    """Refuses a `warmup_ratio` of 1 or more, which would be read as a number of steps."""
     if name == "warmup_ratio" and isinstance(value, int | float) and not 0 <= value < 1:
         return (
             f"warmup_ratio must be at least 0 and below 1, got {value}. For steps use warmup_steps."

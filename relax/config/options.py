@@ -8,9 +8,9 @@ INT_MAX = 2**31 - 1  # step counts and sizes are 32-bit integers on the accelera
 
 
 class Option(NamedTuple):
-    """One field of a configuration: a flag, a key of a file.
+    """One option of a configuration: an attribute, a flag, and a key in a file.
 
-    `name` is that of the flag, and `field` that of the attribute, which as a rule is the same.
+    `name` is the flag and `field` the attribute; they are usually the same.
     """
 
     name: str
@@ -19,20 +19,20 @@ class Option(NamedTuple):
     type: Any
     default: Any
     help: str
-    limits: dict[str, float]  # of `above`, `at_least`, `below`, `at_most`
-    steps: bool  # whole when >= 1, a ratio of a total when < 1
+    limits: dict[str, float]  # keys: `above`, `at_least`, `below`, `at_most`
+    steps: bool  # >= 1: a whole number; < 1: a fraction of a total
 
 
 def option(
     default: Any, help: str, *, steps: bool = False, flag: str | None = None, **limits: float
 ) -> Any:
-    """Declares a field: its default, one line of help, and the range that `validate` holds it to.
+    """Declares an option: its default, one line of help, and its range.
 
     Args:
       default: the default; a list or a dict is copied for each instance.
       help: one line, for `--help`.
-      steps: the value counts something when it is 1 or more and is a ratio of it when below 1.
-      flag: its name on the command line, where the field's own says enough in its section only.
+      steps: a value of 1 or more is a count, one below 1 a fraction of a total.
+      flag: its name on the command line, if it is not the field's.
       **limits: any of `above`, `at_least`, `below`, `at_most`.
     """
     metadata = {"help": help, "limits": limits, "steps": steps, "flag": flag}
@@ -42,7 +42,7 @@ def option(
 
 
 def section(section_class: type, **defaults: Any) -> Any:
-    """Declares a section of a configuration, with the defaults that differ for this algorithm."""
+    """Declares a section of a configuration, with other defaults for some of its options."""
     return dataclasses.field(default_factory=lambda: section_class(**defaults))
 
 
@@ -84,7 +84,7 @@ def _read(config_class: type) -> dict[str, Option]:
 
 
 def resolve_steps(value: float, total: int) -> int:
-    """Turns "steps, or a ratio of all steps when below 1" into steps; a ratio gives at least 1.
+    """Converts a value with `steps` to steps; a fraction gives at least 1.
 
     >>> resolve_steps(500, total=2000), resolve_steps(0.1, total=30), resolve_steps(0, total=30)
     (500, 3, 0)

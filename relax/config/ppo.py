@@ -13,14 +13,8 @@ from relax.config.rl import (
     generation_problems,
     one_update,
 )
-from relax.config.rules import NoEffect, Rule, Values, needs
-from relax.config.schema import (
-    Hyperparams,
-    InferenceConfig,
-    OutputConfig,
-    PeftConfig,
-    TrainerConfig,
-)
+from relax.config.rules import NoEffect, Rule, Values, needs, warns
+from relax.config.schema import Hyperparams, OutputConfig, PeftConfig, TrainerConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,25 +89,23 @@ def _critic(v: Values) -> Iterator[str]:
     warmup, steps = v["critic_warmup_steps"], v["max_steps"]
     if 0 < steps <= warmup:
         yield (
-            f"critic_warmup_steps must leave updates for the policy, got {warmup} of {steps} "
-            "updates; lower it"
+            f"critic_warmup_steps must leave steps for the policy, got {warmup} of {steps} "
+            "steps; lower it"
         )
 
 
 PPO = (
     needs("kl_estimator kl_target", "kl_coef", warn=True),
     needs("kl_horizon", "kl_target"),
-    NoEffect(
+    warns(
         "dual_clip",
         lambda v: v["dual_clip"] is not None and v["dual_clip"] <= 1 + v["cliprange"],
         "cliprange {cliprange} bounds the ratio by less; raise dual_clip",
-        warn=True,
     ),
-    NoEffect(
+    warns(
         "cliprange dual_clip cliprange_value target_kl",
         lambda v: one_update(v, v["num_ppo_epochs"] * v["num_mini_batches"]),
-        "a rollout is one update, so nothing has moved; give num_ppo_epochs or num_mini_batches",
-        warn=True,
+        "a rollout is one step, so nothing has changed; give num_ppo_epochs or num_mini_batches",
     ),
 )
 
@@ -127,8 +119,8 @@ class PPOConfig(TrainerConfig):
         "--model_name_or_path DIR --dataset_name prompts.jsonl --reward_funcs exact_match",
     )
     script: ClassVar[str] = "run_rl.py"
-    # What the run with no flags needs to learn addition from rewards in a few minutes.
-    embedded: ClassVar[dict[str, Any]] = {
+    # Defaults of the run without flags, which learns addition from rewards in a few minutes.
+    demo: ClassVar[dict[str, Any]] = {
         "learning_rate": 3e-4,
         "warmup_steps": 40.0,
         "per_device_train_batch_size": 256,
@@ -152,9 +144,8 @@ class PPOConfig(TrainerConfig):
     no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + GENERATION + PPO
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)
-    # With dropout the ratio would be noise from the first update on: the sampler has none.
+    # The sampler has no dropout; in the loss it would add noise to the ratio.
     peft: PeftConfig = section(PeftConfig, lora_dropout=0.0)
-    inference: InferenceConfig = section(InferenceConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/ppo")
     rollout: CompletionsConfig = section(CompletionsConfig, num_generations=1)
     reward: RewardConfig = section(RewardConfig)

@@ -7,13 +7,7 @@ from typing import Any, ClassVar
 from relax.config.dpo import PAIRS, PreferenceConfig, pairs_problems
 from relax.config.options import option, section
 from relax.config.rules import NoEffect, Rule, Values
-from relax.config.schema import (
-    Hyperparams,
-    InferenceConfig,
-    OutputConfig,
-    PeftConfig,
-    TrainerConfig,
-)
+from relax.config.schema import Hyperparams, OutputConfig, PeftConfig, TrainerConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,7 +23,7 @@ class RewardModelSection:
 
 def _adapters(v: Values) -> Iterator[str]:
     if v.given("merge_lora"):
-        yield "merge_lora must be true: a reward model is saved whole, with the head it trained"
+        yield "merge_lora must be true: a reward model is saved whole, with its head"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,8 +34,8 @@ class RewardModelConfig(TrainerConfig):
     examples: ClassVar[tuple[str, ...]] = (
         "--model_name_or_path DIR --dataset_name pairs.jsonl --output_dir outputs/mine",
     )
-    # What the run with no flags needs to tell right sums from wrong ones in a minute.
-    embedded: ClassVar[dict[str, Any]] = {
+    # Defaults of the run without flags, which learns to prefer right sums in a minute.
+    demo: ClassVar[dict[str, Any]] = {
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 50.0,
@@ -60,9 +54,8 @@ class RewardModelConfig(TrainerConfig):
     no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + PAIRS
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-4)
-    # As in TRL there is no dropout; and adapters are saved merged, beside the head.
+    # No dropout, as in TRL; adapters are saved merged, with the head.
     peft: PeftConfig = section(PeftConfig, lora_dropout=0.0, merge_lora=True)
     data: PreferenceConfig = section(PreferenceConfig)
-    inference: InferenceConfig = section(InferenceConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/reward")
     reward_model: RewardModelSection = section(RewardModelSection)

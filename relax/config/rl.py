@@ -4,41 +4,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from relax.config.dpo import ReferenceSection
 from relax.config.options import option, section
-from relax.config.rules import NoEffect, Rule, Values, needs
+from relax.config.rules import NoEffect, Rule, Values, needs, warns
 from relax.config.run_rules import NO_ROW
-from relax.config.schema import (
-    Hyperparams,
-    InferenceConfig,
-    OutputConfig,
-    PeftConfig,
-    TrainerConfig,
-)
+from relax.config.schema import Hyperparams, OutputConfig, PeftConfig, TrainerConfig
 
 
 @dataclass(slots=True, kw_only=True)
-class CompletionsConfig:
-    """Sampling of completions."""
+class SamplingOptions:
+    """Sampling of tokens."""
 
-    num_generations: int = option(8, "Completions per prompt.", at_least=1)
-    max_completion_length: int = option(512, "Maximum tokens of a completion.", at_least=1)
     temperature: float = option(1.0, "Sampling temperature, also applied in the loss.", above=0)
-    top_k: int = option(0, "Sample from the k likeliest tokens; 0 = off.", at_least=0)
+    top_k: int = option(0, "Sample from the k most likely tokens; 0 = off.", at_least=0)
     top_p: float = option(
-        1.0,
-        "Sample from the likeliest tokens whose probabilities add up to this; 1 = off.",
-        above=0,
-        at_most=1,
+        1.0, "Nucleus sampling: total probability of the tokens kept; 1 = off.", above=0, at_most=1
     )
     min_p: float = option(
-        0.0,
-        "Sample from tokens at least this fraction as likely as the likeliest; 0 = off.",
-        at_least=0,
-        at_most=1,
+        0.0, "Minimum probability, as a fraction of the highest; 0 = off.", at_least=0, at_most=1
     )
     repetition_penalty: float = option(
         1.0, "Penalty on tokens that already occurred; 1 = off.", above=0
     )
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionsConfig(SamplingOptions):
+    """Sampling of completions."""
+
+    num_generations: int = option(8, "Completions per prompt.", at_least=1)
+    max_completion_length: int = option(512, "Maximum tokens of a completion.", at_least=1)
     recompute_old_logprobs: bool = option(
         False,
         "Recompute the log-probabilities of samples by a forward pass; always on with top_k, "
@@ -58,9 +53,7 @@ class RolloutConfig(CompletionsConfig):
     """Sampling of completions, and their reuse in training."""
 
     steps_per_generation: int | None = option(
-        None,
-        "Micro-batches per rollout; none = gradient_accumulation_steps.",
-        at_least=1,
+        None, "Micro-batches per rollout; none = gradient_accumulation_steps.", at_least=1
     )
     num_iterations: int = option(1, "Passes over the completions of a rollout.", at_least=1)
 
@@ -97,7 +90,7 @@ class RewardConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class GRPOSection:
+class GRPOSection(ReferenceSection):
     """Objective and advantages of GRPO."""
 
     beta: float = option(0.0, "KL coefficient; 0 disables the reference model.", at_least=0)
@@ -141,15 +134,6 @@ class GRPOSection:
     max_resample_rounds: int = option(
         0, "Rounds in which groups of equal rewards are replaced by new prompts (DAPO).", at_least=0
     )
-    sync_ref_model: bool = option(
-        False, "Update the reference model towards the policy during training."
-    )
-    ref_model_mixup_alpha: float = option(
-        0.6, "Weight of the policy in an update of the reference model.", above=0, at_most=1
-    )
-    ref_model_sync_steps: int = option(
-        512, "Steps between updates of the reference model.", at_least=1
-    )
     loss_chunk_size: int = option(
         256, "Tokens per chunk of logits; smaller saves memory.", at_least=1
     )
@@ -168,7 +152,7 @@ def _rollout(v: Values) -> Iterator[str]:
 
 
 def broken_groups(v: Values, micro_batches: int) -> Iterator[str]:
-    """Refuses a rollout of broken groups, with batch sizes that would do."""
+    """Refuses a rollout of incomplete groups, with batch sizes that would fit."""
     group, rows = v["num_generations"], v["per_device_train_batch_size"]
     if rows * micro_batches % group == 0:
         return
@@ -185,7 +169,7 @@ def generation_problems(v: Values) -> Iterator[str]:
     """Contradictions of sampling in evaluation and of the reward functions."""
     functions, weights = v["reward_funcs"], v["reward_weights"]
     if v["num_generations_eval"] not in (None, 1) and v["eval_temperature"] == 0:
-        yield "eval_temperature 0 draws the same completion again; make num_generations_eval 1"
+        yield "eval_temperature 0 always gives the same completion; set num_generations_eval 1"
     if not functions and v["environment"] is None:
         yield "reward_funcs must name a reward function, got none; see docs/rewards.md"
     if weights is not None and len(weights) != len(functions):
@@ -206,7 +190,7 @@ def _grpo(v: Values) -> Iterator[str]:
 
 
 def one_update(v: Values, updates: int) -> bool:
-    """Whether every step is taken by the very policy that generated the completions."""
+    """Whether every step starts from the policy that generated the completions."""
     return updates <= 1 and not (v["use_peft"] and v["lora_dropout"]) and v["dtype"] == "float32"
 
 
@@ -217,72 +201,62 @@ def _on_policy(v: Values) -> bool:
 
 
 def _upper_bound(v: Values) -> float:
-    """The ratio's, without delta."""
+    """Upper clipping bound of the ratio, without delta."""
     return 1 + (v["epsilon"] if v["epsilon_high"] is None else v["epsilon_high"])
 
 
 GENERATION = (
-    NoEffect(
+    warns(
         "recompute_old_logprobs",
         lambda v: v.given("top_k", "top_p", "min_p", "repetition_penalty"),
         "top_k, top_p, min_p and repetition_penalty always recompute them",
-        warn=True,
     ),
     NoEffect(
-        "num_generations_eval eval_temperature pass_reward",
-        lambda v: not v.holds_out(),
-        NO_ROW,
+        "num_generations_eval eval_temperature pass_reward", lambda v: not v.holds_out(), NO_ROW
     ),
-    NoEffect(
+    warns(
         "reward_workers",
         lambda v: v["reward_workers"] > max(len(v["reward_funcs"]), 1),
         "more processes than reward functions; lower it",
-        warn=True,
     ),
     needs("num_completions_to_print", "log_completions"),
 )
 _ONE_UPDATE = (
-    "a rollout is one update, so the ratio is 1; give num_iterations or steps_per_generation"
+    "a rollout is one step, so the ratio is 1; give num_iterations or steps_per_generation"
 )
 GRPO = (
     needs("kl_estimator kl_in_reward use_bias_correction_kl sync_ref_model", "beta", warn=True),
-    NoEffect(
+    warns(
         "use_bias_correction_kl",
         lambda v: v["kl_in_reward"],
         "kl_in_reward subtracts the penalty from the reward",
-        warn=True,
     ),
     needs("ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model"),
-    NoEffect(
+    warns(
         "delta",
         lambda v: v["loss_type"].startswith("cispo"),
-        "loss_type {loss_type} has no such bound",
-        warn=True,
+        "loss_type {loss_type} does not use it",
     ),
-    NoEffect(
+    warns(
         "epsilon",
         lambda v: v["loss_type"] == "cispo_absolute",
         "loss_type cispo_absolute bounds by epsilon_high alone",
-        warn=True,
     ),
-    NoEffect(
+    warns(
         "delta",
         lambda v: v["delta"] is not None and v["delta"] <= _upper_bound(v),
         "epsilon_high, or else epsilon, bounds the ratio by less; raise delta",
-        warn=True,
     ),
-    NoEffect(
+    warns(
         "epsilon epsilon_high delta",
         # The bound of cispo_absolute may be below 1.
         lambda v: _on_policy(v) and v["loss_type"] != "cispo_absolute",
         _ONE_UPDATE,
-        warn=True,
     ),
-    NoEffect(
+    warns(
         "importance_sampling_level",
         lambda v: _on_policy(v) and v["loss_type"].startswith("cispo"),
         _ONE_UPDATE,
-        warn=True,
     ),
 )
 
@@ -295,8 +269,8 @@ class GRPOConfig(TrainerConfig):
     examples: ClassVar[tuple[str, ...]] = (
         "--model_name_or_path DIR --dataset_name prompts.jsonl --reward_funcs exact_match",
     )
-    # What the run with no flags needs to learn addition from rewards in a few minutes.
-    embedded: ClassVar[dict[str, Any]] = {
+    # Defaults of the run without flags, which learns addition from rewards in a few minutes.
+    demo: ClassVar[dict[str, Any]] = {
         "learning_rate": 2e-4,
         "warmup_steps": 30.0,
         "per_device_train_batch_size": 512,
@@ -316,9 +290,8 @@ class GRPOConfig(TrainerConfig):
     no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + GENERATION + GRPO
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)
-    # With dropout the ratio would be noise from the first update on: the sampler has none.
+    # The sampler has no dropout; in the loss it would add noise to the ratio.
     peft: PeftConfig = section(PeftConfig, lora_dropout=0.0)
-    inference: InferenceConfig = section(InferenceConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/grpo")
     rollout: RolloutConfig = section(RolloutConfig)
     reward: RewardConfig = section(RewardConfig)

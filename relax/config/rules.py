@@ -4,8 +4,8 @@ Contradictions are functions of the values; options without effect are rows of a
 evaluated by one loop. An option that has no effect is an error where it betrays a mistake, and a
 warning where a sweep over another option may hold it fixed.
 
-"Given" means different from the default, and from the demo run's: a saved configuration spells out
-every field, and must load again.
+An option counts as given if it differs from its default and from that of the demo run: a saved
+configuration lists every field, and must load again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +43,7 @@ class Values(dict[str, Any]):
         }
 
     def given(self, *names: str) -> bool:
-        """Whether any of these fields is there and differs from its defaults."""
+        """Whether any of these fields exists and differs from its defaults."""
         return not self._given.isdisjoint(names)
 
     def holds_out(self) -> bool:
@@ -53,14 +53,14 @@ class Values(dict[str, Any]):
         return asked or named or self["dataset_name"] is None
 
 
-Rule = Callable[[Values], Iterable[str]]  # gives one sentence for each contradiction
+Rule = Callable[[Values], Iterable[str]]  # yields a sentence for each contradiction
 
 
 class NoEffect(NamedTuple):
     """Options that have no effect under a condition.
 
     Attributes:
-      fields: their names, with spaces between.
+      fields: their names, separated by spaces.
       when: the condition.
       reason: why, with the values of fields in braces.
       warn: whether it is a warning, not an error.
@@ -72,8 +72,13 @@ class NoEffect(NamedTuple):
     warn: bool = False
 
 
+def warns(fields: str, when: Callable[[Values], bool], reason: str) -> NoEffect:
+    """A `NoEffect` that is a warning."""
+    return NoEffect(fields, when, reason, warn=True)
+
+
 def needs(fields: str, other: str, *values: str, warn: bool = False) -> NoEffect:
-    """Options that have an effect only where another option is set, or is one of `values`."""
+    """Options without effect unless another option is set, or is one of `values`."""
     if values:
         reason = f"{other} is {{{other}}}; make it {' or '.join(values)}"
         return NoEffect(fields, lambda v: v[other] not in values, reason, warn)
@@ -81,7 +86,7 @@ def needs(fields: str, other: str, *values: str, warn: bool = False) -> NoEffect
 
 
 def without_effect(table: Iterable[NoEffect], values: Values) -> dict[str, tuple[str, bool]]:
-    """Given fields that have no effect -> the sentence that says so, and whether it only warns."""
+    """Maps each given field without effect to a sentence and whether it only warns."""
     found: dict[str, tuple[str, bool]] = {}
     texts = {name: value_text(value) for name, value in values.items()}
     for row in table:

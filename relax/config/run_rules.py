@@ -1,11 +1,11 @@
-"""The rules that the configuration of every run is held to, whatever its algorithm."""
+"""Rules for the configuration of every run, whatever its algorithm."""
 
 import re
 from collections.abc import Iterator
 
 from relax.config.mesh import parse_mesh
 from relax.config.names import suggestion
-from relax.config.rules import NoEffect, Rule, Values, needs
+from relax.config.rules import NoEffect, Rule, Values, needs, warns
 from relax.config.text import quote
 from relax.config.watch_rules import (
     EVALUATION_METRIC,
@@ -17,9 +17,9 @@ from relax.config.watch_rules import (
 from relax.errors import ConfigError
 
 AUTO = "auto"
-NO_ROW = "no row is held out; give eval_dataset_name or test_size"
+NO_ROW = "no rows are held out; give eval_dataset_name or test_size"
 
-# Which fields an optimizer reads, besides learning_rate and weight_decay, which all do.
+# Options that each optimizer uses, besides learning_rate and weight_decay, which all use.
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 OPTIMIZER_FIELDS: dict[str, tuple[str, ...]] = {
     "adamw": _ADAM,
@@ -42,17 +42,15 @@ NO_EFFECT = (
         lambda v: v.given("max_steps"),
         "max_steps sets the length of the run; give one of them",
     ),
-    NoEffect(
+    warns(
         "data_seed",
         lambda v: not v["shuffle_dataset"] and not v.given("test_size"),
-        "shuffle_dataset is false and test_size holds no rows out",
-        warn=True,
+        "shuffle_dataset is false and test_size holds out no rows",
     ),
-    NoEffect(
+    warns(
         "warmup_steps",
         lambda v: v["lr_scheduler_type"] == "constant",
         "use lr_scheduler_type constant_with_warmup",
-        warn=True,
     ),
     *map(_is_read, _ADAM),
     needs("num_decay_steps", "lr_scheduler_type", "wsd", warn=True),
@@ -103,7 +101,7 @@ NO_EFFECT = (
     NoEffect(
         "run_name",
         lambda v: not set(v["report_to"]) - {"tensorboard", "none"},
-        "no tracker reads it; report_to wandb or trackio does",
+        "only wandb and trackio use it; give report_to",
     ),
     needs("sharding_rules", "mesh"),
     needs("num_processes process_id", "coordinator"),
@@ -116,7 +114,7 @@ NO_EFFECT = (
 
 
 def _all_packed(v: Values) -> bool:
-    """Whether evaluation rows are packed as well: unpacked ones are truncated and padded."""
+    """Whether evaluation rows are packed too; unpacked ones are truncated and padded."""
     return bool(v.get("packing")) and v["eval_packing"] is not False
 
 
@@ -134,7 +132,7 @@ def _optimizer(v: Values) -> Iterator[str]:
     if v["optim"] == "schedule_free_adamw":
         if not schedule.startswith("constant"):
             yield (
-                "optim schedule_free_adamw averages in place of a falling learning rate, got "
+                "optim schedule_free_adamw averages weights and needs no decay, got "
                 f"lr_scheduler_type {schedule}: make it constant_with_warmup or constant"
             )
         if v["adam_beta1"] == 0:
@@ -180,15 +178,15 @@ def _output(v: Values) -> Iterator[str]:
     if resume.lower() in ("true", "false", "yes", "no", "1", "0"):
         yield f"resume must be auto, never or the path of a checkpoint, got {resume!r}"
     if v.given("overwrite_output_dir") and resume == "auto":
-        yield "overwrite_output_dir deletes the run that resume auto would go on with; give one"
+        yield "overwrite_output_dir deletes the run that resume auto would continue; give one"
 
 
 def _watching(v: Values) -> Iterator[str]:
     metric = v["metric_for_best_model"]
     if metric is not None and not EVALUATION_METRIC.fullmatch(metric):
         yield (
-            f"metric_for_best_model must be of an evaluation, such as eval_loss, got {metric!r}; "
-            f"eval_{metric} may be meant"
+            f"metric_for_best_model must be an evaluation metric, got {metric!r}; "
+            f"did you mean eval_{metric}?"
         )
     if _compares(v) and v["eval_strategy"] == "no":
         patient = v["early_stopping_patience"] is not None
@@ -199,7 +197,7 @@ def _watching(v: Values) -> Iterator[str]:
     for name in trackers:
         if trackers != ["none"] and name not in TRACKERS and not is_reference(name):
             yield (
-                f"report_to must be of {', '.join(TRACKERS)}, or path/to/file.py:Class, got "
+                f"report_to must be one of {', '.join(TRACKERS)}, or path/to/file.py:Class, got "
                 f"{name!r}"
             )
     if len(set(trackers)) < len(trackers):

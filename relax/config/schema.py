@@ -1,6 +1,6 @@
 """The configuration of a run: one dataclass per section, one documented field per option.
 
-A new algorithm adds one section class, and names the defaults that differ for it:
+A new algorithm adds one section and the defaults that differ for it:
 
     @dataclass(slots=True, kw_only=True)
     class GRPOConfig(TrainerConfig):
@@ -114,8 +114,7 @@ class RowsConfig:
     """Training and evaluation data."""
 
     dataset_name: str | None = option(
-        None,
-        "File, directory, hub name or reasoning_gym/TASK; none = the demo task, addition.",
+        None, "File, directory, hub name or reasoning_gym/TASK; none = the demo task, addition."
     )
     dataset_config: str | None = option(None, "Configuration of a hub data set.")
     dataset_kwargs: dict = option({}, "Options of a reasoning_gym task, as JSON.")
@@ -148,15 +147,9 @@ class RowsConfig:
     @property
     def limits(self) -> dict[str, float]:
         """The arguments of `relax.data.Limits`."""
-        names = (
-            "max_row_bytes",
-            "max_json_depth",
-            "max_file_gib",
-            "template_timeout_s",
-            "template_output_ratio",
-            "template_memory_mib",
-        )
-        return {name: getattr(self, name) for name in names}
+        names = "max_row_bytes max_json_depth max_file_gib"
+        names += " template_timeout_s template_output_ratio template_memory_mib"
+        return {name: getattr(self, name) for name in names.split()}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -234,7 +227,7 @@ class InferenceConfig:
 class OutputConfig:
     """Output directory, resuming, logging and checkpoints."""
 
-    output_dir: str = option("outputs/run", "Directory of the run.")
+    output_dir: str = option("outputs/run", "Output directory.")
     overwrite_output_dir: bool = option(False, "Delete an earlier run in output_dir.")
     resume: str = option(
         "never",
@@ -254,14 +247,14 @@ class OutputConfig:
         None, "Number of checkpoints to keep, the newest ones; none = all.", at_least=1
     )
     save_async: bool | None = option(
-        None, "Train on while a checkpoint is written; none = on GPUs and TPUs."
+        None, "Continue training while a checkpoint is written; none = on GPUs and TPUs."
     )
     metric_for_best_model: str | None = option(
         None, "Evaluation metric, such as eval_loss; the best state is kept in best/."
     )
     greater_is_better: bool | None = option(
         None,
-        "Whether a greater value of that metric is better; none = unless its name ends in loss.",
+        "Whether a higher value of that metric is better; none = unless its name ends in loss.",
     )
     load_best_model_at_end: bool = option(
         False, "Save the best state instead of the last one in final/."
@@ -294,14 +287,14 @@ class SystemConfig:
         "one device.",
     )
     sharding_rules: str | None = option(
-        None, "JSON file of sharding rules that precede the built-in ones."
+        None, "File of sharding rules that precede the built-in ones; see docs/scale.md."
     )
     coordinator: str | None = option(
         None,
         "HOST:PORT of process 0; auto = from SLURM, MPI, GKE or a TPU pod; none = one process.",
     )
     num_processes: int | None = option(None, "Number of processes.", at_least=1)
-    process_id: int | None = option(None, "Number of this process, from 0.", at_least=0)
+    process_id: int | None = option(None, "Index of this process, from 0.", at_least=0)
     heartbeat_s: int = option(
         100, "Seconds of silence of one process after which the others end.", at_least=5
     )
@@ -371,8 +364,8 @@ class SFTConfig(TrainerConfig):
         "--max_steps 100",
         "--model_name_or_path DIR --dataset_name rows.jsonl --output_dir outputs/mine",
     )
-    # What the run with no flags needs to learn addition from scratch in about a minute.
-    embedded: ClassVar[dict[str, Any]] = {
+    # Defaults of the run without flags, which learns addition from scratch in about a minute.
+    demo: ClassVar[dict[str, Any]] = {
         "learning_rate": 2e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 50.0,

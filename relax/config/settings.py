@@ -1,4 +1,4 @@
-"""The base of every configuration: sections of options, and what can be done with them."""
+"""The base class of configurations: sections of options, with checks and conversions."""
 
 import copy
 import dataclasses
@@ -9,37 +9,30 @@ from typing import Any, ClassVar
 
 from relax.config.names import unknown
 from relax.config.options import options
-from relax.config.rules import (
-    NoEffect,
-    Rule,
-    Values,
-    range_problems,
-    type_problems,
-    without_effect,
-)
+from relax.config.rules import NoEffect, Rule, Values, range_problems, type_problems, without_effect
 from relax.errors import ConfigError
 
-# Configurations by the name of their algorithm.
+# Configuration classes by algorithm.
 ALGORITHMS: dict[str, type["Settings"]] = {}
 
 
 @dataclass(slots=True, kw_only=True)
 class Settings:
-    """Sections of options: the base of every configuration.
+    """Base class of configurations, which consist of sections of options.
 
     Attributes:
       algorithm: its name in files and on the command line.
-      script: the script that runs it, where that is not run_ALGORITHM.py.
+      script: the script that runs it, if it is not run_ALGORITHM.py.
       examples: flags of typical commands, for `--help`.
-      embedded: the defaults of the demo run, which names neither a model nor a data set.
-      shared_rules, rules: contradictions; the second are checked once the first hold.
-      no_effect: options without effect.
+      demo: defaults of the demo run, which names neither a model nor a data set.
+      shared_rules, rules: find contradictions; `rules` run if `shared_rules` find none.
+      no_effect: table of options without effect.
     """
 
     algorithm: ClassVar[str] = ""
     script: ClassVar[str] = ""
     examples: ClassVar[tuple[str, ...]] = ()
-    embedded: ClassVar[dict[str, Any]] = {}
+    demo: ClassVar[dict[str, Any]] = {}
     shared_rules: ClassVar[tuple[Rule, ...]] = ()
     rules: ClassVar[tuple[Rule, ...]] = ()
     no_effect: ClassVar[tuple[NoEffect, ...]] = ()
@@ -54,7 +47,7 @@ class Settings:
         return {o.name: getattr(getattr(self, o.section), o.field) for o in known}
 
     def to_dict(self) -> dict[str, Any]:
-        """All values by section, as they are saved, with the name of the algorithm first."""
+        """All values by section, as saved, with the name of the algorithm first."""
         return {"algorithm": self.algorithm} | dataclasses.asdict(self)
 
     def to_json(self) -> str:
@@ -78,25 +71,25 @@ class Settings:
 
     @classmethod
     def defaults_for(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The defaults that change because of what is given: those of the demo run.
+        """Defaults of the demo run for the fields that are not given.
 
-        They hold where neither a model nor a data set is named, for fields that are not given.
+        Empty if a model or a data set is named.
         """
         if fields.get("model_name_or_path") or fields.get("dataset_name"):
             return {}
-        changed = {name: value for name, value in cls.embedded.items() if name not in fields}
+        changed = {name: value for name, value in cls.demo.items() if name not in fields}
         if "num_train_epochs" in fields:
             changed.pop("max_steps", None)
         return changed
 
     def values(self) -> Values:
-        """All values by field name, with a memory of which were given."""
-        return Values(options(type(self)), self.flat(), self.embedded)
+        """All values by field name, which know whether they were given."""
+        return Values(options(type(self)), self.flat(), self.demo)
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the values, one sentence each.
+        """All problems of the values, one sentence each.
 
-        Where a value is of a wrong type, only the types are reported: the rules need right ones.
+        If a value has a wrong type, only types are reported, since the rules rely on them.
         """
         known, flat = options(type(self)), self.flat()
         if found := list(type_problems(known, flat)):
@@ -110,7 +103,7 @@ class Settings:
         return found + [text for text, warns in table if not warns]
 
     def warnings(self) -> list[str]:
-        """Options that have no effect beside the others, and that a sweep may hold fixed."""
+        """Sentences about options without effect that a sweep may hold fixed."""
         table = without_effect(self.no_effect, self.values()).values()
         return [text for text, warns in table if warns]
 
@@ -125,7 +118,7 @@ class Settings:
             raise ConfigError("\n".join(found))
 
     def warn(self) -> None:
-        """Gives a Python warning for each of `warnings`."""
+        """Issues a Python warning for each of `warnings`."""
         for text in self.warnings():
             warnings.warn(text, stacklevel=2)
 

@@ -1,4 +1,4 @@
-"""Values as people read them: sizes, durations, numbers, and texts and lists cut short."""
+"""Human-readable sizes, durations and numbers; shortened texts and lists."""
 
 import math
 import re
@@ -54,13 +54,13 @@ def format_number(value: float) -> str:
 
 
 def quote(value: Any, limit: int = 80) -> str:
-    """The `repr` of a value on one line, cut to about `limit` characters.
+    """The `repr` of a value on one line, truncated to about `limit` characters.
 
     >>> quote("a" * 50, 10), quote([1, 2]), quote(list(range(100)), 20)
     ("'aaaaaaaaaa'... (50 characters)", '[1, 2]', 'a list of 100 items')
     """
     if isinstance(value, str | bytes):
-        # Cut before repr: that of a gigabyte would take another one.
+        # Truncated before repr, which would copy a gigabyte.
         unit = "bytes" if isinstance(value, bytes) else "characters"
         more = f"... ({len(value)} {unit})" if len(value) > limit else ""
         return repr(value[:limit]) + more
@@ -99,7 +99,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def strip_control(text: str) -> str:
-    """A text without characters that steer a terminal, which a model may well have written.
+    """Text without control characters, which a model may have generated.
 
     >>> strip_control("\\x1b[2Jall\\tis\\nwell\\x07") == "\\ufffd[2Jall\\tis\\nwell\\ufffd"
     True
@@ -108,7 +108,7 @@ def strip_control(text: str) -> str:
 
 
 def nan_to_null(value: Any) -> Any:
-    """A value for JSON, which has no NaN and no infinities: None in their place, at any depth.
+    """Replaces NaN and infinities, which JSON lacks, with None at any depth.
 
     >>> nan_to_null({"a": [1.0, float("nan")]})
     {'a': [1.0, None]}

@@ -1,4 +1,4 @@
-"""Values by type: strict checks of Python and JSON values, strict reading of command-line texts."""
+"""Strict checks by type: of Python and JSON values, and of command-line texts."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def split_optional(annotation: Any) -> tuple[Any, bool]:
         return annotation, False
     inner = [a for a in typing.get_args(annotation) if a is not types.NoneType]
     if len(inner) != 1:
-        raise TypeError(f"options are of one type, or of one type and None, got {annotation}")
+        raise TypeError(f"an option has one type, or one type and None, got {annotation}")
     return inner[0], True
 
 
@@ -57,7 +57,7 @@ def type_name(annotation: Any) -> str:
 
 
 def _expected(annotation: Any) -> str:
-    """The type in words, to stand after "must be"."""
+    """The type in words, which complete "must be"."""
     inner, optional = split_optional(annotation)
     if typing.get_origin(inner) is Literal:
         text = "one of " + ", ".join(typing.get_args(inner))
@@ -79,10 +79,10 @@ def _refuse(annotation: Any, given: str) -> typing.NoReturn:
 
 
 def check_value(annotation: Any, value: Any) -> Any:
-    """Returns a Python or JSON value of exactly this type; an int is welcome as a float.
+    """Checks that a Python or JSON value has exactly this type; an int counts as a float.
 
     Raises:
-      ValueError: "must be ..., got ...", to stand after the name of the field.
+      ValueError: "must be ..., got ...", without the name of the field.
 
     >>> check_value(float, 1)
     1.0
@@ -109,7 +109,7 @@ def check_value(annotation: Any, value: Any) -> Any:
         word = kinds.get(type(value))
         _refuse(annotation, quote(value) + f" (a {word})" * bool(word))
     if inner is str and not value:
-        raise ValueError("must not be empty: leave it away to have the default")
+        raise ValueError("must not be empty: omit it to use the default")
     return value
 
 
@@ -118,16 +118,16 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a value is a number that a float holds; a huge int is not one."""
+    """Whether a value is a number that a float can hold; a huge int is not."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) < 2**1000 and math.isfinite(value)
 
 
 def parse_text(annotation: Any, text: str) -> Any:
-    """Reads the text of a command-line value as this type; a `str` stays as it is, verbatim.
+    """Parses the text of a command-line value as this type; a `str` is kept verbatim.
 
     Raises:
-      ValueError: "must be ..., got ...", to stand after the name of the flag.
+      ValueError: "must be ..., got ...", without the name of the flag.
 
     >>> parse_text(bool, "no"), parse_text(float, "1e-4"), parse_text(str, "1e10")
     (False, 0.0001, '1e10')
@@ -161,7 +161,7 @@ def parse_text(annotation: Any, text: str) -> Any:
 
 
 def value_text(value: Any) -> str:
-    """A value as it would be typed.
+    """A value as it is written on the command line.
 
     >>> [value_text(value) for value in (True, None, 1e-4, ["a", "b"], [], {"a": 1})]
     ['true', 'none', '0.0001', 'a,b', '[]', '{"a": 1}']

@@ -9,7 +9,7 @@ EVALUATION_METRIC = re.compile(r"(eval|test)_.+")
 
 
 def profile_window(text: str) -> tuple[int, int]:
-    """The first and the last update of a window, both of them in it.
+    """Parses the first and the last step of a window, both inclusive.
 
     >>> profile_window("10:15")
     (10, 15)
@@ -22,21 +22,22 @@ def profile_window(text: str) -> tuple[int, int]:
 
 
 def is_reference(spec: str) -> bool:
-    """Whether a text can name a class: in a file, or in a package."""
+    """Whether a text has the form of a class name: in a file, or in a package."""
     return bool(re.fullmatch(r".+\.py:[^\W\d]\w*|[^\W\d]\w*(\.[^\W\d]\w*)+", spec))
 
 
 def best_metric(values: Mapping[str, Any], algorithm: str) -> str:
-    """The metric by which states are compared: the one named, or the algorithm's."""
+    """The metric that selects the best state: the configured one, or the algorithm's."""
     rewarded = algorithm in ("grpo", "rl", "ppo")
     return values["metric_for_best_model"] or ("eval_reward" if rewarded else "eval_loss")
 
 
 def is_greater_better(values: Mapping[str, Any], metric: str) -> bool:
+    """Whether a higher value of the metric is better."""
     asked = values["greater_is_better"]
     return not metric.endswith("loss") if asked is None else asked
 
 
 def keeps_best(values: Mapping[str, Any]) -> bool:
-    """Whether a run keeps the best of its states."""
+    """Whether a run keeps its best state."""
     return values["metric_for_best_model"] is not None or values["load_best_model_at_end"]

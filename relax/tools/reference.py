@@ -48,7 +48,7 @@ def tables() -> str:
     lines += _sections(ALGORITHMS)
     lines += ["## Defaults of the demo task", "", "| command | defaults |", "|---|---|"]
     for config in ALGORITHMS:
-        demo = [f"{name} {_code(value)}" for name, value in config.embedded.items()]
+        demo = [f"{name} {_code(value)}" for name, value in config.demo.items()]
         lines.append(f"| {config.algorithm} | {', '.join(demo)} |")
     for tool in TOOLS:
         lines += ["", f"## relax {tool.algorithm}", "", *_sections((tool,))]

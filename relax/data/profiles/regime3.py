@@ -1,4 +1,4 @@
-"""Symbolic reasoning: unique_name steps, then the answer."""
+"""Symbolic reasoning: numbered steps, then the answer."""
 
 import re
 
@@ -30,7 +30,7 @@ class Regime3Profile(Rewriting):
         'operation, apply its rule, calculate. Then, after an empty line, write "Answer:" and the '
         "answer."
     )
-    system = 'You reason in unique_name steps and end with a line that begins with "Answer:".'
+    system = 'You reason in numbered steps and end with a line that begins with "Answer:".'
 
     def rewrite(self, answer: str) -> str:
         if _ANSWER.search(answer) and (_STEP.search(answer) or not _lines(answer)[1:]):

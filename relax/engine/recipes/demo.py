@@ -28,7 +28,7 @@ def pretrain_demo(run, model, tokenizer, params, share: float = SHARE):
     if params is not None or (run.resume_from is not None and not run.keeps_frozen):
         return params
     seed, most = run.config.hyperparams.seed, CHUNK if run.is_dry else MOST
-    config = SFTConfig().replace(**SFTConfig.embedded, seed=seed)
+    config = SFTConfig().replace(**SFTConfig.demo, seed=seed)
     train, evaluated = (
         read_sft_data(
             config,

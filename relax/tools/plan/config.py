@@ -32,7 +32,7 @@ class DevicesConfig:
         "auto", "Devices per mesh axis, such as data=2,fsdp=4,tensor=2; auto = all along fsdp."
     )
     sharding_rules: str | None = option(
-        None, "JSON file of sharding rules that precede the built-in ones."
+        None, "File of sharding rules that precede the built-in ones."
     )
 
 

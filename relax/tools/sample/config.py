@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from relax.config.options import option, section
+from relax.config.rl import SamplingOptions
 from relax.config.rules import NoEffect, Rule, Values
 from relax.config.schema import Dtype, RenderingConfig
 from relax.config.settings import Settings
@@ -42,28 +43,12 @@ class PromptConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class SamplingSection:
+class SamplingSection(SamplingOptions):
     """Sampling."""
 
     max_new_tokens: int = option(256, "Maximum tokens of a completion.", at_least=1)
     min_new_tokens: int = option(0, "Minimum tokens of a completion.", at_least=0)
     temperature: float = option(1.0, "Sampling temperature; 0 = greedy.", at_least=0)
-    top_k: int = option(0, "Sample from the k likeliest tokens; 0 = off.", at_least=0)
-    top_p: float = option(
-        1.0,
-        "Sample from the likeliest tokens whose probabilities add up to this; 1 = off.",
-        above=0,
-        at_most=1,
-    )
-    min_p: float = option(
-        0.0,
-        "Sample from tokens at least this fraction as likely as the likeliest; 0 = off.",
-        at_least=0,
-        at_most=1,
-    )
-    repetition_penalty: float = option(
-        1.0, "Penalty on tokens that already occurred; 1 = off.", above=0
-    )
     stop: list[str] | None = option(
         None, "Texts that end a completion; none = those of the profile."
     )
