@@ -277,13 +277,13 @@ def test_training_from_python_teaches_the_pairs(tiny_model, tiny_params):
     "options, reason",
     [
         ({"loss_type": "dpo"}, "unknown loss_type 'dpo'. Known: sigmoid"),
-        ({"loss_type": ["kto", "sft"]}, "kto takes no other beside it"),
+        ({"loss_type": ["kto", "sft"]}, "or kto alone"),
         ({"loss_weights": [1.0, 2.0]}, "one per loss_type, got 2 for 1"),
         ({"loss_type": "exo_pair"}, "above 0 for exo_pair"),
         ({"label_smoothing": 0.5}, r"label_smoothing in \[0, 0.5\)"),
         ({"beta": 0.0}, "beta must be above 0"),
         ({"loss_type": "simpo", "ref_params": {}}, "ref_params has no effect"),
-        ({"precomputed": True, "sync_ref_model": True}, "a reference with weights of its own"),
+        ({"precomputed": True, "sync_ref_model": True}, "a reference with its own weights"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, reason, tiny_model):

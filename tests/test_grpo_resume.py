@@ -108,7 +108,7 @@ def test_sigterm_in_a_rollout_or_an_evaluation_saves_at_once_and_changes_no_byte
     for before in stops:
         child = runs.fork(*arguments, script=SCRIPT, before=before).wait_for("asleep at")
         assert child.end(signal.SIGTERM) == 143, child.stderr
-        assert "saving at once" in child.stderr and "by force" not in child.stderr, child.stderr
+        assert "saving now" in child.stderr and "by force" not in child.stderr, child.stderr
     finish(*arguments, script=SCRIPT)
     found, expected = outcome(tmp_path / "run"), outcome(unbroken)
     assert found.pop("steps") == [2, 4, 8] and expected.pop("steps") == [4, 8]

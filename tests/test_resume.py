@@ -240,9 +240,9 @@ def test_sigterm_in_any_phase_ends_with_143_within_the_grace_time(short_job, tmp
     assert "rerun the same command to start over" in ends["data"][2].stdout
     assert "step 2 is saved. To resume:" in ends["export"][2].stdout
     for phase in ("compile", "step"):
-        assert "2 s after SIGTERM the run had not ended" in ends[phase][2].stderr
+        assert "did not end within 2 s after SIGTERM" in ends[phase][2].stderr
     # An evaluation is dropped: the state is whole, and saved at once.
-    assert "saving at once: the work under way is dropped" in ends["evaluate"][2].stderr
+    assert "saving now: the work in progress is abandoned" in ends["evaluate"][2].stderr
     assert list_steps(tmp_path / "evaluate" / "checkpoints") == [1, 2]
 
 
@@ -255,7 +255,7 @@ def test_two_ctrl_c_end_at_once_and_a_second_run_is_refused_meanwhile(short_job,
     child.wait_for("press Ctrl-C again to stop at once")
     time.sleep(0.3)
     assert child.end(signal.SIGINT) == 130
-    assert "stopped at once; what was saved before is intact" in child.stderr
+    assert "stopped at once; earlier checkpoints are intact" in child.stderr
     assert list_steps(tmp_path / "run" / "checkpoints") == [1]
 
 

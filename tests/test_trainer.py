@@ -293,9 +293,11 @@ def test_an_item_may_give_several_updates_and_positions_count_items():
 
 def test_a_generator_that_runs_out_gets_a_clear_error():
     trainer = Regression()
-    with pytest.raises(ValueError, match="gave no batch in epoch 1.*a generator runs out"):
+    with pytest.raises(ValueError, match="gave no batch in epoch 1.*a generator is exhausted"):
         trainer.train((batch for batch in regression_batches(2)), num_epochs=2, key=KEY)
-    with pytest.raises(ValueError, match="evaluation loader gave no batch.*a generator runs out"):
+    with pytest.raises(
+        ValueError, match="evaluation loader gave no batch.*a generator is exhausted"
+    ):
         trainer.train(regression_batches(2), 2, key=KEY, eval_loader=iter(regression_batches(1)))
     with pytest.raises(ValueError, match="gave no batch in epoch 0"):
         trainer.train([], key=KEY)

@@ -1,4 +1,4 @@
-"""The algorithms, one readable file each, and the trainer they stand on."""
+"""The algorithms, one file each, and their common `Trainer`."""
 
 from relax.trainers.callback import Callback, Event, StopTraining
 from relax.trainers.dpo_trainer import DPOTrainer

@@ -1,30 +1,30 @@
-"""What composes with training without being the algorithm: progress, metrics, early stopping."""
+"""Callbacks: hooks called during training, for progress, metrics and early stopping."""
 
 import dataclasses
 from typing import Any
 
 
 class StopTraining(Exception):
-    """Raised by a callback to end the run after the current step, in order: saved, not failed."""
+    """Raised by a callback to end the run normally after the current step, with a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Where a run is, when a hook is called.
+    """The position and results of a run, passed to every hook.
 
     Attributes:
-      trainer: the trainer that runs.
-      state: the `TrainState`. The next step donates its buffers: copy what is to be kept.
+      trainer: the running trainer.
+      state: the `TrainState`. The next step donates its buffers: copy anything you keep.
       step: updates done.
-      epoch: the current epoch, counted from 0; None in a validation outside of training.
-      position: loader items of this epoch that are done, or under way within the batch hooks.
-      epoch_length: loader items per epoch, None where the loader has no length.
-      total_steps: updates of the whole run, None where unknown.
+      epoch: the current epoch, counted from 0; None in a validation outside training.
+      position: loader items of this epoch that are done; the batch hooks count the current one.
+      epoch_length: loader items per epoch; None if the loader has no length.
+      total_steps: updates of the whole run; None if unknown.
       batch: the batch, in `on_batch_begin` and `on_batch_end`.
-      records: what `make_batches` gave to be shown with the batch.
-      evaluated: the step of the last validation, if there was one.
-      stop: a callback asked for the end of the run.
-      metrics: scalars (device arrays) of the update in `on_batch_end`, floats of the whole
+      records: records of a `LoggedBatch`, to show with the batch.
+      evaluated: the step of the last validation, if any.
+      stop: whether a callback asked to end the run.
+      metrics: scalars (device arrays) of the update in `on_batch_end`; floats of the whole
         evaluation in `on_validation_end`.
     """
 
@@ -43,18 +43,18 @@ class Event:
 
     @property
     def epochs_done(self) -> float | None:
-        """Epochs done, with the fraction of the current one where the loader's length is known."""
+        """Epochs done, including the fraction of the current one if the loader has a length."""
         if self.epoch is None:
             return None
         return self.epoch + (self.position / self.epoch_length if self.epoch_length else 0.0)
 
 
 class Callback:
-    """Base of callbacks: every hook does nothing. Override those you need.
+    """Base class of callbacks. Every hook does nothing; override those you need.
 
-    A callback whose own values decide what it does later returns them from `state_dict` (JSON);
-    they go into every checkpoint and come back through `load_state_dict`. `close` is called when
-    `train` is left, in whatever way: give back there what `on_train_begin` took.
+    A callback that keeps state returns it from `state_dict` (JSON); it is saved with every
+    checkpoint and restored by `load_state_dict`. `close` is called whenever `train` ends, even by
+    an exception: release there what `on_train_begin` acquired.
     """
 
     def on_train_begin(self, event: Event) -> None: ...
@@ -84,10 +84,10 @@ class Callback:
 
 
 def call(callbacks, hook: str, event: Event) -> bool:
-    """Calls one hook of every callback in order; an exception gets the callback's name added.
+    """Calls one hook of every callback in order; adds the callback's name to an exception.
 
     Returns:
-      Whether one of them asked for the end of the run.
+      Whether one of them asked to end the run.
     """
     stop = False
     for callback in callbacks:
@@ -102,7 +102,7 @@ def call(callbacks, hook: str, event: Event) -> bool:
 
 
 def state_dicts(callbacks) -> dict[str, dict]:
-    """The states of all callbacks that have one, by class name and place among its kind."""
+    """The states of all callbacks that have one, keyed by class name and index, as "Best.0"."""
     states = {name: callback.state_dict() for name, callback in _named(callbacks)}
     return {name: state for name, state in states.items() if state}
 

@@ -1,18 +1,19 @@
-"""Direct preference optimisation, and the family of losses that grew out of it.
+"""Direct preference optimisation and related losses.
 
 1. A batch holds prompts with a chosen and a rejected completion each.
-2. The policy gives the log-probability of every completion; so does the frozen reference.
+2. The policy and the frozen reference each compute every completion's log-probability.
 3. The loss widens the margin between the two completions, measured against the reference.
 
     s = log π_θ(y | x) - log π_ref(y | x)
     L = - log σ(β (s_chosen - s_rejected))
 
 Rafailov et al., Direct Preference Optimization, 2023, https://arxiv.org/abs/2305.18290, eq. 7.
-`relax.losses.dpo` has the losses. KTO takes single completions, good or bad; the second one is then
-another row's, and the first is compared with the mean s of those over the micro-batch.
+`relax.losses.dpo` has the losses. KTO takes single completions, good or bad. The second completion
+of its pairs comes from another row: the mean s of these over the micro-batch is the reference
+  point.
 
-Where it departs from TRL: `label_smoothing` works with sigmoid (cDPO); means are over all pairs of
-an update, and the sft loss over all chosen tokens of it, however micro-batches share them.
+Differences from TRL: `label_smoothing` works with sigmoid (cDPO); means are over all pairs of an
+update, and the sft loss over all its chosen tokens, however they are split into micro-batches.
 
 Axes: B rows, C tokens of a completion, T tokens of a packed row, K pairs of a packed row; N = B or
 B * K pairs, M tokens in all, D model.
@@ -54,7 +55,7 @@ KTO = "kto"
 
 
 class DPOTrainer(Trainer):
-    """Trains on pairs of completions, or with `loss_type="kto"` on single ones.
+    """Trainer for pairs of completions, or with `loss_type="kto"` for single ones.
 
     Batches are those of `relax.data.PreferenceLoader`.
 
@@ -62,23 +63,22 @@ class DPOTrainer(Trainer):
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
       params: as for `Trainer`; None: `ref_params`, or fresh ones.
       ref_params: parameters of the reference (copied); None: the initial ones. With adapters the
-        reference is the model without them, and costs no memory.
+        reference is the model without them and needs no extra memory.
       freeze: as for `SFTTrainer`.
-      loss_type: a name in `PREFERENCE_LOSSES`, several, whose sum is minimised, or `kto`.
+      loss_type: one or several names in `PREFERENCE_LOSSES`, whose sum is minimised, or `kto`.
       loss_weights: weights of several losses; None: 1 each.
       beta, label_smoothing, simpo_gamma: see `LossOptions`.
       desirable_weight, undesirable_weight: weights of good and bad completions in KTO.
-      precomputed: batches bring `ref_logprobs`, and the state holds no reference.
-      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every `ref_model_sync_steps`
-        updates the reference becomes alpha times the policy plus (1 - alpha) times itself.
-      loss_chunk_size: tokens whose logits exist at once (>= 1).
+      precomputed: batches contain `ref_logprobs`, and the state holds no reference.
+      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: see `update_reference`.
+      loss_chunk_size: tokens whose logits are in memory at once (>= 1).
       **options: of `Trainer`.
 
-    Metrics, with TRL's names: `rewards/...` are β s (for losses without a reference β log π / |y|),
-    `rewards/accuracies` is the share of pairs with s_chosen > s_rejected, `logps/...` are log π of
-    whole completions, `logits/...` means over tokens and vocabulary (before a soft cap), `entropy`
-    is over all completions' tokens, `mean_token_accuracy` over those of chosen ones; `num_tokens`
-    counts a prompt once per completion.
+    Metrics, with TRL's names: `rewards/...` are β s (for losses without a reference β log π / |y|);
+    `rewards/accuracies` is the share of pairs with s_chosen > s_rejected; `logps/...` are log π of
+    whole completions; `logits/...` are means over tokens and vocabulary (before a soft cap);
+    `entropy` is the mean over tokens of all completions, `mean_token_accuracy` over tokens of
+    chosen ones; `num_tokens` counts a prompt once per completion.
     """
 
     def __init__(
@@ -121,15 +121,15 @@ class DPOTrainer(Trainer):
         has_base = model.lora is not None or freeze is not None
         if sync_ref_model and (not self.reference or has_base):
             raise ValueError(
-                "sync_ref_model needs a reference with weights of its own: a loss that reads one, "
-                "no precomputed, no adapters and no freeze."
+                "sync_ref_model needs a reference with its own weights: use a loss that reads one, "
+                "and no precomputed, adapters or freeze."
             )
         if ref_params is not None and (not self.reference or has_base):
             raise ValueError(
-                "ref_params has no effect: the reference is the frozen base, precomputed, or not "
-                "read by the loss. Leave it out."
+                "ref_params has no effect here: the reference is the frozen base, precomputed, or "
+                "unused by the loss. Remove ref_params."
             )
-        if self.params is None:  # the policy starts as its reference, which stays usable
+        if self.params is None:  # the policy starts from the reference
             self.params = copy_tree(ref_params)
         self.ref_params, self.freeze = ref_params, freeze
         self.loss_chunk_size = loss_chunk_size
@@ -155,7 +155,7 @@ class DPOTrainer(Trainer):
         hidden, targets, aux_loss = self._states(weights, batch, rng)
         tokens = self._logprobs(weights, hidden, targets)
         logprobs = _per_completion(batch, tokens.logprobs)  # [N, 2]
-        ref_logprobs = self._of_reference(frozen, batch, logprobs)
+        ref_logprobs = self._reference_logprobs(frozen, batch, logprobs)
         lengths = batch["completion_lengths"].reshape(-1, 2)
         mask = (lengths > 0).all(axis=1)
         losses = self._pair_losses if self.is_paired else self._kto_losses
@@ -172,10 +172,10 @@ class DPOTrainer(Trainer):
         return LossOutput(loss=loss, weight=mask.sum(), metrics=metrics)
 
     def answer_logprobs(self, params, batch) -> np.ndarray:
-        """Log-probabilities `[N, 2]` of a batch's completions under `params` (all of them)."""
+        """Log-probabilities `[N, 2]` of a batch's completions under all parameters `params`."""
         return parallel.to_host(self._compiled_logprobs(params, parallel.shard_batch(batch)))
 
-    def _of_reference(self, frozen, batch, logprobs):
+    def _reference_logprobs(self, frozen, batch, logprobs):
         if not self.needs_reference:
             return jnp.zeros_like(logprobs)
         given = batch.get("ref_logprobs")
@@ -188,7 +188,7 @@ class DPOTrainer(Trainer):
         return _per_completion(batch, self._logprobs(params, hidden, targets).logprobs)
 
     def _states(self, params, batch, rng):
-        """States before the completions' tokens `[M, D]`, those tokens `[M]`, and the aux loss."""
+        """Hidden states `[M, D]` before completion tokens, those tokens `[M]`, and the aux loss."""
         if "segment_ids" in batch:
             hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)
             targets = next_token_targets(batch["labels"])
@@ -197,7 +197,7 @@ class DPOTrainer(Trainer):
             hidden, aux_loss = completion_states(self.model, params, batch, rng)
             place = jnp.arange(ids.shape[2])[None, None, :]
             is_token = place < lengths[:, :, None]
-            # Nothing precedes the first token where the completion has swallowed the prompt.
+            # Without a prompt nothing predicts the completion's first token.
             is_token &= (place > 0) | (batch["prompt_lengths"] > 0)[:, None, None]
             targets = jnp.where(is_token, ids, IGNORED)
         return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), aux_loss
@@ -267,10 +267,10 @@ class DPOTrainer(Trainer):
         logits = hidden.astype(jnp.float32) @ matrix.astype(jnp.float32).mean(axis=0)
         logits = _per_completion(batch, jnp.where(targets != IGNORED, logits, 0.0))
         entropy = _per_completion(batch, tokens.entropy)
-        chosen_hidden, chosen_targets = _of_chosen(batch, hidden, targets)
+        chosen_hidden, chosen_targets = _chosen_states(batch, hidden, targets)
         hits = target_hits(chosen_hidden, matrix, chosen_targets, **self._vocabulary())
         hits = (hits & (chosen_targets != IGNORED)).sum()
-        if not self.is_paired:  # the second completion is another row's, drawn for the KL alone
+        if not self.is_paired:  # the second completion is another row's, used only for the KL
             good = batch["is_desirable"].reshape(-1)[:, None]
             entropy, logits, lengths = (
                 jnp.concatenate([jnp.where(good, x, 0), jnp.where(good, 0, x)], axis=1)
@@ -289,10 +289,10 @@ class DPOTrainer(Trainer):
 
 
 def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float, ...]:
-    """The weights of the losses.
+    """Checks the losses and returns their weights.
 
     Raises:
-      ValueError: an unknown loss, weights that are not one each, or numbers out of range.
+      ValueError: an unknown loss, a wrong number of weights, or a value out of range.
     """
     for name in names:
         if name != KTO and name not in PREFERENCE_LOSSES:
@@ -301,7 +301,7 @@ def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float
             )
     if not names or (KTO in names and len(names) > 1):
         raise ValueError(
-            f"loss_type must name losses, and kto takes no other beside it, got {list(names)}."
+            f"loss_type must name one or more losses, or kto alone, got {list(names)}."
         )
     if weights is not None and len(weights) != len(names):
         raise ValueError(
@@ -316,18 +316,18 @@ def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float
 
 
 def _per_completion(batch, values: jax.Array) -> jax.Array:
-    """Sums over the tokens of each completion, `[M]` -> `[N, 2]`."""
+    """Sums values over the tokens of each completion, `[M]` -> `[N, 2]`."""
     if "segment_ids" not in batch:
         return values.reshape(batch["completion_ids"].shape).sum(axis=2)
     B, K = batch["completion_lengths"].shape[:2]
     values, segments = values.reshape(B, 1, -1), batch["segment_ids"][:, None, :]
-    # Sums by comparison, not by scattered additions: in the same order on every device.
+    # Masked sums, not scatter-adds: their order is the same on every device.
     mine = segments == jnp.arange(1, 2 * K + 1)[None, :, None]  # [B, 2K, T]
     return jnp.where(mine, values, 0.0).sum(axis=2).reshape(B * K, 2)
 
 
-def _of_chosen(batch, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """States and targets of first completions; all other targets are ignored or left out."""
+def _chosen_states(batch, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """States and targets of chosen completions; all other targets are ignored or removed."""
     if "segment_ids" in batch:
         is_first = (batch["segment_ids"] % 2 == 1).reshape(-1)
         return hidden, jnp.where(is_first, targets, IGNORED)

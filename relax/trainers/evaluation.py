@@ -1,4 +1,4 @@
-"""Evaluation: over one loader or several by name, of every batch and overall."""
+"""Evaluation over one loader or several named ones, per batch and overall."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class Evaluation(dict):
-    """Numbers by name, over all batches.
+    """Metrics by name, over all batches.
 
     Attributes:
-      parts: what each batch gave, by the name of its set ("" of the only one).
+      parts: the results of each batch, by the name of its set ("" for a single loader).
     """
 
     def __init__(self, metrics: dict, parts: dict[str, list], reduce: Callable[[list], dict]):
@@ -18,7 +18,7 @@ class Evaluation(dict):
 
     @property
     def batches(self) -> list[dict[str, Any]]:
-        """The same numbers of each batch; of several sets, with the name of its `set`."""
+        """The same metrics for each batch; with several sets, the name of its `set` too."""
         return [
             ({"set": name} if name else {}) | self._reduce([part])
             for name, some in self.parts.items()
@@ -27,13 +27,13 @@ class Evaluation(dict):
 
 
 def evaluate(trainer, state, loader, max_batches: int | None, items) -> Evaluation:
-    """What `Trainer.validate` returns.
+    """Evaluates every loader and reduces the results; the body of `Trainer.validate`.
 
     Args:
-      loader: of batches, or a mapping of names to such loaders: then a metric of a set is called
-        `set_metric`, and `metric` alone is over all sets together.
-      max_batches: of each loader; None: all.
-      items: what gives a loader's items.
+      loader: a loader of batches, or a mapping of names to such loaders: then `set_metric` is the
+        metric of one set, and `metric` that of all sets together.
+      max_batches: batches per loader; None: all.
+      items: a function from a loader to its items.
 
     Raises:
       ValueError: a loader gave no batch.
@@ -50,8 +50,9 @@ def evaluate(trainer, state, loader, max_batches: int | None, items) -> Evaluati
         if not parts[name]:
             which = f" of {name!r}" if name else ""
             raise ValueError(
-                f"the evaluation loader{which} gave no batch. Pass something that can be iterated "
-                "anew for every evaluation, such as a list; a generator runs out."
+                f"the evaluation loader{which} gave no batch. Pass an iterable that can be "
+                "iterated again for every evaluation, such as a list; a generator is exhausted "
+                "after one."
             )
         if len(sets) > 1:
             whole = trainer.reduce_evaluation(parts[name])

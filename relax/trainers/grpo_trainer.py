@@ -1,9 +1,9 @@
-"""Group relative policy optimisation, and the family of losses that grew out of it.
+"""Group relative policy optimisation (GRPO) and related losses.
 
 1. `generate`: every prompt gets a group of G completions (`RLTrainer`).
 2. `score`: reward functions score them (`RLTrainer`).
-3. `resample`: groups of equal rewards are replaced, where that is asked for (DAPO).
-4. `advantages`: each completion's reward against those of its group.
+3. `resample`: optionally, groups of equal rewards are replaced (DAPO).
+4. `advantages`: each completion's reward relative to its group.
 5. `compute_loss`: the clipped policy-gradient loss, and a KL penalty to a reference policy.
 
     Â_i = (r_i - mean(r)) / std(r),   ρ_t = π_θ(y_t) / π_old(y_t)
@@ -16,9 +16,9 @@ changes only the advantage:
         def advantages(self, rewards):  # [P, G]
             return rewards - np.nanmedian(rewards, axis=1, keepdims=True)
 
-Where it departs from TRL: dapo and bnpo divide by the tokens of the update, whatever the size of a
-micro-batch or of a rollout; cispo clips to the paper's interval (`cispo_absolute` is TRL's); the
-log-ratio is held at ±20 before it is exponentiated, as in verl and OpenRLHF.
+Differences from TRL: dapo and bnpo divide by the tokens of the update, whatever the size of a
+micro-batch or rollout; cispo clips to the paper's interval (`cispo_absolute` is TRL's); the
+log-ratio is clamped to ±20 before it is exponentiated, as in verl and OpenRLHF.
 
 Axes: P prompts, G completions of a group, g of them in a row, C tokens of a completion;
 B = P * g completions of a batch.
@@ -55,27 +55,26 @@ from relax.trainers.update import LossOutput, Max, Mean, Min
 
 
 class GRPOTrainer(RLTrainer):
-    """GRPO, and with other options DAPO, Dr. GRPO, GSPO, CISPO and RLOO.
+    """Trainer for GRPO and, by its options, DAPO, Dr. GRPO, GSPO, CISPO and RLOO.
 
     Args:
       model, optimizer, reward_funcs, tokenizer, **options: as for `RLTrainer`.
-      beta: KL coefficient β (>= 0); 0 holds no reference.
+      beta: KL coefficient β (>= 0); 0 disables the reference model.
       kl_estimator: `k1`, `k2`, `k3`, or a registered one.
       kl_in_reward: subtract the penalty, summed over a completion's tokens, from its reward instead
         of adding it to the loss.
-      use_bias_correction_kl: multiply the penalty per token by the ratio (TRL's name and default):
-        an estimate of the trained policy's KL, where tokens were drawn by an earlier one.
+      use_bias_correction_kl: multiply the penalty per token by the ratio (TRL's name and default),
+        which estimates the KL of the current policy from tokens sampled by an older one.
       epsilon, epsilon_high, delta: bounds of the ratio, see `Clip`; epsilon_high None: epsilon.
       loss_type: dapo, grpo, bnpo, dr_grpo, cispo, cispo_absolute, or a registered one.
       importance_sampling_level: `token`, `sequence` (GSPO) or `trajectory` (RLOO).
       scale_rewards: group, batch, none or rloo, or a registered advantage.
-      mask_truncated_completions: do not train on completions that did not end by themselves. Their
-        rewards stay part of their groups' mean and deviation.
-      entropy_coef: coefficient of the tokens' entropy, which is subtracted from their losses.
-      max_resample_rounds: how often groups of equal rewards are replaced by groups of fresh
-        prompts, from the item's `extra_prompts` (DAPO's dynamic sampling); 0: never.
-      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: every `ref_model_sync_steps`
-        updates the reference becomes alpha times the policy plus (1 - alpha) times itself.
+      mask_truncated_completions: do not train on truncated completions. Their rewards still count
+        in their group's mean and standard deviation.
+      entropy_coef: coefficient of the entropy bonus, which is subtracted from the loss.
+      max_resample_rounds: maximum number of times that groups of equal rewards are replaced by
+        groups of the item's `extra_prompts` (DAPO's dynamic sampling); 0: never.
+      sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: see `update_reference`.
     """
 
     def __init__(
@@ -104,8 +103,8 @@ class GRPOTrainer(RLTrainer):
         super().__init__(model, optimizer, reference=beta != 0, **options)
         if self.num_generations < 2:
             raise ValueError(
-                "num_generations must be at least 2, since advantages are against the group, got "
-                f"{self.num_generations}."
+                "num_generations must be at least 2, since advantages are relative to the group, "
+                f"got {self.num_generations}."
             )
         for registry, name in (
             (LOSS_TYPES, loss_type),
@@ -113,7 +112,7 @@ class GRPOTrainer(RLTrainer):
             (ADVANTAGES, scale_rewards),
             (KL_ESTIMATORS, kl_estimator),
         ):
-            registry[name]  # an unknown name is refused here, not in the first update
+            registry[name]  # fails on an unknown name here, not in the first update
         self.beta, self.kl_estimator, self.kl_in_reward = beta, kl_estimator, kl_in_reward
         high = epsilon if epsilon_high is None else epsilon_high
         self.clip = Clip(epsilon, high, delta)
@@ -124,7 +123,7 @@ class GRPOTrainer(RLTrainer):
         self.entropy_coef, self.max_resample_rounds = entropy_coef, max_resample_rounds
         if sync_ref_model and (not beta or model.lora is not None):
             raise ValueError(
-                "sync_ref_model needs a reference with weights of its own: beta above 0, and no "
+                "sync_ref_model needs a reference with its own weights: beta above 0 and no "
                 f"adapters, got beta {beta} and lora {model.lora}."
             )
         self.sync_ref_model = sync_ref_model
@@ -132,11 +131,10 @@ class GRPOTrainer(RLTrainer):
         self.ref_model_sync_steps = ref_model_sync_steps
 
     def advantages(self, rewards: np.ndarray):
-        """Each completion's reward against its group's: `[P, G]` -> `[P, G]`.
+        """Each completion's reward relative to its group, `[P, G]` -> `[P, G]`.
 
         Args:
-          rewards: float64 on the host, NaN where no reward function applies; the result there
-            counts as 0.
+          rewards: float64 on the host; NaN if no reward function applies, which gives advantage 0.
         """
         return ADVANTAGES[self.scale_rewards](rewards)
 
@@ -149,10 +147,10 @@ class GRPOTrainer(RLTrainer):
         yield from self.split_updates(state, collected, *experience)
 
     def resample(self, state: TrainState, item, collected: ScoredRollout) -> ScoredRollout:
-        """Replaces groups of equal rewards, which give no gradient, by groups of fresh prompts.
+        """Replaces groups of equal rewards, which have no gradient, by groups of unused prompts.
 
-        Each round draws as many of the item's `extra_prompts` as there are such groups, at most
-        `max_resample_rounds` times.
+        Each of up to `max_resample_rounds` rounds uses one of the item's `extra_prompts` per such
+        group.
 
         References:
           Yu et al., DAPO, 2025, https://arxiv.org/abs/2503.14476, eq. 11 (dynamic sampling)
@@ -180,8 +178,8 @@ class GRPOTrainer(RLTrainer):
 
     def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
         rollout, rewards = collected.rollout, collected.rewards
-        # A truncated completion keeps its reward in the group's mean either way: left out, a group
-        # would be judged against those of its completions that happened to end.
+        # A truncated completion keeps its reward in the group's mean either way. Without it the
+        # baseline would be the mean of the completions that ended, which is biased upwards.
         mask = rollout.mask
         if self.mask_truncated_completions:
             mask = mask & ~rollout.truncated[:, :, None]
@@ -200,8 +198,8 @@ class GRPOTrainer(RLTrainer):
                 rewards = rewards - self.beta * np.asarray(kl, np.float64).sum(axis=2)
             arrays["ref_logprobs"] = ref_logprobs
         advantages = np.array(self.advantages(rewards), np.float32)
-        # No reward function applies: the completion says nothing, and is no better or worse than
-        # expected. NaN from anywhere else stays, so that the update is skipped and counted.
+        # A completion without any reward gets advantage 0. NaN of any other origin stays, so that
+        # the update is skipped and counted.
         advantages[np.isnan(rewards)] = np.nan
         advantages[np.isnan(collected.rewards)] = 0.0
         return arrays | {"advantages": advantages}
@@ -265,7 +263,7 @@ class GRPOTrainer(RLTrainer):
 def _replace(
     kept: ScoredRollout, fresh: ScoredRollout, flat: np.ndarray
 ) -> tuple[ScoredRollout, int]:
-    """Puts fresh groups of unequal rewards in the places `flat`; also counts them."""
+    """Replaces the groups `flat` by fresh groups of unequal rewards; also returns their number."""
     good = np.flatnonzero(~has_zero_std(fresh.rewards))
     source = np.arange(len(kept.rewards))
     source[flat[: len(good)]] = len(kept.rewards) + good

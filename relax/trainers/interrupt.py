@@ -1,13 +1,12 @@
-"""Signals that ask for the end: finish the step, save, leave; or leave at once when asked twice.
+"""Signal handling: the first signal finishes the step, saves and exits; a second exits at once.
 
-SIGINT is Ctrl-C, SIGTERM is what schedulers send, SIGHUP comes when a terminal is closed, and
-SIGUSR1 is what batch systems are told to send some time before the end.
+SIGINT is Ctrl-C, schedulers send SIGTERM, a closed terminal sends SIGHUP, and batch systems can be
+configured to send SIGUSR1 some time before the time limit.
 
 A Python signal handler runs in the main thread, and only between bytecodes: never while that thread
-is inside XLA's compiler. So two parts share the work. The handler tells the loop to stop. A watcher
-thread, woken by the interpreter's wakeup descriptor even then, ends the process on a second signal
-or when the grace time is over. Ending by force is safe because files are committed by
-a rename.
+is inside XLA's compiler. So the handler only asks the loop to stop, and a watcher thread, which the
+interpreter's wakeup descriptor wakes even then, ends the process on a second signal or when the
+grace period is over. Ending it by force is safe because files are committed by a rename.
 """
 
 import builtins
@@ -25,15 +24,15 @@ from typing import Any
 from relax.errors import ConfigError
 from relax.parallel import processes
 
-# One Ctrl-C can arrive twice: from the terminal and from a wrapper that passes it on.
+# One Ctrl-C can arrive twice: from the terminal and from a wrapper that forwards it.
 _SAME_PRESS_S = 0.1
-# Signals of which a second one ends the process at once. The others may come in any number: a
+# A second one of these signals ends the process at once. Others may arrive any number of times: a
 # closing terminal sends several, and a batch system sends SIGTERM after SIGUSR1.
 _URGENT = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop. Not an `Exception`, so that no library swallows it on its way."""
+    """Raised when a signal stops the run. Not an `Exception`, so that no library catches it."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -41,22 +40,22 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal, as shells count: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 plus the signal number, as in shells: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 class Interrupt:
-    """Turns SIGINT, SIGTERM, SIGHUP and SIGUSR1 into an orderly end while its context lasts.
+    """Context manager that turns SIGINT, SIGTERM, SIGHUP and SIGUSR1 into an orderly exit.
 
-    Until `arm()` a signal raises `Interrupted` in the main thread. After it the first signal only
-    sets `requested`, which the loop looks at between steps. A second Ctrl-C or SIGTERM ends the
-    process at once. In a notebook only Ctrl-C is handled; SIGHUP and SIGUSR1 are left alone where
-    they are ignored (`nohup`) or have a handler; outside the main thread nothing is installed;
-    inside another active `Interrupt` this one shares that one's state.
+    Before `arm()` a signal raises `Interrupted` in the main thread. After it, the first signal only
+    sets `requested`, which the loop checks between steps. A second Ctrl-C or SIGTERM ends the
+    process at once. In a notebook only Ctrl-C is handled; SIGHUP and SIGUSR1 keep an existing
+    handler and stay ignored under `nohup`; outside the main thread no handler is installed; an
+    `Interrupt` inside another one shares its state.
 
     Args:
-      grace_s: seconds (> 0) between a signal other than Ctrl-C and the end of the process by force.
-      say: prints one line; default: to stderr.
+      grace_s: seconds (> 0) after a signal other than Ctrl-C until the process is ended by force.
+      say: prints one line; None: to stderr.
 
     Example:
       >>> with Interrupt() as interrupt:
@@ -80,46 +79,46 @@ class Interrupt:
 
     @property
     def requested(self) -> int | None:
-        """The signal that asked for the end, or None."""
+        """The signal that asked the run to stop, or None."""
         return self._outer.requested if self._outer else self._signum
 
     @property
     def exit_code(self) -> int:
-        """What the process should exit with: 0, or 128 and the number of the signal."""
+        """The exit code for the process: 0, or 128 plus the signal number."""
         return 0 if self.requested is None else 128 + self.requested
 
     def agree(self) -> None:
-        """Stops all processes where one was asked to stop. All of them must call it."""
+        """Stops all processes if one of them was asked to stop. All of them must call it."""
         asked = [signum for signum in processes.gather(self.requested) if signum is not None]
         if asked and self.requested is None:
             owner = self._outer or self
             owner._signum = asked[0]
 
     def arm(self) -> None:
-        """From here on the caller polls `requested`: a first signal no longer raises.
+        """Makes the first signal set `requested` instead of raising; the caller must poll it.
 
         Raises:
-          Interrupted: a signal came before and the exception that it raised was swallowed, as it
-            is in a callback of the garbage collector.
+          Interrupted: an earlier signal's exception was lost, as in a callback of the garbage
+            collector.
         """
         self._set_armed(True)
         if self.requested is not None:
             raise Interrupted(self.requested)
 
     def disarm(self) -> None:
-        """From here on nobody polls: a signal raises `Interrupted` again."""
+        """Makes a signal raise `Interrupted` again."""
         self._set_armed(False)
 
     @contextlib.contextmanager
     def dropping(self) -> Iterator[None]:
-        """Within, a signal with a grace time raises at once, armed or not.
+        """Context in which a signal other than Ctrl-C raises at once, armed or not.
 
-        It is for work that changes nothing and can be done again, such as a rollout or an
-        evaluation: it may take longer than the grace time. Of several processes none may drop what
-        the others go on with, so that there it changes nothing.
+        For work that has no side effects and can be repeated, such as a rollout or an evaluation,
+        which may take longer than the grace period. With several processes it has no effect: none
+        may abandon work that the others continue.
 
         Raises:
-          Interrupted: such a signal came now or before.
+          Interrupted: such a signal arrives, or arrived before.
         """
         owner = self._outer or self
         if processes.count() > 1:
@@ -134,7 +133,7 @@ class Interrupt:
             owner._drops = False
 
     def until_asked(self, batches: Iterable) -> Iterator:
-        """The batches; none where the first one is dropped before it is made."""
+        """Yields the batches; none if a signal interrupts the making of the first one."""
         iterator = iter(batches)
         try:
             with self.dropping():
@@ -168,7 +167,7 @@ class Interrupt:
             self._signum, self._outer = self._outer.requested, None
         elif Interrupt._active is self:
             for signum, handler in self._previous.items():
-                # None stands for a handler that was not installed from Python.
+                # None means a handler that was not installed from Python.
                 signal.signal(signum, signal.SIG_DFL if handler is None else handler)
             self._previous.clear()
             self._stop_watcher()
@@ -177,10 +176,10 @@ class Interrupt:
     def _handle(self, signum: int, frame) -> None:
         first = self._signum is None
         if first:
-            # Before anything is raised: an exception may be swallowed where it is raised.
+            # Set before raising: the exception may be lost where it is raised.
             self._signum = signum
         if self._drops and signum != signal.SIGINT:
-            self._say("saving at once: the work under way is dropped, and done again on resume")
+            self._say("saving now: the work in progress is abandoned and repeated on resume")
             raise Interrupted(signum)
         if not self._armed:
             raise Interrupted(signum)
@@ -202,29 +201,29 @@ class Interrupt:
         os.close(self._write_fd)
 
     def _watch(self) -> None:
-        """Counts signals, which arrive as one byte each, and keeps the deadline."""
+        """Counts signals, which arrive as one byte each, and enforces the deadline."""
         first_s: float | None = None
         deadline_s: float | None = None
-        last = signal.SIGTERM  # the signal that the deadline is of
+        last = signal.SIGTERM  # the signal that started the deadline
         while True:
             left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
             if not select.select([self._read_fd], [], [], left_s)[0]:
                 _end(
                     last,
-                    f"{self.grace_s:g} s after {last.name} the run had not ended: ending it by "
-                    "force",
+                    f"the run did not end within {self.grace_s:g} s after {last.name}: ending it "
+                    "by force",
                 )
             for signum in os.read(self._read_fd, 64):
                 if signum == 0:
                     return
                 if self._old_fd != -1:
-                    _pass_on(self._old_fd, signum)
+                    _forward(self._old_fd, signum)
                 if signum not in self._previous:
                     continue
                 now_s = time.monotonic()
                 if signum in _URGENT:
                     if first_s is not None and now_s - first_s > _SAME_PRESS_S:
-                        _end(signum, "stopped at once; what was saved before is intact")
+                        _end(signum, "stopped at once; earlier checkpoints are intact")
                     first_s = first_s or now_s
                 if signum != signal.SIGINT and deadline_s is None:
                     deadline_s, last = now_s + self.grace_s, signal.Signals(signum)
@@ -253,17 +252,17 @@ os.register_at_fork(after_in_child=_forget_in_child)
 def _say(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
-    except RuntimeError:  # the signal came in the middle of a print to the same stream
+    except RuntimeError:  # the signal interrupted a print to the same stream
         os.write(2, line.encode() + b"\n")
-    except OSError:  # the terminal is gone: that may be what the signal tells
+    except OSError:  # the terminal is closed
         pass
 
 
-def _pass_on(fd: int, signum: int) -> None:
+def _forward(fd: int, signum: int) -> None:
     try:
         os.write(fd, bytes([signum]))
     except OSError:
-        pass  # its owner has closed it or does not read: its loss
+        pass  # its owner has closed it or does not read it
 
 
 def _end(signum: int, why: str) -> None:

@@ -1,4 +1,4 @@
-"""What a loader gives, from a position in an epoch on."""
+"""Reading a loader from a given position of an epoch."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class OrderedLoader(Protocol):
-    """A loader whose order is a function of (epoch, position), so that a run resumes at once."""
+    """A loader whose order depends only on (epoch, position), so that a run resumes at once."""
 
     def __len__(self) -> int: ...
 
@@ -15,20 +15,20 @@ class OrderedLoader(Protocol):
 
 
 def items_of(loader, epoch: int, start: int) -> Iterator:
-    """What a loader gives in an epoch from a position; a plain iterable is read up to there."""
+    """Items of an epoch from position `start` on; a plain iterable skips up to there."""
     if isinstance(loader, OrderedLoader):
         return loader.batches(epoch, start)
     items = iter(loader)
     skipped = sum(1 for _ in itertools.islice(items, start))
     if skipped < start:
         raise ValueError(
-            f"the train loader ended after {skipped} items, and the run is to go on from item "
-            f"{start} of the epoch. Pass the loader that it began with, and `progress` where that "
-            "has no length."
+            f"the train loader ended after {skipped} items, but the run resumes from item {start} "
+            "of the epoch. Pass the loader that the run started with, and `progress` if that "
+            "loader has no length."
         )
     return items
 
 
 def is_due(every: int | None, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
+    """Whether there is a multiple of `every` in (before, after]."""
     return every is not None and every != 0 and after // every > before // every

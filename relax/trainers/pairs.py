@@ -1,11 +1,11 @@
-"""What batches of pairs have in common, whatever is learned from them (`PreferenceLoader`)."""
+"""Token counts of preference batches, for DPO and reward models (`PreferenceLoader`)."""
 
 import jax
 import jax.numpy as jnp
 
 
 def num_tokens(batch) -> jax.Array:
-    """Real tokens of a batch; prompts count once per answer."""
+    """Number of tokens in a batch without padding; a prompt counts once per completion."""
     if "segment_ids" in batch:
         return (batch["segment_ids"] > 0).sum().astype(jnp.int32)
     lengths, prompts = batch["completion_lengths"], batch["prompt_lengths"][:, None]

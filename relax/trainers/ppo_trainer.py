@@ -1,9 +1,9 @@
-"""Proximal policy optimisation with a critic.
+"""Proximal policy optimisation (PPO) with a critic.
 
 1. `generate`: every prompt gets completions (`RLTrainer`).
 2. `score`: reward functions score them (`RLTrainer`).
-3. `experience`: a KL penalty per token and the score become rewards; with the critic's values,
-   generalised advantage estimation turns them into advantages and returns.
+3. `experience`: a KL penalty per token plus the score are the rewards; generalised advantage
+   estimation turns them and the critic's values into advantages and returns.
 4. `compute_loss`, for every mini-batch of every epoch: the clipped losses of policy and values.
 
     ρ_t = π_θ(y_t) / π_old(y_t)
@@ -16,9 +16,9 @@ eq. 7 and 9; Ziegler et al., Fine-Tuning Language Models from Human Preferences,
 https://arxiv.org/abs/1909.08593, section 2.2 (the penalty in the reward).
 
 The trained parameters are `{"policy": ..., "value": ...}`. The critic is a head on the policy's
-trunk, or a model of its own with a head; V_t is the value of the state in which token t is drawn.
+trunk, or a separate model with a head; V_t is the value of the state in which token t is sampled.
 
-Where it departs from TRL: the log-ratio is held at ±20 before it is exponentiated, as in verl and
+Difference from TRL: the log-ratio is clamped to ±20 before it is exponentiated, as in verl and
 OpenRLHF.
 
 Axes: P prompts, G completions of a group, g of them in a row, C tokens of a completion;
@@ -55,8 +55,8 @@ from relax.trainers.rl.experience import (
     adapt_kl_coef,
     advantages_and_returns,
     experience_metrics,
-    per_completion,
-    take,
+    mean_per_completion,
+    select_rows,
 )
 from relax.trainers.rl.finite import check_finite
 from relax.trainers.rl.rollout import Rollout, with_slot_after_eos
@@ -70,40 +70,39 @@ from relax.trainers.update import (
     split_micro_batches,
 )
 
-COPY = "policy"  # a critic that begins as a copy of the policy
+COPY = "policy"  # a critic initialised as a copy of the policy
 
 
 class PPOTrainer(RLTrainer):
-    """Trains a policy and a critic on rewards of the policy's completions.
+    """Trainer for a policy and a critic, on rewards of the policy's completions.
 
     Args:
       model, optimizer, reward_funcs, tokenizer, **options: as for `RLTrainer`; `optimizer` is the
         policy's.
-      value_model: the critic: None: a head on the policy's trunk; "policy": a copy of the policy's
+      value_model: the critic. None: a head on the policy's trunk; "policy": a copy of the policy's
         trunk with a head; or a `Transformer`, whose trunk gets a head.
-      value_params: parameters of a critic with a model of its own (copied), with or without a head;
-        None initialises from the key.
-      critic_optimizer: None: the same transformation as the policy's, with a state of its own.
+      value_params: parameters of a separate critic (copied), with or without a head; None: random
+        initialisation.
+      critic_optimizer: None: the policy's transformation, with a separate state.
       critic_warmup_steps: updates in which only the critic is trained (>= 0).
-      num_ppo_epochs: passes over the completions of an item, each in another order (>= 1).
+      num_ppo_epochs: passes over the completions of an item, each reshuffled (>= 1).
       num_generations: completions per prompt (>= 1).
-      kl_coef: coefficient of the KL penalty (>= 0); 0 holds no reference.
+      kl_coef: KL coefficient (>= 0); 0 disables the reference model.
       kl_estimator: `k1` or `k3`.
-      kl_target: KL of a completion, in nats, that the coefficient is adapted to; None: constant.
-      kl_horizon: completions over which the coefficient then changes by a fifth at most.
+      kl_target: KL per completion in nats that the coefficient is adapted to; None: constant.
+      kl_horizon: completions over which the coefficient changes by at most 20 %.
       reward_at: `last_token` or `after_eos`, see `token_rewards`.
-      missing_eos_penalty: subtracted from the score of a completion that did not end by itself.
-      whiten_rewards: scale the rewards of a rollout to variance 1.
+      missing_eos_penalty: subtracted from the score of a truncated completion.
+      whiten_rewards: scale the rewards of a rollout to unit variance.
       gamma, lam: discount and λ of `gae`, in [0, 1].
-      cliprange, dual_clip: bounds of the ratio: [1 - cliprange, 1 + cliprange], and dual_clip where
-        the advantage is negative (Ye et al., 2020, https://arxiv.org/abs/1912.09729, eq. 5); None:
-        none.
-      cliprange_value: distance from the rollout's value past which a value has no gradient; None:
-        no bound.
+      cliprange, dual_clip: bounds of the ratio: [1 - cliprange, 1 + cliprange], and dual_clip for
+        negative advantages (Ye et al., 2020, https://arxiv.org/abs/1912.09729, eq. 5), or None.
+      cliprange_value: distance from the rollout's value beyond which a value gets no gradient;
+        None: no bound.
       vf_coef: coefficient of the value loss.
-      entropy_coef: coefficient of the tokens' entropy, which is subtracted from the loss.
-      target_kl: mean KL per token, in nats, between the policy and that of the rollout, past which
-        an update and the rest of the rollout's are skipped; None: never.
+      entropy_coef: coefficient of the entropy bonus, which is subtracted from the loss.
+      target_kl: mean KL per token in nats from the rollout's policy, above which an update and the
+        remaining ones of its rollout are skipped; None: never.
     """
 
     def __init__(
@@ -153,7 +152,8 @@ class PPOTrainer(RLTrainer):
         self.copies_policy = value_model == COPY
         if value_params is not None and (value_model is None or self.copies_policy):
             raise ValueError(
-                "value_params need a value_model that they belong to, and it has none."
+                "value_params need a value_model with its own weights, got "
+                f"value_model={value_model!r}. Remove value_params, or pass their model."
             )
         own = trunk(model).clone(lora=None) if self.copies_policy else value_model
         self.value_model, self.value_params = own and trunk(own), value_params
@@ -186,7 +186,7 @@ class PPOTrainer(RLTrainer):
 
     def _initial_critic(self, key, policy, params) -> dict:
         model = self.value_model or self.model
-        # All values are 0 at first: the errors of a random head would only disturb the trunk.
+        # The first values are 0: gradients from a random head would disturb the trunk.
         head = init_head(key, model.config, std=0.0, dtype=model.param_dtype)
         if self.value_model is None:
             return {HEAD: head}
@@ -213,9 +213,9 @@ class PPOTrainer(RLTrainer):
         shape = rollout.completion_ids.shape
         if self.missing_eos_penalty is not None:
             score = score - self.missing_eos_penalty * rollout.truncated
-        # A completion that no reward function applies to is not trained on, not even to stay near
-        # the reference: its score of 0 below is a place-holder, not a reward. A truncated one keeps
-        # its score: leaving it out would teach that long completions cost nothing.
+        # A completion that no reward function applies to is masked, its KL penalty too: its score
+        # of 0 below is a placeholder, not a reward. A truncated completion keeps its score:
+        # masking it would remove any cost of writing too long.
         mask = rollout.mask & ~np.isnan(score)[:, :, None]
         old_logprobs = self.old_logprobs(state, rollout)
         values = self.per_token(
@@ -232,7 +232,7 @@ class PPOTrainer(RLTrainer):
         kl_coef = np.float32(state.control.get("kl_coef", self.kl_coef))
         known_score = np.where(np.isnan(score), 0.0, score).astype(np.float32)
         rows = (known_score, kl, values, mask, rollout.completion_lengths)
-        found = advantages_and_returns(
+        targets = advantages_and_returns(
             *(row.reshape(-1, *row.shape[2:]) for row in rows),
             kl_coef,
             reward_at=self.reward_at,
@@ -240,7 +240,7 @@ class PPOTrainer(RLTrainer):
             gamma=self.gamma,
             lam=self.lam,
         )
-        return {name: np.asarray(value).reshape(shape) for name, value in found.items()} | {
+        return {name: np.asarray(value).reshape(shape) for name, value in targets.items()} | {
             "mask": mask,
             "sampling_logprobs": rollout.logprobs,
             "old_logprobs": old_logprobs,
@@ -255,10 +255,10 @@ class PPOTrainer(RLTrainer):
             "val/num_eos_tokens": float((~collected.rollout.truncated).sum())
         }
 
-    def buffer(self, arrays: dict) -> Experience:
+    def to_device(self, arrays: dict) -> Experience:
         kept = ("sampling_logprobs", "old_logprobs", "values", "advantages", "returns")
         rows = len(arrays["prompt_ids"])
-        kl = per_completion(arrays["kl"], arrays["score"])
+        kl = mean_per_completion(arrays["kl"], arrays["score"])
         fields: dict = {name: arrays[name] for name in (*kept, "mask", "value_mask")} | {
             "tokens": {name: arrays[name] for name in TOKENS},
             "kl": np.full(rows, kl, np.float32),
@@ -266,16 +266,16 @@ class PPOTrainer(RLTrainer):
         }
         return jax.device_put(Experience(**fields))
 
-    def take(self, buffer: Experience, rows: np.ndarray) -> Experience:
-        return take(buffer, rows)
+    def select_rows(self, buffer: Experience, rows: np.ndarray) -> Experience:
+        return select_rows(buffer, rows)
 
     def evaluate(
         self, params, frozen, tokens, rng: jax.Array | None = None
     ) -> tuple[TokenLogprobs, jax.Array, dict[str, tuple]]:
         """Log-probabilities, entropies and values `[N, g, C]` of completions.
 
-        Also gives the routers' losses with the configurations that hold their coefficients, by
-        metric name.
+        Also returns the routers' losses by metric name, each with the model configuration that
+        holds its coefficient.
         """
         weights, aux = self.model_params(params, frozen), {}
         hidden, loss = completion_states(self.model, weights, tokens, rng)
@@ -309,12 +309,12 @@ class PPOTrainer(RLTrainer):
         value, value_clipped = value_losses(
             values, old_values, returns, value_mask, clip=self.cliprange_value
         )
-        # Micro-batches weigh their loss by tokens, but values are of states, which are more with
-        # `after_eos`: see `take`, which gives the update's share of tokens over states.
+        # Micro-batches are weighted by tokens, but values belong to states, of which `after_eos`
+        # adds one per completion: `select_rows` computes the update's ratio of tokens to states.
         per_token = masked_sum(value, value_mask) / jnp.maximum(weight, 1)
         loss = policy + self.vf_coef * batch.value_share[0] * per_token
         mean_entropy = masked_mean(entropy, mask)
-        if self.entropy_coef:  # the entropy's gradient costs as much as the loss's
+        if self.entropy_coef:  # the gradient of the entropy costs as much as that of the loss
             loss -= self.entropy_coef * mean_entropy
         for aux_loss, config in aux.values():
             loss += config.router_aux_loss_coef * aux_loss
@@ -341,11 +341,11 @@ class PPOTrainer(RLTrainer):
         return {name: Mean(masked_mean(x, mask), mask.sum()) for name, x in per_token.items()}
 
     def update(self, state: TrainState, batch: Experience):
-        """As `Trainer.update`; then updates `state.control`: KL coefficient, early stop."""
+        """Makes an update, then adapts the KL coefficient and the early stop in `state.control`."""
         if self.target_kl is None:
             state, metrics = super().update(state, batch)
         else:
-            state, metrics = self._step_or_stop(state, batch, self.target_kl)
+            state, metrics = self._update_or_skip(state, batch, self.target_kl)
         for name, part in (("learning_rate", "policy"), ("critic_learning_rate", "value")):
             if (rate := learning_rate(state.opt_state.parts[part])) is not None:
                 metrics[name] = rate
@@ -360,11 +360,11 @@ class PPOTrainer(RLTrainer):
             control["stopped"] &= ~ends
         return dataclasses.replace(state, control=control), metrics
 
-    def _step_or_stop(self, state: TrainState, batch: Experience, target_kl: float):
-        """One update; the first past `target_kl` is dropped, those after it have no gradient."""
+    def _update_or_skip(self, state: TrainState, batch: Experience, target_kl: float):
+        """Makes one update; the first above `target_kl` is undone, later ones are skipped."""
         update = super().update
 
-        def go_on(state):
+        def proceed(state):
             new, metrics = update(state, batch)
             metrics.pop("learning_rate", None)
             far = metrics["policy/approxkl_avg"] > target_kl
@@ -378,8 +378,8 @@ class PPOTrainer(RLTrainer):
             )
             return new, metrics
 
-        def stay(state):
-            """The same numbers, without a gradient."""
+        def skip(state):
+            """Computes the same metrics without a gradient."""
             parts = split_micro_batches(batch, self.gradient_accumulation_steps)
             outputs = jax.lax.map(
                 lambda part: as_loss_output(
@@ -390,7 +390,7 @@ class PPOTrainer(RLTrainer):
             none = {"grad_norm": jnp.float32(0), "skipped_steps": jnp.int32(0)}
             return dataclasses.replace(state, step=state.step + 1), reduce_metrics(outputs) | none
 
-        state, metrics = jax.lax.cond(state.control["stopped"], stay, go_on, state)
+        state, metrics = jax.lax.cond(state.control["stopped"], skip, proceed, state)
         metrics["skipped_minibatches"] = state.control["stopped"].astype(jnp.int32)
         return state, metrics
 

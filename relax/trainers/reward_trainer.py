@@ -1,4 +1,4 @@
-"""Reward models: a score of how good a completion is, learned from pairs of completions.
+"""Reward models: score completions, learned from pairs of completions.
 
 1. A batch holds prompts with a chosen and a rejected completion each.
 2. The model reads prompt and completion; its head scores the last token.
@@ -10,9 +10,9 @@
 Ouyang et al., Training language models to follow instructions with human feedback, 2022,
 https://arxiv.org/abs/2203.02155, eq. 1.
 
-Where it departs from TRL: means are over all pairs of an update, however micro-batches share them;
-the two completions share their prompt, which is computed once; rows that are too long are truncated
-or dropped as in DPO, and counted.
+Differences from TRL: means are over all pairs of an update, however they are split into
+micro-batches; the shared prompt of two completions is computed once; rows that are too long are
+truncated or dropped as in DPO, and counted.
 
 Axes: B rows, L tokens of a prompt, C tokens of a completion, T tokens of a packed row, K pairs of a
 packed row; N = B or B * K pairs, D model.
@@ -32,22 +32,23 @@ from relax.trainers.update import LossOutput, Max, Min, Sum
 
 
 class RewardTrainer(Trainer):
-    """Trains a model to score completions, on pairs of them.
+    """Trainer for a model that scores completions, on pairs of them.
 
     Batches are those of `relax.data.PreferenceLoader`.
 
     Args:
-      model, optimizer: as for `Trainer`; a `relax.models.Transformer`, whose output matrix, if it
-        has one of its own, is left out.
-      params: pretrained parameters to start from (copied): of a language model, which gets a fresh
-        head, or with a head; None: fresh ones.
-      freeze: as for `SFTTrainer`; the head is `score/kernel`. With adapters it is trained as well.
+      model, optimizer: as for `Trainer`; a `relax.models.Transformer`, whose separate output
+        matrix, if any, is removed.
+      params: pretrained parameters, as for `Trainer`; a language model gets a new head unless it
+        has one.
+      freeze: as for `SFTTrainer`; the head is `score/kernel`. With adapters the head is trained
+        too.
       center_rewards_coefficient: coefficient c of `centering_loss` (> 0); None: no centering.
-      **options: of `Trainer`.
+      **options: other arguments of `Trainer`.
 
-    Metrics, with TRL's names: `accuracy`, the share of pairs with r_chosen > r_rejected, `margin`,
-    the mean difference, `min_reward`, `mean_reward` and `max_reward` over all
-    completions, `num_tokens`, which counts a prompt once per completion.
+    Metrics, with TRL's names: `accuracy`, the share of pairs with r_chosen > r_rejected; `margin`,
+    the mean difference; `min_reward`, `mean_reward` and `max_reward` over all completions;
+    `num_tokens`, which counts a prompt once per completion.
     """
 
     def __init__(
@@ -101,10 +102,10 @@ class RewardTrainer(Trainer):
         return LossOutput(loss=loss, weight=mask.sum(), metrics=metrics)
 
     def _rewards(self, params, batch, rng) -> tuple[jax.Array, jax.Array | None]:
-        """Scores `[N, 2]` of completions at their last token, and the routers' loss or None."""
+        """Scores `[N, 2]` of completions at their last token, and the routers' loss, if any."""
         if "segment_ids" in batch:
             hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)  # [B, T, D]
-            last = _last_places(batch["segment_ids"], batch["completion_lengths"].shape[1])
+            last = _last_positions(batch["segment_ids"], batch["completion_lengths"].shape[1])
             hidden = jnp.take_along_axis(hidden, last[:, :, None], axis=1)  # [B, 2K, D]
         else:
             hidden, aux_loss = completion_outputs(self.model, params, batch, rng)
@@ -113,10 +114,10 @@ class RewardTrainer(Trainer):
         return scores(params, hidden).reshape(-1, 2), aux_loss
 
 
-def _last_places(segment_ids: jax.Array, K: int) -> jax.Array:
-    """Last position of each document of packed rows, `[B, T]` -> `[B, 2K]`; 0 where there is none.
+def _last_positions(segment_ids: jax.Array, K: int) -> jax.Array:
+    """Last position of each document of packed rows, `[B, T]` -> `[B, 2K]`; 0 if missing.
 
-    >>> _last_places(jnp.array([[1, 1, 2, 3, 0]]), 2).tolist()
+    >>> _last_positions(jnp.array([[1, 1, 2, 3, 0]]), 2).tolist()
     [[1, 2, 3, 0]]
     """
     documents = jnp.arange(1, 2 * K + 1)[None, :, None]

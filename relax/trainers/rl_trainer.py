@@ -1,14 +1,14 @@
-"""The base of reinforcement learning with completions: from prompts to experience.
+"""Base trainer of reinforcement learning: from prompts to completions, rewards and experience.
 
 One item of the loader, `{"prompt_ids": [...], "rows": [...]}`, becomes updates in three steps:
 
-1. `generate`: every prompt gets a group of completions, drawn by the current policy.
+1. `generate`: the current policy samples a group of completions for every prompt.
 2. `score`: reward functions score each completion.
-3. `experience`: an algorithm turns rewards into the arrays of its loss: advantages,
+3. `experience`: the algorithm turns rewards into the arrays of its loss, such as advantages and
    log-probabilities.
 
-The weights that generate are the weights that are trained: no copy, no second engine. Every random
-number follows from (root key, update), so a run that is killed and resumed draws the same texts.
+Sampling uses the trained weights themselves: no copy, no second engine. Every random number depends
+only on (root key, update), so a run that is killed and resumed samples the same completions.
 
 Axes: P prompts, G completions of a group, g of them in a row, L tokens of a prompt, C tokens of a
 completion, D model, F reward functions.
@@ -47,39 +47,37 @@ from relax.trainers.rl.scoring import RunLength, score_across_processes, submit_
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import LoggedBatch, Trainer
 
-# Streams of random numbers, folded into the root key before the update's number. `train_step` folds
-# in that number alone, and no update has a number as large as these.
+# Random streams, folded into the root key before the update's number. `train_step` folds in that
+# number alone, and no update has a number as large as these.
 ROLLOUT, EVALUATION, ORDER, RESAMPLING = (np.uint32(2**31 + n) for n in range(4))
 
 
 class RLTrainer(Trainer):
-    """Base of the algorithms that learn from rewards of their own completions.
+    """Base class of algorithms that learn from rewards of their own completions.
 
     A subclass supplies `experience` and `compute_loss`.
 
     Args:
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
-      reward_funcs: functions or names, see `relax.rewards`, or a `RewardRunner` that holds them.
-      tokenizer: turns completions into text; its end token ends them unless `sampling` names
-        others.
-      sampling: how completions are drawn; `n` is set to `num_generations`.
+      reward_funcs: functions or names, see `relax.rewards`, or a `RewardRunner` with them.
+      tokenizer: decodes completions; its EOS token ends them unless `sampling` names others.
+      sampling: the sampling configuration; `n` is set to `num_generations`.
       freeze: as for `SFTTrainer`.
-      environment: a function that makes one `relax.rewards.Environment` per completion, which then
-        has several turns; the environment's reward is added to the functions'. None: one turn.
-      reward_weights: weights of the functions in the sum; None: 1 each.
+      environment: a function that makes one `relax.rewards.Environment` per completion, for
+        completions of several turns; its reward is added to those of the functions. None: one turn.
+      reward_weights: weights of the functions in their sum; None: 1 each.
       num_generations: G, completions per prompt (>= 1).
-      prompts_per_item: prompts of a loader item; None: all completions of an item make one update,
-        however many prompts it has.
-      completions_per_update: divides prompts_per_item * num_generations; None: all of them.
+      prompts_per_item: prompts per loader item; None: any number, with one update per item.
+      completions_per_update: a divisor of prompts_per_item * num_generations; None: all of them.
       num_iterations: passes over the completions of an item (>= 1).
-      reference: keep the initial weights as a reference, for a KL penalty. With adapters that is
-        the model without them, and costs no memory.
-      recompute_old_logprobs: compute the old log-probabilities by a forward pass instead of taking
-        the sampler's. Always done where the sampler draws from a truncated distribution.
-      eval_sampling: how completions are drawn in evaluation; None: as in training.
-      pass_reward: the lowest reward of a completion that passes, for pass@k.
-      loss_chunk_size: tokens whose logits exist at once (>= 1).
-      **options: of `Trainer`.
+      reference: keep the initial weights as the reference of a KL penalty. With adapters it is the
+        model without them and needs no extra memory.
+      recompute_old_logprobs: compute the old log-probabilities by a forward pass instead of using
+        the sampler's. Always done if the sampler truncates or reshapes the distribution.
+      eval_sampling: the sampling configuration in evaluation; None: as in training.
+      pass_reward: the lowest reward that counts as passed in pass@k.
+      loss_chunk_size: tokens whose logits are in memory at once (>= 1).
+      **options: other arguments of `Trainer`.
     """
 
     def __init__(
@@ -110,11 +108,11 @@ class RLTrainer(Trainer):
         given = isinstance(reward_funcs, RewardRunner)
         if not given and not reward_funcs and environment is None:
             raise ValueError(
-                "reward_funcs is empty and there is no environment: no completion has a reward. "
-                "Pass at least one function."
+                "reward_funcs is empty and there is no environment, so no completion gets a "
+                "reward. Pass at least one function."
             )
         if given and reward_weights is not None:
-            raise ValueError("a RewardRunner has its weights: leave reward_weights out.")
+            raise ValueError("a RewardRunner has its own weights: remove reward_weights.")
         self.rewards = reward_funcs if given else RewardRunner(reward_funcs, reward_weights)
         self.tokenizer, self.environment = tokenizer, environment
         self.reward_names = [*self.rewards.names, *(["environment"] if environment else [])]
@@ -136,7 +134,7 @@ class RLTrainer(Trainer):
 
     @abc.abstractmethod
     def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
-        """The arrays of `compute_loss` for each prompt's group, with leading axes `[P, G]`."""
+        """The arrays that `compute_loss` reads, with leading axes `[P, G]`."""
 
     @property
     def updates_per_item(self) -> int:
@@ -147,21 +145,21 @@ class RLTrainer(Trainer):
         return initial_state(self.model, self.optimizer, key, params, self.freeze, self.reference)
 
     def make_batches(self, state: TrainState, item) -> Iterator[LoggedBatch]:
-        """Rollout, rewards and experience of an item, then the batches of its updates."""
+        """Samples and scores an item's completions, then yields the batches of its updates."""
         with self.rewards.tally.undone_if_interrupted():
             collected = self.collect(state, item, self._key(state, ROLLOUT))
             experience = self.timed_experience(state, collected)
         yield from self.split_updates(state, collected, *experience)
 
     def timed_experience(self, state: TrainState, collected: ScoredRollout) -> tuple[dict, float]:
-        """`experience`, and the seconds it took."""
+        """The result of `experience`, and the seconds it took."""
         start_s = time.monotonic()
         return self.experience(state, collected), time.monotonic() - start_s
 
     def split_updates(
         self, state: TrainState, collected: ScoredRollout, experience: dict, seconds: float
     ) -> Iterator[LoggedBatch]:
-        """The batches of an item's updates; the first one carries the item's metrics."""
+        """Yields the batches of an item's updates; the first one carries the item's metrics."""
         metrics = self._metrics(collected) | self.experience_metrics(collected, experience)
         metrics["time/reference"] = seconds
         advantages = experience.get("advantages")
@@ -179,7 +177,7 @@ class RLTrainer(Trainer):
         return {}
 
     def collect(self, state: TrainState, item, key: jax.Array) -> ScoredRollout:
-        """Completions of an item's prompts, and their rewards: `generate`, then `score`."""
+        """Samples completions of an item's prompts and scores them: `generate`, then `score`."""
         start_s = time.monotonic()
         rollout = self.generate(state, item, key)
         rolled_s = time.monotonic()
@@ -191,7 +189,7 @@ class RLTrainer(Trainer):
     def generate(
         self, state: TrainState, item, key: jax.Array, sampling: SamplingConfig | None = None
     ) -> Rollout:
-        """A group of completions for each prompt, drawn by the current policy."""
+        """Samples a group of completions for each prompt from the current policy."""
         sampling = sampling or self.sampling
         params = self.model_params(state.params, state.frozen)
         given = None
@@ -207,7 +205,7 @@ class RLTrainer(Trainer):
         return make_rollout(item, out, sampling, self._decode, given)
 
     def score(self, rollout: Rollout, step: int = 0) -> ScoredRollout:
-        """Rewards of each completion."""
+        """Scores every completion with the reward functions."""
         return score_across_processes(
             lambda part: self.submit_rewards(part, step)(),
             rollout,
@@ -228,7 +226,7 @@ class RLTrainer(Trainer):
     def completion_logprobs(
         self, params, batch, rng: jax.Array | None = None
     ) -> tuple[TokenLogprobs, jax.Array | None]:
-        """Log-probabilities of a batch's completions, at the sampler's temperature.
+        """Computes log-probabilities of a batch's completions at the sampler's temperature.
 
         Args:
           params: all parameters.
@@ -236,13 +234,13 @@ class RLTrainer(Trainer):
           rng: the key of the adapters' dropout; None: no dropout.
 
         Returns:
-          `[P, g, C]` each, and the routers' load-balancing loss, or None.
+          Log-probabilities and entropies `[P, g, C]`, and the routers' load-balancing loss or None.
         """
         hidden, aux_loss = completion_states(self.model, params, batch, rng)
         return self.logprobs_of(params, hidden, batch), aux_loss
 
     def logprobs_of(self, params, hidden: jax.Array, batch) -> TokenLogprobs:
-        """As `completion_logprobs`, from the states `[P, g, C, D]` before the tokens."""
+        """The same from the hidden states `[P, g, C, D]` that predict the tokens."""
         ids, lengths = batch["completion_ids"], batch["completion_lengths"]
         is_token = jnp.arange(ids.shape[2])[None, None, :] < lengths[:, :, None]
         out = linear_logprobs(
@@ -256,22 +254,23 @@ class RLTrainer(Trainer):
         return TokenLogprobs(*(x.reshape(ids.shape) for x in out))
 
     def old_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
-        """Log-probabilities `[P, G, C]` of completions under the policy that drew them."""
-        # The sampler's are the policy's to 1e-4 or better, unless it drew from another distribution
-        # (top_k, top_p, ...): theirs are renormalised, and the ratio would be biased.
+        """Log-probabilities `[P, G, C]` of completions under the policy that sampled them."""
+        # The sampler's agree with the policy's to 1e-4 or better, unless it sampled from a
+        # truncated distribution (top_k, top_p, ...): those are renormalised and would bias the
+        # ratio.
         if self.recompute_old_logprobs or is_truncated(self.sampling):
             params = self.model_params(state.params, state.frozen)
             return self.token_logprobs(params, rollout)
         return rollout.logprobs
 
     def token_logprobs(self, params, rollout: Rollout) -> np.ndarray:
-        """Log-probabilities `[P, G, C]` of completions under `params` (all of them)."""
+        """Log-probabilities `[P, G, C]` of completions under all parameters `params`."""
         return self.per_token(rollout, lambda batch: self._compiled_logprobs(params, batch))
 
     def per_token(self, rollout: Rollout, function: Callable) -> np.ndarray:
-        """Applies a function of batches to a rollout, `[P, G, C]`.
+        """Applies a function of batches to a rollout and returns its values `[P, G, C]`.
 
-        Rows go through the model as in an update, and as many at once: what fits there fits here.
+        It gets as many rows at once as a micro-batch of an update, and so needs no more memory.
         """
         arrays = self._arrays(rollout)
         rows = len(arrays["prompt_ids"])
@@ -286,7 +285,7 @@ class RLTrainer(Trainer):
         return self.completion_logprobs(params, batch)[0].logprobs
 
     def _arrays(self, rollout: Rollout, extra: dict | None = None) -> dict[str, np.ndarray]:
-        """Arrays with one row per prompt and g of its completions: `[P * G / g, ...]`."""
+        """Arrays with a prompt and g of its completions per row, `[P * G / g, ...]`."""
         P, G = rollout.completion_lengths.shape
         g = self._in_row(P, G) // self._rows_for_one(P, G)
         rows = G // g
@@ -303,25 +302,25 @@ class RLTrainer(Trainer):
         }
 
     def _in_row(self, P: int, G: int) -> int:
-        """Completions of a prompt that share a row, on one device."""
+        """Completions per row on one device."""
         return self.row_size or math.gcd(P * G // self.gradient_accumulation_steps, G)
 
     def _rows_for_one(self, P: int, G: int) -> int:
-        """Rows on a mesh per row on one device, so that every device has whole rows."""
+        """Rows on a mesh for each row on one device, so that every device has whole rows."""
         parts = self._updates_per_pass * self.gradient_accumulation_steps * parallel.batch_shards()
         return self._in_row(P, G) // math.gcd(P * G // parts, self._in_row(P, G))
 
     def _split(self, rollout: Rollout, experience: dict, key: jax.Array) -> Iterator[dict]:
-        """The batches of all updates; with several, every pass has an order of its own."""
+        """Yields the batches of all updates; if there are several, every pass is shuffled."""
         prompts = len(rollout.completion_lengths)
         if self.prompts_per_item not in (None, prompts):
             raise ValueError(
-                f"an item must hold {self.prompts_per_item} prompts (prompts_per_item), got "
+                f"an item must have {self.prompts_per_item} prompts (prompts_per_item), got "
                 f"{prompts}. Drop the last, shorter item."
             )
         arrays = self._arrays(rollout, experience)
         rows = len(arrays["prompt_ids"])
-        size, buffer = rows // self._updates_per_pass, self.buffer(arrays)
+        size, buffer = rows // self._updates_per_pass, self.to_device(arrays)
         for iteration in range(self.num_iterations):
             order = np.arange(rows)
             if self.updates_per_item > 1:
@@ -330,14 +329,14 @@ class RLTrainer(Trainer):
                 order = np.asarray(jax.random.permutation(fresh, rows // n))
                 order = (order[:, None] * n + np.arange(n)[None, :]).reshape(-1)
             for first in range(0, rows, size):
-                yield self.take(buffer, order[first : first + size])
+                yield self.select_rows(buffer, order[first : first + size])
 
-    def buffer(self, arrays: dict[str, np.ndarray]):
-        """An item's rows, wherever they stay while they are trained on; here on the host."""
+    def to_device(self, arrays: dict[str, np.ndarray]):
+        """An item's rows in the form that `select_rows` reads; here they stay on the host."""
         return arrays
 
-    def take(self, buffer, rows: np.ndarray):
-        """The batch of some rows of `buffer`."""
+    def select_rows(self, buffer, rows: np.ndarray):
+        """The batch made of the given rows of `to_device`."""
         return {name: value[rows] for name, value in buffer.items()}
 
     def _metrics(self, collected: ScoredRollout) -> dict[str, float | int]:
@@ -346,15 +345,15 @@ class RLTrainer(Trainer):
         return rollout_metrics(rollout) | statistics | metrics
 
     def _check(self, state: TrainState, rollout: Rollout) -> None:
-        """Stops where the policy gives NaN: see `check_finite`."""
+        """Checks the sampler's log-probabilities, see `check_finite`."""
         weights = {"params": state.params, "frozen": state.frozen}
         check_finite("the sampler's log-probability", rollout.logprobs, rollout, weights)
 
     def evaluate_item(self, state: TrainState, params, item, index: int) -> Callable[[], tuple]:
-        """Completes held-out prompts as `eval_sampling` says, and scores them.
+        """Samples completions of held-out prompts with `eval_sampling` and scores them.
 
-        They are scored while the next ones are completed. Training cannot overlap the two: the next
-        rollout waits for an update, which waits for the rewards.
+        They are scored while the next ones are sampled. Training cannot overlap the two, since the
+        next rollout needs the update, which needs the rewards.
         """
         key = jax.random.fold_in(jax.random.fold_in(state.rng, EVALUATION), index)
         step, state = int(state.step), dataclasses.replace(state, params=params)
@@ -372,11 +371,11 @@ class RLTrainer(Trainer):
         return part
 
     def reduce_evaluation(self, parts: list[tuple]) -> dict[str, float]:
-        """Mean reward and pass@k."""
+        """The mean reward and pass@k."""
         columns = zip(*parts, strict=True)
         rewards, by_function = (np.concatenate(next(columns)) for _ in range(2))
         lengths, errors = columns
-        # A completion without a reward has not passed.
+        # A completion without a reward counts as failed.
         passed = np.nan_to_num(rewards, nan=-math.inf) >= self.pass_reward
         return reward_metrics(rewards, by_function, self.reward_names) | {
             "pass@1": float(passed.mean()),

@@ -1,14 +1,14 @@
 """Supervised fine-tuning.
 
-1. A batch holds tokens and labels: the token itself where it is trained, -100 elsewhere.
-2. The model gives the hidden states of every token, seeing its own document only.
+1. A batch holds tokens and labels: the token itself if it is trained, -100 otherwise.
+2. The model computes the hidden state of every token, which attends to its own document only.
 3. The label of token t + 1 is the target of token t.
-4. Cross-entropy over the trained tokens, from the hidden states, a chunk of tokens at a time.
+4. Cross-entropy over the trained tokens, computed from chunks of hidden states.
 
     L = − Σ_m log p(target_m | tokens ≤ m) / #trained tokens
 
-The mean is over all trained tokens of an update, however micro-batches and rows share them. A
-mixture of experts adds its routers' load-balancing loss.
+The mean is over all trained tokens of an update, however they are split into micro-batches and
+rows. A mixture of experts adds its routers' load-balancing loss.
 
 Axes: B batch, T tokens, D model.
 """
@@ -28,23 +28,22 @@ from relax.trainers.update import LossOutput, Mean, Sum
 
 
 class SFTTrainer(Trainer):
-    """Fine-tunes a `relax.models.Transformer` on labelled tokens.
+    """Trainer for a `relax.models.Transformer` on labelled tokens.
 
     A batch is a dict of `[B, T]` integer arrays: `input_ids`, `labels`, and optionally `positions`
     and `segment_ids` (see `Transformer.hidden_states`).
 
     Args:
-      model, optimizer: as for `Trainer`.
-        Where the model has `lora`, only its adapters are trained.
-      freeze: a regular expression of weights that are not trained, see `relax.models.trainable`.
-      loss_chunk_size: tokens whose logits exist at once.
-      exact_matches: evaluation also computes `exact_match`, see there. It costs a second pass
-        over the vocabulary.
-      **options: those of `Trainer`, `params` among them.
+      model, optimizer: as for `Trainer`. If the model has `lora`, only its adapters are trained.
+      freeze: regular expression of weights that are not trained, see `relax.models.trainable`.
+      loss_chunk_size: tokens whose logits are in memory at once (>= 1).
+      exact_matches: compute `exact_match` in evaluation, at the cost of a second pass over the
+        vocabulary.
+      **options: other arguments of `Trainer`, such as `params`.
 
-    Metrics, over trained tokens: `loss` (nats), `mean_token_accuracy` (share of argmax hits),
-    `entropy` (of the predictions, nats); `num_tokens` counts all tokens but padding; `aux_loss`, of
-    routers, is a part of the loss.
+    Metrics over trained tokens: `loss` (nats), `mean_token_accuracy` (share of argmax hits) and
+    `entropy` (of the predictions, nats). `num_tokens` counts all tokens except padding; `aux_loss`
+    is the routers' load-balancing loss.
     """
 
     def __init__(
@@ -99,14 +98,14 @@ class SFTTrainer(Trainer):
         return dataclasses.replace(output, metrics=output.metrics | {"exact_match": share})
 
     def exact_match(self, state: TrainState, loader) -> float:
-        """Share of documents whose trained tokens are all what greedy decoding would write.
+        """Share of documents whose trained tokens greedy decoding reproduces exactly.
 
-        Greedy decoding reproduces a reference exactly where each of its tokens is the argmax after
-        the tokens before it, so one forward pass tells.
+        That is the case when each of the tokens is the argmax after the tokens before it, so one
+        forward pass is enough.
 
         Args:
-          state: its `eval_params` are read.
-          loader: an iterable of batches; documents without a target are left out.
+          state: supplies `eval_params`.
+          loader: an iterable of batches; documents without a target are not counted.
         """
         params, right, documents = state.eval_params, 0, 0
         for batch in loader:
@@ -126,7 +125,8 @@ class SFTTrainer(Trainer):
             **self._vocabulary(),
         ).reshape(targets.shape)
         B, T = targets.shape
-        # In packed rows each segment is a document; a target belongs to the segment before it.
+        # In packed rows each segment is a document; a target belongs to the segment that predicts
+        # it.
         segments = batch.get("segment_ids", jnp.zeros_like(targets))
         documents = jnp.arange(B)[:, None] * (T + 1) + segments
 
@@ -134,13 +134,13 @@ class SFTTrainer(Trainer):
             found = jax.ops.segment_max(
                 flags.astype(jnp.int32).reshape(-1), documents.reshape(-1), B * (T + 1)
             )
-            return found > 0  # empty segments are below
+            return found > 0  # segment_max is negative for an empty segment
 
         trained = targets != IGNORED
         counted = any_of(trained)
         return (counted & ~any_of(trained & ~hits)).sum(), counted.sum()
 
     def _vocabulary(self):
-        """How hidden states become logits."""
+        """Options that turn hidden states into logits."""
         cap = self.model.config.final_logit_softcapping
         return {"chunk_size": self.loss_chunk_size, "softcap": cap}

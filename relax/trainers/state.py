@@ -1,4 +1,4 @@
-"""What training changes, all of it, in one immutable value."""
+"""The training state: everything that training changes, in one immutable value."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ class TrainState:
     """Everything that an update reads and changes.
 
     Attributes:
-      step: int32 scalar, updates done; one that was skipped because its gradient was not finite
-        counts, so that keys and data move on.
-      params: what is trained.
+      step: int32 scalar, updates done. An update skipped for a non-finite gradient counts too, so
+        that keys and data advance.
+      params: the trained parameters.
       opt_state: the optimizer's state.
       rng: the root key; it never changes.
       frozen: weights that the loss reads and nothing updates; empty by default.
-      control: numbers that an algorithm steers itself by, such as a KL coefficient that follows
-        what is measured; empty by default.
+      control: numbers that an algorithm adapts while it runs, such as an adaptive KL coefficient;
+        empty by default.
     """
 
     step: jax.Array
@@ -37,8 +37,8 @@ class TrainState:
     def create(cls, *, params, optimizer, rng, frozen=None) -> "TrainState":
         """The state before the first update.
 
-        The state takes `params` and `frozen` over: the first update reuses their memory, and the
-        caller's arrays are gone after it. The key is copied.
+        Takes ownership of `params` and `frozen`: the first update reuses their memory, which
+        deletes the caller's arrays. The key is copied.
         """
         rng = jax.random.wrap_key_data(
             jnp.array(jax.random.key_data(rng), copy=True), impl=jax.random.key_impl(rng)
@@ -55,7 +55,7 @@ class TrainState:
 
     @property
     def eval_params(self):
-        """What to evaluate and save: `params`, or the average a schedule-free optimizer keeps."""
+        """Parameters to evaluate and save: `params`, or a schedule-free optimizer's average."""
         return optimizers.eval_params(self.opt_state, self.params)
 
 
@@ -75,15 +75,15 @@ def initial_state(
     """The state before the first update of a `relax.models.Transformer`.
 
     Args:
-      optimizer: an optax transformation, for what is trained.
-      others: those of `initial_weights`.
+      optimizer: an optax transformation for the trained parameters.
+      model, key, params, freeze, reference: as for `initial_weights`.
     """
     trained, frozen = initial_weights(model, key, params, freeze, reference)
     return TrainState.create(params=trained, optimizer=optimizer, rng=key, frozen=frozen)
 
 
 def fresh_params(model, key: jax.Array) -> dict:
-    """Parameters that the key makes, each created with its final sharding."""
+    """Randomly initialised parameters, each created with its final sharding."""
     ids = jnp.zeros((1, 8), jnp.int32)
     return parallel.init_sharded(jax.jit(model.init), key, ids)["params"]
 
@@ -91,14 +91,14 @@ def fresh_params(model, key: jax.Array) -> dict:
 def initial_weights(
     model, key: jax.Array, params=None, freeze: str | None = None, reference: bool = False
 ) -> tuple[dict, dict]:
-    """What is trained of a `relax.models.Transformer`, and what is frozen.
+    """The trained and the frozen parameters of a `relax.models.Transformer`.
 
     Args:
-      key: makes what is to be made.
-      params: all parameters, taken over; None: fresh ones.
+      key: initialises fresh parameters and adapters.
+      params: all parameters, whose memory the result takes over; None: fresh ones.
       freeze: see `relax.models.trainable.partition`.
-      reference: hold a copy of what is trained, as it is now, in `frozen["ref"]`. With adapters
-        there is none: the reference is the model without them.
+      reference: keep a copy of the initial trained parameters in `frozen["ref"]`. With adapters no
+        copy is made: the reference is the model without them.
     """
     params = parallel.shard(fresh_params(model, key) if params is None else params)
     trained, frozen = partition(model, params, key, freeze)
@@ -113,13 +113,13 @@ def reference_params(frozen) -> dict:
 
 
 def update_reference(frozen, params, step: jax.Array, *, alpha: float, every: int):
-    """`frozen` after an update: every so many, the reference moves towards the policy.
+    """Moves the reference towards the policy every `every` updates; returns the new `frozen`.
 
         θ_ref ← α θ + (1 - α) θ_ref
 
     Args:
       step: updates done.
-      alpha: the policy's share.
+      alpha: weight of the policy.
       every: updates between moves.
     """
     share = jnp.where(step % every == 0, alpha, 0.0)

@@ -1,12 +1,12 @@
 """The trainer: one compiled update over an immutable state, and the loop around it.
 
-1. `create_train_state(key)` makes params, optimizer state and the root key.
-2. For every item of the loader, `make_batches(state, item)` gives the batches of its updates.
+1. `create_train_state(key)` makes the parameters, the optimizer state and the root key.
+2. For every item of the loader, `make_batches(state, item)` yields the batches of its updates.
 3. `train_step(state, batch)` makes one update: loss, gradient, clipping, optimizer, counter.
-4. Callbacks see the metrics; validation and checkpoints follow where they are due.
+4. Callbacks receive the metrics; then validation and checkpoints run if they are due.
 
-Nothing that training changes lives outside `TrainState` and the position in the data: the key of
-update n is `fold_in(state.rng, n)`, and no attribute of a trainer changes while it trains.
+Training changes only the `TrainState` and the position in the data: the key of update n is
+`fold_in(state.rng, n)`, and no attribute of a trainer changes while it trains.
 """
 
 import abc
@@ -46,8 +46,8 @@ class LoggedBatch(NamedTuple):
 
     Attributes:
       batch: the argument of `train_step`.
-      metrics: numbers by name: floats are averaged over a logging window, integers are summed.
-      records: anything that callbacks show or keep, such as sampled texts.
+      metrics: numbers by name; floats are averaged over a logging window, integers are summed.
+      records: objects for callbacks to show or keep, such as sampled texts.
     """
 
     batch: Any
@@ -56,17 +56,17 @@ class LoggedBatch(NamedTuple):
 
 
 class Trainer(abc.ABC):
-    """Base of all algorithms. A subclass supplies `create_train_state` and `compute_loss`.
+    """Base class of all algorithms. A subclass supplies `create_train_state` and `compute_loss`.
 
     Args:
-      model: anything the subclass's loss knows how to apply; a Flax module as a rule.
-      optimizer: an optax transformation. Where it holds its learning rate in its state
-        (`optax.inject_hyperparams`), the rate is among the metrics.
-      params: pretrained parameters for `create_train_state`; None: those that the key makes.
-      donate_params: the trainer may use `params` up: the first state takes their memory over, and
-        the first step donates it. False copies them, so that the caller keeps a usable tree.
-      gradient_accumulation_steps: micro-batches that one batch is cut into, along axis 0.
-      max_grad_norm: gradients of a larger global norm are scaled down to it; None or 0: never.
+      model: the model that the subclass's loss applies, usually a Flax module.
+      optimizer: an optax transformation. If its state holds the learning rate
+        (`optax.inject_hyperparams`), the rate is logged.
+      params: pretrained parameters for `create_train_state`; None: random initialisation.
+      donate_params: the first state takes over the memory of `params`, and the first step donates
+        it. False copies them, so that the caller keeps a usable tree.
+      gradient_accumulation_steps: micro-batches that a batch is split into, along axis 0.
+      max_grad_norm: upper bound of the global gradient norm; None or 0: no clipping.
       callbacks: see `relax.callbacks`.
 
     Attributes:
@@ -88,7 +88,7 @@ class Trainer(abc.ABC):
         if gradient_accumulation_steps < 1:
             raise ValueError(
                 "gradient_accumulation_steps must be at least 1, got "
-                f"{gradient_accumulation_steps}. 1 takes a batch as a whole."
+                f"{gradient_accumulation_steps}. Use 1 for no accumulation."
             )
         self.model = model
         self.optimizer = optimizer
@@ -116,20 +116,20 @@ class Trainer(abc.ABC):
         """
 
     def initial_params(self):
-        """`params` for `create_train_state` to use up: copied unless `donate_params`; or None."""
+        """`params` for a new state, which donates them: a copy unless `donate_params`; or None."""
         return self.params if self.donate_params else copy_tree(self.params)
 
     def make_batches(self, state: TrainState, item) -> Iterable:
-        """The batches to train on, from one loader item; here the item itself.
+        """Yields the batches to train on, made from one loader item; here the item itself.
 
-        A subclass with numbers of its own to log yields `LoggedBatch`es. Read everything you need
-        from `state` before yielding the first batch; the first step donates its buffers.
+        A subclass yields `LoggedBatch`es to log metrics of its own. Read everything you need from
+        `state` before yielding the first batch; the first step donates its buffers.
         """
         return (item,)
 
     @property
     def updates_per_item(self) -> int:
-        """Batches that `make_batches` gives per loader item."""
+        """Number of batches that `make_batches` yields per loader item."""
         return 1
 
     def update_frozen(self, frozen, params, step: jax.Array):
@@ -137,16 +137,16 @@ class Trainer(abc.ABC):
         return frozen
 
     def model_params(self, params, frozen):
-        """All parameters of the trained model, from a state's: for sampling and for export."""
+        """All parameters of the trained model, for sampling and export."""
         return merge(params, frozen)
 
     def update(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update, pure: loss, gradient, clipping, optimizer, counter.
+        """Makes one update, as a pure function: loss, gradient, clipping, optimizer, counter.
 
         Returns:
           The new state and scalars: the loss's metrics, `grad_norm` before clipping,
-          `skipped_steps` (1 where the gradient was not finite and nothing changed), and
-          `learning_rate` where the optimizer's state holds one.
+          `skipped_steps` (1 if the gradient was not finite and nothing changed), and
+          `learning_rate` if the optimizer's state holds one.
         """
         rng = jax.random.fold_in(state.rng, state.step)
 
@@ -172,23 +172,23 @@ class Trainer(abc.ABC):
         return parallel.constrain_tree(state), metrics
 
     def evaluate_batch(self, params, frozen, batch) -> LossOutput:
-        """The loss of one batch, pure, without a gradient."""
+        """The loss of one batch without a gradient, as a pure function."""
         return as_loss_output(self._loss(params, batch, rng=None, frozen=frozen))
 
     def _loss(self, params, batch, **extras):
         return self.compute_loss(params, batch, **{name: extras[name] for name in self._extras})
 
     def validate(self, state: TrainState, loader, max_batches: int | None = None) -> Evaluation:
-        """Loss and metrics over a loader, weighted by items; no gradient, no dropout.
+        """Computes loss and metrics over a loader, weighted by items, without dropout.
 
         Args:
-          state: its `eval_params` are read, nothing is changed or donated.
-          loader: an iterable of batches, or several by name, whose metrics are then given by name
-            (`hard_loss`) and overall (`loss`).
-          max_batches: stop after so many of a loader; None takes all.
+          state: supplies `eval_params`; nothing is changed or donated.
+          loader: an iterable of batches, or a mapping of names to several; then metrics come per
+            name (`hard_loss`) and overall (`loss`).
+          max_batches: maximum number of batches per loader; None: all.
 
         Returns:
-          Numbers by name, `loss` among them; its attribute `batches` has those of every batch.
+          Metrics by name, including `loss`; the attribute `batches` has those of every batch.
 
         Raises:
           ValueError: if a loader gave no batch.
@@ -201,10 +201,10 @@ class Trainer(abc.ABC):
         return evaluate(self, state, loader, max_batches, items)
 
     def evaluate_item(self, state: TrainState, params, item, index: int) -> Any:
-        """The result of one item of an evaluation loader, for `reduce_evaluation`.
+        """Evaluates one item of an evaluation loader, for `reduce_evaluation`.
 
-        It may be a function without arguments, called once all items are under way, so that
-        rewards are computed while the next item is sampled.
+        The result may be a function without arguments, called after all items have started, so
+        that rewards are computed while the next item is sampled.
 
         Args:
           params: the state's `eval_params`.
@@ -212,12 +212,12 @@ class Trainer(abc.ABC):
         return jax.device_get(self.eval_step(params, state.frozen, parallel.shard_batch(item)))
 
     def reduce_evaluation(self, parts: list) -> dict[str, float]:
-        """The metrics of several results of `evaluate_item`."""
+        """Combines results of `evaluate_item` into metrics."""
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
         return {name: value.item() for name, value in reduce_metrics(stacked).items()}
 
     def test(self, state: TrainState, loader, max_batches: int | None = None) -> dict:
-        """`validate`, under the name that reports use for the last, untouched set."""
+        """The same as `validate`, for the held-out test set."""
         return self.validate(state, loader, max_batches)
 
     def train(
@@ -238,29 +238,29 @@ class Trainer(abc.ABC):
     ) -> TrainState:
         """Trains and returns the final state.
 
-        Ctrl-C or SIGTERM finishes the current item, saves where there is a checkpointer, and
-        returns a usable state; `train(..., state=state)` goes on from it as if nothing had been.
-        SIGTERM drops a rollout or an evaluation that is under way: it is done again on resume.
+        Ctrl-C or SIGTERM finishes the current item, saves if there is a checkpointer, and returns a
+        usable state; `train(..., state=state)` resumes from it exactly. SIGTERM abandons a rollout
+        or an evaluation in progress, which is repeated on resume.
 
         Args:
-          train_loader: an `OrderedLoader`, or any iterable of batches that can be iterated anew.
+          train_loader: an `OrderedLoader`, or any iterable of batches that can be iterated again.
           num_epochs: passes over the loader (>= 1).
-          key: the root key; not needed with `state`.
+          key: the root key, for a fresh state.
           state: the state to continue from. It is donated.
-          progress: the progress stored with the checkpoint of `state`; without it the position
-            follows from `state.step` and `updates_per_item`.
-          max_steps: stop after so many updates in all, at the end of the current item.
+          progress: the progress stored with the checkpoint of `state`; None: the position is
+            computed from `state.step` and `updates_per_item`.
+          max_steps: total updates after which to stop, at the end of the current item.
           eval_loader, eval_steps, max_eval_batches: validate every `eval_steps` updates (None: at
-            the end of every epoch; 0: not), and at the end of the run.
-          eval_on_start: and before the first update.
-          checkpointer: has `save(step, state, progress)` and `wait()`, see `relax.checkpoint`.
-            Saves at the end and, with `save_steps`, every so many updates (0: at the end of every
-            epoch); when `train` returns, all is committed.
+            the end of every epoch; 0: only at the end of the run) and at the end of the run.
+          eval_on_start: validate before the first update too.
+          checkpointer: has `save(step, state, progress)` and `wait()`, see `relax.checkpoint`. It
+            saves at the end of the run and every `save_steps` updates (0: at the end of every
+            epoch). All checkpoints are committed when `train` returns.
 
         Raises:
-          ValueError: neither `key` nor `state`, or both; or the loader gave nothing to train on.
+          ValueError: if neither or both of `key` and `state` are given, or the loader is empty.
         """
-        state = _state_to_begin_with(self, key, state)
+        state = _first_state(self, key, state)
         event = _first_event(self, state, train_loader, num_epochs, max_steps, progress)
         epoch, saved = event.epoch or 0, None if progress is None else event.step
         with Interrupt() as interrupt, contextlib.ExitStack() as stack:
@@ -298,7 +298,7 @@ class Trainer(abc.ABC):
                         event = replace(event, state=state, step=event.step + 1, metrics=metrics)
                         event = _call("on_batch_end", event)
                     if event.step == before and interrupt.requested is not None:
-                        event = whole  # the item is dropped, and made again on resume
+                        event = whole  # the item is abandoned and repeated on resume
                         break
                     event = replace(event, batch=None, records=(), metrics={})
                     if is_due(eval_steps, before, event.step):
@@ -322,15 +322,15 @@ class Trainer(abc.ABC):
         return event.state
 
 
-def _state_to_begin_with(trainer: Trainer, key, state) -> TrainState:
+def _first_state(trainer: Trainer, key, state) -> TrainState:
     if (state is None) == (key is None):
         got = "neither" if key is None else "both"
-        raise ValueError(f"train needs a key, jax.random.key(0) say, or a state, got {got}.")
+        raise ValueError(f"train needs a key, such as jax.random.key(0), or a state, got {got}.")
     return trainer.create_train_state(key) if state is None else state
 
 
 def _first_event(trainer, state, loader, num_epochs, max_steps, progress) -> Event:
-    """Where a run begins: at its start, or where `progress` or the state's step says."""
+    """The first event of a run: at step 0, or at the position of `progress` or the state."""
     length = len(loader) if hasattr(loader, "__len__") else None
     step, updates = int(state.step), trainer.updates_per_item
     if progress is None:
@@ -353,7 +353,7 @@ def _first_event(trainer, state, loader, num_epochs, max_steps, progress) -> Eve
 
 
 def _call(hook: str, event: Event) -> Event:
-    """Calls a hook of every callback; the event notes whether one of them asked for the end."""
+    """Calls a hook of every callback; sets `stop` if one of them asked to end the run."""
     stop = hooks.call(event.trainer.callbacks, hook, event)
     return replace(event, stop=event.stop or stop)
 
@@ -361,14 +361,14 @@ def _call(hook: str, event: Event) -> Event:
 def _require_batches(event: Event) -> Event:
     if event.position == 0:
         raise ValueError(
-            f"the train loader gave no batch in epoch {event.epoch}. Pass something that can "
-            "be iterated anew for every epoch, such as a list; a generator runs out."
+            f"the train loader gave no batch in epoch {event.epoch}. Pass an iterable that can be "
+            "iterated again for every epoch, such as a list; a generator is exhausted after one."
         )
     return event
 
 
 def _validate_once(loader, most: int | None, interrupt: Interrupt, event: Event) -> Event:
-    """Validates, unless there is nothing to validate on or this step has been validated."""
+    """Validates, unless there is no loader or this step has been validated already."""
     if loader is None or event.evaluated == event.step:
         return event
     with contextlib.suppress(Interrupted):  # dropped: a resumed run validates
@@ -378,7 +378,7 @@ def _validate_once(loader, most: int | None, interrupt: Interrupt, event: Event)
 
 
 def _dropped_evaluation(event: Event, eval_steps: int | None) -> bool:
-    """Whether an evaluation was due where a resumed run was stopped; it may have been made."""
+    """Whether an evaluation was due when a resumed run stopped, even if it was finished."""
     before = max(event.step - event.trainer.updates_per_item, 0)
     at_epoch_end = event.position == 0 and bool(event.epoch)
     return at_epoch_end if eval_steps is None else is_due(eval_steps, before, event.step)

@@ -1,6 +1,6 @@
 """The parts of one optimizer update, as pure functions: accumulate, clip, apply.
 
-A loss function here is `f(params, micro_batch, index) -> LossOutput`, index the micro-batch's.
+A loss function is `f(params, micro_batch, index) -> LossOutput`; `index` counts micro-batches.
 """
 
 from collections.abc import Callable
@@ -14,41 +14,41 @@ import optax
 
 from relax import parallel
 
-IGNORED_WEIGHT = 1e-30  # keeps 0 / 0 at 0 where nothing at all is trained
+IGNORED_WEIGHT = 1e-30  # makes 0 / 0 zero when a batch has no trained item
 
 
 class Mean(NamedTuple):
-    """A metric that is a mean over other items than the loss: its value and how many they are."""
+    """A metric averaged over other items than the loss: the mean and its number of items."""
 
     value: jax.Array
     weight: jax.Array
 
 
 class Sum(NamedTuple):
-    """A metric that is a count: micro-batches and batches add up."""
+    """A count, summed over micro-batches and batches."""
 
     value: jax.Array
 
 
 class Max(NamedTuple):
-    """A metric of which the largest value over micro-batches and batches counts."""
+    """A metric reduced to its maximum over micro-batches and batches."""
 
     value: jax.Array
 
 
 class Min(NamedTuple):
-    """A metric of which the smallest value counts."""
+    """A metric reduced to its minimum over micro-batches and batches."""
 
     value: jax.Array
 
 
 @flax.struct.dataclass
 class LossOutput:
-    """What a loss returns.
+    """The result of a loss function.
 
     Attributes:
-      loss: scalar, a mean.
-      weight: scalar, how many items (tokens, sequences) it is the mean of.
+      loss: scalar, a mean over items.
+      weight: scalar, the number of those items (tokens or sequences).
       metrics: flat dict of scalars, means over the same items, or `Mean`, `Sum`, `Max`, `Min`.
     """
 
@@ -58,17 +58,14 @@ class LossOutput:
 
 
 def as_loss_output(loss) -> LossOutput:
-    """A bare scalar counts as the mean of one item."""
-    if isinstance(loss, LossOutput):
-        output = loss
-    else:
-        output = LossOutput(loss=loss)
+    """`loss` as a `LossOutput`; a bare scalar counts as the mean of one item."""
+    output = loss if isinstance(loss, LossOutput) else LossOutput(loss=loss)
     weight = jax.lax.stop_gradient(jnp.asarray(output.weight, jnp.float32))
     return replace(output, loss=jnp.asarray(output.loss), weight=weight)
 
 
 def split_micro_batches(batch, count: int):
-    """Every leaf `[count * B, ...]` -> `[count, B, ...]`."""
+    """Reshapes every leaf from `[count * B, ...]` to `[count, B, ...]`."""
 
     def split(leaf):
         if leaf.shape[0] % count:
@@ -77,7 +74,7 @@ def split_micro_batches(batch, count: int):
                 f"and {leaf.shape[0]} rows. Use a batch size that is a multiple of {count}."
             )
         split = leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:])
-        # Rows of a micro-batch lie together, and are to be shared out among all devices.
+        # The rows of a micro-batch are contiguous; constrain them to spread over all devices.
         return parallel.constrain(split, None, "batch", *(None,) * (leaf.ndim - 1))
 
     return jax.tree.map(split, batch)
@@ -91,13 +88,13 @@ def accumulate_gradients(loss_fn: Callable, params, batch, count: int):
     so that 1 x 8 and 8 x 1 micro-batches give the same update, however unequal their weights.
 
     Args:
-      loss_fn: see the head of this file.
-      params: what the gradient is with respect to.
+      loss_fn: see the module docstring.
+      params: differentiated with respect to these.
       batch: tree of arrays with a leading axis that `count` divides.
       count: micro-batches (>= 1).
 
     Returns:
-      `(gradients, metrics)`: metrics hold `loss` and the loss function's own, reduced.
+      `(gradients, metrics)`: metrics hold `loss` and those of the loss function, reduced.
     """
 
     def weighted_loss(params, micro_batch, index):
@@ -107,7 +104,7 @@ def accumulate_gradients(loss_fn: Callable, params, batch, count: int):
     def differentiate(micro_batch, index):
         weighted = jax.value_and_grad(weighted_loss, has_aux=True)
         (_, output), gradients = weighted(params, micro_batch, index)
-        # A mean of no items is 0 / 0 in many a loss: 0 * NaN must not reach the sum.
+        # The mean of no items is 0 / 0 in many losses: 0 * NaN must not reach the sum.
         gradients = jax.tree.map(lambda g: jnp.where(output.weight > 0, g, 0), gradients)
         return gradients, output
 
@@ -130,10 +127,10 @@ def accumulate_gradients(loss_fn: Callable, params, batch, count: int):
 
 
 def reduce_metrics(outputs: LossOutput) -> dict[str, jax.Array]:
-    """Stacked outputs `[n]` -> one scalar per metric: weighted means, sums of counts, extremes."""
+    """Reduces stacked outputs `[n]` to a scalar per metric: weighted means, sums, extremes."""
 
     def mean(value, weight):
-        # A micro-batch of no weight has no say, whatever its value.
+        # A micro-batch of weight 0 is ignored even if its value is NaN.
         products = jnp.where(weight > 0, value * weight, 0.0)
         return products.sum() / jnp.maximum(weight.sum(), IGNORED_WEIGHT)
 
@@ -153,7 +150,7 @@ def reduce_metrics(outputs: LossOutput) -> dict[str, jax.Array]:
 
 
 def apply_gradients(optimizer, gradients, params, opt_state, finite, scale):
-    """One optimizer step on `gradients * scale`; where not `finite`, bit for bit none at all."""
+    """Takes one optimizer step on `gradients * scale`; if not `finite`, returns the old values."""
     gradients = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
     updates, new_opt_state = optimizer.update(gradients, opt_state, params)
     new_params = optax.apply_updates(params, updates)
@@ -165,7 +162,7 @@ def apply_gradients(optimizer, gradients, params, opt_state, finite, scale):
 
 
 def clip_scale(grad_norm, max_grad_norm: float | None):
-    """min(1, max_grad_norm / ‖g‖): what gradients are multiplied with (Pascanu et al., 2013)."""
+    """Clipping factor of the gradients, min(1, max_grad_norm / ‖g‖) (Pascanu et al., 2013)."""
     if not max_grad_norm:
         return jnp.ones_like(grad_norm)
     return jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6))

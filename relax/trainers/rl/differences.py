@@ -1,4 +1,4 @@
-"""How well the sampler and the trainer agree on log-probabilities."""
+"""Agreement of the sampler's and the trainer's log-probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from relax.trainers.update import Max, Mean
 
 
 def difference_metrics(logprobs: jax.Array, sampled: jax.Array, mask: jax.Array) -> dict:
-    """Distance of the trainer's log-probabilities from the sampler's, under TRL's names.
+    """Absolute differences of the two log-probabilities, under TRL's metric names.
 
     Args:
       logprobs, sampled, mask: `[B, C]`.

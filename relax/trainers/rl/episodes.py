@@ -1,9 +1,9 @@
-"""Rollouts of several turns: the model speaks, an environment answers, and so on.
+"""Multi-turn rollouts: the policy and an environment write in turns.
 
-Every episode of a group continues by itself; unfinished ones take their next turn together, each
-after all of its own tokens so far. An environment's answer is tokenised once and appended, never
-tokenised again with what stands before it: the tokens that are trained are those that were sampled.
-A turn's key follows from the row's and the turn's number alone.
+Every episode of a group is independent; unfinished ones are sampled together, each from all of its
+tokens so far. An environment's answer is tokenised once and appended, and earlier text is never
+tokenised again: the trained tokens are exactly the sampled ones. A turn's key depends only on the
+numbers of its row and turn.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from relax.errors import RewardError
 from relax.rewards import Environment, Episode
 from relax.sampling import SampleOutput, SamplingConfig, generate
 
-# Folded into a rollout's key, so that the keys of turns are a stream of their own: `generate` folds
-# row numbers into the same key. The value is arbitrary; another would change recorded runs.
-TURNS = 104
+# Folded into a rollout's key to separate the keys of turns from those of rows, which `generate`
+# folds into the same key. The value is arbitrary, but changing it would change recorded runs.
+TURN_STREAM = 104
 
 
 @dataclasses.dataclass
 class _EpisodeState:
-    """One conversation, and the sampler's log-probabilities of its tokens (0 on answers)."""
+    """One episode and the sampler's log-probabilities of its tokens (0 on answers)."""
 
     environment: Environment
     episode: Episode
@@ -33,21 +33,23 @@ class _EpisodeState:
 
     @property
     def ids(self) -> list[int]:
-        """All tokens so far: what the next turn continues."""
+        """All tokens so far, from which the next turn is sampled."""
         return [*self.episode.prompt_ids, *self.episode.completion_ids]
 
-    def take(self, ids: list[int], logprobs: list[float], reason: str, encode, decode, room: int):
+    def add_turn(
+        self, ids: list[int], logprobs: list[float], reason: str, encode, decode, room: int
+    ):
         """Adds a turn and the environment's answer.
 
         Args:
-          ids, logprobs: sampled in this turn.
+          ids, logprobs: the tokens sampled in this turn, and their log-probabilities.
           reason: the sampler's finish reason.
           encode, decode: as for `rollout_episodes`.
-          room: tokens that were left for the turn and its answer.
+          room: tokens left for the turn and its answer.
         """
         self.logprobs += logprobs
         before = len(self.episode.completion_ids)
-        if reason == "length":  # truncated in the middle of a turn: there is nothing to answer
+        if reason == "length":  # truncated within a turn: there is no answer
             self.finish = reason
             self.episode = dataclasses.replace(
                 self.episode,
@@ -81,20 +83,20 @@ def rollout_episodes(
       model, params: the policy; `params` are all parameters.
       item: `prompt_ids` and `rows` of P prompts.
       key: the rollout's key.
-      sampling: `max_new_tokens` bounds all turns and answers of an episode together.
+      sampling: its `max_new_tokens` limits all turns and answers of an episode together.
       make_environment: makes one environment per episode.
-      encode: text to ids, without special tokens.
-      decode: ids to the text that the environment sees.
-      stop_decode: ids to the text that stop strings are looked for in; None: `decode`.
+      encode: turns text into ids, without special tokens.
+      decode: turns ids into the text that the environment gets.
+      stop_decode: turns ids into the text that is searched for stop strings; None: `decode`.
 
     Returns:
-      The item, whose prompts now end with what `reset` showed; the completions, whose `mask` is
-      true on the tokens that the policy wrote; and the environments' rewards `[P * n]`, NaN where
-      none was given.
+      The item, its prompts extended by the text that `reset` returned; the completions, whose
+      `mask` is true on the tokens that the policy wrote; and the environments' rewards `[P * n]`,
+      NaN if there is none.
 
     Raises:
-      ValueError: environments show one prompt's episodes different beginnings.
-      RewardError: an environment gave a reward that is not finite.
+      ValueError: `reset` returned different texts for the same prompt.
+      RewardError: an environment returned a reward that is not finite.
     """
     groups = [
         _begin(row, ids, sampling.n, make_environment, encode)
@@ -119,25 +121,25 @@ def rollout_episodes(
         for n, (i, room) in enumerate(zip(unfinished, rooms, strict=True)):
             length = out.lengths[n]
             ids, logprobs = out.tokens[n, :length].tolist(), out.logprobs[n, :length].tolist()
-            states[i].take(ids, logprobs, out.finish_reasons[n], encode, decode, room)
+            states[i].add_turn(ids, logprobs, out.finish_reasons[n], encode, decode, room)
         turn += 1
     rewards = np.array([_reward(state) for state in states], np.float64)
     return item | {"prompt_ids": prompts}, _output(states, limit), rewards
 
 
 def _reward(state: _EpisodeState) -> float:
-    """The episode's reward, NaN where the environment gave none; one that is NaN is an error."""
+    """The episode's reward, or NaN if the environment gave none; raises if it is not finite."""
     reward = state.episode.reward
     if reward is not None and not math.isfinite(reward):
         raise RewardError(
-            f"rewards of an environment must be finite, or None for none, and those of "
+            "rewards of an environment must be finite, or None for no reward, but those of "
             f"{type(state.environment).__name__} add up to {reward}. Correct its `step`."
         )
     return math.nan if reward is None else reward
 
 
 def _begin(row, prompt_ids, n: int, make_environment, encode) -> list[_EpisodeState]:
-    """The episodes of one prompt."""
+    """Starts the episodes of one prompt."""
     group = []
     for _ in range(n):
         environment = make_environment()
@@ -146,23 +148,23 @@ def _begin(row, prompt_ids, n: int, make_environment, encode) -> list[_EpisodeSt
         )
     if len({one.episode.prompt_ids for one in group}) > 1:
         raise ValueError(
-            "an environment must show all episodes of a row the same beginning, and "
-            f"{type(group[0].environment).__name__}.reset does not. Draw what differs in step."
+            "an environment must start all episodes of a row with the same text, but "
+            f"{type(group[0].environment).__name__}.reset does not. Make random choices in step."
         )
     return group
 
 
 def _row_keys(key, prompts: int, n: int):
-    key = jax.random.fold_in(key, TURNS)
+    key = jax.random.fold_in(key, TURN_STREAM)
     rows = np.arange(prompts * n)
     one = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))
     return one(rows // n, rows % n)
 
 
 def _output(states: list[_EpisodeState], limit: int) -> SampleOutput:
-    """The episodes as one completion each; an answer past the limit is truncated.
+    """The episodes as one completion each; an answer beyond the limit is truncated.
 
-    `mask` is `Episode.sampled`: what the environment wrote is context, and not trained on.
+    `mask` is `Episode.sampled`: the environment's text is context and is not trained on.
     """
     lengths = np.array([min(len(s.episode.completion_ids), limit) for s in states], np.int32)
     shape = (len(states), int(lengths.max()))

@@ -1,7 +1,7 @@
-"""Experience of PPO: the arrays that the updates of a rollout train on.
+"""PPO experience: the arrays that the updates of a rollout train on.
 
-The score of a completion and a KL penalty per token make rewards; rewards and values make
-advantages and returns:
+A completion's score and a KL penalty per token give rewards; rewards and values give advantages and
+returns:
 
     r_t = - kl_coef kl_t,   r_e += score,   δ_t = r_t + γ V_{t+1} - V_t,   Â_t = δ_t + γ λ Â_{t+1}
 
@@ -24,21 +24,21 @@ REWARD_AT = (LAST_TOKEN, AFTER_EOS)
 
 @flax.struct.dataclass
 class Experience:
-    """Rows of a rollout, on the device.
+    """Rows of a rollout on the device.
 
     Attributes:
       tokens: `prompt_ids` `[N, L]`, `prompt_lengths` `[N]`, `completion_ids` `[N, g, C]` and
         `completion_lengths` `[N, g]`.
-      sampling_logprobs: `[N, g, C]`, the sampler's.
-      old_logprobs: `[N, g, C]`, under the policy that drew the completions.
-      values: `[N, g, C]`, the critic's before the first update; entry t is the value of the state
-        in which token t was drawn.
+      sampling_logprobs: `[N, g, C]`, computed by the sampler.
+      old_logprobs: `[N, g, C]`, under the policy that sampled the completions.
+      values: `[N, g, C]`, by the critic before the first update; entry t is the value of the state
+        in which token t was sampled.
       advantages: `[N, g, C]`, whitened over the rollout.
-      returns: `[N, g, C]`, the values' targets.
+      returns: `[N, g, C]`, the targets of the values.
       mask: `[N, g, C]` bool, the tokens that the policy wrote.
-      value_mask: `[N, g, C]` bool, the states whose values are learned.
-      kl: `[N]`, the same in every row: the rollout's mean KL of a completion, nats.
-      value_share: `[N]`, the same in every row: tokens over states in the rows of an update.
+      value_mask: `[N, g, C]` bool, the states whose values are trained.
+      kl: `[N]`, the same in every row: the rollout's mean KL per completion, nats.
+      value_share: `[N]`, the same in every row: tokens / states over the rows of an update.
     """
 
     tokens: dict[str, jax.Array]
@@ -54,10 +54,10 @@ class Experience:
 
 
 @jax.jit
-def take(experience: Experience, rows: jax.Array) -> Experience:
-    """Some rows, in that order, as one update."""
-    # Tokens and states differ by the slots after EOS. Micro-batches weigh the whole loss by tokens;
-    # this share turns the value loss per token back into the mean over the update's states.
+def select_rows(experience: Experience, rows: jax.Array) -> Experience:
+    """The given rows, in that order, as the batch of one update."""
+    # Tokens and states differ by the slots after EOS. Micro-batches weight the whole loss by
+    # tokens; this ratio turns the value loss per token back into the mean over the update's states.
     part = jax.tree.map(lambda leaf: leaf[rows], experience)
     share = part.mask.sum() / jnp.maximum(part.value_mask.sum(), 1)
     return part.replace(value_share=jnp.full_like(part.value_share, share))
@@ -72,22 +72,23 @@ def token_rewards(
     kl_coef: jax.Array | float,
     reward_at: str = LAST_TOKEN,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rewards per token, and the states that have a value.
+    """Computes rewards per token, and the states that have a value.
 
         r_t = -kl_coef kl_t,   r_e += score
 
     Args:
       scores: `[B]`, finite.
       kl: `[B, C]`, KL estimates per token, nats.
-      mask: `[B, C]` bool, the tokens that the policy wrote; a completion without any has no reward.
-      lengths: `[B]`, tokens of each completion, from 1 to C.
+      mask: `[B, C]` bool, the tokens that the policy wrote; a completion without any gets no
+        reward.
+      lengths: `[B]`, number of tokens of each completion, 1 to C.
       kl_coef: KL coefficient (>= 0).
-      reward_at: `last_token`: e is the last token that the policy wrote; `after_eos`: e is the slot
-        after the completion, whose state has seen all of it, as in TRL's PPO; the last token where
-        C has no such slot. That state has a value too.
+      reward_at: `last_token`: e is the last token that the policy wrote. `after_eos`: e is the slot
+        after the completion, whose state has seen all of it, as in TRL's PPO; it has a value too.
+        If C has no such slot, e is the last token.
 
     Returns:
-      `[B, C]` rewards, 0 elsewhere, and `[B, C]` bool, the states with a value.
+      `[B, C]` rewards, 0 outside the mask, and `[B, C]` bool, the states with a value.
     """
     places = jnp.arange(mask.shape[1])[None, :]
     has_any = mask.any(axis=1)[:, None]
@@ -113,24 +114,24 @@ def advantages_and_returns(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> dict[str, jax.Array]:
-    """Advantages and returns of a rollout.
+    """Computes advantages and returns of a rollout.
 
     Args:
       scores, kl, mask, lengths, kl_coef, reward_at: as for `token_rewards`.
-      values: `[B, C]`, entry t the value of the state in which token t was drawn.
-      whiten_rewards: scale the rollout's rewards to variance 1; they keep their mean.
+      values: `[B, C]`; entry t is the value of the state in which token t was sampled.
+      whiten_rewards: scale the rollout's rewards to unit variance; they keep their mean.
       gamma, lam: as for `gae`.
 
     Returns:
       `[B, C]` each: `rewards`, `returns`, `advantages` (whitened over all tokens of the rollout, 0
-      elsewhere), and the bool `value_mask`.
+      outside the mask), and the bool `value_mask`.
     """
     rewards, value_mask = token_rewards(
         scores, kl, mask, lengths, kl_coef=kl_coef, reward_at=reward_at
     )
     if whiten_rewards:
         rewards = masked_whiten(rewards, value_mask, shift_mean=False)
-    # Returns are made of the advantages before they are whitened: they are targets in reward units.
+    # Returns use the advantages before whitening: they are targets in reward units.
     advantages, returns = gae(rewards, values, value_mask, gamma=gamma, lam=lam)
     return {
         "rewards": rewards,
@@ -143,16 +144,16 @@ def advantages_and_returns(
 def adapt_kl_coef(
     kl_coef: jax.Array, kl: jax.Array, *, target: float, horizon: float, count: int
 ) -> jax.Array:
-    """The KL coefficient after a rollout, moved so that the KL approaches a target.
+    """Adapts the KL coefficient after a rollout so that the KL approaches a target.
 
         kl_coef ← kl_coef (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
 
     Args:
-      kl_coef: before.
-      kl: the rollout's mean KL of a completion, nats.
-      target: nats (> 0).
-      horizon: completions over which it changes by a fifth at most.
-      count: n, completions of the rollout.
+      kl_coef: the coefficient of the rollout.
+      kl: the rollout's mean KL per completion, nats.
+      target: KL per completion to approach, nats (> 0).
+      horizon: completions over which the coefficient changes by at most 20 %.
+      count: n, the number of completions in the rollout.
 
     References:
       Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019,
@@ -162,29 +163,29 @@ def adapt_kl_coef(
     return kl_coef * (1.0 + error * count / horizon)
 
 
-def per_completion(values: np.ndarray, score: np.ndarray) -> float:
-    """Mean of the completions' sums over tokens; those without a score are left out.
+def mean_per_completion(values: np.ndarray, score: np.ndarray) -> float:
+    """Mean over the completions that have a score of their sum over tokens.
 
     Args:
       values: `[..., C]`, 0 where masked.
-      score: `[...]`, NaN where there is none.
+      score: `[...]`, NaN if missing.
 
     Returns:
-      0 where no completion has a score.
+      The mean; 0 if no completion has a score.
     """
     sums = values.sum(axis=-1)[~np.isnan(score)]
     return float(sums.mean()) if sums.size else 0.0
 
 
 def experience_metrics(experience: dict[str, np.ndarray]) -> dict[str, float | int]:
-    """TRL's PPO metrics of a rollout, over completions that have a score.
+    """TRL's PPO metrics of a rollout, over completions with a score.
 
-    `objective/...` are means over completions, the first three of sums over the policy's tokens;
-    `val/explained_variance` is 1 - Var(R - V) / Var(R) over states, left out where all returns are
+    `objective/...` are means over completions, `kl` and the rewards of sums over tokens;
+    `val/explained_variance` is 1 - Var(R - V) / Var(R) over states, omitted if all returns are
     equal.
     """
     e, score = experience, experience["score"]  # NaN: no reward function applied
-    kl_coef, kl = float(e["kl_coef"].flat[0]), per_completion(e["kl"], score)
+    kl_coef, kl = float(e["kl_coef"].flat[0]), mean_per_completion(e["kl"], score)
     mean_score = float(score[~np.isnan(score)].mean()) if (~np.isnan(score)).any() else 0.0
     metrics = {
         "episode": int(score.size),

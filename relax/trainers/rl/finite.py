@@ -1,8 +1,9 @@
-"""Numbers that are not finite, found before they are trained on.
+"""Checks for NaN and infinity before a rollout is trained on.
 
-A NaN can look healthy: compared with anything it is false, masked it is gone, and a loss over no
-tokens is 0. So a rollout's log-probabilities and values are looked at on the host, and the tensor
-or the completion is named.
+A NaN is easily missed: every comparison with it is false, a mask hides it, and a loss over no
+  tokens
+is 0. So a rollout's log-probabilities and values are checked on the host, and the error names the
+tensor or the completion.
 
 Axes: P prompts, G completions of a group, C tokens of a completion.
 """
@@ -18,20 +19,20 @@ from relax.trainers.rl.rollout import Rollout
 
 
 def check_finite(what: str, values: np.ndarray, rollout: Rollout, weights) -> None:
-    """Looks for NaN and infinity among a rollout's numbers per token.
+    """Checks a rollout's per-token values for NaN and infinity.
 
     Args:
-      what: what `values` are, for messages, such as "the sampler's log-probability".
+      what: name of the values in messages, such as "the sampler's log-probability".
       values: `[P, G, C]`.
-      rollout: the completions; its mask says which values count.
-      weights: the parameters that gave `values`.
+      rollout: the completions; values outside its mask are not checked.
+      weights: the parameters that `values` were computed with.
 
     Raises:
-      NonFiniteError: there is one, and the weights hold some too: no later rollout would be better.
+      NonFiniteError: values and weights are not finite: no later rollout would be better.
 
     Warns:
-      There is one, though the weights are finite. The loss will be NaN, so the update that reads it
-      is skipped and counted; `NonFiniteGuard` ends the run after a few in a row.
+      Values are not finite, but the weights are. The loss will be NaN, so its update is skipped and
+      counted; `NonFiniteGuard` ends the run after a few in a row.
     """
     bad = ~np.isfinite(values) & rollout.mask
     if not bad.any():
@@ -49,8 +50,8 @@ def check_finite(what: str, values: np.ndarray, rollout: Rollout, weights) -> No
             "trained on it. Start from finite weights: another checkpoint or model directory."
         )
     warnings.warn(
-        f"{where}, though all weights are finite: logits overflowed. The update is skipped; lower "
-        "the learning rate or use --dtype float32.",
+        f"{where}, although all weights are finite: logits overflowed. The update will be skipped; "
+        "lower the learning rate or use --dtype float32.",
         stacklevel=3,
     )
 

@@ -1,4 +1,4 @@
-"""A rollout: prompts, the groups of completions drawn for them, and their metrics.
+"""A rollout: prompts, the groups of completions sampled for them, and their metrics.
 
 Axes: P prompts, G completions of a group, L tokens of a prompt, C tokens of a completion.
 """
@@ -22,19 +22,19 @@ PER_TOKEN = ("completion_ids", "mask", "logprobs")  # fields of a rollout, `[P, 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Prompts and their completions, padded on the right; masks are made from lengths.
+    """Prompts and their completions, padded on the right.
 
     Attributes:
-      rows: `[P]`, the data set's row of each prompt.
+      rows: `[P]`, the dataset row of each prompt.
       prompt_ids, prompt_lengths: `[P, L]` and `[P]` int32.
       completion_ids, completion_lengths: `[P, G, C]` and `[P, G]` int32, the end token included.
-      mask: `[P, G, C]` bool, the tokens that the policy wrote: false on padding, and on what an
-        environment wrote. It alone says so; a log-probability of NaN is an error, not a mask.
-      logprobs: `[P, G, C]` float32 nats, of each token under the distribution it was drawn from; 0
-        where `mask` is false.
-      finish: `[P, G]` str, why each ended: `eos`, `stop` or `length`.
+      mask: `[P, G, C]` bool, true on tokens that the policy wrote, false on padding and on text of
+        an environment. A NaN among `logprobs` is an error and never stands for a masked token.
+      logprobs: `[P, G, C]` float32 nats, of each token under the distribution it was sampled from;
+        0 where `mask` is false.
+      finish: `[P, G]` str, the finish reasons: `eos`, `stop` or `length`.
       texts: `[P][G]`, the completions without special tokens.
-      environment_rewards: `[P, G]` float64 from an environment; NaN where it gave none.
+      environment_rewards: `[P, G]` float64 from an environment; NaN if there is none.
     """
 
     rows: list[dict]
@@ -50,11 +50,11 @@ class Rollout:
 
     @property
     def truncated(self) -> np.ndarray:
-        """`[P, G]` bool: the completion did not end by itself."""
+        """`[P, G]` bool: the completion reached the length limit."""
         return self.finish == "length"
 
     def take(self, prompts: Sequence[int] | np.ndarray) -> "Rollout":
-        """The groups of some prompts, in that order."""
+        """The groups of the given prompts, in that order."""
         chosen = list(prompts)
 
         def some(value):
@@ -68,8 +68,8 @@ class ScoredRollout(NamedTuple):
 
     Attributes:
       rollout: the completions.
-      rewards: `[P, G]` float64, the weighted sums; NaN where no function applies, else finite.
-      by_function: `[P, G, F]` float64, NaN where a function does not apply or failed.
+      rewards: `[P, G]` float64, the weighted sums; NaN if no function applies, else finite.
+      by_function: `[P, G, F]` float64, NaN if a function does not apply or failed.
       extras: `[P, G]` columns that reward functions logged, by name.
       metrics: numbers to log.
     """
@@ -81,7 +81,7 @@ class ScoredRollout(NamedTuple):
     metrics: dict[str, float | int]
 
     def take(self, prompts: Sequence[int] | np.ndarray) -> "ScoredRollout":
-        """The groups of some prompts, in that order, with the same metrics."""
+        """The groups of the given prompts, in that order, with the same metrics."""
         chosen = list(prompts)
         extras = {name: values[chosen] for name, values in self.extras.items()}
         return ScoredRollout(
@@ -104,10 +104,10 @@ def make_rollout(
 
     Args:
       item: `prompt_ids` and `rows` of P prompts.
-      output: `P * sampling.n` completions; its mask says which tokens the policy wrote.
-      sampling: the `SamplingConfig` of `output`.
-      decode: tokens to text.
-      environment_rewards: `[P * G]` from an environment; None: there is none.
+      output: `P * sampling.n` completions, with the mask of tokens that the policy wrote.
+      sampling: the configuration that `output` was sampled with.
+      decode: turns tokens into text.
+      environment_rewards: `[P * G]` from an environment, or None.
     """
     prompts, G = item["prompt_ids"], sampling.n
     P = len(prompts)
@@ -132,7 +132,7 @@ def make_rollout(
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
-    """The groups of several rollouts, one after the other."""
+    """Concatenates the groups of several rollouts."""
 
     def joined(name: str):
         values = [getattr(rollout, name) for rollout in rollouts]
@@ -147,7 +147,7 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
 
 
 def with_slot_after_eos(rollout: Rollout, most: int) -> Rollout:
-    """Pads so that every completion of fewer tokens than `most` has a slot after its last token."""
+    """Pads so that every completion shorter than `most` has a slot after its last token."""
     width = bucket(int(rollout.completion_lengths.max()) + 1, most)
     if width <= rollout.completion_ids.shape[2]:
         return rollout
@@ -156,9 +156,9 @@ def with_slot_after_eos(rollout: Rollout, most: int) -> Rollout:
 
 
 def bucket(length: int, limit: int | None = None) -> int:
-    """Rounds a length up to a power of two (>= 8) or halfway between two of them.
+    """Rounds a length up to a power of two (>= 8) or to the midpoint between two of them.
 
-    Few lengths are few compiled programs; at most a third of a row is padding.
+    Few distinct lengths mean few compiled programs; at most a third of a row is padding.
 
     >>> [bucket(n) for n in (1, 8, 9, 13, 17, 100)]
     [8, 8, 12, 16, 24, 128]
@@ -185,7 +185,7 @@ def updates_per_pass(
     completions_per_update: int | None,
     gradient_accumulation_steps: int,
 ) -> tuple[int, int | None]:
-    """Updates per pass over an item, and completions that share a row with their prompt.
+    """Computes updates per pass over an item, and completions per row (None: not fixed).
 
     Raises:
       ValueError: the numbers do not divide each other.
@@ -194,7 +194,7 @@ def updates_per_pass(
     if completions_per_update is None:
         return 1, None
     if prompts_per_item is None:
-        raise ValueError("completions_per_update needs prompts_per_item: give both, or none.")
+        raise ValueError("completions_per_update needs prompts_per_item: pass both or neither.")
     total = prompts_per_item * G
     micro, rest = divmod(completions_per_update, gradient_accumulation_steps)
     if rest or total % completions_per_update:
@@ -207,17 +207,17 @@ def updates_per_pass(
 
 
 def with_eos(sampling: SamplingConfig, tokenizer) -> SamplingConfig:
-    """Adds the tokenizer's end token, unless `sampling` has end tokens already."""
+    """Adds the tokenizer's EOS token unless `sampling` has EOS tokens already."""
     if sampling.eos_token_ids or tokenizer.eos_token_id is None:
         return sampling
     return dataclasses.replace(sampling, eos_token_ids=(tokenizer.eos_token_id,))
 
 
 def is_truncated(sampling: SamplingConfig) -> bool:
-    """Whether completions are drawn from another distribution than the policy's own.
+    """Whether completions are sampled from another distribution than the policy's.
 
-    Log-probabilities of such draws are renormalised over the tokens left, so the ratio to the
-    policy's would be biased: old log-probabilities are then computed by a forward pass.
+    Then the sampler's log-probabilities are renormalised over the remaining tokens and would bias
+    the ratio, so old log-probabilities are computed by a forward pass.
     """
     return bool(
         sampling.top_k
@@ -230,7 +230,7 @@ def is_truncated(sampling: SamplingConfig) -> bool:
 
 
 def warn_of_failures(scores: RewardBatch, count: int) -> None:
-    """Warns of completions that a reward function failed on, and shows the first failure."""
+    """Warns about completions that a reward function failed on; shows the first failure."""
     failed = len({failure.index for failure in scores.failures})
     if failed:
         warnings.warn(
@@ -240,7 +240,7 @@ def warn_of_failures(scores: RewardBatch, count: int) -> None:
 
 
 def warn_of_none(scores: RewardBatch, texts: Sequence[str]) -> None:
-    """Warns of completions that no reward function applies to."""
+    """Warns about completions that no reward function applies to."""
     none = np.flatnonzero(np.isnan(scores.total))
     if none.size:
         warnings.warn(
@@ -253,10 +253,10 @@ def warn_of_none(scores: RewardBatch, texts: Sequence[str]) -> None:
 def collect_scores(
     rollout: Rollout, scores: RewardBatch, *, with_environment_rewards: bool
 ) -> ScoredRollout:
-    """Rewards by prompt and completion; an environment's are added as one more function, the last.
+    """Arranges rewards by prompt and completion; an environment's become the last function's.
 
     Raises:
-      RewardError: a sum that is infinite or beyond `MAX_REWARD`.
+      RewardError: a sum of rewards exceeds ±`MAX_REWARD`.
     """
     shape = rollout.completion_lengths.shape
     rewards = scores.total.reshape(shape)
@@ -265,13 +265,13 @@ def collect_scores(
         by_function = np.concatenate([by_function, rollout.environment_rewards[:, :, None]], axis=2)
         both = np.stack([rewards, rollout.environment_rewards], axis=2).reshape(-1, 2)
         rewards = weighted_total(both, np.ones(2)).reshape(shape)
-    # Not NaN, which means that no function applies. A sum of finite rewards may still overflow.
+    # NaN is allowed: no function applies. A sum of finite rewards may overflow.
     if (extreme := np.argwhere(np.abs(rewards) > MAX_REWARD)).size:
         p, g = extreme[0]
         raise RewardError(
             f"rewards of a completion must add up to a number within ±{MAX_REWARD:g}, got "
-            f"{rewards[p, g]:g} for {rollout.texts[p][g][:200]!r}, and the like for {len(extreme)} "
-            f"of {rewards.size}. Scale the reward functions or their weights down."
+            f"{rewards[p, g]:g} for {rollout.texts[p][g][:200]!r} ({len(extreme)} of "
+            f"{rewards.size} completions). Scale the reward functions or their weights down."
         )
     extras = {name: _objects(values).reshape(shape) for name, values in scores.extras.items()}
     metrics = scores.metrics | {"reward_errors": len(scores.failures)}
@@ -281,7 +281,7 @@ def collect_scores(
 def completion_records(
     collected: ScoredRollout, names: Sequence[str], advantages: np.ndarray | None
 ) -> list[dict]:
-    """Rows of a table of completions."""
+    """Makes a record of every completion for tables and logs."""
     rollout, rewards, by_function, extras, _ = collected
     records = []
     for p, g in np.ndindex(*rewards.shape):
@@ -295,21 +295,21 @@ def completion_records(
         }
         if advantages is not None and advantages.ndim == 2:
             record["advantage"] = float(advantages[p, g])
-        # A function's column never replaces one of these.
+        # A column logged by a function never replaces one of the record.
         logged = {name: values[p, g] for name, values in extras.items()}
         records.append(record | {f"logged_{n}" if n in record else n: logged[n] for n in logged})
     return records
 
 
 def _objects(values: list) -> np.ndarray:
-    """An array of objects, one per item, lists included."""
+    """An array of objects, one per item, even if the items are lists."""
     out = np.empty(len(values), object)
     out[:] = values
     return out
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
-    """Metrics of completions under TRL's names; `clipped_ratio` is the share truncated."""
+    """Metrics of completions under TRL's names; `clipped_ratio` is the truncated share."""
     lengths, truncated = rollout.completion_lengths, rollout.truncated
     ended = lengths[~truncated]
     ended = ended if ended.size else np.zeros(1)
@@ -326,10 +326,10 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
 def reward_metrics(
     rewards: np.ndarray, by_function: np.ndarray, names: Sequence[str]
 ) -> dict[str, float]:
-    """Statistics of rewards and of each function's; NaN entries (not applicable) are left out.
+    """Statistics of rewards, overall and per function, ignoring NaN (not applicable).
 
-    A statistic of nothing is left out too, so that a mean over several rollouts is of the others.
-    Groups have statistics where they have more than one completion.
+    A statistic without any value is omitted, so that it does not enter a mean over rollouts. Group
+    statistics need more than one completion per group.
 
     Args:
       rewards: `[P, G]`.
@@ -347,10 +347,10 @@ def reward_metrics(
 
 
 def has_zero_std(rewards: np.ndarray) -> np.ndarray:
-    """`[P]` bool: the rewards of a group `[P, G]` are all equal, or fewer than two apply."""
+    """`[P]` bool: whether a group's rewards `[P, G]` are all equal, or fewer than two exist."""
     highest = np.where(np.isnan(rewards), -np.inf, rewards).max(axis=1)
     lowest = np.where(np.isnan(rewards), np.inf, rewards).min(axis=1)
-    # By their range: a standard deviation of equal numbers is rounded to 1e-14 or so.
+    # Uses the range, since the standard deviation of equal numbers rounds to about 1e-14.
     return ~(highest - lowest > 1e-6)
 
 
@@ -360,7 +360,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _std(values: np.ndarray) -> float:
-    """Unbiased; 0 of fewer than two."""
+    """Unbiased standard deviation; 0 for fewer than two values."""
     std = float(nan_std(values))
     return 0.0 if math.isnan(std) else std
 

@@ -1,7 +1,7 @@
-"""Rewards of a rollout: each process scores its share of the prompts, and all get all rewards.
+"""Scoring of a rollout: each process scores its share of the prompts; all get all rewards.
 
-Completions are known to all processes, since all drive the sampler; rewards are not: a function may
-be slow, random or a service. So each completion is scored once, by one process.
+All processes hold all completions, since all run the sampler. A reward function may be slow, random
+or a remote service, so each completion is scored once, by one process.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from relax.trainers.rl.rollout import (
 
 
 class RunLength(Callback):
-    """Keeps how long a run is, which reward functions see in `trainer_state`."""
+    """Keeps the length of a run, which reward functions get in `trainer_state`."""
 
     def __init__(self):
         self.max_steps: int | None = None
@@ -33,7 +33,7 @@ class RunLength(Callback):
             self.steps_per_epoch = event.epoch_length * event.trainer.updates_per_item
 
     def trainer_state(self, step: int) -> dict:
-        """transformers' `TrainerState`, as far as a run has it; outside of `train` without length.
+        """The fields of transformers' `TrainerState`; outside `train` without the run's length.
 
         >>> RunLength().trainer_state(3)
         {'global_step': 3, 'max_steps': 0, 'epoch': None}
@@ -56,10 +56,10 @@ def submit_rewards(
     Args:
       rewards: the reward functions.
       rollout: the completions.
-      trainer_state: the attributes that reward functions see, `global_step` and others.
-      in_turns: an environment gave rewards as well.
-      decode: tokens to text, special tokens included, for functions that ask for such texts.
-      eos_token_ids: of which the last token of a completion is no part of that text.
+      trainer_state: attributes of the run for reward functions, such as `global_step`.
+      in_turns: whether an environment gave rewards too.
+      decode: turns tokens into text with special tokens, for functions that ask for such texts.
+      eos_token_ids: tokens removed from the end of those texts.
     """
     rows: list[Mapping] = [row for row in rollout.rows for _ in rollout.texts[0]]
     prompts = [row["prompt"] for row in rows]
@@ -94,7 +94,7 @@ def submit_rewards(
     def wait() -> ScoredRollout:
         scores = pending.result()
         warn_of_failures(scores, len(texts))
-        if not in_turns:  # an episode that is truncated has no reward, as a rule
+        if not in_turns:  # a truncated episode usually has no reward
             warn_of_none(scores, texts)
         return collect_scores(rollout, scores, with_environment_rewards=in_turns)
 
@@ -104,13 +104,13 @@ def submit_rewards(
 def score_across_processes(
     score: Callable[[Rollout], ScoredRollout], rollout: Rollout, *, everywhere: bool = False
 ) -> ScoredRollout:
-    """Computes `score(rollout)`, each process a part of it.
+    """Computes `score(rollout)`, split over the processes.
 
     Args:
-      score: scores some groups.
-      rollout: the same in all processes.
-      everywhere: every process scores everything, since the function itself runs on the devices of
-        all of them; the result of process 0 counts.
+      score: scores the groups of a rollout.
+      rollout: the completions, the same in all processes.
+      everywhere: every process scores everything, because the function itself runs on the devices
+        of all of them; the result of process 0 is used.
     """
     count = processes.count()
     if count == 1:
@@ -151,7 +151,7 @@ def _objects(groups: list[list]) -> np.ndarray:
 
 
 def _total(name: str, parts: list[dict]):
-    """Counts add up, numbers are averaged over the completions of those that have them."""
+    """Sums a count, or averages a number over the completions of the parts that have it."""
     found = [(p["metrics"][name], p["size"]) for p in parts if name in p["metrics"]]
     if all(isinstance(value, int) for value, _ in found):
         return sum(value for value, _ in found)
