@@ -14,6 +14,7 @@ from runs import additions, write_rows
 from relax.callbacks import Callback, StopTraining
 from relax.config import create_default_config
 from relax.engine import RunResult, TrainerEngine
+from relax.engine.rows import source_rows
 from relax.engine.run import Run
 from relax.errors import ConfigError
 from relax.models import load_pretrained
@@ -175,6 +176,29 @@ def test_rows_from_python_train_as_the_same_rows_of_a_file_do(job, model_dir, tm
     assert result.metrics["eval_loss"] > 0
     saved = json.loads((tmp_path / "python" / "config.json").read_text())
     assert saved["data"]["dataset_name"] == "rows from Python"
+
+
+def test_rows_from_python_take_the_options_of_rows_from_a_file(model_dir, tmp_path):
+    rows = [{"body": f"row {i}"} for i in range(6)]
+    config = create_default_config(str(model_dir), output_dir=str(tmp_path / "run"), dry_run=True)
+    config = config.replace(dataset_text_field="body")
+    with Run(config.replace(test_size=2.0), rows) as run:
+        train, held_out = source_rows(run.config, run.rows)
+    assert (len(train), len(held_out)) == (4, 2)
+    assert sorted(row["body"] for row in train.rows + held_out.rows) == [r["body"] for r in rows]
+    with Run(config.replace(num_samples=2), rows, rows[:2]) as run:  # they have previews
+        assert [len(part) for part in source_rows(run.config, run.rows)] == [6, 2]
+
+
+def test_options_that_rows_from_python_leave_without_effect_are_refused(model_dir):
+    def refused(reason, *rows, **options):
+        config = create_default_config(str(model_dir), dry_run=True).replace(**options)
+        with pytest.raises(ConfigError, match=reason), Run(config, *rows) as run:
+            source_rows(run.config, run.rows)
+
+    refused("test_size and eval_dataset_name exclude each other", ROWS, ROWS, test_size=2.0)
+    refused("num_samples has no effect: no rows are held out", ROWS, num_samples=2)
+    refused("dataset_config names a subdirectory", ROWS, dataset_config="main")
 
 
 def test_rows_and_a_named_data_set_exclude_each_other(model_dir, tmp_path):

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -175,7 +176,7 @@ class Checkpointer:
             self._keep_newest()
         processes.barrier(f"{where(temporary)}: saved")
 
-    def restore(self, template, step: int | None = None) -> tuple[object, dict, int]:
+    def restore(self, template, step: int | None = None) -> tuple[Any, dict, int]:
         """Reads a checkpoint back after verifying every bit of it.
 
         Args:
@@ -247,7 +248,7 @@ class Checkpointer:
 
 def restore_checkpoint(
     path: str | Path, template, *, warn: Callable[[str], None] = warnings.warn
-) -> tuple[object, dict, int]:
+) -> tuple[Any, dict, int]:
     """Reads the checkpoint at `path`; see `Checkpointer.restore`."""
     path = Path(path).absolute()
     if not path.is_dir():

@@ -145,7 +145,7 @@ class RowsConfig:
     )
 
     @property
-    def limits(self) -> dict[str, float]:
+    def limits(self) -> dict[str, Any]:
         """The arguments of `relax.data.Limits`."""
         names = "max_row_bytes max_json_depth max_file_gib"
         names += " template_timeout_s template_output_ratio template_memory_mib"

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from relax.config.names import unknown
 from relax.config.options import options
@@ -54,7 +54,7 @@ class Settings:
         """The saved form: JSON that `ConfigLoader` reads back to an equal configuration."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
-    def replace(self, **fields: Any) -> "Settings":
+    def replace(self, **fields: Any) -> Self:
         """A copy with some fields changed, by their flat names.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The embedded data set: all additions of two numbers below 100, made in code."""
+"""The demo data set: all additions of two numbers below 100, made in code."""
 
 import numpy as np
 

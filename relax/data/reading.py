@@ -76,7 +76,13 @@ def read_rows(
             f"dataset_kwargs are options of reasoning_gym tasks, got {dict(options)} for a data "
             "set that is none. Leave them out."
         )
-    if not isinstance(dataset, str | Path):
+    is_named = isinstance(dataset, str | Path)
+    if config is not None and not (is_named and not Path(dataset).is_file()):
+        raise ConfigError(
+            "dataset_config names a subdirectory of a data set, and a file or rows from Python "
+            f"have none, got {config!r}. Leave it out."
+        )
+    if not is_named:
         return _python_rows(dataset, split, limits)
     path = Path(dataset)
     if path.is_file():

@@ -61,7 +61,7 @@ def adapt_tokenizer(tokenizer, chat_template_path=None, eos_token: str | None = 
 
 
 def arithmetic_tokenizer():
-    """The tokenizer of the embedded run: one token per byte, so that no text is unknown to it.
+    """The tokenizer of the demo run: one token per byte, so that no text is unknown to it.
 
     It has 261 tokens: `<pad>`, `<eos>`, one per role (`<system>`, `<user>`, `<assistant>`), then
     the 256 bytes. Its chat template marks what the assistant says, for `assistant_only_loss`.

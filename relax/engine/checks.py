@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -45,7 +46,8 @@ def read_data(read: Callable, model_config: TransformerConfig, found: ErrorList)
         return read(model_config=model_config)
     except RelaxError as error:
         found.note(error)
-    vocabulary, positions = {"vocab_size": 2**31 - 1}, {"max_position_embeddings": 2**31 - 1}
+    vocabulary: dict[str, Any] = {"vocab_size": 2**31 - 1}
+    positions: dict[str, Any] = {"max_position_embeddings": 2**31 - 1}
     for limits in (vocabulary, positions, vocabulary | positions):
         with found.catch():
             read(model_config=dataclasses.replace(model_config, **limits))

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 from rich.console import Console
@@ -17,16 +17,20 @@ from relax.checkpoint.storage import copies_are_apart
 from relax.config import TrainerConfig
 from relax.engine import checks, devices, output
 from relax.engine.model_source import ModelSource
-from relax.engine.terminal import StandardOutput
+from relax.engine.terminal import standard_console
 from relax.engine.watch import RunMonitor, report_start
 from relax.errors import CheckpointError, ConfigError, ErrorList, Problems, RelaxError
 from relax.parallel import processes
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 FROM_PYTHON = "rows from Python"
+_CACHE_DIR = "jax_compilation_cache_dir"
+
+C = TypeVar("C", bound=TrainerConfig)
+C_co = TypeVar("C_co", bound=TrainerConfig, covariant=True)
 
 
-class RunContext:
+class RunContext(Generic[C_co]):
     """The part of a `Run` that is entered and left.
 
     Attributes:
@@ -39,16 +43,17 @@ class RunContext:
 
     def __init__(
         self,
-        config: TrainerConfig,
+        config: C_co,
         train_rows=None,
         eval_rows=None,
         *,
         status_writer=None,
         console: Console | None = None,
     ):
-        self.config, self.status_writer = config, status_writer
-        self.rows = train_rows, eval_rows
-        self.console = console or Console(file=StandardOutput(), highlight=False, soft_wrap=True)
+        self.config: C_co = config
+        self.status_writer = status_writer
+        self.rows: Any = train_rows, eval_rows  # None once it is known that there are none
+        self.console = console or standard_console()
         self.start_s = time.monotonic()
         self.problems = ErrorList()
         self.metrics: dict[str, float] = {}
@@ -58,12 +63,12 @@ class RunContext:
         self.keeps_frozen = False  # the state holds weights that are reloaded, never stored
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             if self.status_writer is not None and not self.is_dry:
                 stack.enter_context(report_start(self.status_writer, self.config))
-            self.config.check()
             self.config, self.rows = _with_rows(self.config, *self.rows)
+            self.config.check()
             self.interrupt = stack.enter_context(Interrupt(grace_s=self.config.system.grace_s))
             self._open_devices(stack)
             self._open_directory(stack)
@@ -75,7 +80,7 @@ class RunContext:
             self._show_how_to_resume()
         final = self._final_error(error)
         self._stack.__exit__(type(final) if final else None, final, traceback)
-        if final is not error:
+        if final is not None and final is not error:
             raise final from error
 
     def _final_error(self, error: BaseException | None) -> BaseException | None:
@@ -166,11 +171,11 @@ class RunContext:
     @property
     def _old_run(self) -> Path:
         """The directory of the run that is resumed."""
-        if self.resume_from == "auto":
+        if self.resume_from is None or self.resume_from == "auto":
             return self.run_dir.path
         return Path(self.resume_from).parent.parent
 
-    def _print_warning(self, message, *_) -> None:
+    def _print_warning(self, message, *_: Any, **__: Any) -> None:
         self.console.print(f"warning: {message}", style="yellow", markup=False)
 
     def _show_how_to_resume(self) -> None:
@@ -189,7 +194,7 @@ class RunContext:
         return output.resume_command(self.local_config, self.run_dir.path)
 
 
-def _with_rows(config: TrainerConfig, train_rows, eval_rows) -> tuple[TrainerConfig, Any]:
+def _with_rows(config: C, train_rows, eval_rows) -> tuple[C, tuple[Any, Any] | None]:
     """The configuration of a run on Python rows, and both kinds of rows; None: on files."""
     if train_rows is None:
         if eval_rows is not None:
@@ -197,8 +202,11 @@ def _with_rows(config: TrainerConfig, train_rows, eval_rows) -> tuple[TrainerCon
         return config, None
     if config.data.dataset_name or config.data.eval_dataset_name:
         raise ConfigError("give rows or dataset_name, not both.")
-    # So that config.json does not claim to repeat the run.
-    return config.replace(dataset_name=FROM_PYTHON), (train_rows, eval_rows)
+    # The rules know then that there are rows, and config.json does not claim to repeat the run.
+    named = {"dataset_name": FROM_PYTHON}
+    if eval_rows is not None:
+        named["eval_dataset_name"] = FROM_PYTHON
+    return config.replace(**named), (train_rows, eval_rows)
 
 
 def _text(start: Path | str | None) -> str | None:
@@ -209,9 +217,9 @@ def _text(start: Path | str | None) -> str | None:
 @contextlib.contextmanager
 def _compilation_cache(directory: str) -> Iterator[None]:
     """Keeps compiled steps in a directory, for as long as this run lasts."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", directory)
+    before = getattr(jax.config, _CACHE_DIR)
+    jax.config.update(_CACHE_DIR, directory)
     try:
         yield
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update(_CACHE_DIR, before)

@@ -3,9 +3,9 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -17,7 +17,9 @@ from relax.errors import ConfigError, ModelLoadError
 from relax.files import content_digest
 from relax.models import TransformerConfig
 from relax.models.huggingface.directories import find_directory
-from relax.parallel import processes
+from relax.parallel import Rule, processes
+
+C = TypeVar("C", bound=TrainerConfig)
 
 # What may differ between the processes of a run.
 _OWN = ("process_id",)
@@ -37,8 +39,8 @@ _ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size")
 
 @contextlib.contextmanager
 def open_mesh(
-    config: TrainerConfig, console: Console, model_config: Callable[[], TransformerConfig]
-) -> Iterator[tuple[TrainerConfig, Console]]:
+    config: C, console: Console, model_config: Callable[[], TransformerConfig]
+) -> Iterator[tuple[C, Console]]:
     """The mesh of a run, in use while its context lasts.
 
     Args:
@@ -66,7 +68,7 @@ def open_mesh(
         )
     with processes.abort_on_error():
         mesh = parallel.make_mesh(system.mesh)
-        rules = parallel.RULES
+        rules: Sequence[Rule] = parallel.RULES
         if system.sharding_rules is not None:
             rules = parallel.read_rules(system.sharding_rules)
         flat = {name: value for name, value in config.flat().items() if name not in _OWN}
@@ -77,6 +79,7 @@ def open_mesh(
         if not processes.is_main():
             console = Console(quiet=True)
         with parallel.use(mesh, rules, model_config().num_key_value_heads) as layout:
+            assert layout is not None  # there is a mesh
             for line in layout.describe():
                 console.print(line, markup=False)
             yield config.replace(mesh=mesh_text(layout.sizes)), console
@@ -140,7 +143,7 @@ class SharedLoader:
             yield parallel.shard_local_batch(batch, self.loader.batch_size)
 
 
-def for_all_devices(config: TrainerConfig) -> TrainerConfig:
+def for_all_devices(config: C) -> C:
     """The configuration with rows per device multiplied to rows of all devices."""
     shards = parallel.batch_shards()
     if shards == 1:

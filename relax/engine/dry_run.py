@@ -49,6 +49,7 @@ def dry_run(run, trainer, data: Data) -> dict[str, float]:
     except jax.errors.JaxRuntimeError as error:
         found.note(ConfigError(f"the update cannot be computed: {error}"))
         found.raise_all()
+    assert disk is not None and sizes is not None  # where one is None there was a problem
     copies, checkpoint, model = disk
     measured = {
         "dry_run/steps": steps,

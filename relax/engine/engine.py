@@ -9,7 +9,7 @@ from relax.config import TrainerConfig
 from relax.engine import output
 from relax.engine.recipes import RECIPES
 from relax.engine.run import RunResult
-from relax.engine.terminal import StandardOutput
+from relax.engine.terminal import standard_console
 from relax.monitor.status import TrainingStatusWriter
 from relax.parallel.cpu import prepare_cpu
 
@@ -26,7 +26,7 @@ class TrainerEngine:
         self, status_writer: TrainingStatusWriter | None = None, *, console: Console | None = None
     ):
         self.status_writer = status_writer
-        self.console = console or Console(file=StandardOutput(), highlight=False, soft_wrap=True)
+        self.console = console or standard_console()
 
     def run_job(
         self,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -67,6 +68,12 @@ class ModelSource:
         base = find_directory(base_of(directory)) if is_adapter else directory
         return cls(path, directory, base, read_pretrained_config(base), is_adapter)
 
+    @property
+    def files(self) -> Path:
+        """`directory`, of any model but the demo model, which has none."""
+        assert self.directory is not None
+        return self.directory
+
     @functools.cached_property
     def generation_config(self) -> dict:
         """The fields of generation_config.json; {} for the demo model."""
@@ -87,7 +94,7 @@ class ModelSource:
     def load(self, dtype, **options) -> tuple[Transformer, dict]:
         """The model and its parameters, an adapter merged; arguments as for `load_pretrained`."""
         load = load_merged if self.is_adapter else load_pretrained
-        return load(self.directory, dtype, **options)
+        return load(self.files, dtype, **options)
 
     def end_tokens(self, tokenizer) -> tuple[int, ...]:
         """All ids that end a turn: those of generation_config.json, and the tokenizer's."""
@@ -138,7 +145,7 @@ def make_model(
     Returns:
       `(model, params)`; `params` is None without `weights`, and for the demo model.
     """
-    options = {
+    options: dict[str, Any] = {
         "param_dtype": jnp.dtype(config.model.param_dtype),
         "gradient_checkpointing": config.hyperparams.gradient_checkpointing,
     }

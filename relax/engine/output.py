@@ -97,7 +97,7 @@ def best_checkpoint(config: TrainerConfig, directory: Path) -> Path | None:
     }
     if found:
         pick = max if is_greater_better(values, metric) else min
-        saved = [pick(found, key=found.get)]
+        saved = [pick(found, key=found.__getitem__)]
     return directory / "checkpoints" / str(saved[-1]) if saved else None
 
 

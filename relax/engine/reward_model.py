@@ -13,6 +13,7 @@ Axes: N completions, B of them at once, T tokens of prompt and completion.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ class ModelReward:
                 "the text of prompts and completions anew."
             )
         self._suffix: list[int] | None = None
-        self._scores = jax.jit(self._scores)
+        self._score_batch = jax.jit(self._scores)
 
     def __call__(
         self,
@@ -80,11 +81,11 @@ class ModelReward:
     ) -> list[float]:
         """One score each, of texts or lists of messages; the other columns are the template's."""
         none = [None] * len(prompts)
-        columns = zip(tools or none, chat_template_kwargs or none, strict=True)
+        columns = (completion_ids or none, tools or none, chat_template_kwargs or none)
         rows = [
-            self.encode(*row, {"tools": tool, "chat_template_kwargs": how})
-            for *row, (tool, how) in zip(
-                prompts, completions, completion_ids or none, columns, strict=True
+            self.encode(prompt, completion, ids, {"tools": tool, "chat_template_kwargs": how})
+            for prompt, completion, ids, tool, how in zip(
+                prompts, completions, *columns, strict=True
             )
         ]
         longest, limit = max(map(len, rows)), self.model.config.max_position_embeddings
@@ -104,7 +105,7 @@ class ModelReward:
             for row, i in enumerate(chosen):
                 ids[row, : len(rows[i])] = rows[i]
                 lengths[row] = len(rows[i])
-            out[chosen] = np.asarray(self._scores(self.params, ids, lengths))[: len(chosen)]
+            out[chosen] = np.asarray(self._score_batch(self.params, ids, lengths))[: len(chosen)]
         return out.tolist()
 
     def encode(
@@ -122,8 +123,8 @@ class ModelReward:
         if completion_ids is not None and self.reads_tokens:
             if not isinstance(prompt, list):
                 return [*self._ids(prompt, special=True), *completion_ids]
-            before = self._ids(self._render(prompt, row, add_generation_prompt=True))
-            return [*before, *completion_ids, *(self._after_end() if ended else ())]
+            ids = self._ids(self._render(prompt, row, add_generation_prompt=True))
+            return [*ids, *completion_ids, *(self._after_end() if ended else ())]
         if not isinstance(prompt, list):
             end = (self.tokenizer.eos_token or "") if ended else ""
             return self._ids(prompt + text_of(completion) + end, special=True)
@@ -150,7 +151,7 @@ class ModelReward:
 
     def _scores(self, params, ids, lengths):
         segment_ids = (jnp.arange(ids.shape[1])[None, :] < lengths[:, None]).astype(jnp.int32)
-        hidden = self.model.apply(
+        hidden: Any = self.model.apply(
             {"params": params}, ids, None, segment_ids, method="hidden_states"
         )
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]

@@ -42,7 +42,7 @@ def source_rows(config: TrainerConfig, given=None):
         return _split(train, resolve_steps(d.test_size, len(train)), data_seed(config))
     if config.inference.eval_strategy == "no" and not config.inference.eval_on_start:
         return train, None
-    if given is not None or Path(d.dataset_name).is_file():
+    if given is not None or d.dataset_name is None or Path(d.dataset_name).is_file():
         raise ConfigError(
             "eval_strategy and eval_on_start need rows to evaluate on: pass --eval_dataset_name "
             "FILE, or --test_size 0.1 to hold out a tenth of the rows."

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from safetensors import SafetensorError
@@ -30,7 +30,7 @@ from relax.checkpoint.checkpointer import full_disk, restore_checkpoint
 from relax.checkpoint.frozen import WithoutFrozen
 from relax.config import resolve_steps
 from relax.engine import checks, devices, memory, output, schedule
-from relax.engine.context import RunContext
+from relax.engine.context import C_co, RunContext
 from relax.engine.dry_run import dry_run
 from relax.engine.model_source import make_model
 from relax.engine.rows import Data, read_sources, source_rows
@@ -40,6 +40,8 @@ from relax.models.huggingface.peft import save_adapter
 from relax.models.lora import merge_adapters
 from relax.parallel import processes
 from relax.trainers.interrupt import Interrupted
+
+D = TypeVar("D", bound=Data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class RunResult:
     error: Exception | None = None
 
 
-class Run(RunContext):
+class Run(RunContext[C_co]):
     """One run: its directory, mesh, status and signals while the context lasts, and its steps.
 
     Args:
@@ -118,7 +120,9 @@ class Run(RunContext):
             self.console.print(f"attention: {attention}", markup=False)
         return model, params
 
-    def load_data(self, read: Callable, tokenizer, model, *, kind, demo_rows=None, **parts) -> Data:
+    def load_data(
+        self, read: Callable[..., D], tokenizer, model, *, kind, demo_rows=None, **parts
+    ) -> D:
         """Reads, tokenises and batches the rows before anything is compiled, and shows them.
 
         Args:
@@ -137,11 +141,12 @@ class Run(RunContext):
             sources = self.attempt(
                 read_sources, self.config, kind, self.console, self.rows, demo_rows
             )
-            data = None
+            data: D | None = None
             if sources is not None:
-                read = partial(read, self.config, tokenizer, sources=sources, **parts)
-                data = checks.read_data(read, model.config, self.problems)
+                make = partial(read, self.config, tokenizer, sources=sources, **parts)
+                data = checks.read_data(make, model.config, self.problems)
         self.problems.raise_all()
+        assert data is not None  # where it is None there was a problem
         data.show(self.console)
         asked, steps = self.config.hyperparams.max_steps, self.steps(data)
         if 0 < asked != steps:
@@ -237,7 +242,9 @@ class Run(RunContext):
 
     def first_state(self, trainer) -> tuple[Any, dict | None]:
         """`(state, progress)`: `create_train_state`'s, or the checkpoint's to resume from."""
-        key, state, frozen = jax.random.key(self.config.hyperparams.seed), None, {}
+        key = jax.random.key(self.config.hyperparams.seed)
+        state: Any = None
+        frozen: Any = {}
         if self.resume_from is None or self.keeps_frozen:
             state = trainer.create_train_state(key)
         if self.keeps_frozen:
@@ -254,7 +261,7 @@ class Run(RunContext):
         else:
             checkpoint = self.resume_from
             state, progress, step = restore_checkpoint(checkpoint, template, warn=warnings.warn)
-        if self.keeps_frozen:
+        if isinstance(self.saver, WithoutFrozen):
             self.saver.check(progress)
             state = state.replace(frozen=frozen)
         self.console.print(f"resuming after step {step}")

@@ -77,14 +77,8 @@ class RunDir:
                 f"{holder or '(starting)'}. Wait for it, stop it, or choose another --output_dir."
             ) from None
         self._lock_fd = fd
-        self._sign(_LOCK_MARK if self._is_run() else "")
+        _sign(fd, _LOCK_MARK if self._is_run() else "")
         return self
-
-    def _sign(self, mark: str) -> None:
-        """Writes who holds the lock; with the mark, also that this directory is a run's."""
-        text = f"{mark}{os.getpid()}\n".encode()
-        os.pwrite(self._lock_fd, text, 0)
-        os.ftruncate(self._lock_fd, len(text))
 
     def unlock(self) -> None:
         """Lets the next run in. The lock file stays: removing it would race with that run."""
@@ -120,7 +114,7 @@ class RunDir:
         start = self._decide(resume, overwrite)
         if overwrite and clear:
             self.clear(say)
-        self._sign(_LOCK_MARK)
+        _sign(self._lock_fd, _LOCK_MARK)
         return self._told(start, say)
 
     def look(
@@ -253,3 +247,10 @@ class RunDir:
 
 def _is_half_written(name: str) -> bool:
     return name.endswith(TMP_SUFFIX) and name.removesuffix(TMP_SUFFIX) in RUN_FILES
+
+
+def _sign(fd: int, mark: str) -> None:
+    """Writes who holds the lock; with the mark, also that this directory is a run's."""
+    text = f"{mark}{os.getpid()}\n".encode()
+    os.pwrite(fd, text, 0)
+    os.ftruncate(fd, len(text))

@@ -5,6 +5,14 @@ import os
 import sys
 from typing import Any
 
+from rich.console import Console
+
+
+def standard_console() -> Console:
+    """A console on standard output that outlives it."""
+    file: Any = StandardOutput()  # not an `IO[str]` by name: it hands on what it does not define
+    return Console(file=file, highlight=False, soft_wrap=True)
+
 
 class StandardOutput:
     """A file for a console: `sys.stdout`, and nothing once that can no longer be written to.

@@ -21,7 +21,7 @@ from relax.callbacks.previews import Previews, questions_of
 from relax.callbacks.profiler import Profiler
 from relax.callbacks.report import Report
 from relax.callbacks.status import Status
-from relax.callbacks.stopping import BestCheckpoint, EarlyStopping
+from relax.callbacks.stopping import BestCheckpoint, EarlyStopping, Mode
 from relax.callbacks.trackers import Trackers, tracker_makers
 from relax.callbacks.warnings import LearningMonitor
 from relax.checkpoint.checkpointer import Checkpointer
@@ -140,7 +140,7 @@ class RunMonitor:
         for writer in self.status.writers:
             writer.warn(text)
 
-    def show_warning(self, message, *_) -> None:
+    def show_warning(self, message, *_: Any, **__: Any) -> None:
         """In the place of `warnings.showwarning`."""
         self.warn(str(message))
 
@@ -164,7 +164,7 @@ class RunMonitor:
         if v["num_samples"]:
             made.append(self._previews(tokenizer, eval_loader, ends))
         metric = best_metric(v, self.config.algorithm)
-        mode = "max" if is_greater_better(v, metric) else "min"
+        mode: Mode = "max" if is_greater_better(v, metric) else "min"
         if v["early_stopping_patience"] is not None:
             patience, delta = v["early_stopping_patience"], v["early_stopping_threshold"]
             made.append(EarlyStopping(metric, patience, delta, mode))

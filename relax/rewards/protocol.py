@@ -14,7 +14,7 @@ of a completion: tags may be special tokens, and a chat template may open one in
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from relax.config.names import suggestion
@@ -142,7 +142,7 @@ def check_columns(infos: Iterable[RewardInfo], columns: Iterable[str]) -> None:
                 )
 
 
-def collect_columns(rows: list[Mapping]) -> dict[str, list]:
+def collect_columns(rows: Sequence[Mapping]) -> dict[str, list]:
     """The columns that reward functions get, one value a row; None where a row has none.
 
     >>> collect_columns([{"prompt": "1+1=", "answer": "2"}, {"prompt": "?"}])

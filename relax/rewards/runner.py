@@ -120,7 +120,7 @@ class RewardRunner:
         """Ends all workers, whatever they do; may be called again."""
         self._close()
 
-    def check_rows(self, rows: list[Mapping]) -> None:
+    def check_rows(self, rows: Sequence[Mapping]) -> None:
         """Refuses rows that the functions cannot be run on, before anything is.
 
         Raises:

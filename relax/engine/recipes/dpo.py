@@ -1,6 +1,7 @@
 """Direct preference optimisation and its kin, from their configuration to a model directory."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -81,12 +82,13 @@ def loss_options(config: DPOConfig) -> dict:
     return options
 
 
-def reference_logprobs(run: Run, data: PairsData) -> tuple:
+def reference_logprobs(run: Run[DPOConfig], data: PairsData) -> tuple:
     """The callback that computes the reference's log-probabilities before training, if asked."""
     dpo = run.config.dpo
     if not dpo.precompute_ref_log_probs:
         return ()
-    directory = dpo.ref_log_probs_dir or run.run_dir.path / "reference"
+    named = dpo.ref_log_probs_dir
+    directory = Path(named) if named else run.run_dir.path / "reference"
     return (ReferenceLogprobs(data.loaders, directory, run.console),)
 
 

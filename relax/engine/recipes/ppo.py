@@ -73,7 +73,7 @@ def find_critic(value_model: str | None, tokenizer) -> ModelSource | None:
     Raises:
       ConfigError: the directory holds an adapter, or its tokens are not the policy's.
     """
-    if value_model in (None, COPY):
+    if value_model is None or value_model == COPY:
         return None
     critic = ModelSource.find(value_model)
     if critic.is_adapter:
@@ -89,16 +89,15 @@ def find_critic(value_model: str | None, tokenizer) -> ModelSource | None:
     return critic
 
 
-def critic_options(run: Run, model, critic: ModelSource | None) -> dict[str, Any]:
+def critic_options(run: Run[PPOConfig], model, critic: ModelSource | None) -> dict[str, Any]:
     """`value_model` and `value_params` of `PPOTrainer` for a critic with files of its own."""
     if critic is None:
         return {"value_model": run.config.ppo.value_model}
     value_model = trunk(model.clone(config=critic.model_config, lora=None))
     if run.resume_from is not None and not run.keeps_frozen:  # a checkpoint has its parameters
         return {"value_model": value_model}
-    load = load_classifier if is_classifier(critic.directory) else load_pretrained
-    types = {"param_dtype": value_model.param_dtype}
-    _, params = load(critic.directory, value_model.dtype, **types)
+    load = load_classifier if is_classifier(critic.files) else load_pretrained
+    _, params = load(critic.files, value_model.dtype, param_dtype=value_model.param_dtype)
     return {"value_model": value_model, "value_params": params}
 
 

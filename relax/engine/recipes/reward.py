@@ -63,11 +63,11 @@ def read_reward_data(config: RewardModelConfig, tokenizer, **parts) -> PairsData
     return read_pairs(config, tokenizer, judges=True, **parts)
 
 
-def load_scoring_model(run: Run, dtype, **options):
+def load_scoring_model(run: Run[RewardModelConfig], dtype, **options):
     """A sequence classifier, or a language model's trunk with a fresh head: `(model, params)`."""
     source: ModelSource = run.source
-    if not source.is_adapter and is_classifier(source.directory):
-        return load_classifier(source.directory, dtype, **options)
+    if not source.is_adapter and is_classifier(source.files):
+        return load_classifier(source.files, dtype, **options)
     model, params = source.load(dtype, **options)
     run.console.print(
         f"the head is fresh: '{source.path}' is a language model, which has none", markup=False

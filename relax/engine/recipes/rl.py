@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from relax.callbacks.completions import Completions, RewardCounters
+from relax.config import GRPOConfig, PPOConfig
 from relax.data.limits import Limits
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.engine.model_source import ModelSource
@@ -20,13 +21,17 @@ from relax.rewards import RewardRunner, load_environment
 from relax.sampling import SamplingConfig
 from relax.sampling.config import max_positions
 
+RLRun = Run[GRPOConfig | PPOConfig]
+
 HEADLINE = ("eval_reward", "eval_pass@1")
 
 
-def load_rewards(run: Run, tokenizer) -> RewardRunner | None:
+def load_rewards(run: RLRun, tokenizer) -> Any:
     """The reward functions of a run, each in processes of its own; `model:DIR` beside the policy.
 
-    They are closed when the run ends. None: there is a problem, which `load_data` reports.
+    Returns:
+      A `RewardRunner`, closed when the run ends; None: there is a problem, which `load_data`
+      reports.
     """
     m, r = run.config.model, run.config.reward
     dtypes = {"dtype": jnp.dtype(m.dtype), "param_dtype": jnp.dtype(m.param_dtype)}
@@ -164,7 +169,7 @@ def read_prompts(
     )
 
 
-def rollout_options(run: Run, data: Data, sizes: Sizes, tokenizer) -> dict[str, Any]:
+def rollout_options(run: RLRun, data: Data, sizes: Sizes, tokenizer) -> dict[str, Any]:
     """The arguments of `RLTrainer` that the configuration gives, whatever the algorithm."""
     config = run.config
     r = config.rollout
@@ -192,7 +197,7 @@ def rollout_options(run: Run, data: Data, sizes: Sizes, tokenizer) -> dict[str, 
     }
 
 
-def completion_callbacks(run: Run, data: Data, rewards: RewardRunner) -> tuple:
+def completion_callbacks(run: RLRun, data: Data, rewards: RewardRunner) -> tuple:
     """The callbacks that count rewards, show and keep completions, and warn about rewards."""
     r = run.config.reward
     shown = r.num_completions_to_print if r.log_completions else 0
@@ -232,8 +237,7 @@ def _eval_sampling(rollout, sampling: SamplingConfig) -> SamplingConfig:
     temperature = rollout.eval_temperature
     temperature = rollout.temperature if temperature is None else temperature
     if temperature == 0:
-        greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n": 1}
-        return dataclasses.replace(sampling, **greedy)
+        return dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1)
     n = rollout.num_generations_eval or rollout.num_generations
     return dataclasses.replace(sampling, temperature=temperature, n=n)
 

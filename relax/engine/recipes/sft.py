@@ -51,7 +51,7 @@ def train_sft(config: SFTConfig, train_rows=None, eval_rows=None, **where) -> Ru
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTData(Data):
     """Data of SFT.
 
@@ -62,7 +62,7 @@ class SFTData(Data):
     """
 
     has_answers: bool = False
-    make_plain_loader: Callable[[Any], DataLoader] | None = None
+    make_plain_loader: Callable[[Any], DataLoader]
 
 
 def read_sft_data(
