@@ -16,6 +16,7 @@ from rich.console import Console
 from relax.callbacks import Callback
 from relax.config import ConfigLoader, GRPOConfig, SFTConfig, create_default_config, from_dict
 from relax.engine import TrainerEngine
+from relax.engine.devices import compilation_cache_dir
 from relax.engine.run import Run
 from relax.errors import ConfigError, DataError
 
@@ -125,6 +126,20 @@ def test_the_compilation_cache_of_a_job_is_not_that_of_the_next(fields, tmp_path
     )
     run(config, raise_errors=False)
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_compiled_steps_are_kept_in_the_users_cache_unless_jax_is_told_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compilation_cache_dir("auto") is None  # the tests' own directory is set
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        found = compilation_cache_dir("auto")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found.parent == tmp_path / "relax" and found.name.startswith(f"jax-{jax.__version__}-")
+    assert compilation_cache_dir(None) is None
+    assert compilation_cache_dir("here") == Path("here")
 
 
 def test_a_saved_configuration_repeats_the_run_byte_for_byte(fields, tmp_path):

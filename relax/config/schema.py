@@ -278,7 +278,8 @@ class SystemConfig:
     """Devices, processes, compilation cache and callbacks."""
 
     compilation_cache_dir: str | None = option(
-        None, "Directory of XLA's compilation cache; none = no cache."
+        "auto",
+        "Directory that keeps compiled steps between runs; auto: ~/.cache/relax; none: not kept.",
     )
     grace_s: float = option(25.0, "Seconds within which a run ends after SIGTERM.", above=0)
     mesh: str | None = option(

@@ -104,8 +104,9 @@ class RunContext(Generic[C_co]):
         self.config = devices.for_all_devices(self.config)
         if self.config.debug.debug_nans:
             stack.enter_context(jax.debug_nans(True))
-        if self.config.system.compilation_cache_dir:
-            stack.enter_context(_compilation_cache(self.config.system.compilation_cache_dir))
+        cache = devices.compilation_cache_dir(self.config.system.compilation_cache_dir)
+        if cache is not None:
+            stack.enter_context(_compilation_cache(str(cache)))
 
     def _open_directory(self, stack: contextlib.ExitStack) -> None:
         """Locks the output directory, finds what to resume from, and begins to be watched."""

@@ -1,12 +1,16 @@
 """The devices and processes of a run: joined, compared, and one mesh over all of them."""
 
 import contextlib
+import os
+import platform
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 from rich.console import Console
 
 from relax import parallel
@@ -182,3 +186,29 @@ def run_dir(output_dir: str) -> Iterator[RunDir]:
         yield own
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def compilation_cache_dir(asked: str | None) -> Path | None:
+    """The directory in which jax is to keep compiled steps; None: jax's own setting stays.
+
+    Programs for CPUs use the instructions of the processor that they were compiled on, and homes
+    are shared between machines: so each kind of processor has a directory of its own.
+
+    Args:
+      asked: a directory, "auto" or None.
+    """
+    if asked != "auto":
+        return None if asked is None else Path(asked)
+    if jax.config.jax_compilation_cache_dir is not None:  # the environment says where
+        return None
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2]
+    words = [platform.machine(), platform.processor(), *features]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = home / "relax" / f"jax-{jax.__version__}-{zlib.crc32(repr(words).encode()):08x}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: nothing is kept, as jax does by default
+        return None
+    return directory if os.access(directory, os.W_OK) else None
