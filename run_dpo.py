@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its kin: `python run_dpo.py --help`.
+"""Direct preference optimisation and related losses: `python run_dpo.py --help`.
 
 This page is the whole run. Change it here, or copy it; `relax dpo` and `TrainerEngine.run_job`
 run the same steps from `relax/engine/recipes/dpo.py`.
@@ -25,7 +25,7 @@ def main(config: DPOConfig) -> None:
     prepare_process()
     dpo = config.dpo
     with Run(config) as run:
-        # 1. The tokenizer and the model; the reference is the model as it is now.
+        # 1. The tokenizer and the model; the reference is the initial model.
         tokenizer = run.load_tokenizer()
         model, params = run.load_model(
             has_initial_reference=not dpo.sync_ref_model and not dpo.precompute_ref_log_probs

@@ -1,4 +1,4 @@
-"""GRPO and its kin: `python run_grpo.py --help`.
+"""GRPO and its variants: `python run_grpo.py --help`.
 
 This page is the whole run. Change it here, or copy it; `relax grpo` and `TrainerEngine.run_job`
 run the same steps from `relax/engine/recipes/grpo.py`.
@@ -22,7 +22,7 @@ def main(config: GRPOConfig) -> None:
     prepare_process()
     grpo = config.grpo
     with Run(config) as run:
-        # 1. The tokenizer and the model; the reference of the KL penalty is the model as it is.
+        # 1. The tokenizer and the model; the reference of the KL penalty is the initial model.
         tokenizer = run.load_tokenizer()
         model, params = run.load_model(
             has_initial_reference=grpo.beta > 0 and not grpo.sync_ref_model
@@ -31,7 +31,7 @@ def main(config: GRPOConfig) -> None:
         # 2. The rewards: functions of completions, in processes that can be killed.
         rewards = rl.load_rewards(run, tokenizer)
 
-        # 3. The data: prompts, checked against what the rewards read, dealt out to rollouts.
+        # 3. The data: prompts, checked against the columns that rewards read, split into rollouts.
         sizes = rollout_sizes(run.config)
         read = partial(rl.read_prompts, sizes=sizes, extra_rounds=grpo.max_resample_rounds)
         data = run.load_data(

@@ -26,7 +26,7 @@ def main(config: RewardModelConfig) -> None:
 
     prepare_process()
     with Run(config) as run:
-        # 1. The tokenizer and the model: a classifier, or a language model that gets a fresh head.
+        # 1. The tokenizer and the model: a classifier, or a language model with a new head.
         tokenizer = run.load_tokenizer()
         model, params = run.load_model(load=partial(load_scoring_model, run))
 
@@ -37,7 +37,7 @@ def main(config: RewardModelConfig) -> None:
         )
         params = pretrain_demo(run, model, tokenizer, params, SHARE)
 
-        # 3. Rewards: what is learned here.
+        # 3. Rewards: this model learns them.
 
         # 4. The trainer.
         trainer = RewardTrainer(

@@ -27,7 +27,7 @@ def main(config: PPOConfig) -> None:
     prepare_process()
     ppo = config.ppo
     with Run(config) as run:
-        # 1. The tokenizer, the model, and the critic where it has files of its own.
+        # 1. The tokenizer, the model, and the critic if it has its own files.
         tokenizer = run.load_tokenizer()
         model, params = run.load_model(has_initial_reference=ppo.kl_coef > 0)
         critic = run.attempt(find_critic, ppo.value_model, tokenizer)
@@ -35,7 +35,7 @@ def main(config: PPOConfig) -> None:
         # 2. The rewards: functions of completions, in processes that can be killed.
         rewards = rl.load_rewards(run, tokenizer)
 
-        # 3. The data: prompts, checked against what the rewards read, dealt out to rollouts.
+        # 3. The data: prompts, checked against the columns that rewards read, split into rollouts.
         sizes = rollout_sizes(run.config)
         read = partial(rl.read_prompts, sizes=sizes, critic=critic)
         data = run.load_data(

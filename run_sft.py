@@ -20,10 +20,10 @@ def main(config: SFTConfig) -> None:
         tokenizer = run.load_tokenizer()
         model, params = run.load_model()
 
-        # 2. The data: rows become labelled tokens, and those become batches.
+        # 2. The data: rows become labelled tokens and then batches.
         data = run.load_data(read_sft_data, tokenizer, model, kind="completions")
 
-        # 3. Rewards: none. The labels are what is learned.
+        # 3. Rewards: none. The model learns from labels.
 
         # 4. The trainer.
         trainer = SFTTrainer(

@@ -290,7 +290,7 @@ def test_rows_longer_than_the_model_has_positions_are_refused(model_dir, refused
 def test_evaluation_without_rows_for_it_is_refused(refused, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", ROWS)
     said = refused(dataset_name=file, eval_strategy="epoch")
-    assert said.startswith("eval_strategy and eval_on_start need rows to evaluate on: pass --eval_")
+    assert said.startswith("eval_strategy and eval_on_start need evaluation rows: pass --eval_")
     said = refused(dataset_name=file, test_size=4)
     assert said == "test_size must leave rows to train on, got 4 of 4 rows. Lower it."
 
@@ -300,15 +300,15 @@ def test_an_output_directory_in_use_is_refused_and_not_touched(run, refused, mod
     assert run(dataset_name=file)[0] == 0
     before = model_bytes(tmp_path / "run")
     said = refused(dataset_name=file, seed=1)
-    assert f"'{tmp_path / 'run'}' holds another run. Pass --resume auto to go on" in said
-    assert "--overwrite_output_dir to delete that run" in said
+    assert f"'{tmp_path / 'run'}' holds another run. Pass --resume auto to resume it" in said
+    assert "--overwrite_output_dir to delete it" in said
     assert model_bytes(tmp_path / "run") == before
 
     said = refused(dataset_name=file, output_dir=model_dir)
     assert f"'{model_dir}' holds config.json that no run of ReLax wrote" in said
     assert not (model_dir / ".lock").exists()
     said = refused(dataset_name=file, output_dir=file)
-    assert said.startswith(f"output_dir must be a directory that can be written, got '{file}'")
+    assert said.startswith(f"output_dir must be a writable directory, got '{file}'")
 
 
 def test_overwriting_deletes_the_earlier_run_only_when_all_is_well(run, refused, tmp_path):

@@ -203,7 +203,7 @@ def test_options_that_rows_from_python_leave_without_effect_are_refused(model_di
 
 def test_rows_and_a_named_data_set_exclude_each_other(model_dir, tmp_path):
     config = create_default_config(str(model_dir), "rows.jsonl", str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="give rows or dataset_name, not both"):
+    with pytest.raises(ConfigError, match="pass either rows or dataset_name"):
         TrainerEngine().run_job(config, ROWS)
     with pytest.raises(ConfigError, match="eval_rows need train_rows"):
         TrainerEngine().run_job(create_default_config(), eval_rows=ROWS)

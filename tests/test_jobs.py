@@ -189,7 +189,7 @@ def test_evaluation_sets_are_named_on_the_command_line_and_in_python(fields, dir
     together = (low * tokens[0] + high * tokens[1]) / sum(tokens)
     assert files["eval_loss"] == pytest.approx(together, rel=1e-5)
     broken = shared | {"eval_dataset_name": "low=a.jsonl,low=b.jsonl"}
-    with pytest.raises(ConfigError, match="each name once and a word"):
+    with pytest.raises(ConfigError, match="distinct names that are words"):
         run(from_dict(broken | {"output_dir": str(tmp_path / "broken")}))
 
 
@@ -217,7 +217,7 @@ def test_a_profile_reaches_the_tokens_that_are_trained(fields, tmp_path):
 
 def test_a_profile_is_refused_on_the_embedded_task(tmp_path):
     config = create_default_config(output_dir=str(tmp_path / "run"), profile="regime3")
-    with pytest.raises(ConfigError, match="profile regime3 needs rows of your own"):
+    with pytest.raises(ConfigError, match="profile regime3 needs a dataset"):
         run(config)
 
 

@@ -243,7 +243,7 @@ def test_what_a_run_does_already_is_not_advised():
         "per_device_train_batch_size": 1,
     }
     said = advice.advice(SFTConfig().replace(**fields))
-    assert said == "No flag lowers it: take a smaller model or a larger device."
+    assert said == "No flag lowers it: use a smaller model or a larger device."
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "sgd"])

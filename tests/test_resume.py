@@ -250,7 +250,7 @@ def test_two_ctrl_c_end_at_once_and_a_second_run_is_refused_meanwhile(short_job,
     arguments = flags(**short_job)
     child = hang("step", arguments, tmp_path / "run")
     assert call(*arguments, f"--output_dir={tmp_path / 'run'}", "--resume=auto") == 2
-    assert f"is held by process {child.process.pid}" in capsys.readouterr().err
+    assert f"is locked by process {child.process.pid}" in capsys.readouterr().err
     child.process.send_signal(signal.SIGINT)
     child.wait_for("press Ctrl-C again to stop at once")
     time.sleep(0.3)
@@ -305,7 +305,7 @@ def test_a_run_goes_on_when_the_reader_of_its_output_goes_away(short_job, short_
     with process.stderr:
         said = process.stderr.read()
     assert process.wait(TIMEOUT_S) == 0, said
-    assert said.count("standard output is gone (Broken pipe): the run goes on without it") == 1
+    assert said.count("standard output is gone (Broken pipe): the run continues without it") == 1
     assert outcome(tmp_path / "run") == outcome(short_run)
 
 
@@ -376,7 +376,7 @@ def test_changed_data_is_refused(short_job, short_run, tmp_path, capsys):
     finally:
         rows.write_bytes(before)
     said = capsys.readouterr()
-    assert "a resumed run must see the data that it began with" in said.err
+    assert "a resumed run must train on the same data as before" in said.err
     assert "compiling" not in said.out
 
 

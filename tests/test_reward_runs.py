@@ -87,7 +87,7 @@ def test_a_run_logs_what_trl_logs_and_its_model_is_trained_on(job, unbroken, tmp
     _, params = load_classifier(unbroken / "final")
     fields = job | {"model_name_or_path": unbroken / "final", "max_steps": 1, "use_peft": "true"}
     assert call(**fields, output_dir=tmp_path / "again") == 0
-    assert "the head is fresh" not in capsys.readouterr().out
+    assert "new score head" not in capsys.readouterr().out
     _, again = load_classifier(tmp_path / "again" / "final")
     # One small update away from where it began: the head was read, and is among what is saved.
     change = abs(again["score"]["kernel"] - params["score"]["kernel"]).max()
@@ -96,7 +96,7 @@ def test_a_run_logs_what_trl_logs_and_its_model_is_trained_on(job, unbroken, tmp
 
 def test_a_language_model_gets_a_head_and_the_run_says_so(job, tmp_path, capsys):
     assert call(**job | {"max_steps": 1, "output_dir": tmp_path / "run"}) == 0
-    assert "the head is fresh" in capsys.readouterr().out
+    assert "new score head" in capsys.readouterr().out
 
 
 def test_several_labels_are_refused_before_anything_runs(job, unbroken, tmp_path, capsys):

@@ -58,7 +58,7 @@ def test_a_second_live_run_is_refused_by_pid_and_a_killed_one_frees_the_director
 
 def test_a_second_run_in_the_same_process_is_refused_until_the_first_unlocks(tmp_path):
     first = RunDir(tmp_path).lock()
-    with pytest.raises(ConfigError, match=f"held by process {os.getpid()}"):
+    with pytest.raises(ConfigError, match=f"locked by process {os.getpid()}"):
         RunDir(tmp_path).lock()
     first.unlock()
     RunDir(tmp_path).lock().unlock()
@@ -136,7 +136,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
 def test_a_model_directory_is_never_touched_even_by_overwrite(tmp_path, overwrite):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(ConfigError, match="config.json that no run of ReLax wrote"):
+    with pytest.raises(ConfigError, match="config.json, not written by ReLax"):
         prepare(tmp_path, overwrite=overwrite)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
@@ -147,7 +147,7 @@ def test_other_files_need_overwrite_and_stay(tmp_path):
         prepare(tmp_path)
     # Having been refused does not make the directory a run's.
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no run of ReLax"):
+    with pytest.raises(ConfigError, match="not written by ReLax"):
         prepare(tmp_path, overwrite=True)
     (tmp_path / "config.json").unlink()
     assert prepare(tmp_path, overwrite=True)[0] is None
@@ -156,7 +156,7 @@ def test_other_files_need_overwrite_and_stay(tmp_path):
 
 def test_an_output_dir_that_is_a_file_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="must be a directory.*file"):
+    with pytest.raises(ConfigError, match="must be a writable directory.*file"):
         RunDir(tmp_path / "file").lock()
 
 

@@ -86,7 +86,7 @@ def test_a_resumed_run_must_see_the_answers_that_it_began_with(job, run, tmp_pat
     finally:
         rows.write_bytes(before)
     assert code == 2
-    assert "must see the data that it began with" in capsys.readouterr().err
+    assert "must train on the same data as before" in capsys.readouterr().err
 
 
 REFUSED = [

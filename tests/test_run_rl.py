@@ -71,7 +71,7 @@ def test_a_critic_from_a_directory_and_adapters_train(kind, job, tmp_path):
 
 REFUSED = [
     ({"value_model": "nowhere/rm"}, "nowhere/rm"),
-    ({"value_model": "OTHER"}, "value_model reads the policy's tokens"),
+    ({"value_model": "OTHER"}, "value_model must have the policy's tokens"),
     ({"max_completion_length": 60}, "there is room for 4"),
     ({"per_device_train_batch_size": 32}, "a rollout needs 16 prompts and the data set has 10"),
     ({"critic_warmup_steps": 12}, "critic_warmup_steps must leave updates for the policy"),

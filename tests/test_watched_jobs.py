@@ -119,7 +119,7 @@ def test_the_best_state_is_what_is_exported(watched):
     lines = map(json.loads, (result.output_dir / "metrics.jsonl").read_text().splitlines())
     found = {li["step"]: v for li in lines if (v := li.get("eval_mean_token_accuracy")) is not None}
     best = min(found, key=found.get)
-    assert best != 6 and f"going back to the best state, of step {best}" in said
+    assert best != 6 and f"restoring the best state, of step {best}" in said
     assert result.best_checkpoint == result.output_dir / "best" / str(best)
     state = jax.eval_shape(lambda state: state, result.state)
     kept, _, step = Checkpointer(result.output_dir / "best").restore(state)

@@ -1,4 +1,4 @@
-"""From a configuration to a finished run."""
+"""The engine: turns a configuration into a finished run."""
 
 from relax.engine.engine import TrainerEngine, prepare_process
 from relax.engine.run import Run, RunResult

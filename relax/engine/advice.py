@@ -1,14 +1,14 @@
-"""Refuses an update that needs more memory than there is, and names the flags that lower it."""
+"""Memory check of an update: an error with the flags that lower its memory."""
 
 from relax.config import TrainerConfig
 from relax.config.text import format_bytes
 from relax.engine.memory import Capacity, Sizes
 from relax.errors import ConfigError
 
-MARGIN = 1.05  # an accelerator's own account of a program is exact but for fragmentation
+MARGIN = 1.05  # allowance for fragmentation, which an accelerator's own figures ignore
 
-# Flags in the order to try them: those that leave the result as it is come first.
-# (flag, field, the value that has been reached, which part it lowers)
+# Flags in the order to try them: those that do not change the result come first.
+# (flag, field, value at which the flag is used up, part of the memory that it lowers)
 FLAGS = (
     ("--gradient_checkpointing true", "gradient_checkpointing", True),
     (
@@ -25,18 +25,18 @@ FLAGS = (
 
 
 def check(sizes: Sizes, capacity: Capacity, config: TrainerConfig) -> str | None:
-    """Refuses an update that cannot fit.
+    """Raises an error if an update cannot fit in memory.
 
     Args:
-      sizes: what the update needs, or at least needs where the activations are not known.
-      capacity: the memory there is.
-      config: of the run, for the flags that are left to try.
+      sizes: memory that the update needs; a lower bound if the activations are unknown.
+      capacity: the available memory.
+      config: the run's configuration, to suggest flags that are not used yet.
 
     Returns:
-      A warning where it fits only if others make room; None: it fits.
+      A warning if it fits only when other processes free memory; None if it fits.
 
     Raises:
-      ConfigError: it needs more than there is.
+      ConfigError: it needs more than the device has.
     """
     is_cpu = capacity.name == "cpu"
     needs = format_bytes(sizes.total)
@@ -48,14 +48,14 @@ def check(sizes: Sizes, capacity: Capacity, config: TrainerConfig) -> str | None
         )
     if capacity.free is not None and sizes.total > capacity.free:
         return (
-            f"an update needs {needs}, and {format_bytes(capacity.free)} are free. Should memory "
-            f"run out: {advice(config)}"
+            f"an update needs {needs}, and {format_bytes(capacity.free)} are free. If memory runs "
+            f"out: {advice(config)}"
         )
     return None
 
 
 def advice(config: TrainerConfig) -> str:
-    """One sentence with the flags that lower the memory of an update and are not set yet.
+    """A sentence with the flags that lower the memory of an update and are not set yet.
 
     >>> from relax.config import SFTConfig
     >>> advice(SFTConfig().replace(optim="sgd", use_peft=True, gradient_checkpointing=True,
@@ -70,5 +70,5 @@ def advice(config: TrainerConfig) -> str:
         if field in values and values[field] not in (reached, *small.get(field, ()))
     ]
     if not left:
-        return "No flag lowers it: take a smaller model or a larger device."
+        return "No flag lowers it: use a smaller model or a larger device."
     return f"These lower it, in this order: {', '.join(left)}; --dry_run shows the table."

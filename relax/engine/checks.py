@@ -1,4 +1,4 @@
-"""Checks before the first update: the parts of a run against each other and the machine."""
+"""Checks before the first update: configuration, data, memory and disk space."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from relax.models.trainable import merge
 
 
 def changed_fields(config: TrainerConfig, old_run: Path) -> list[str]:
-    """The permitted differences from the configuration of the run that is resumed.
+    """Lists the permitted differences from the configuration of the resumed run.
 
     Raises:
-      ConfigError: a field differs that may not.
+      ConfigError: a field differs that must not.
     """
     file = old_run / "config.json"
     if not file.exists():
@@ -33,14 +33,14 @@ def changed_fields(config: TrainerConfig, old_run: Path) -> list[str]:
 
 
 def read_data(read: Callable, model_config: TransformerConfig, found: ErrorList):
-    """The data of a run, checked against its model; None where there is a problem with it.
+    """Reads the data of a run, checked against its model; None if there is a problem.
 
-    Then the rows are read again as if for a model that takes any token, any length, and both, so
-    that one problem does not hide the next.
+    In that case the rows are read again as if the model accepted any token, any length, and both,
+    so that one problem does not hide the next.
 
     Args:
-      read: makes the data of `model_config`.
-      found: where problems are noted.
+      read: reads the data for `model_config`.
+      found: collects the problems.
     """
     try:
         return read(model_config=model_config)
@@ -55,10 +55,10 @@ def read_data(read: Callable, model_config: TransformerConfig, found: ErrorList)
 
 
 def check_state_memory(config: TrainerConfig, trainer) -> None:
-    """Refuses a state that cannot fit, before it is made.
+    """Raises an error if the state cannot fit in memory, before it is created.
 
     Raises:
-      ConfigError: it needs more than there is; with flags that lower it.
+      ConfigError: it needs more than the device has; suggests flags.
     """
     state = jax.eval_shape(trainer.create_train_state, jax.random.key(0))
     state = parallel.sharded_shapes(state)
@@ -67,13 +67,13 @@ def check_state_memory(config: TrainerConfig, trainer) -> None:
 
 
 def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -> memory.Sizes:
-    """Compiles the update, shows what it needs, and refuses it where that is more than there is.
+    """Compiles the update, prints the memory it needs, and raises an error if it cannot fit.
 
     Args:
-      batch: the largest one, or its shapes.
+      batch: the largest batch, or its shapes.
 
     Raises:
-      ConfigError: it needs more than there is; with flags that lower it.
+      ConfigError: it needs more than the device has; suggests flags.
     """
     there = memory.capacity(parallel.bytes_per_device(state))
     sizes = memory.update_sizes(trainer, state, batch)
@@ -95,20 +95,20 @@ def check_disk(
     only_trained: bool,
     only_adapter: bool,
 ) -> tuple[int, int, int]:
-    """Checks the room for the checkpoints that will exist at once, and for the model directory.
+    """Checks the disk space for all checkpoints that exist at once and for the model directory.
 
     Args:
-      directory: where they go.
-      save_interval: updates between checkpoints; None or 0: one, at the end.
-      saved_steps: checkpoints that a resumed run has on the disk already.
-      only_trained: checkpoints hold no frozen weights.
-      only_adapter: an adapter is exported, not a model.
+      directory: the directory of both.
+      save_interval: updates between checkpoints; None or 0: one checkpoint at the end.
+      saved_steps: existing checkpoints of a resumed run.
+      only_trained: whether checkpoints omit frozen weights.
+      only_adapter: whether an adapter is exported instead of a model.
 
     Returns:
-      Checkpoints that will exist at once, bytes of one, and bytes of the model directory.
+      Number of checkpoints that exist at once, bytes of one, bytes of the model directory.
 
     Raises:
-      CheckpointError: there is not enough.
+      CheckpointError: there is not enough space.
     """
     output, copies = config.output, 0
     if output.save_strategy != "no":
@@ -116,7 +116,7 @@ def check_disk(
         if output.save_total_limit is not None:
             copies = min(copies, output.save_total_limit + 1)
         copies = max(copies - saved_steps, 1)
-    copies += 2 * keeps_best(config.flat())  # the best state, and the one that takes its place
+    copies += 2 * keeps_best(config.flat())  # the best state and its replacement
     checkpoint = tree_bytes(state.replace(frozen={}) if only_trained else state)
     model = tree_bytes(state.params if only_adapter else merge(state.params, state.frozen))
     check_space(directory, checkpoint, copies, others=model)

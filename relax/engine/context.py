@@ -1,4 +1,4 @@
-"""What is open while a run lasts: its directory, mesh, status, signals, and the checkpoints."""
+"""Resources of a run: its directory, mesh, status file, signal handlers and checkpointer."""
 
 import contextlib
 import time
@@ -31,14 +31,14 @@ C_co = TypeVar("C_co", bound=TrainerConfig, covariant=True)
 
 
 class RunContext(Generic[C_co]):
-    """The part of a `Run` that is entered and left.
+    """The context manager of a `Run`, which acquires and releases its resources.
 
     Attributes:
-      config: the configuration, the mesh spelt out, rows per device multiplied to all devices.
-      local_config: the same with rows per device, as config.json has it.
-      console: where this process speaks: of several processes, the first alone.
-      resume_from: "auto" or the path of a checkpoint; None: the run begins anew.
-      problems: what is wrong so far; `Run.load_data` raises it.
+      config: the configuration with an explicit mesh and batch sizes over all devices.
+      local_config: the same with batch sizes per device, as in config.json.
+      console: the output; silent in all processes but the first.
+      resume_from: "auto" or the path of a checkpoint; None: a fresh run.
+      problems: problems so far; `Run.load_data` raises them.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class RunContext(Generic[C_co]):
         self.problems = ErrorList()
         self.metrics: dict[str, float] = {}
         self.resume_from: str | None = None  # "auto" or the path of a checkpoint
-        self.has_begun = False  # something was written that can be resumed
+        self.has_begun = False  # the directory holds a run that can be resumed
         self.tokenizer: Any = None
-        self.keeps_frozen = False  # the state holds weights that are reloaded, never stored
+        self.keeps_frozen = False  # frozen weights are reloaded, not stored in checkpoints
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -84,7 +84,7 @@ class RunContext(Generic[C_co]):
             raise final from error
 
     def _final_error(self, error: BaseException | None) -> BaseException | None:
-        """The error that a user is to see in place of `error`, or `error` itself."""
+        """The error to show to the user: a clearer one, or `error` itself."""
         if isinstance(error, OSError):
             if full_disk(error) is not None:
                 return CheckpointError(f"the disk is full: {error}. {self._how_to_recover()}")
@@ -92,15 +92,15 @@ class RunContext(Generic[C_co]):
                 recover = self._how_to_recover("make the path writable")
                 return CheckpointError(f"the run cannot write its files: {error}. {recover}")
         if self.is_dry and isinstance(error, RelaxError) and not isinstance(error, Problems):
-            # A dry run that finds a problem ends as a wrong command does, whatever the problem.
+            # Any problem that a dry run finds ends it like a usage error.
             return Problems([str(error)])
         return error
 
     def _open_devices(self, stack: contextlib.ExitStack) -> None:
-        """Joins the other processes, makes the mesh, and sets what jax has for this run alone."""
+        """Joins the other processes, makes the mesh, and applies this run's jax settings."""
         opened = devices.open_mesh(self.config, self.console, lambda: self.source.model_config)
         self.config, self.console = stack.enter_context(opened)
-        self.local_config = self.config  # what config.json says: rows per device
+        self.local_config = self.config  # for config.json: batch sizes per device
         self.config = devices.for_all_devices(self.config)
         if self.config.debug.debug_nans:
             stack.enter_context(jax.debug_nans(True))
@@ -109,7 +109,7 @@ class RunContext(Generic[C_co]):
             stack.enter_context(_compilation_cache(str(cache)))
 
     def _open_directory(self, stack: contextlib.ExitStack) -> None:
-        """Locks the output directory, finds what to resume from, and begins to be watched."""
+        """Locks the output directory, finds the checkpoint to resume from, starts monitoring."""
         config, console = self.local_config, self.console
         self.run_dir = stack.enter_context(devices.run_dir(config.output.output_dir))
         if not self.is_dry:
@@ -142,7 +142,7 @@ class RunContext(Generic[C_co]):
         if self.resume_from is not None:
             with self.problems.catch():
                 for line in checks.changed_fields(config, self._old_run):
-                    console.print(f"changed since the run began: {line}", markup=False)
+                    console.print(f"changed since the run started: {line}", markup=False)
 
     @property
     def is_dry(self) -> bool:
@@ -150,28 +150,28 @@ class RunContext(Generic[C_co]):
 
     @property
     def is_demo(self) -> bool:
-        """Whether the run is on the demo task: no data set is named."""
+        """Whether the run uses the demo task, since no dataset is given."""
         return self.config.data.dataset_name is None
 
     @cached_property
     def source(self) -> ModelSource:
-        """Where the model comes from."""
+        """The files of the model."""
         return ModelSource.find(self.config.model.model_name_or_path)
 
     def attempt(self, f: Callable, *args, **kwargs) -> Any:
-        """The result of `f`; None where it raised a `RelaxError`, which `load_data` reports."""
+        """The result of `f`, or None if it raised a `RelaxError`, which `load_data` reports."""
         with self.problems.catch():
             return f(*args, **kwargs)
 
     def close_at_end(self, resource):
-        """Closes `resource` when the run ends, in whatever way; returns it."""
+        """Closes `resource` when the run ends, even by an error; returns it."""
         if resource is not None:
             self._stack.callback(resource.close)
         return resource
 
     @property
     def _old_run(self) -> Path:
-        """The directory of the run that is resumed."""
+        """The directory of the resumed run."""
         if self.resume_from is None or self.resume_from == "auto":
             return self.run_dir.path
         return Path(self.resume_from).parent.parent
@@ -196,14 +196,14 @@ class RunContext(Generic[C_co]):
 
 
 def _with_rows(config: C, train_rows, eval_rows) -> tuple[C, tuple[Any, Any] | None]:
-    """The configuration of a run on Python rows, and both kinds of rows; None: on files."""
+    """The configuration of a run on Python rows, and its (train, eval) rows, or None for files."""
     if train_rows is None:
         if eval_rows is not None:
-            raise ConfigError("eval_rows need train_rows: give both, or eval_dataset_name.")
+            raise ConfigError("eval_rows need train_rows: pass both, or use eval_dataset_name.")
         return config, None
     if config.data.dataset_name or config.data.eval_dataset_name:
-        raise ConfigError("give rows or dataset_name, not both.")
-    # The rules know then that there are rows, and config.json does not claim to repeat the run.
+        raise ConfigError("pass either rows or dataset_name, not both.")
+    # Tells the rules that there are rows; config.json must not claim to reproduce the run.
     named = {"dataset_name": FROM_PYTHON}
     if eval_rows is not None:
         named["eval_dataset_name"] = FROM_PYTHON
@@ -211,13 +211,13 @@ def _with_rows(config: C, train_rows, eval_rows) -> tuple[C, tuple[Any, Any] | N
 
 
 def _text(start: Path | str | None) -> str | None:
-    """Where to start, as JSON that other processes can be sent."""
+    """A checkpoint to start from, as a JSON value for the other processes."""
     return None if start is None else str(start)
 
 
 @contextlib.contextmanager
 def _compilation_cache(directory: str) -> Iterator[None]:
-    """Keeps compiled steps in a directory, for as long as this run lasts."""
+    """Context that caches compiled steps in a directory."""
     before = getattr(jax.config, _CACHE_DIR)
     jax.config.update(_CACHE_DIR, directory)
     try:

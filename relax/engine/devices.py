@@ -1,4 +1,4 @@
-"""The devices and processes of a run: joined, compared, and one mesh over all of them."""
+"""Devices and processes of a run: joins the processes, compares them, makes the mesh."""
 
 import contextlib
 import os
@@ -25,9 +25,9 @@ from relax.parallel import Rule, processes
 
 C = TypeVar("C", bound=TrainerConfig)
 
-# What may differ between the processes of a run.
+# Fields that may differ between the processes of a run.
 _OWN = ("process_id",)
-# What may name files, whose bytes must be the same everywhere.
+# Fields that may name files, whose bytes must be the same in all processes.
 _FILES = (
     "model_name_or_path",
     "value_model",
@@ -45,24 +45,24 @@ _ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size")
 def open_mesh(
     config: C, console: Console, model_config: Callable[[], TransformerConfig]
 ) -> Iterator[tuple[C, Console]]:
-    """The mesh of a run, in use while its context lasts.
+    """Context that joins the processes of a run and activates its mesh.
 
     Args:
-      model_config: reads the model's sizes, once the processes are joined.
+      model_config: returns the model's configuration; called after the processes have joined.
 
     Yields:
-      The configuration with `mesh` spelt out, and the console, which is silent in all processes
+      The configuration with an explicit `mesh`, and the console, which is silent in all processes
       but the first.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, rules cannot be read, or the processes differ.
+      ConfigError: the mesh does not fit the devices, bad sharding rules, or processes that differ.
     """
     system = config.system
     if system.mesh is None:
         if processes.count() > 1:
             raise ConfigError(
-                f"{processes.count()} processes have been joined, and they need a mesh to share. "
-                "Pass mesh auto."
+                f"{processes.count()} processes have joined and need a common mesh. "
+                "Pass --mesh auto."
             )
         yield config, console
         return
@@ -90,7 +90,7 @@ def open_mesh(
 
 
 def _digests(config: TrainerConfig) -> dict[str, str]:
-    """Checksums of all files that the configuration names, so that equal names are equal files."""
+    """Checksums of all files that the configuration names, to compare them across processes."""
     flat = config.flat()
     found = {}
     for name in _FILES:
@@ -99,7 +99,7 @@ def _digests(config: TrainerConfig) -> dict[str, str]:
             path = Path(str(value).removeprefix("model:").partition(".py:")[0])
             path = path.with_suffix(".py") if ".py:" in str(value) else path
             if name == "model_name_or_path":
-                with contextlib.suppress(ModelLoadError):  # what is wrong is said later
+                with contextlib.suppress(ModelLoadError):  # reported later
                     path = find_directory(path)
             if path.exists():
                 found[f"the content of {name} '{value}'"] = content_digest(path)
@@ -110,15 +110,15 @@ def _check_possible(config: TrainerConfig) -> None:
     environment = config.flat().get("environment")
     if environment is not None and processes.count() > 1:
         raise ConfigError(
-            "an environment needs one process, since its answers must be the same in all, got "
-            f"{processes.count()} processes. Leave coordinator out, or environment."
+            "an environment needs a single process, since its answers must be the same everywhere, "
+            f"got {processes.count()} processes. Remove --coordinator or --environment."
         )
 
 
 def shared(loader):
-    """A loader that makes only the rows of this process, where there are several processes.
+    """Wraps a loader so that each of several processes makes only its own rows.
 
-    A loader of prompts, whose batches are made during the run, is returned as it is.
+    A loader of prompts, whose batches are made during the run, is returned unchanged.
     """
     if processes.count() == 1 or not hasattr(loader, "batch_size"):
         return loader
@@ -126,10 +126,10 @@ def shared(loader):
 
 
 class SharedLoader:
-    """The batches of a loader as arrays over the mesh, each process making its own rows.
+    """A loader of arrays over the mesh, of which each process makes its own rows.
 
     Args:
-      loader: has `batches(epoch, start, rows)`, `rows` being the rows of the batch to make.
+      loader: has `batches(epoch, start, rows)`, where `rows` selects the rows of the batch to make.
     """
 
     def __init__(self, loader):
@@ -148,7 +148,7 @@ class SharedLoader:
 
 
 def for_all_devices(config: C) -> C:
-    """The configuration with rows per device multiplied to rows of all devices."""
+    """The configuration with batch sizes per device multiplied by the number of devices."""
     shards = parallel.batch_shards()
     if shards == 1:
         return config
@@ -157,7 +157,7 @@ def for_all_devices(config: C) -> C:
 
 
 def global_batch_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat fields that compare equal where the same is computed: rows of all devices, not of one.
+    """Flat fields with batch sizes over all devices, equal if the same is computed.
 
     >>> global_batch_fields({"mesh": "data=2,fsdp=4", "per_device_train_batch_size": 3})
     {'mesh': 'data=2,fsdp=4', 'per_device_train_batch_size': 24}
@@ -170,10 +170,10 @@ def global_batch_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def run_dir(output_dir: str) -> Iterator[RunDir]:
-    """The directory of the run; for all processes but the first, a temporary one.
+    """Context with the directory of the run, or a temporary one in all processes but the first.
 
-    So every process does what the first one does, and no two write the same file. All of them read
-    and write checkpoints in the one directory.
+    So all processes run the same code, and no two write the same file. All of them read and write
+    checkpoints in the run's directory.
     """
     if processes.is_main():
         yield RunDir(output_dir)

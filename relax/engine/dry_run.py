@@ -1,6 +1,6 @@
-"""A dry run: everything up to the first update, which is timed and thrown away.
+"""Dry run: does everything up to the first update, times a few updates and discards them.
 
-Nothing is written: no directory, no checkpoint, no file but those of the compilation cache.
+Writes no files except those of the compilation cache.
 """
 
 import shutil
@@ -19,17 +19,17 @@ from relax.trainers.trainer import LoggedBatch
 
 
 def dry_run(run, trainer, data: Data) -> dict[str, float]:
-    """Compiles and times the update of a run, and shows what the run will need.
+    """Compiles and times the update of a run; prints its time, memory and disk space.
 
     Args:
-      run: a `Run` up to its trainer.
+      run: a `Run` whose trainer has been made.
 
     Returns:
       The measured metrics: `dry_run/steps`, `dry_run/step_s`, `dry_run/memory_bytes`,
       `dry_run/disk_bytes`.
 
     Raises:
-      RelaxError: all problems, at once.
+      RelaxError: all problems together.
     """
     found, steps, disk, sizes = run.problems, run.steps(data), None, None
     checks.check_state_memory(run.config, trainer)
@@ -65,7 +65,7 @@ def dry_run(run, trainer, data: Data) -> dict[str, float]:
 
 
 def _batches(trainer, data: Data, state, steps: int) -> list:
-    """The batches of one item: the largest there will be, where that is known, or the first."""
+    """The batches of one item: of the largest if that is known, else of the first."""
     largest = memory.largest_batch(data.train, steps)
     if largest is not None:
         zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in largest.items()}
@@ -76,7 +76,7 @@ def _batches(trainer, data: Data, state, steps: int) -> list:
 
 
 def _time_of_update(trainer, data: Data, state, batches: list[Any], steps: int) -> float:
-    """Seconds of one update, with its share of making the batches, once all of it is compiled."""
+    """Seconds per update after compilation, including its share of making the batches."""
     for is_compiled in (False, True):
         start_s = time.monotonic()
         if is_compiled:
@@ -106,8 +106,8 @@ def _lines(data: Data, measured: dict, disk, free: int) -> dict[str, str]:
         "data": ", ".join(rows),
         "memory": f"{format_bytes(measured['dry_run/memory_bytes'])}{have}",
         "steps": f"{steps:,} updates, {epochs:.3g} epochs of {data.updates_per_epoch:,}",
-        "one step": f"{format_seconds(seconds)}; all of them {format_seconds(seconds * steps)}, "
-        "without evaluating and saving",
+        "one step": f"{format_seconds(seconds)}; all steps {format_seconds(seconds * steps)}, "
+        "without evaluation and checkpoints",
         "disk": f"{copies} checkpoints of {format_bytes(checkpoint)} and a model of "
         f"{format_bytes(model)}: {total}, with {format_bytes(free)} free",
     }

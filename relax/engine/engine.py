@@ -1,4 +1,4 @@
-"""Entry point for notebooks and programs: runs configurations, one after the other."""
+"""Entry point for notebooks and scripts: runs one configuration after another."""
 
 import os
 from pathlib import Path
@@ -15,11 +15,11 @@ from relax.parallel.cpu import prepare_cpu
 
 
 class TrainerEngine:
-    """Runs configurations, one after the other.
+    """Runs one configuration after another.
 
     Args:
-      status_writer: told where each run is, and of those that are refused.
-      console: where progress is shown; None: standard output.
+      status_writer: receives the status of each run, even of one that cannot start.
+      console: shows the progress; None: standard output.
     """
 
     def __init__(
@@ -36,17 +36,17 @@ class TrainerEngine:
         *,
         raise_errors: bool = True,
     ) -> RunResult:
-        """Carries out one configuration by its algorithm's page, see `relax.engine.recipes`.
+        """Runs one configuration with its algorithm's recipe, see `relax.engine.recipes`.
 
         Args:
           config: the configuration of an algorithm.
           train_rows, eval_rows: as for `Run`.
-          raise_errors: False: an error becomes the result's `error`, so that the next
-            configuration can run. Ctrl-C and SIGTERM end them all.
+          raise_errors: False: return an error in the result's `error`, so that the next
+            configuration can run. Ctrl-C and SIGTERM always raise.
 
         Raises:
-          RelaxError: something about the configuration, the data, the model or the disk.
-          Interrupted: Ctrl-C or SIGTERM, after saving; the resume command was printed.
+          RelaxError: a problem with the configuration, the data, the model or the disk.
+          Interrupted: Ctrl-C or SIGTERM, after saving and printing the resume command.
         """
         where = {"status_writer": self.status_writer, "console": self.console}
         try:
@@ -64,17 +64,17 @@ class TrainerEngine:
 
 
 def prepare_process() -> None:
-    """For programs, before anything is computed: settings of the whole process.
+    """Applies settings of the whole process; scripts call it before any computation.
 
-    XLA on CPUs trains faster in a known amount of memory, and transformers does not advise to
-    install PyTorch, which nothing here needs.
+    It configures XLA on CPUs for speed and predictable memory, and silences transformers' advice
+    to install PyTorch, which is not needed here.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     prepare_cpu()
 
 
 def _without_frames(error: Exception) -> Exception:
-    """The error without tracebacks, whose frames would keep the run's arrays alive."""
+    """Removes tracebacks, whose frames would keep the run's arrays alive."""
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None

@@ -1,7 +1,7 @@
-"""The memory of an update before the first one is made: by XLA's account, against the device's.
+"""Memory of an update, from XLA's analysis, and memory of the device, before training starts.
 
-`update_sizes` compiles the step for the largest batch. Nothing is compiled twice: the first call of
-the step finds what was compiled here.
+`update_sizes` compiles the step for the largest batch; the first call of the step reuses the
+compiled program.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ PROC = Path("/proc")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Bytes that an update needs at once.
+    """Peak memory of an update in bytes.
 
     Attributes:
-      parameters: what is trained.
-      frozen: weights that nothing changes.
-      gradients: of all parameters together, and the sums over micro-batches.
-      optimizer: its state.
-      activations: all else that XLA plans for, batch and results included.
+      parameters: trained parameters.
+      frozen: frozen weights.
+      gradients: gradients of all parameters, and their sums over micro-batches.
+      optimizer: the optimizer's state.
+      activations: the rest of XLA's allocation, including batch and results.
     """
 
     parameters: int
@@ -47,12 +47,12 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """Bytes that there are.
+    """Memory of a device in bytes.
 
     Attributes:
-      total: more than this can never be had; None: unknown.
-      free: what others leave now, and what this run holds already; None: unknown.
-      name: of the device.
+      total: all of its memory; None: unknown.
+      free: memory that is free now or held by this run; None: unknown.
+      name: name of the device.
     """
 
     total: int | None
@@ -61,12 +61,12 @@ class Capacity:
 
 
 def state_sizes(state, accumulation: int) -> Sizes:
-    """What follows from a `TrainState` (or its shapes) alone: all but the activations."""
+    """Memory that follows from a `TrainState` (or its shapes): all but the activations."""
     parameters, frozen, optimizer = map(
         parallel.bytes_per_device, (state.params, state.frozen, state.opt_state)
     )
     gradients = parameters
-    if accumulation > 1:  # the sums are float32, and the micro-batch's own gradient comes on top
+    if accumulation > 1:  # float32 sums in addition to the gradient of a micro-batch
         gradients += parallel.bytes_per_device(
             jax.tree.map(_in_float32, state.params, is_leaf=lambda leaf: hasattr(leaf, "shape"))
         )
@@ -79,10 +79,10 @@ def _in_float32(leaf):
 
 
 def update_sizes(trainer, state, batch) -> Sizes:
-    """Compiles the update for a batch (arrays or their shapes) and reads XLA's account of it.
+    """Compiles the update for a batch (arrays or their shapes) and reads XLA's memory analysis.
 
     Returns:
-      The sizes, whose total is XLA's own.
+      The sizes; their total is XLA's.
     """
     batch = parallel.batch_shapes(batch)
     account = trainer.train_step.lower(state, batch).compile().memory_analysis()
@@ -91,7 +91,7 @@ def update_sizes(trainer, state, batch) -> Sizes:
 
 
 def total_bytes(account) -> int:
-    """What a program needs at once, by XLA's account of it."""
+    """Peak memory of a compiled program, from XLA's memory analysis."""
     return (
         account.argument_size_in_bytes
         + account.output_size_in_bytes
@@ -101,16 +101,16 @@ def total_bytes(account) -> int:
 
 
 def with_activations(sizes: Sizes, account) -> Sizes:
-    """Sizes of an update's state, and what XLA plans for beside it."""
+    """Adds the activations, which are the rest of XLA's allocation, to an update's sizes."""
     rest = total_bytes(account) - sizes.total
-    # Gradients that are used up one by one never exist together.
+    # Gradients that are consumed one by one never exist at the same time.
     return dataclasses.replace(
         sizes, gradients=sizes.gradients + min(rest, 0), activations=max(rest, 0)
     )
 
 
 def largest_batch(loader, steps: int):
-    """Shapes of the largest batch among the first `steps`; None: the loader does not tell."""
+    """Shapes of the largest batch among the first `steps`; None: the loader does not know it."""
     if not isinstance(loader, DataLoader):
         return None
     lengths = loader.row_lengths
@@ -125,8 +125,8 @@ def largest_batch(loader, steps: int):
 
 
 def rows_of(batch) -> tuple[int, int]:
-    """Rows and tokens of a row; completions of one prompt count as a row each."""
-    fields = getattr(batch, "tokens", batch)  # of an experience
+    """Number of rows and tokens per row; each completion of a prompt counts as a row."""
+    fields = getattr(batch, "tokens", batch)  # PPO's `Experience` has `tokens`
     if "input_ids" in fields:
         return fields["input_ids"].shape
     rows, per_prompt, length = fields["completion_ids"].shape
@@ -134,10 +134,10 @@ def rows_of(batch) -> tuple[int, int]:
 
 
 def capacity(held: int = 0) -> Capacity:
-    """Of the default device.
+    """The memory of the default device.
 
     Args:
-      held: bytes of the arrays of this run that exist already.
+      held: bytes of this run's existing arrays.
     """
     device = jax.local_devices()[0]
     if device.platform != "cpu":
@@ -157,7 +157,7 @@ def capacity(held: int = 0) -> Capacity:
 
 
 def _host_memory() -> Iterator[tuple[int | None, int | None]]:
-    """(all, free) of the machine, and of every control group that this process is in."""
+    """Yields (total, free) of the machine and of every control group of this process."""
     try:
         lines = (PROC / "meminfo").read_text().splitlines()
     except OSError:
@@ -189,11 +189,11 @@ def _lines(file: Path) -> list[str]:
 
 def _number(file: Path) -> int | None:
     text = "".join(_lines(file))
-    return int(text) if text.isdigit() else None  # "max" is none
+    return int(text) if text.isdigit() else None  # "max": no limit
 
 
 def table(sizes: Sizes, capacity: Capacity, rows: tuple[int, int]) -> str:
-    """The lines that a run shows before its first update, about batches of rows x tokens."""
+    """The memory table that a run prints before its first update, for batches of rows x tokens."""
     parts = {
         "parameters": sizes.parameters,
         "frozen weights": sizes.frozen,

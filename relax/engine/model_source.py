@@ -1,4 +1,4 @@
-"""A model's files: the directory is resolved and its configuration parsed once, then handed on."""
+"""Model files: resolves a model's directory and parses its configuration, once per run."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from relax.models.config import LoRA
 from relax.models.huggingface.peft import base_of, is_adapter_directory, load_merged
 from relax.models.huggingface.pretrained import find_directory
 
-# The model that is trained from scratch where none is named: 0.8 M parameters.
+# The demo model, trained from scratch if no model is named: 0.8 M parameters.
 DEMO_MODEL = TransformerConfig(
     vocab_size=261,
     hidden_size=128,
@@ -38,14 +38,14 @@ DEMO_MODEL = TransformerConfig(
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: a directory, an adapter's directory, or the demo model.
+    """The source of a model: a directory, an adapter's directory, or the demo model.
 
     Attributes:
-      path: as the user named it; None: the demo model.
-      directory: the directory that `path` names, an adapter's perhaps.
+      path: the path or hub name given by the user; None: the demo model.
+      directory: the resolved directory of `path`, which may be an adapter's.
       base_directory: the directory of the model itself.
-      model_config: the model's sizes.
-      is_adapter: `directory` holds an adapter, which is merged into its base at loading.
+      model_config: the model's configuration.
+      is_adapter: whether `directory` holds an adapter, which is merged into its base on loading.
     """
 
     path: str | None
@@ -59,7 +59,7 @@ class ModelSource:
         """Resolves a path or hub name and reads its configuration.
 
         Raises:
-          ModelLoadError: there is no such directory, or its config.json cannot be used.
+          ModelLoadError: the directory does not exist, or its config.json is unsupported.
         """
         if path is None:
             return cls(None, None, None, DEMO_MODEL)
@@ -80,7 +80,7 @@ class ModelSource:
         return {} if self.base_directory is None else read_generation_config(self.base_directory)
 
     def tokenizer(self, chat_template_path: str | None = None, eos_token: str | None = None):
-        """The model's tokenizer; an adapter's own where it brings one.
+        """Loads the model's tokenizer, or an adapter's own if it has one.
 
         Args:
           chat_template_path, eos_token: replacements for the tokenizer's.
@@ -92,38 +92,38 @@ class ModelSource:
         return data.load_tokenizer(self.directory if own else self.base_directory, *changes)
 
     def load(self, dtype, **options) -> tuple[Transformer, dict]:
-        """The model and its parameters, an adapter merged; arguments as for `load_pretrained`."""
+        """Loads model and parameters, merging an adapter; arguments as for `load_pretrained`."""
         load = load_merged if self.is_adapter else load_pretrained
         return load(self.files, dtype, **options)
 
     def end_tokens(self, tokenizer) -> tuple[int, ...]:
-        """All ids that end a turn: those of generation_config.json, and the tokenizer's."""
+        """All token ids that end a turn: those of generation_config.json and the tokenizer's."""
         ids = self.generation_config.get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         found = {i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int)}
         return tuple(sorted(found))
 
     def check_tokens(self, tokenizer) -> None:
-        """Refuses a tokenizer whose begin or end tokens are outside the model's vocabulary.
+        """Checks that the tokenizer's begin and end tokens are in the model's vocabulary.
 
         Raises:
-          DataError: names them.
+          DataError: one is not.
         """
         ids = {*self.end_tokens(tokenizer), tokenizer.bos_token_id} - {None}
         wrong = sorted(i for i in ids if not 0 <= i < self.model_config.vocab_size)
         if wrong:
             names = ", ".join(f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in wrong)
             raise DataError(
-                "tokens that begin or end a text must be among the "
-                f"{self.model_config.vocab_size} tokens of the model, got {names}: is this the "
-                "model's tokenizer?"
+                "begin and end tokens of the tokenizer must be among the "
+                f"{self.model_config.vocab_size} tokens of the model, got {names}. Check that this "
+                "is the model's tokenizer."
             )
 
     def adapter_base(self, config: TrainerConfig) -> str | None:
-        """The directory or hub name that the run's adapter is saved for; None: it is merged.
+        """The base model's directory or hub name to save the adapter with; None: merge it.
 
-        It is merged where that was asked for, and where PEFT could not load the base: the demo
-        model, or a model that an adapter was merged into.
+        It is merged on request, and if PEFT could not load the base: the demo model, or a model
+        that an adapter was merged into.
         """
         if not config.peft.use_peft or config.peft.merge_lora or self.path is None:
             return None
@@ -136,11 +136,11 @@ class ModelSource:
 def make_model(
     source: ModelSource, config: TrainerConfig, *, weights: bool, load: Callable | None = None
 ) -> tuple[Transformer, dict | None]:
-    """The model as a run's flags want it, and its parameters.
+    """Makes the model with the settings of a run's flags, and its parameters.
 
     Args:
-      weights: False: without parameters, whose place a checkpoint takes.
-      load: takes the place of `ModelSource.load`.
+      weights: False: load no parameters, since a checkpoint supplies them.
+      load: replaces `ModelSource.load`.
 
     Returns:
       `(model, params)`; `params` is None without `weights`, and for the demo model.

@@ -1,4 +1,4 @@
-"""Messages of a run, and the files that it writes beside checkpoints and metrics."""
+"""Messages of a run, and the files that it writes besides checkpoints and metrics."""
 
 import json
 import shlex
@@ -20,23 +20,23 @@ def resume_command(config: TrainerConfig, directory: Path) -> str:
 
 
 def show_how_to_resume(console, steps: list[int], command: str) -> None:
-    """Prints what was saved when a run was stopped, and the resume command."""
+    """Prints the last saved step of a stopped run, and the resume command."""
     saved = f"step {steps[-1]} is saved" if steps else "nothing was saved"
     console.print(f"stopped; {saved}. To {'resume' if steps else 'start over'}:")
     console.print(f"  {command}", markup=False)
 
 
 def how_to_recover(steps: list[int], command: str, first: str = "make room") -> str:
-    """A sentence for a run that cannot write: the newest checkpoint, and the resume command."""
+    """Advice for a run that cannot write: its newest checkpoint and the resume command."""
     kept = f"Checkpoint {steps[-1]} is intact" if steps else "No checkpoint was saved"
     return f"{kept}; {first} and run: {command}"
 
 
 def show_plan(console, config: TrainerConfig, state, steps: int, plan: str) -> None:
-    """Prints what is trained, for how long, and on which device.
+    """Prints the number of trained parameters and updates, and the device.
 
     Args:
-      plan: what an update consists of.
+      plan: the composition of an update.
     """
     trained, frozen = (
         sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen)
@@ -49,7 +49,7 @@ def show_plan(console, config: TrainerConfig, state, steps: int, plan: str) -> N
 
 
 def show_summary(console, seconds: float, metrics: dict, headline, paths: dict[str, Path]) -> None:
-    """Prints the end of a run: the metrics named in `headline`, and where things are."""
+    """Prints the summary of a run: the metrics named in `headline`, and output paths."""
     console.print(f"done in {seconds:.0f} s")
     for name in headline:
         if name in metrics:
@@ -59,7 +59,7 @@ def show_summary(console, seconds: float, metrics: dict, headline, paths: dict[s
 
 
 def last_evaluation(metrics_file: Path) -> dict[str, float]:
-    """Metrics of the last evaluation, from the file: a resumed run may find it done already."""
+    """Metrics of the last evaluation, from the file, since a resumed run may not repeat it."""
     records = map(json.loads, metrics_file.read_text().splitlines())
     evaluations = [
         found
@@ -70,17 +70,17 @@ def last_evaluation(metrics_file: Path) -> dict[str, float]:
 
 
 def copy_metrics(old_run: Path, directory: Path) -> None:
-    """Copies metrics.jsonl of the run that is resumed into a directory that has none."""
+    """Copies metrics.jsonl of the resumed run into a directory that has none."""
     source, target = old_run / "metrics.jsonl", directory / "metrics.jsonl"
     if source.is_file() and not target.exists():
         atomic_write(target, source.read_bytes())
 
 
 def best_checkpoint(config: TrainerConfig, directory: Path) -> Path | None:
-    """The checkpoint with the best evaluation; without one the newest; None: none was saved.
+    """The checkpoint with the best evaluation, else the newest; None if none was saved.
 
-    It is the one that the run has kept as its best, or else the best of those that are there and
-    were evaluated at their step.
+    That is the one that the run kept as its best, else the best of those that were evaluated at
+    their step.
     """
     kept = list_steps(directory / "best")
     if kept:
@@ -102,24 +102,24 @@ def best_checkpoint(config: TrainerConfig, directory: Path) -> Path | None:
 
 
 def check_same_data(config: TrainerConfig, digest: str, old_run: Path) -> None:
-    """Refuses to resume a run on other tokens than it began with.
+    """Checks that a resumed run trains on the same tokens as before.
 
     Raises:
-      ConfigError: with both digests.
+      ConfigError: they differ; names both digests.
     """
     old = old_run / "data.json"
     before = json.loads(old.read_text())["digest"] if old.exists() else digest
     if digest != before and "dataset_name" not in config.output.allow_config_change:
         raise ConfigError(
-            "a resumed run must see the data that it began with, and the tokens of "
-            f"'{config.data.dataset_name or 'the demo set'}' are others now "
+            "a resumed run must train on the same data as before, but the tokens of "
+            f"'{config.data.dataset_name or 'the demo set'}' have changed "
             f"(digest {before} -> {digest}). Restore the files, or pass "
-            "--allow_config_change dataset_name to go on all the same."
+            "--allow_config_change dataset_name to continue anyway."
         )
 
 
 def write_config(config: TrainerConfig, directory: Path, data) -> None:
-    """Writes config.json, which repeats the run, and data.json, what became of its rows."""
+    """Writes config.json, which reproduces the run, and data.json, the data report."""
     reports = {name: report.to_dict() for name, report in data.reports.items()}
     write_json(directory / "data.json", {"digest": data.digest, "reports": reports})
     saved = config.replace(resume="never", overwrite_output_dir=False, allow_config_change=[])

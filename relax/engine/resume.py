@@ -1,4 +1,4 @@
-"""What a resumed run may change about its configuration."""
+"""Comparison of a resumed run's configuration with the original one."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from relax.config.names import suggestion
 from relax.errors import ConfigError
 
-# Fields that say where and when things are written, not what is computed.
+# Fields that affect where and when files are written, not what is computed.
 FREE_FIELDS = frozenset(
     "output_dir resume overwrite_output_dir allow_config_change config print_config "
     "compilation_cache_dir grace_s print_examples dry_run "
@@ -17,17 +17,17 @@ FREE_PREFIX = "save_"
 
 
 def check_same_config(old: Mapping, new: Mapping, allow: Iterable[str] = ()) -> list[str]:
-    """Refuses to resume under a configuration that would compute something else.
+    """Checks that a resumed run's configuration computes the same as the original one.
 
     Args:
-      old, new: flat dicts of fields, `old` as read from config.json.
-      allow: fields that may differ, besides `FREE_FIELDS` and those that begin with `save_`.
+      old, new: flat dicts of fields; `old` is read from config.json.
+      allow: fields that may differ, besides `FREE_FIELDS` and those starting with `save_`.
 
     Returns:
       The allowed differences as `name: old -> new`, for the log.
 
     Raises:
-      ConfigError: a field differs that may not, or `allow` names no field.
+      ConfigError: a field differs that must not, or `allow` has an unknown name.
 
     Example:
       >>> check_same_config({"seed": 1, "save_steps": 5}, {"seed": 2, "save_steps": 9}, ["seed"])
@@ -50,15 +50,15 @@ def check_same_config(old: Mapping, new: Mapping, allow: Iterable[str] = ()) -> 
         lines = "\n".join(f"  {changed[name]}" for name in refused)
         wanted = ",".join(sorted(set(refused) | (allow & set(changed))))
         raise ConfigError(
-            f"a resumed run must have the configuration that it began with, and this differs:\n"
-            f"{lines}\nUndo the change, pass --allow_config_change {wanted} to go on all the same, "
-            "or start anew in another --output_dir."
+            f"a resumed run must keep its configuration, but these fields differ:\n"
+            f"{lines}\nUndo the change, pass --allow_config_change {wanted} to continue anyway, "
+            "or start a new run in another --output_dir."
         )
     return list(changed.values())
 
 
 def _as_json(fields: Mapping, name: str) -> str:
-    """A field as config.json has it, so that a tuple equals the list it was written as."""
+    """A field as in config.json, so that a tuple equals the list it was written as."""
     if name not in fields:
         return "(absent)"
     return json.dumps(_plain(fields[name]), sort_keys=True, default=str)

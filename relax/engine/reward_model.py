@@ -1,14 +1,14 @@
-"""A reward model as a reward function: `--reward_funcs model:DIR`.
+"""Reward models as reward functions: `--reward_funcs model:DIR`.
 
     score = ModelReward("outputs/reward/final", tokenizer)
     GRPOTrainer(model, optimizer, reward_funcs=[score, length_penalty], tokenizer=tokenizer)
 
-It reads prompts and completions as they are trained on: prompts as the chat template renders them,
-completions token for token as the policy drew them, and behind an end of turn what the template
-puts there. Where the policy's tokenizer has other tokens, the text is tokenised again. It runs in
-the trainer's process, compiled, beside the policy.
+It reads prompts and completions as in training: prompts as the chat template renders them,
+completions token for token as the policy sampled them, and after an end of turn the tokens that the
+template adds there. If the policy's tokenizer has other tokens, the text is tokenised again. It
+runs compiled in the trainer's process.
 
-Axes: N completions, B of them at once, T tokens of prompt and completion.
+Axes: N completions, B completions per batch, T tokens of prompt and completion.
 """
 
 from collections.abc import Sequence
@@ -29,20 +29,20 @@ from relax.models.huggingface.directories import find_directory
 from relax.rewards.protocol import text_of
 
 PREFIX = "model:"
-TOKENS = 8192  # in one batch, about: rows times length
+TOKENS = 8192  # approximate tokens (rows times length) per batch
 
 
 class ModelReward:
-    """Scores completions with a sequence classifier of one label.
+    """Reward function that scores completions with a sequence classifier of one label.
 
     Args:
-      path: its directory, with its tokenizer.
-      tokenizer: the policy's.
+      path: the classifier's directory, with its tokenizer.
+      tokenizer: the policy's tokenizer.
       end_ids: ids that end a turn of the policy; None: the end token of `tokenizer`.
-      dtype, param_dtype: of the computation and of the parameters.
+      dtype, param_dtype: types of the computation and of the parameters.
 
     Attributes:
-      note: what a person should know about how it reads completions; None: nothing.
+      note: a remark for the user on how completions are tokenised, or None.
     """
 
     in_process = True  # see `relax.rewards.runner`
@@ -66,7 +66,7 @@ class ModelReward:
         if not self.reads_tokens:
             self.note = (
                 f"reward model {self.__name__!r} has other tokens than the policy: it tokenises "
-                "the text of prompts and completions anew."
+                "the text of prompts and completions again."
             )
         self._suffix: list[int] | None = None
         self._score_batch = jax.jit(self._scores)
@@ -79,7 +79,7 @@ class ModelReward:
         tools: list | None = None,
         chat_template_kwargs: list | None = None,
     ) -> list[float]:
-        """One score each, of texts or lists of messages; the other columns are the template's."""
+        """Scores texts or lists of messages; other columns are passed to the chat template."""
         none = [None] * len(prompts)
         columns = (completion_ids or none, tools or none, chat_template_kwargs or none)
         rows = [
@@ -91,7 +91,7 @@ class ModelReward:
         longest, limit = max(map(len, rows)), self.model.config.max_position_embeddings
         if longest > limit:
             raise ValueError(
-                f"prompt and completion have {longest} tokens, and the reward model "
+                f"prompt and completion have {longest} tokens, but the reward model "
                 f"{self.__name__!r} has {limit} positions: lower max_completion_length"
             )
         out = np.zeros(len(rows), np.float32)
@@ -101,7 +101,7 @@ class ModelReward:
             size = min(max(TOKENS // T, 1), _bucket(len(order)))
             chosen, order = order[-size:], order[:-size]
             ids = np.zeros((size, T), np.int32)
-            lengths = np.ones(size, np.int32)  # of a filler too: there must be a last token
+            lengths = np.ones(size, np.int32)  # fillers too: every row needs a last token
             for row, i in enumerate(chosen):
                 ids[row, : len(rows[i])] = rows[i]
                 lengths[row] = len(rows[i])
@@ -115,7 +115,7 @@ class ModelReward:
         completion_ids: Sequence[int] | None = None,
         row: dict | None = None,
     ) -> list[int]:
-        """The tokens of prompt and completion; without ids the completion counts as ended."""
+        """Encodes prompt and completion; without ids the completion counts as ended."""
         row = row or {}
         ended = completion_ids is None or (
             len(completion_ids) > 0 and completion_ids[-1] in self.end_ids
@@ -141,7 +141,7 @@ class ModelReward:
         return render_template(self.tokenizer, messages, row, where, **how)
 
     def _after_end(self) -> list[int]:
-        """What the template puts behind the end of an answer, a line break say."""
+        """The tokens that the template adds after a completion, such as a line break."""
         if self._suffix is None:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             ids = self._ids(self._render(turns, {}))
@@ -159,7 +159,7 @@ class ModelReward:
 
 
 def reward_functions(specs: list, tokenizer, end_ids, **dtypes) -> list:
-    """Names of reward functions as they are, and `model:DIR` as a `ModelReward`."""
+    """Replaces each `model:DIR` by a `ModelReward`; other names stay."""
     return [
         ModelReward(_directory(spec), tokenizer, end_ids, **dtypes)
         if isinstance(spec, str) and spec.startswith(PREFIX)
@@ -176,7 +176,7 @@ def _directory(spec: str) -> str:
 
 
 def _bucket(length: int, limit: int | None = None) -> int:
-    """A size of few: powers of two from 8 on.
+    """Rounds a size up to a power of two (>= 8).
 
     >>> [_bucket(n) for n in (1, 9, 100)], _bucket(100, 120)
     ([8, 16, 128], 120)

@@ -1,4 +1,4 @@
-"""The rows of a run: files, data sets or Python rows, as the profile wants them."""
+"""Rows of a run: read from files, datasets or Python, and converted by the profile."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ from relax.errors import ConfigError, ErrorList
 
 
 def source_rows(config: TrainerConfig, given=None):
-    """Rows to train on; and rows to evaluate on, several sets by name, or None.
+    """Training rows, and evaluation rows: one set, several by name, or None.
 
-    `given` are the two, in place of the named ones.
+    `given` replaces both.
     """
     d = config.data
     if given is None and d.dataset_name is None:
@@ -44,21 +44,21 @@ def source_rows(config: TrainerConfig, given=None):
         return train, None
     if given is not None or d.dataset_name is None or Path(d.dataset_name).is_file():
         raise ConfigError(
-            "eval_strategy and eval_on_start need rows to evaluate on: pass --eval_dataset_name "
+            "eval_strategy and eval_on_start need evaluation rows: pass --eval_dataset_name "
             "FILE, or --test_size 0.1 to hold out a tenth of the rows."
         )
     return train, data.read_rows(d.dataset_name, split, d.dataset_config, options, limits)
 
 
 def named_sets(source, split: str) -> dict | None:
-    """Several evaluation sets by name; None where `source` is a single one.
+    """Several evaluation sets by name; None if `source` is a single one.
 
     Args:
-      source: `easy=a.jsonl,hard=b.jsonl`, or a mapping of names to rows; one that has the split is
-        a single data set, of splits.
+      source: `easy=a.jsonl,hard=b.jsonl`, or a mapping of names to rows; a mapping with the key
+        `split` is a single dataset of splits.
 
     Raises:
-      ConfigError: a name stands twice, or is no word.
+      ConfigError: a name is repeated or is not a word.
 
     >>> named_sets("easy=a.jsonl,hard=b.jsonl", "test")
     {'easy': 'a.jsonl', 'hard': 'b.jsonl'}
@@ -72,15 +72,15 @@ def named_sets(source, split: str) -> dict | None:
         name, equals, path = part.partition("=")
         if not (name.isidentifier() and equals and path) or name in sets:
             raise ConfigError(
-                "eval_dataset_name must be a data set, or name=FILE of several with commas "
-                f"between, each name once and a word, got {source!r}."
+                "eval_dataset_name must be a dataset, or several as name=FILE,name=FILE with "
+                f"distinct names that are words, got {source!r}."
             )
         sets[name] = path
     return sets
 
 
 def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]:
-    """Holds out `size` rows, drawn by the seed; both parts stay in the file's order."""
+    """Holds out `size` random rows; both parts keep the file's order."""
     if size >= len(rows):
         raise ConfigError(
             f"test_size must leave rows to train on, got {size} of {len(rows)} rows. Lower it."
@@ -97,21 +97,21 @@ def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]
 
 
 def data_seed(config: TrainerConfig) -> int:
-    """The seed of the order of rows."""
+    """The seed for shuffling rows."""
     h = config.hyperparams
     return h.seed if h.data_seed is None else h.data_seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The rows of a run by set, as its profile has them.
+    """The rows of a run by set, after its profile.
 
     Attributes:
-      kind: what they are read as, see `relax.data.profiles.apply_profile`.
-      train: rows to train on.
-      evaluation: rows to evaluate on by the name of the set; "" is the name of an only one.
-      profile: the profile that they have been through.
-      system_prompt: the system prompt for rows that the profile has not given one.
+      kind: the kind of rows, see `relax.data.profiles.apply_profile`.
+      train: training rows.
+      evaluation: evaluation rows by the name of the set; "" for a single set.
+      profile: the profile that converted the rows.
+      system_prompt: the system prompt for rows that got none from the profile.
       stop_sequences: texts that end sampled completions.
     """
 
@@ -124,7 +124,7 @@ class Sources:
 
     @property
     def sets(self) -> dict[str, Rows]:
-        """All sets by the title under which each is shown, the training set first."""
+        """All sets by title, the training set first."""
         titles = {_title(self.kind, "evaluation", name): name for name in self.evaluation}
         evaluation = {title: self.evaluation[name] for title, name in titles.items()}
         return {self.training: self.train} | evaluation
@@ -135,7 +135,7 @@ class Sources:
         return _title(self.kind, "training")
 
     def eval_loaders(self, loaders: dict[str, Any]) -> Any:
-        """What `Trainer.train` takes as `eval_loader`, from loaders by title."""
+        """The `eval_loader` of `Trainer.train`, from loaders by title."""
         found = {name: loaders[_title(self.kind, "evaluation", name)] for name in self.evaluation}
         return found[""] if list(found) == [""] else found or None
 
@@ -150,22 +150,21 @@ def _title(kind: profiles.Kind, use: str, name: str = "") -> str:
 def read_sources(
     config: TrainerConfig, kind: profiles.Kind, console: Console, rows=None, demo_rows=None
 ) -> Sources:
-    """Reads the rows of a run and takes them through its profile.
+    """Reads the rows of a run and converts them by its profile.
 
     Args:
-      kind: what they are read as.
-      console: where a choice of profile, and completions that hold a stop sequence, are reported.
-      rows: rows to train on and to evaluate on, in place of the named ones.
-      demo_rows: turns rows of the demo task into the form that the algorithm reads.
+      kind: the kind of rows to read.
+      console: shows the chosen profile, and warns about completions with a stop sequence.
+      rows: training and evaluation rows, instead of the configured datasets.
+      demo_rows: converts rows of the demo task to the form that the algorithm reads.
 
     Raises:
-      RelaxError: a file cannot be read, or a row is none that the profile reads.
+      RelaxError: a file cannot be read, or the profile cannot read a row.
     """
     is_demo, name = config.data.dataset_name is None, config.profile.name
     if is_demo and name != profiles.DEFAULT:
         raise ConfigError(
-            f"profile {name} needs rows of your own: the demo task is plain sums. Pass "
-            "--dataset_name."
+            f"profile {name} needs a dataset: the demo task is plain sums. Pass --dataset_name."
         )
     train, evaluation = source_rows(config, rows)
     if not isinstance(evaluation, dict):
@@ -199,8 +198,8 @@ def read_sources(
 def _report_early_stops(console: Console, rows: Rows, stops: tuple[str, ...]) -> None:
     for stop, count in profiles.early_stops(rows.rows, stops).items():
         console.print(
-            f"note: {count} of {len(rows)} completions hold the stop sequence {stop!r} before "
-            "their end, where sampled ones end; --stop_sequences sets others",
+            f"note: {count} of {len(rows)} completions contain the stop sequence {stop!r} "
+            "before their end, where sampling would stop; --stop_sequences sets others",
             style="yellow",
             markup=False,
         )
@@ -208,18 +207,18 @@ def _report_early_stops(console: Console, rows: Rows, stops: tuple[str, ...]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A run's data, ready to train and evaluate on.
+    """A run's data, ready for training and evaluation.
 
     Attributes:
-      train: the loader of items to train on.
-      eval: the loader to evaluate on, several by name, or None.
-      reports: a report of every set by its title; each has `to_dict()`.
-      digest: a checksum of everything that is trained on: a resumed run must find the same.
-      plan: what an update consists of, in words.
+      train: the loader of training items.
+      eval: the evaluation loader, several by name, or None.
+      reports: a report on each set by title; each has `to_dict()`.
+      digest: a checksum of all training data, which must be the same on resume.
+      plan: the composition of an update, for messages.
       show: prints the reports.
       updates_per_item: updates per item of `train`.
       stop_sequences: texts that end sampled completions.
-      fill_batch: an item of `train` with the fields that callbacks add in a run.
+      fill_batch: adds to an item of `train` the fields that callbacks add in a run.
     """
 
     train: Any
@@ -238,7 +237,7 @@ class Data:
 
 
 def rows_plan(config: TrainerConfig) -> str:
-    """What an update consists of, where it is rows."""
+    """The composition of an update in rows, for messages."""
     h = config.hyperparams
     rows = h.per_device_train_batch_size * h.gradient_accumulation_steps
     return f"{rows} rows ({h.per_device_train_batch_size} x {h.gradient_accumulation_steps})"

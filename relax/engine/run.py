@@ -1,4 +1,4 @@
-"""A run, from its configuration to its model directory: what the pages of all algorithms share.
+"""A run, from its configuration to its model directory: the steps of all recipes.
 
     with Run(config) as run:
         tokenizer = run.load_tokenizer()
@@ -7,8 +7,8 @@
         trainer = SFTTrainer(model, run.make_optimizer(data), params=params, **run.options(data))
         return run.train(trainer, data)
 
-A step before `load_data` that fails does not end the run: its problem is noted, its result is None,
-and `load_data` reports all problems together.
+If a step before `load_data` fails, its problem is recorded, it returns None, and `load_data`
+reports all problems together.
 """
 
 import dataclasses
@@ -46,19 +46,18 @@ D = TypeVar("D", bound=Data)
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
-      state: the final state, or the best one with `load_best_model_at_end`; None where the run
-        failed, and after a dry run.
-      metrics: those of the last evaluation; for the demo task the ones before training as well;
-        after a dry run the measured ones.
+      state: the final state, or the best one with `load_best_model_at_end`; None if the run failed
+        and after a dry run.
+      metrics: metrics of the last evaluation; for the demo task also those before training; after
+        a dry run its measurements.
       output_dir: the run's directory.
-      model_dir: the Hugging Face directory of the trained model, or of its adapter; None where
-        there is none.
-      best_checkpoint: the one with the best evaluation, or without evaluations the newest; None
-        where none was saved.
-      error: why the run failed; None where it did not.
+      model_dir: the Hugging Face directory of the trained model or adapter, or None.
+      best_checkpoint: the checkpoint with the best evaluation, or without evaluations the newest;
+        None if none was saved.
+      error: the exception if the run failed, else None.
     """
 
     state: Any
@@ -70,24 +69,24 @@ class RunResult:
 
 
 class Run(RunContext[C_co]):
-    """One run: its directory, mesh, status and signals while the context lasts, and its steps.
+    """A run, used as a context manager, whose methods are its steps.
 
     Args:
       config: the configuration of an algorithm.
-      train_rows, eval_rows: in place of named data: lists of dicts, `datasets` objects or other
-        iterables of dicts; `eval_rows` may be several by name.
-      status_writer: told where the run is, even one that is refused.
-      console: where progress is shown; None: standard output.
+      train_rows, eval_rows: rows instead of configured datasets: lists of dicts, `datasets` objects
+        or other iterables of dicts; `eval_rows` may be a mapping of names to several.
+      status_writer: receives the status of the run, even if it cannot start.
+      console: shows the progress; None: standard output.
 
     Raises:
-      RelaxError: something about the configuration, the data, the model or the disk.
-      Interrupted: Ctrl-C or SIGTERM, after saving; the resume command was printed.
+      RelaxError: a problem with the configuration, the data, the model or the disk.
+      Interrupted: Ctrl-C or SIGTERM, after saving and printing the resume command.
     """
 
-    # The steps.
+    # Steps.
 
     def load_tokenizer(self):
-        """The model's tokenizer, with the changes that flags ask for; None: it has a problem."""
+        """Loads the model's tokenizer, changed by flags; None if there is a problem."""
         changes = (self.config.profile.chat_template_path, self.config.data.eos_token)
         with working(self.console, "loading the tokenizer"):
             self.tokenizer = self.attempt(lambda: self.source.tokenizer(*changes))
@@ -96,15 +95,15 @@ class Run(RunContext[C_co]):
         return self.tokenizer
 
     def load_model(self, *, has_initial_reference: bool = False, load: Callable | None = None):
-        """The model and its parameters: `(model, params)`.
+        """Loads the model and its parameters, `(model, params)`.
 
-        `params` is None where a checkpoint or the key makes them; both are None where there is a
-        problem. The trainer that gets `params` uses them up: no second copy is held.
+        `params` is None if a checkpoint or random initialisation supplies them; both are None if
+        there is a problem. The trainer takes ownership of `params`, so there is no second copy.
 
         Args:
-          has_initial_reference: the state holds the initial model as a constant reference, which
-            is reloaded on resume and not stored in checkpoints.
-          load: takes the place of `ModelSource.load`.
+          has_initial_reference: the state holds the initial model as a constant reference, which is
+            reloaded on resume and not stored in checkpoints.
+          load: replaces `ModelSource.load`.
         """
         config = self.config
         has_initial_reference &= config.model.model_name_or_path is not None
@@ -123,18 +122,18 @@ class Run(RunContext[C_co]):
     def load_data(
         self, read: Callable[..., D], tokenizer, model, *, kind, demo_rows=None, **parts
     ) -> D:
-        """Reads, tokenises and batches the rows before anything is compiled, and shows them.
+        """Reads, tokenises and batches the rows, and prints the data report.
 
         Args:
-          read: makes a `Data` of `(config, tokenizer, model_config=..., sources=..., **parts)`.
+          read: returns `Data` for `(config, tokenizer, model_config=..., sources=..., **parts)`.
           kind, demo_rows: as for `read_sources`.
-          **parts: further parts that `read` needs; None: it has a problem.
+          **parts: other arguments of `read`; None marks one with a problem.
 
         Raises:
-          RelaxError: all that is wrong about the run so far, at once.
+          RelaxError: all problems of the run so far, together.
         """
         if any(part is None for part in (tokenizer, model, *parts.values())):
-            # The rows can be read all the same.
+            # The rows can still be read.
             self.attempt(source_rows, self.config, self.rows)
             self.problems.raise_all()
         with working(self.console, "reading and tokenising the data"):
@@ -156,22 +155,22 @@ class Run(RunContext[C_co]):
         return data
 
     def logging_steps(self, data: Data) -> int:
-        """Updates between two lines of metrics."""
+        """Number of updates per line of metrics."""
         return resolve_steps(self.config.output.logging_steps, self.steps(data))
 
     def steps(self, data: Data) -> int:
-        """Updates of the whole run."""
+        """Number of updates in the whole run."""
         return schedule.total_steps(self.config, data.updates_per_epoch, data.updates_per_item)
 
     def make_optimizer(self, data: Data):
-        """The configured optimizer, scheduled over the whole run."""
+        """Makes the configured optimizer, with its schedule over the whole run."""
         return schedule.make_optimizer(self.config, self.steps(data))
 
     def options(self, data: Data, *callbacks) -> dict[str, Any]:
-        """Arguments of every trainer: accumulation, clipping, what is frozen, callbacks.
+        """Arguments for every trainer: accumulation, clipping, frozen weights, callbacks.
 
         Args:
-          callbacks: the algorithm's own, which come after those that log.
+          callbacks: the algorithm's callbacks, which run after the logging ones.
         """
         h = self.config.hyperparams
         return {
@@ -191,12 +190,12 @@ class Run(RunContext[C_co]):
         evaluate_demo: Callable | None = None,
         save: Callable = save_pretrained,
     ) -> RunResult:
-        """Checks memory and disk, resumes or begins, trains, and exports the model.
+        """Checks memory and disk, starts or resumes, trains, and exports the model.
 
         Args:
-          headline: metrics of the summary, in this order, where there are any.
-          evaluate_demo: on the demo task, metrics of `(console, when, trainer, state, data)`;
-            `when` is "before" or "after".
+          headline: metrics for the summary, in this order.
+          evaluate_demo: for the demo task, returns metrics for `(console, when, trainer, state,
+            data)`, where `when` is "before" or "after".
           save: writes the model's directory, see `save_pretrained`.
         """
         if self.is_dry:
@@ -211,7 +210,7 @@ class Run(RunContext[C_co]):
             self._note_results(evaluate_demo("before", trainer, state, data))
         batch = memory.largest_batch(data.train, steps)
         if int(state.step) < steps and batch is not None:
-            # With rollouts the batch shape is not known before the first one.
+            # With rollouts the batch shape is unknown before the first one.
             self.progress.announce(batch)
             checks.check_update_memory(config, trainer, state, batch, self.console)
         state = trainer.train(
@@ -238,10 +237,10 @@ class Run(RunContext[C_co]):
             model_dir = self._export(trainer, state, save)
         return self._finish(state, model_dir, headline)
 
-    # What `train` is made of.
+    # Parts of `train`.
 
     def first_state(self, trainer) -> tuple[Any, dict | None]:
-        """`(state, progress)`: `create_train_state`'s, or the checkpoint's to resume from."""
+        """`(state, progress)` of a fresh run, or of the checkpoint to resume from."""
         key = jax.random.key(self.config.hyperparams.seed)
         state: Any = None
         frozen: Any = {}
@@ -253,7 +252,7 @@ class Run(RunContext[C_co]):
             self.monitor.save_best_as(self.saver)
         if self.resume_from is None:
             return state, None
-        state = None  # the checkpoint has what is trained
+        state = None  # the checkpoint supplies the trained parameters
         template = parallel.sharded_shapes(jax.eval_shape(trainer.create_train_state, key))
         template = template.replace(frozen={}) if self.keeps_frozen else template
         if self.resume_from == "auto":
@@ -268,16 +267,14 @@ class Run(RunContext[C_co]):
         return state, progress
 
     def _begin(self, trainer, data: Data, state) -> None:
-        """Checks what is left to check, says what will be done, and marks the directory."""
+        """Makes the last checks, prints the plan, and marks the directory."""
         config = self.local_config
-        if config.output.overwrite_output_dir:  # not before: all that was read is as it should be
+        if config.output.overwrite_output_dir:  # only now, after all checks
             self.run_dir.clear(self.console.print)
         self.check_disk(state, data)
         output.show_plan(self.console, config, state, self.steps(data), data.plan)
         if config.peft.use_peft and not (self._adapter_base or config.peft.merge_lora):
-            self.console.print(
-                "the adapter will be merged: PEFT could not load the base that it belongs to"
-            )
+            self.console.print("the adapter will be merged: PEFT could not load its base model")
         self.check_same_data(data)
         output.write_config(config, self.run_dir.path, data)
         if self.resume_from is not None:
@@ -286,7 +283,7 @@ class Run(RunContext[C_co]):
         self.has_begun = True
 
     def _callbacks(self, data: Data, own: tuple) -> tuple:
-        """Metrics and progress first, then the algorithm's, then those of every run."""
+        """All callbacks: metrics and progress, then the algorithm's, then those of every run."""
         self.progress = Progress(self.console)
         others = self.monitor.callbacks(
             own,
@@ -296,7 +293,7 @@ class Run(RunContext[C_co]):
             stop=data.stop_sequences,
         )
         listeners = [self.progress, *(other for other in others if hasattr(other, "show"))]
-        # The status first: a warning that another one gives is then of this step.
+        # The status first, so that warnings of other callbacks get the current step.
         listeners.sort(key=lambda one: one is not self.monitor.status)
         log = MetricsLog(
             self.run_dir.path / "metrics.jsonl",
@@ -311,11 +308,11 @@ class Run(RunContext[C_co]):
 
     @cached_property
     def _adapter_base(self) -> str | None:
-        """What the exported adapter is for, if one is exported."""
+        """The base model of the exported adapter, if one is exported."""
         return self.source.adapter_base(self.config)
 
     def check_same_data(self, data: Data) -> None:
-        processes.check_same({"the tokens that are trained on": data.digest})
+        processes.check_same({"the training tokens": data.digest})
         if self.resume_from is not None:
             output.check_same_data(self.config, data.digest, self._old_run)
 

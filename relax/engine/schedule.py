@@ -1,4 +1,4 @@
-"""How long a run is, and how its optimizer changes over it."""
+"""Length of a run, its optimizer, and its evaluation and save intervals."""
 
 from relax.config import TrainerConfig, resolve_steps
 from relax.config.run_rules import OPTIMIZER_FIELDS
@@ -7,14 +7,14 @@ from relax.optimizers.stochastic_rounding import stochastic_rounding
 
 
 def total_steps(config: TrainerConfig, updates_per_epoch: int, updates_per_item: int = 1) -> int:
-    """Updates of the whole run: `max_steps`, up to the end of the item under way, or all epochs."""
+    """Updates of the whole run: `max_steps` rounded up to a whole item, or all epochs."""
     if config.hyperparams.max_steps > 0:
         return -(-config.hyperparams.max_steps // updates_per_item) * updates_per_item
     return config.hyperparams.num_train_epochs * updates_per_epoch
 
 
 def make_optimizer(config: TrainerConfig, steps: int):
-    """The configured optimizer, its learning rate scheduled over `steps` updates."""
+    """Makes the configured optimizer, with its learning rate scheduled over `steps` updates."""
     h = config.hyperparams
     schedule = learning_rate_schedule(
         h.lr_scheduler_type,
@@ -33,7 +33,7 @@ def make_optimizer(config: TrainerConfig, steps: int):
 
 
 def eval_interval(config: TrainerConfig, steps: int) -> int | None:
-    """`eval_steps` of `Trainer.train`: None at every epoch's end, 0 only at the run's."""
+    """`eval_steps` of `Trainer.train`: None: after every epoch; 0: only at the end of the run."""
     inference = config.inference
     if inference.eval_strategy == "steps":
         return resolve_steps(inference.eval_steps or config.output.logging_steps, steps)
@@ -41,7 +41,7 @@ def eval_interval(config: TrainerConfig, steps: int) -> int | None:
 
 
 def save_interval(config: TrainerConfig, steps: int) -> int | None:
-    """`save_steps` of `Trainer.train`: 0 at every epoch's end, None only at the run's."""
+    """`save_steps` of `Trainer.train`: 0: after every epoch; None: only at the end of the run."""
     output = config.output
     if output.save_strategy == "steps":
         return resolve_steps(output.save_steps, steps)

@@ -1,4 +1,4 @@
-"""Standard output that may go away: a run goes on when its pipe breaks or its terminal closes."""
+"""Standard output that may fail: a run continues if its pipe breaks or its terminal closes."""
 
 import contextlib
 import os
@@ -15,9 +15,9 @@ def standard_console() -> Console:
 
 
 class StandardOutput:
-    """A file for a console: `sys.stdout`, and nothing once that can no longer be written to.
+    """A file for a console that writes to `sys.stdout`, and discards output once that fails.
 
-    It looks `sys.stdout` up at every call, as others may replace it.
+    It looks up `sys.stdout` at every call, since other code may replace it.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -38,15 +38,15 @@ class StandardOutput:
 
 
 def _stdout():
-    """The stream itself, where a progress bar of rich stands before it."""
+    """The underlying stream, even while a progress bar of rich wraps it."""
     return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
 
 def _discard(error: OSError) -> None:
-    """Sends what is still to be written nowhere, the buffer included, which is flushed at exit."""
+    """Redirects the stream to the null device, including its buffer, which is flushed at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, _stdout().fileno())
     os.close(null)
     with contextlib.suppress(OSError):
-        line = f"standard output is gone ({error.strerror}): the run goes on without it"
+        line = f"standard output is gone ({error.strerror}): the run continues without it"
         print(line, file=sys.stderr, flush=True)

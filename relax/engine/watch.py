@@ -1,4 +1,4 @@
-"""Everything that watches a job, made of its configuration."""
+"""Monitoring of a run: status, report, previews, trackers, guards and callbacks."""
 
 import contextlib
 import copy
@@ -40,18 +40,18 @@ STATUS_FILE = "status.json"
 
 
 def final_status(error: BaseException | None) -> dict[str, Any]:
-    """The last phase of a job that ended in an error, or in none, and what is told with it."""
+    """The final status fields of a run that ended with `error`, or None for success."""
     if error is None:
         return {"phase": "finished", "time_left_s": 0.0}
     if isinstance(error, Interrupted | KeyboardInterrupt):
         return {"phase": "stopped"}
-    told = str(error) if isinstance(error, RelaxError) else f"{type(error).__name__}: {error}"
-    return {"phase": "failed", "error": "\n".join([told, *getattr(error, "__notes__", ())])}
+    message = str(error) if isinstance(error, RelaxError) else f"{type(error).__name__}: {error}"
+    return {"phase": "failed", "error": "\n".join([message, *getattr(error, "__notes__", ())])}
 
 
 @contextlib.contextmanager
 def report_start(writer: TrainingStatusWriter, config: TrainerConfig) -> Iterator[None]:
-    """Tells a status writer of a run from its start, so that it learns of a refused one, too."""
+    """Reports a run to a status writer from its start, even if the run cannot start."""
     writer.begin(algorithm=config.algorithm, output_dir=config.output.output_dir)
     try:
         yield
@@ -62,20 +62,20 @@ def report_start(writer: TrainingStatusWriter, config: TrainerConfig) -> Iterato
 
 
 class RunMonitor:
-    """Status, report, previews, trackers, guards and own callbacks of one job; a context.
+    """Context manager for status, report, previews, trackers, guards and callbacks of a run.
 
-    The order of callbacks is: metrics and progress, the recipe's, then these: guard, monitor,
-    trackers, previews, early stopping, profiler, those of `--callbacks`, the best checkpoint (which
-    saves the state of all before it), report, status.
+    Callbacks run in this order: metrics and progress, the algorithm's, guard, monitor, trackers,
+    previews, early stopping, profiler, those of `--callbacks`, the best checkpoint (which saves the
+    state of all before it), report, status.
 
-    Nothing is written into the run's directory before `begin`, so that a job that is refused leaves
-    no trace there; a writer that was given is told from the start.
+    Nothing is written to the run's directory before `begin`, so that a run that cannot start leaves
+    no files there; a writer given by the caller gets the status from the start.
 
     Args:
-      config: of the job.
-      run_dir: of the run.
-      console: where warnings are shown.
-      writer: a status writer besides that of the run's directory.
+      config: the run's configuration.
+      run_dir: the run's directory.
+      console: shows the warnings.
+      writer: a status writer in addition to that of the run's directory.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RunMonitor:
         self.directory = run_dir.path
         self.begun = False
         self.values = config.flat()
-        self.is_main = jax.process_index() == 0  # of several processes one tells of the run
+        self.is_main = jax.process_index() == 0  # only one process reports
         writers = [] if writer is None or not self.is_main else [writer]
         self.status = Status(writers, run_dir.checkpoints)
         self.report = Report(self.directory, self.warn)
@@ -117,10 +117,10 @@ class RunMonitor:
             self.report.write()
 
     def begin(self, resumed: bool = False) -> None:
-        """The run has a directory from here on: its status is kept there.
+        """Starts to keep the status in the run's directory.
 
         Args:
-          resumed: an earlier part of the run has left warnings and seconds there, which stay.
+          resumed: keep the warnings and times that the earlier part of the run wrote there.
         """
         self.begun = True
         writer = TrainingStatusWriter(self.directory / STATUS_FILE)
@@ -135,23 +135,23 @@ class RunMonitor:
         self.status.enter("compiling")
 
     def warn(self, text: str) -> None:
-        """Shows a warning, and keeps it."""
+        """Shows a warning and adds it to the status."""
         self.console.print(f"warning: {text}", style="yellow", markup=False)
         for writer in self.status.writers:
             writer.warn(text)
 
     def show_warning(self, message, *_: Any, **__: Any) -> None:
-        """In the place of `warnings.showwarning`."""
+        """Replacement for `warnings.showwarning`."""
         self.warn(str(message))
 
     def callbacks(self, others: tuple, tokenizer, eval_loader, **ends) -> tuple:
-        """The callbacks of the run, in order, behind metrics and progress.
+        """The callbacks of the run, in order, after metrics and progress.
 
         Args:
-          others: the recipe's.
-          tokenizer: the model's.
-          eval_loader: what the run evaluates on, or several by name, or None.
-          **ends: what ends an answer: `eos_token_ids` and `stop` of a `SamplingConfig`.
+          others: the algorithm's callbacks.
+          tokenizer: the model's tokenizer.
+          eval_loader: the evaluation loader, several by name, or None.
+          **ends: `eos_token_ids` and `stop` of a `SamplingConfig`, which end a completion.
         """
         v = self.values
         made: list[Callback] = [*others]
@@ -178,26 +178,26 @@ class RunMonitor:
         return (*made, self.report, self.status)
 
     def save_best_as(self, saver) -> None:
-        """The best state is saved as checkpoints are: without what is frozen elsewhere."""
+        """Saves the best state with `saver`, without weights that are frozen elsewhere."""
         if self.best is not None and isinstance(saver, WithoutFrozen):
             self.best.saver = copy.copy(saver)
             self.best.saver.checkpointer = Checkpointer(self.best.directory, save_total_limit=1)
 
     def best_state(self, state) -> tuple[Any, dict[str, float]]:
-        """The state to export, and its evaluation: the best where that was asked for.
+        """The state to export and its evaluation: the best if that is configured.
 
-        Otherwise it is the last one, as given, and {}.
+        Otherwise the given last state, and {}.
         """
         if not self.values["load_best_model_at_end"] or self.best is None:
             return state, {}
         store = Checkpointer(self.best.directory)
         if self.best.step is None or self.best.step not in store.steps():
-            self.warn("no evaluation had a best state to go back to: the last one is written")
+            self.warn("no evaluation gave a best state: the last state is exported")
             return state, {}
         frozen, without = state.frozen, isinstance(self.best.saver, WithoutFrozen)
         template = jax.eval_shape(lambda s: s, state.replace(frozen={}) if without else state)
         found, _, step = store.restore(parallel.sharded_shapes(template))
-        self.console.print(f"going back to the best state, of step {step}")
+        self.console.print(f"restoring the best state, of step {step}")
         evaluation = {f"eval_{name}": value for name, value in self.best.metrics.items()}
         return found.replace(frozen=frozen) if without else found, evaluation
 
@@ -212,15 +212,16 @@ class RunMonitor:
         ]
         if not questions or self.config.algorithm == "reward":
             raise ConfigError(
-                "num_samples has no effect: this run has no held-out prompt that its model could "
-                "answer. Leave it out."
+                "num_samples has no effect: this run has no held-out prompts to complete. Remove "
+                "it."
             )
         most = self.values.get("max_completion_length", self.values["max_new_tokens"])
         sampling = SamplingConfig(max_new_tokens=most, **ends)
         directory = self.directory / "samples"
-        return Previews(questions, directory, tokenizer, sampling, self.console, self._told)
+        listener = self._report_preview
+        return Previews(questions, directory, tokenizer, sampling, self.console, listener)
 
-    def _told(self, records: list[dict]) -> None:
+    def _report_preview(self, records: list[dict]) -> None:
         self.status.update(force=True, last_preview=records[0])
 
     def _circumstances(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One page per algorithm: a function from a configuration to a finished run, read top-down."""
+"""Recipes, one per algorithm: functions from a configuration to a finished run."""
 
 from collections.abc import Callable
 

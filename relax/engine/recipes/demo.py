@@ -1,4 +1,4 @@
-"""The demo model, half trained: where the other algorithms start when no model is named."""
+"""Pretraining of the demo model, from which other algorithms start if no model is named."""
 
 import jax
 
@@ -11,19 +11,19 @@ from relax.optimizers import adamw, learning_rate_schedule
 from relax.trainers import SFTTrainer
 from relax.trainers.interrupt import Interrupt, Interrupted
 
-SHARE = 0.5  # of sums that are right when the pretraining of a policy ends
-CHUNK, MOST = 10, 800  # updates between two evaluations, and at most
-EVALUATED = 500  # training rows
+SHARE = 0.5  # share of right sums at which the pretraining of a policy ends
+CHUNK, MOST = 10, 800  # updates between evaluations, and maximum number of updates
+EVALUATED = 500  # training rows used for evaluation
 
 
 def pretrain_demo(run, model, tokenizer, params, share: float = SHARE):
-    """The demo model's parameters after supervised updates, up to a share of right sums.
+    """Fine-tunes the demo model until it gets a share of the sums right.
 
-    Half is where rewards can begin to teach: a model that is always wrong has nothing to compare.
+    Rewards teach best at about half: a model that is always wrong has no completions to compare.
 
     Args:
-      run: the `Run` that begins with them.
-      params: returned as they are where there are any, or where a checkpoint brings them.
+      run: the `Run` that starts from the parameters.
+      params: returned unchanged if there are any, or if a checkpoint supplies them.
     """
     if params is not None or (run.resume_from is not None and not run.keeps_frozen):
         return params
@@ -42,14 +42,14 @@ def pretrain_demo(run, model, tokenizer, params, share: float = SHARE):
     optimizer = adamw(schedule, b2=0.95, weight_decay=0.1)
     trainer = SFTTrainer(model.clone(lora=None), optimizer, max_grad_norm=1.0)
     state, right, steps = trainer.create_train_state(jax.random.key(seed)), 0.0, 0
-    with working(run.console, "fine-tuning the demo model") as tell, Interrupt() as interrupt:
+    with working(run.console, "fine-tuning the demo model") as report, Interrupt() as interrupt:
         while right < share and steps < most:
             steps += CHUNK
             state = trainer.train(train.train, num_epochs=100, state=state, max_steps=steps)
             examples = evaluated.train.examples
             right = trainer.exact_match(state, evaluated.make_plain_loader(examples))
-            tell(f"{right:.0%} of sums right, until {share:.0%}; {steps} updates")
-            if interrupt.requested is not None:  # half a pretraining is nothing to resume from
+            report(f"{right:.0%} of sums right, until {share:.0%}; {steps} updates")
+            if interrupt.requested is not None:  # a partial pretraining cannot be resumed
                 raise Interrupted(interrupt.requested)
     run.console.print(
         f"pretrained the demo model: {steps} supervised updates, {right:.0%} of the sums are right"

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its kin, from their configuration to a model directory."""
+"""DPO and related losses: from a configuration to a model directory."""
 
 import dataclasses
 from pathlib import Path
@@ -26,14 +26,14 @@ HEADLINE = (
 
 
 def train_dpo(config: DPOConfig, train_rows=None, eval_rows=None, **where) -> RunResult:
-    """Trains a model on pairs of completions, or with KTO on single ones.
+    """Trains a model on pairs of completions, or on single ones with KTO.
 
     Args:
       train_rows, eval_rows, **where: arguments of `Run`.
     """
     dpo = config.dpo
     with Run(config, train_rows, eval_rows, **where) as run:
-        # 1. The tokenizer and the model; the reference is the model as it is now.
+        # 1. The tokenizer and the model; the reference is the initial model.
         tokenizer = run.load_tokenizer()
         model, params = run.load_model(
             has_initial_reference=not dpo.sync_ref_model and not dpo.precompute_ref_log_probs
@@ -63,7 +63,7 @@ def train_dpo(config: DPOConfig, train_rows=None, eval_rows=None, **where) -> Ru
 
 
 def read_dpo_data(config: DPOConfig, tokenizer, **parts) -> PairsData:
-    """`read_pairs`; with KTO single completions with a label are read as well."""
+    """Reads pairs, or labelled single completions for KTO, see `read_pairs`."""
     data = read_pairs(config, tokenizer, unpaired=config.dpo.loss_type == [KTO], **parts)
     if not config.dpo.precompute_ref_log_probs:
         return data
@@ -75,7 +75,7 @@ def read_dpo_data(config: DPOConfig, tokenizer, **parts) -> PairsData:
 
 
 def loss_options(config: DPOConfig) -> dict:
-    """The options of `DPOTrainer` that `config.dpo` has under the same names."""
+    """The options of `DPOTrainer` that are fields of `config.dpo`."""
     options = dataclasses.asdict(config.dpo)
     for name in ("precompute_ref_log_probs", "ref_log_probs_dir"):
         options.pop(name)
@@ -83,7 +83,7 @@ def loss_options(config: DPOConfig) -> dict:
 
 
 def reference_logprobs(run: Run[DPOConfig], data: PairsData) -> tuple:
-    """The callback that computes the reference's log-probabilities before training, if asked."""
+    """The callback that precomputes the reference's log-probabilities, if configured."""
     dpo = run.config.dpo
     if not dpo.precompute_ref_log_probs:
         return ()
@@ -95,7 +95,7 @@ def reference_logprobs(run: Run[DPOConfig], data: PairsData) -> tuple:
 def pair_accuracy_on_demo(
     console: Console, when: str, trainer, state, data: PairsData
 ) -> dict[str, float]:
-    """How often the right sum of a held-out pair is likelier, and how likely it is."""
+    """Measures how often the right sum of a held-out pair is more likely than the wrong one."""
     if data.eval is None or not trainer.is_paired:
         return {}
     params = merge(state.eval_params, state.frozen)
@@ -106,7 +106,7 @@ def pair_accuracy_on_demo(
     chosen, rejected = np.concatenate(rows).T
     right, logprob = float((chosen > rejected).mean()), float(chosen.mean())
     console.print(
-        f"held-out pairs {when} training: the right sum is likelier in {right:.1%}; mean "
+        f"held-out pairs {when} training: the right sum is more likely in {right:.1%}; mean "
         f"log-probability of right sums {logprob:.2f}, of wrong ones {rejected.mean():.2f}"
     )
     suffix = "_before" if when == "before" else ""

@@ -1,4 +1,4 @@
-"""GRPO and its kin, from their configuration to a model directory."""
+"""GRPO and its variants: from a configuration to a model directory."""
 
 import dataclasses
 from functools import partial
@@ -18,7 +18,7 @@ def train_grpo(config: GRPOConfig, train_rows=None, eval_rows=None, **where) -> 
     """
     grpo = config.grpo
     with Run(config, train_rows, eval_rows, **where) as run:
-        # 1. The tokenizer and the model; the reference of the KL penalty is the model as it is.
+        # 1. The tokenizer and the model; the reference of the KL penalty is the initial model.
         tokenizer = run.load_tokenizer()
         model, params = run.load_model(
             has_initial_reference=grpo.beta > 0 and not grpo.sync_ref_model
@@ -27,7 +27,7 @@ def train_grpo(config: GRPOConfig, train_rows=None, eval_rows=None, **where) -> 
         # 2. The rewards: functions of completions, in processes that can be killed.
         rewards = rl.load_rewards(run, tokenizer)
 
-        # 3. The data: prompts, checked against what the rewards read, dealt out to rollouts.
+        # 3. The data: prompts, checked against the columns that rewards read, split into rollouts.
         sizes = rollout_sizes(run.config)
         read = partial(rl.read_prompts, sizes=sizes, extra_rounds=grpo.max_resample_rounds)
         data = run.load_data(
@@ -52,7 +52,7 @@ def train_grpo(config: GRPOConfig, train_rows=None, eval_rows=None, **where) -> 
 
 
 def rollout_sizes(config: GRPOConfig) -> rl.Sizes:
-    """How completions make up rollouts and updates, by `steps_per_generation`."""
+    """Sizes of rollouts and updates, from `steps_per_generation`."""
     accumulation, r = config.hyperparams.gradient_accumulation_steps, config.rollout
     updates_per_pass = (r.steps_per_generation or accumulation) // accumulation
-    return rl.Sizes.of(config, updates_per_pass=updates_per_pass, passes=r.num_iterations)
+    return rl.Sizes.make(config, updates_per_pass=updates_per_pass, passes=r.num_iterations)

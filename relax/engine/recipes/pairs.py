@@ -1,4 +1,4 @@
-"""Pairs of completions as the data of a run: for DPO and its kin, and for reward models."""
+"""Pairs of completions as the data of a run, for DPO, its variants and reward models."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class PairsData(Data):
     """Data of pairs.
 
     Attributes:
-      loaders: the loader of every set by its title.
+      loaders: the loader of each set by title.
     """
 
     loaders: dict[str, PreferenceLoader] = dataclasses.field(default_factory=dict)
@@ -33,11 +33,11 @@ def read_pairs(
     """Tokenises the pairs of every set and batches them.
 
     Args:
-      config: of DPO or of a reward model.
+      config: the configuration of DPO or of a reward model.
       **reading: `unpaired` or `judges`, see `prepare_preferences`.
 
     Raises:
-      RelaxError: all problems of all sets, at once.
+      RelaxError: all problems of all sets together.
     """
     d, reports, loaders, digest = config.data, {}, {}, ""
     found = ErrorList()
@@ -108,11 +108,11 @@ def _loader(config, preferences: Preferences, *, training: bool) -> PreferenceLo
 
 
 def with_wrong_sums(rows: list[dict], offs: Sequence[int] = (1, 10), each: int = 1) -> list[dict]:
-    """Rows of the demo task as pairs: the sum is chosen, one that is off is rejected.
+    """Makes pairs of demo rows: the right sum is chosen, a wrong one is rejected.
 
     Args:
-      rows: those of `arithmetic_rows`.
-      offs: by how much a wrong sum is off, up or down.
+      rows: rows of `arithmetic_rows`.
+      offs: differences of a wrong sum from the right one, up or down.
       each: pairs per row.
 
     >>> from relax.data import arithmetic_rows
@@ -120,7 +120,7 @@ def with_wrong_sums(rows: list[dict], offs: Sequence[int] = (1, 10), each: int =
     >>> [m["content"] for name in ("prompt", "chosen", "rejected") for m in pair[name]]
     ['53+1=', '54', '44']
     """
-    # The raw stream of a bit generator is the same in every numpy version.
+    # The raw stream of a bit generator does not depend on the numpy version.
     words = np.random.PCG64(0).random_raw(len(rows) * each).tolist()
     pairs = []
     for row, word in zip(rows * each, words, strict=True):

@@ -1,4 +1,4 @@
-"""PPO, from its configuration to a model directory."""
+"""PPO: from a configuration to a model directory."""
 
 import dataclasses
 from functools import partial
@@ -20,14 +20,14 @@ from relax.trainers.ppo_trainer import COPY
 
 
 def train_ppo(config: PPOConfig, train_rows=None, eval_rows=None, **where) -> RunResult:
-    """Trains a model on the rewards of its completions, against a critic's expectation.
+    """Trains a model on the rewards of its completions, with a critic as the baseline.
 
     Args:
       train_rows, eval_rows, **where: arguments of `Run`.
     """
     ppo = config.ppo
     with Run(config, train_rows, eval_rows, **where) as run:
-        # 1. The tokenizer, the model, and the critic where it has files of its own.
+        # 1. The tokenizer, the model, and the critic if it has its own files.
         tokenizer = run.load_tokenizer()
         model, params = run.load_model(has_initial_reference=ppo.kl_coef > 0)
         critic = run.attempt(find_critic, ppo.value_model, tokenizer)
@@ -35,7 +35,7 @@ def train_ppo(config: PPOConfig, train_rows=None, eval_rows=None, **where) -> Ru
         # 2. The rewards: functions of completions, in processes that can be killed.
         rewards = rl.load_rewards(run, tokenizer)
 
-        # 3. The data: prompts, checked against what the rewards read, dealt out to rollouts.
+        # 3. The data: prompts, checked against the columns that rewards read, split into rollouts.
         sizes = rollout_sizes(run.config)
         read = partial(rl.read_prompts, sizes=sizes, critic=critic)
         data = run.load_data(
@@ -62,39 +62,39 @@ def train_ppo(config: PPOConfig, train_rows=None, eval_rows=None, **where) -> Ru
 
 
 def rollout_sizes(config: PPOConfig) -> rl.Sizes:
-    """How completions make up rollouts and updates, by `num_mini_batches`."""
+    """Sizes of rollouts and updates, from `num_mini_batches`."""
     ppo = config.ppo
-    return rl.Sizes.of(config, updates_per_pass=ppo.num_mini_batches, passes=ppo.num_ppo_epochs)
+    return rl.Sizes.make(config, updates_per_pass=ppo.num_mini_batches, passes=ppo.num_ppo_epochs)
 
 
 def find_critic(value_model: str | None, tokenizer) -> ModelSource | None:
-    """The files of a critic that has some of its own; None: it stands on the policy.
+    """Finds the files of a separate critic; None: the critic uses the policy's trunk.
 
     Raises:
-      ConfigError: the directory holds an adapter, or its tokens are not the policy's.
+      ConfigError: the directory holds an adapter, or its tokens differ from the policy's.
     """
     if value_model is None or value_model == COPY:
         return None
     critic = ModelSource.find(value_model)
     if critic.is_adapter:
         raise ConfigError(
-            "value_model must be the directory of a model or a reward model, and "
+            "value_model must be the directory of a model or a reward model, but "
             f"'{value_model}' holds an adapter. Merge it first."
         )
     if tokenizer is not None and critic.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"value_model reads the policy's tokens, and the tokenizer of '{value_model}' has "
-            "others. Take a critic of the same family, or none."
+            f"value_model must have the policy's tokens, but the tokenizer of '{value_model}' "
+            "has others. Use a critic of the same family, or remove --value_model."
         )
     return critic
 
 
 def critic_options(run: Run[PPOConfig], model, critic: ModelSource | None) -> dict[str, Any]:
-    """`value_model` and `value_params` of `PPOTrainer` for a critic with files of its own."""
+    """`value_model` and `value_params` of `PPOTrainer` for a separate critic."""
     if critic is None:
         return {"value_model": run.config.ppo.value_model}
     value_model = trunk(model.clone(config=critic.model_config, lora=None))
-    if run.resume_from is not None and not run.keeps_frozen:  # a checkpoint has its parameters
+    if run.resume_from is not None and not run.keeps_frozen:  # a checkpoint supplies its parameters
         return {"value_model": value_model}
     load = load_classifier if is_classifier(critic.files) else load_pretrained
     _, params = load(critic.files, value_model.dtype, param_dtype=value_model.param_dtype)
@@ -102,7 +102,7 @@ def critic_options(run: Run[PPOConfig], model, critic: ModelSource | None) -> di
 
 
 def optimizers(config: PPOConfig, steps: int) -> tuple:
-    """The optimizers of the policy, which may begin later, and of the critic.
+    """Makes the optimizers of the policy, which may start later, and of the critic.
 
     Raises:
       ConfigError: `critic_warmup_steps` leaves the policy no update.
@@ -118,7 +118,7 @@ def optimizers(config: PPOConfig, steps: int) -> tuple:
 
 
 def ppo_options(config: PPOConfig) -> dict[str, Any]:
-    """The options of `PPOTrainer` that `config.ppo` has under the same names."""
+    """The options of `PPOTrainer` that are fields of `config.ppo`."""
     options = dataclasses.asdict(config.ppo)
     for name in ("num_mini_batches", "critic_learning_rate", "value_model"):
         options.pop(name)

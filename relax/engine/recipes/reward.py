@@ -1,4 +1,4 @@
-"""A reward model, from its configuration to the directory of a sequence classifier."""
+"""Reward models: from a configuration to the directory of a sequence classifier."""
 
 from functools import partial
 
@@ -15,19 +15,19 @@ from relax.models.huggingface.classifiers import load_classifier, padded, save_c
 from relax.models.huggingface.pretrained import is_classifier
 from relax.trainers import RewardTrainer
 
-# By how much wrong sums are off. A policy errs in every way, and finds what was never called wrong.
+# Differences of wrong sums: many kinds, since a policy exploits any error that was never rejected.
 OFFS = (*range(1, 21), *range(30, 101, 10))
-SHARE = 0.95  # of sums that the demo model knows first: a judge of single digits must know them
+SHARE = 0.95  # right sums at which pretraining ends: to score digits, the model must know them
 
 
 def train_reward(config: RewardModelConfig, train_rows=None, eval_rows=None, **where) -> RunResult:
-    """Trains a model with a head to score completions, from pairs of them.
+    """Trains a model with a score head on pairs of completions.
 
     Args:
       train_rows, eval_rows, **where: arguments of `Run`.
     """
     with Run(config, train_rows, eval_rows, **where) as run:
-        # 1. The tokenizer and the model: a classifier, or a language model that gets a fresh head.
+        # 1. The tokenizer and the model: a classifier, or a language model with a new head.
         tokenizer = run.load_tokenizer()
         model, params = run.load_model(load=partial(load_scoring_model, run))
 
@@ -38,7 +38,7 @@ def train_reward(config: RewardModelConfig, train_rows=None, eval_rows=None, **w
         )
         params = pretrain_demo(run, model, tokenizer, params, SHARE)
 
-        # 3. Rewards: what is learned here.
+        # 3. Rewards: this model learns them.
 
         # 4. The trainer.
         trainer = RewardTrainer(
@@ -59,33 +59,33 @@ def train_reward(config: RewardModelConfig, train_rows=None, eval_rows=None, **w
 
 
 def read_reward_data(config: RewardModelConfig, tokenizer, **parts) -> PairsData:
-    """`read_pairs`; completions end as a reward model meets them."""
+    """Reads pairs whose completions end as in scoring, see `read_pairs`."""
     return read_pairs(config, tokenizer, judges=True, **parts)
 
 
 def load_scoring_model(run: Run[RewardModelConfig], dtype, **options):
-    """A sequence classifier, or a language model's trunk with a fresh head: `(model, params)`."""
+    """Loads `(model, params)`: a classifier, or a language model's trunk with a new head."""
     source: ModelSource = run.source
     if not source.is_adapter and is_classifier(source.files):
         return load_classifier(source.files, dtype, **options)
     model, params = source.load(dtype, **options)
     run.console.print(
-        f"the head is fresh: '{source.path}' is a language model, which has none", markup=False
+        f"new score head: '{source.path}' is a language model without one", markup=False
     )
     key = jax.random.key(run.config.hyperparams.seed)
     return model, with_head(params, init_head(key, model.config, dtype=model.param_dtype))
 
 
 def save_scoring_model(console: Console, path, model, params, tokenizer, *, generation_config=None):
-    """Writes the directory of a sequence classifier, and says what it uses for padding."""
+    """Writes the directory of a sequence classifier, and reports its padding token."""
     del generation_config  # a classifier does not generate
     pad, own = padded(tokenizer).pad_token, tokenizer.pad_token
     if pad is None:
-        console.print("no token to pad with: transformers will score one text at a time")
+        console.print("no padding token: transformers will score one text at a time")
     elif pad != own:
         console.print(
-            f"saved with {pad} for padding in place of {own}: at an end token transformers would "
-            "not read the score",
+            f"saved with padding token {pad} instead of {own}: transformers would not read the "
+            "score at an end token",
             markup=False,
         )
     return save_classifier(path, model, params, tokenizer)

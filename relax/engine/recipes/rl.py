@@ -1,4 +1,4 @@
-"""What GRPO and PPO share as runs: prompts, reward functions, sampling, completions on screen."""
+"""Common parts of GRPO and PPO runs: prompts, reward functions, sampling, callbacks."""
 
 import dataclasses
 import json
@@ -27,20 +27,20 @@ HEADLINE = ("eval_reward", "eval_pass@1")
 
 
 def load_rewards(run: RLRun, tokenizer) -> Any:
-    """The reward functions of a run, each in processes of its own; `model:DIR` beside the policy.
+    """Loads a run's reward functions, in worker processes, or `model:DIR` in this process.
 
     Returns:
-      A `RewardRunner`, closed when the run ends; None: there is a problem, which `load_data`
+      A `RewardRunner`, closed when the run ends; None if there is a problem, which `load_data`
       reports.
     """
     m, r = run.config.model, run.config.reward
     dtypes = {"dtype": jnp.dtype(m.dtype), "param_dtype": jnp.dtype(m.param_dtype)}
 
-    run.attempt(_environment, run.config)  # what is wrong with it is told now
+    run.attempt(_environment, run.config)  # reports its problems early
 
     def make() -> RewardRunner:
         specs = r.reward_funcs
-        if tokenizer is None:  # the others can be looked at all the same
+        if tokenizer is None:  # the other functions can still be checked
             functions = [spec for spec in specs if not spec.startswith(PREFIX)]
         else:
             ends = run.source.end_tokens(tokenizer)
@@ -59,12 +59,12 @@ def load_rewards(run: RLRun, tokenizer) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How completions make up rollouts and updates.
+    """Sizes of rollouts and updates.
 
     Attributes:
-      completions_per_update: of one optimizer step.
-      prompts_per_item: of one rollout; each has a group of `num_generations` completions.
-      updates_per_item: of one rollout, all passes together.
+      completions_per_update: completions per optimizer step.
+      prompts_per_item: prompts per rollout, each with a group of `num_generations` completions.
+      updates_per_item: updates per rollout, over all passes.
     """
 
     completions_per_update: int
@@ -73,12 +73,12 @@ class Sizes:
     plan: str
 
     @classmethod
-    def of(cls, config, *, updates_per_pass: int, passes: int) -> "Sizes":
-        """The sizes that a configuration asks for.
+    def make(cls, config, *, updates_per_pass: int, passes: int) -> "Sizes":
+        """Computes the sizes from a configuration.
 
         Args:
-          updates_per_pass: updates of one pass over the completions of a rollout.
-          passes: passes over them.
+          updates_per_pass: updates per pass over the completions of a rollout.
+          passes: number of passes.
         """
         h, G = config.hyperparams, config.rollout.num_generations
         completions = h.per_device_train_batch_size * h.gradient_accumulation_steps
@@ -92,7 +92,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class PromptReport:
-    """The prompts of a data set, and how many of them fill no rollout, per epoch."""
+    """The report on a dataset's prompts, with the number per epoch that fill no rollout."""
 
     prompts: Prompts
     left_out: int
@@ -119,15 +119,15 @@ def read_prompts(
     extra_rounds: int = 0,
     critic: ModelSource | None = None,
 ) -> Data:
-    """Tokenises the prompts of every set and deals them out to rollouts.
+    """Tokenises the prompts of every set and splits them into rollouts.
 
     Args:
-      rewards: checked against the rows' columns.
-      extra_rounds: items' worth of prompts that an item holds to replace its own.
-      critic: of PPO, where it has positions of its own.
+      rewards: reward functions, checked against the rows' columns.
+      extra_rounds: extra prompts for resampling, in multiples of an item's prompts.
+      critic: the files of a separate PPO critic, for its number of positions.
 
     Raises:
-      RelaxError: all problems of all sets, at once.
+      RelaxError: all problems of all sets together.
     """
     limit, whose = _positions(model_config, rewards, critic)
     room = limit - config.rollout.max_completion_length
@@ -170,7 +170,7 @@ def read_prompts(
 
 
 def rollout_options(run: RLRun, data: Data, sizes: Sizes, tokenizer) -> dict[str, Any]:
-    """The arguments of `RLTrainer` that the configuration gives, whatever the algorithm."""
+    """The arguments of `RLTrainer` for any algorithm, from the configuration."""
     config = run.config
     r = config.rollout
     sampling = SamplingConfig(
@@ -198,7 +198,7 @@ def rollout_options(run: RLRun, data: Data, sizes: Sizes, tokenizer) -> dict[str
 
 
 def completion_callbacks(run: RLRun, data: Data, rewards: RewardRunner) -> tuple:
-    """The callbacks that count rewards, show and keep completions, and warn about rewards."""
+    """The callbacks that save reward counters, and show and write completions."""
     r = run.config.reward
     shown = r.num_completions_to_print if r.log_completions else 0
     directory = run.run_dir.path / "completions"
@@ -209,14 +209,14 @@ def completion_callbacks(run: RLRun, data: Data, rewards: RewardRunner) -> tuple
 
 
 def with_answers(rows: list[dict]) -> list[dict]:
-    """Rows of the demo task, with what the assistant should say as the column `answer`."""
+    """Rows of the demo task, with the assistant's reply as the column `answer`."""
     return [{"prompt": row["prompt"], "answer": row["completion"][0]["content"]} for row in rows]
 
 
 def _positions(
     policy: TransformerConfig, rewards: RewardRunner, critic: ModelSource | None
 ) -> tuple[int, str]:
-    """The positions that policy, critic and reward models all have, and whose they are."""
+    """The smallest number of positions of policy, critic and reward models, and whose it is."""
     found = [max_positions(policy)]
     if critic is not None:
         found.append((critic.model_config.max_position_embeddings, "of value_model"))
@@ -268,7 +268,7 @@ def _show(console, config, reports, rewards, sources: Sources, sizes: Sizes) -> 
         console.print(report.prompts.report(), markup=False)
         if report.left_out:
             console.print(
-                f"{report.left_out} prompts of each epoch are left out: they do not fill a rollout "
+                f"{report.left_out} prompts of each epoch are dropped: they do not fill a rollout "
                 f"of {sizes.prompts_per_item} prompts",
             )
     for row in reports[sources.training].prompts.rows[: config.debug.print_examples]:

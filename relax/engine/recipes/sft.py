@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, from its configuration to a model directory."""
+"""Supervised fine-tuning: from a configuration to a model directory."""
 
 import dataclasses
 import zlib
@@ -27,10 +27,10 @@ def train_sft(config: SFTConfig, train_rows=None, eval_rows=None, **where) -> Ru
         tokenizer = run.load_tokenizer()
         model, params = run.load_model()
 
-        # 2. The data: rows become labelled tokens, and those become batches.
+        # 2. The data: rows become labelled tokens and then batches.
         data = run.load_data(read_sft_data, tokenizer, model, kind="completions")
 
-        # 3. Rewards: none. The labels are what is learned.
+        # 3. Rewards: none. The model learns from labels.
 
         # 4. The trainer.
         trainer = SFTTrainer(
@@ -56,9 +56,9 @@ class SFTData(Data):
     """Data of SFT.
 
     Attributes:
-      has_answers: rows are trained on in part, so that exact matches can be counted. Of whole
-        texts no two are the same, and looking would cost time.
-      make_plain_loader: a loader of examples to evaluate on, one row each, in the given order.
+      has_answers: whether only parts of rows are trained on, so that exact matches are worth
+        counting; whole texts hardly ever match, and checking them costs time.
+      make_plain_loader: makes an evaluation loader of examples, one per row, in the given order.
     """
 
     has_answers: bool = False
@@ -71,7 +71,7 @@ def read_sft_data(
     """Tokenises the rows of every set and batches them.
 
     Raises:
-      RelaxError: all problems of all sets, at once.
+      RelaxError: all problems of all sets together.
     """
     loaders, reports, digest = {}, {}, 0
     found = ErrorList()
@@ -116,7 +116,7 @@ def read_sft_data(
 def exact_match_on_demo(
     console: Console, when: str, trainer, state, data: SFTData
 ) -> dict[str, float]:
-    """The share of held-out sums that the model writes without a mistake."""
+    """Measures the share of held-out sums that the model gets right."""
     share = trainer.exact_match(state, data.make_plain_loader(data.eval.examples))
     console.print(f"held-out exact match {when} training: {share:.1%}")
     return {"exact_match_before" if when == "before" else "exact_match": share}
@@ -124,7 +124,7 @@ def exact_match_on_demo(
 
 def _format_options(config: SFTConfig, sources: Sources, strategy: str | None) -> FormatOptions:
     d, sft = config.data, config.sft
-    # The two strategies that split long rows keep every token: nothing is truncated before them.
+    # The two strategies that split long rows keep every token, so rows are not truncated first.
     splits = strategy not in (None, "bfd")
     return FormatOptions(
         text_field=d.dataset_text_field,
