@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the name of a command and its own arguments; None: those of the process.
 
     Returns:
-      The exit code; 2 where there is no such command.
+      The exit code; 2 if there is no such command.
 
     Raises:
       SystemExit: see `relax.config.cli.run`.
@@ -73,9 +73,9 @@ def _sample(config: SampleConfig) -> None:
 
 
 def _plan(config: PlanConfig) -> None:
-    # No device is asked for: the compiler's library would look for a TPU, and wait for it.
+    # Without a device; the compiler's library would otherwise wait for a TPU.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a run on this host's TPUs has it loaded, too
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a run on this host's TPUs may have loaded it
     topology = config.devices.topology
     if topology.startswith("cpu:"):
         flag = f"--xla_force_host_platform_device_count={count_of(topology)}"
@@ -88,7 +88,7 @@ def _plan(config: PlanConfig) -> None:
 
 def _prepare() -> None:
     """Sets up the process before jax starts its threads."""
-    # transformers would say that PyTorch is missing, which nothing here needs.
+    # transformers would warn that PyTorch is missing, which is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from relax.parallel.cpu import prepare_cpu
 
@@ -113,7 +113,7 @@ def _monitor(arguments: Sequence[str]) -> int:
     return main(list(arguments))
 
 
-# Commands whose flags are the fields of a configuration: its class, and what is done with it.
+# Commands with the fields of a configuration as flags: its class, and a function of it.
 CONFIGURED = {
     "sft": (SFTConfig, _train),
     "dpo": (DPOConfig, _train),
@@ -123,7 +123,7 @@ CONFIGURED = {
     "sample": (SampleConfig, _sample),
     "plan": (PlanConfig, _plan),
 }
-# Commands with arguments of their own: a line about them, and a function of the arguments.
+# Commands with their own arguments: a description, and a function of the arguments.
 PROGRAMS = {
     "gguf": ("Convert a GGUF file to a Hugging Face model directory.", _gguf),
     "report": ("Write the report page of a run, or a page that compares several.", _report),

@@ -1,4 +1,4 @@
-"""The errors that ReLax raises on purpose: each says what is wrong, the value, and what to do.
+"""The errors that ReLax raises: each states the problem, the value, and what to do.
 
 A script prints the message of a `RelaxError` without a traceback and exits with its `exit_code`:
 1 for a run that failed, 2 for a usage, configuration, data or model problem found before the run.
@@ -7,12 +7,12 @@ A script prints the message of a `RelaxError` without a traceback and exits with
 import contextlib
 from collections.abc import Iterator
 
-# Of every loader that is given such a file.
+# The message of every loader that gets such a file.
 CONVERT_FIRST = "'{path}' is a GGUF file: convert it with `relax gguf {path} DIR`, then load DIR."
 
 
 class RelaxError(Exception):
-    """Base of all errors that ReLax raises on purpose."""
+    """Base class of all errors of ReLax."""
 
     exit_code = 1
 
@@ -24,10 +24,10 @@ class ConfigError(RelaxError, ValueError):
 
 
 class Problems(ConfigError):
-    """Several things are wrong, each in a sentence of its own.
+    """Several problems, one sentence each.
 
     Args:
-      problems: the sentences.
+      problems: sentences.
     """
 
     def __init__(self, problems: list[str]):
@@ -36,31 +36,31 @@ class Problems(ConfigError):
 
 
 class DataError(RelaxError, ValueError):
-    """A data set cannot be read, or a row of it cannot be trained on."""
+    """A data set or one of its rows cannot be used."""
 
     exit_code = 2
 
 
 class ModelLoadError(RelaxError, ValueError):
-    """A model directory is not what its configuration says."""
+    """A model directory is invalid or does not match its configuration."""
 
     exit_code = 2
 
 
 class CheckpointError(RelaxError, ValueError):
-    """A checkpoint could not be written, or is not what was written."""
+    """A checkpoint cannot be written, or is damaged."""
 
 
 class RewardError(RelaxError, RuntimeError):
-    """Reward functions fail more often than is allowed, or cannot be run at all."""
+    """Reward functions fail too often, or cannot run."""
 
 
 class NonFiniteError(RelaxError, FloatingPointError):
-    """Loss or gradient of several updates in a row were not finite."""
+    """Loss or gradient were not finite in several consecutive steps."""
 
 
 class ErrorList:
-    """Notes the errors of what is done in `with collector.catch():` and goes on behind it.
+    """Collects the errors raised within `with errors.catch():`, to report them together.
 
     >>> found = ErrorList()
     >>> with found.catch():
@@ -80,16 +80,16 @@ class ErrorList:
             self.note(error)
 
     def note(self, error: RelaxError) -> None:
-        """Each sentence is noted once."""
+        """Adds an error, unless all its sentences are known."""
         told = {problem for known in self.errors for problem in _sentences(known)}
         if not set(_sentences(error)) <= told:
             self.errors.append(error)
 
     def raise_all(self) -> None:
-        """Raises the one error, or one that has all of them, or none.
+        """Raises the collected errors as one; returns if there are none.
 
         Raises:
-          RelaxError: something was noted.
+          RelaxError: an error was collected.
         """
         if len(self.errors) == 1:
             raise self.errors[0]

@@ -1,7 +1,7 @@
-"""Files: written whole, and read from downloaded directories without leaving them, within limits.
+"""Atomic writing of files, and safe reading of files in downloaded directories.
 
-A directory that somebody else made may hold anything. Whatever is read of it is a regular file
-inside, of a bounded size; `check_directory` looks at all of them before a library opens one.
+A downloaded directory may contain anything. Only regular files within it, of limited size, are
+read; `check_directory` checks all of them before a library opens one.
 """
 
 import json
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from relax.errors import ModelLoadError
 
-STATE_FILE = "relax_state.json"  # in every checkpoint
+STATE_FILE = "relax_state.json"  # part of every checkpoint
 TMP_SUFFIX = ".tmp"
 
-# Limits of what is read from a model directory (the table is in docs/models.md).
+# Limits on files of a model directory; docs/models.md has the table.
 JSON_BYTES = 50_000_000  # configurations and indices; the longest real index is a fifth of that
-JSON_DEPTH = 64  # objects and lists within each other
+JSON_DEPTH = 64  # nesting of objects and lists
 TOKENIZER_BYTES = 200_000_000  # each file of a tokenizer; the largest real ones have 35 MB
 TEMPLATE_BYTES = 1_000_000  # a chat template; the longest real ones have 20 kB
 MODEL_FILES = {
@@ -24,13 +24,13 @@ MODEL_FILES = {
     ".txt": TOKENIZER_BYTES,
     ".model": TOKENIZER_BYTES,
     ".jinja": TEMPLATE_BYTES,
-    ".safetensors": None,  # as large as config.json says, which is checked against its header
+    ".safetensors": None,  # its header is checked against config.json
 }
-TEMPLATES = "additional_chat_templates"  # a folder that transformers reads, too
+TEMPLATES = "additional_chat_templates"  # a folder that transformers also reads
 
 
 def fsync_path(path: str | Path) -> None:
-    """Asks the disk to keep a file's bytes, or a directory's entries, through a power loss."""
+    """Flushes a file's bytes, or a directory's entries, to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -39,7 +39,7 @@ def fsync_path(path: str | Path) -> None:
 
 
 def file_crc(path: Path) -> int | None:
-    """crc32 of a file's bytes, None if it cannot be read."""
+    """crc32 of a file's bytes; None if it cannot be read."""
     crc = 0
     try:
         with open(path, "rb") as file:
@@ -51,7 +51,7 @@ def file_crc(path: Path) -> int | None:
 
 
 def content_digest(path: str | Path) -> str:
-    """A checksum of the bytes of a file, or of all files in a directory and their names."""
+    """Checksum of a file, or of the names and contents of all files in a directory."""
     path, crc = Path(path), 0
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -61,19 +61,19 @@ def content_digest(path: str | Path) -> str:
 
 
 def atomic_write(path: str | Path, data: bytes, *, sync: bool = True) -> None:
-    """Writes a file whole: after any kill it is either the old one or the new one.
+    """Writes a file atomically: after a kill it has either the old or the new contents.
 
     Args:
-      path: the file; its directory is made.
-      data: all of its bytes.
-      sync: wait until the disk has them, so that they survive a power loss as well.
+      path: path of the file; its directory is created.
+      data: contents.
+      sync: wait until the contents are on disk, so that they survive a power loss.
 
     Raises:
       OSError: the file cannot be written; the old one is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One writer per directory, so a fixed name: what a killed run left is overwritten.
+    # There is one writer per directory, so a fixed name overwrites a killed run's leftovers.
     temporary = path.with_name(path.name + TMP_SUFFIX)
     with open(temporary, "wb") as file:
         file.write(data)
@@ -91,7 +91,7 @@ def write_json(path: str | Path, obj) -> None:
 
 
 def list_steps(directory: str | Path) -> list[int]:
-    """The steps of the committed checkpoints in a directory, ascending, read from the disk."""
+    """Steps of the committed checkpoints in a directory, ascending."""
     try:
         entries = list(os.scandir(directory))
     except (FileNotFoundError, NotADirectoryError):
@@ -101,10 +101,10 @@ def list_steps(directory: str | Path) -> list[int]:
 
 
 def check_directory(directory: str | os.PathLike) -> None:
-    """Refuses a model directory in which some file that a library might read is not fit for it.
+    """Refuses a model directory with a file that is unsafe for a library to read.
 
     Raises:
-      ModelLoadError: a link leads out of the directory, a file is no regular one, or too large.
+      ModelLoadError: a link leads out of the directory, or a file is irregular or too large.
     """
     directory = Path(directory)
     for name in sorted(os.listdir(directory)):
@@ -117,14 +117,14 @@ def check_directory(directory: str | os.PathLike) -> None:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """Where an entry of a directory is: there, or where the hub's cache keeps it.
+    """The resolved path of a directory's entry, in it or in the hub's cache.
 
-    The hub's cache keeps the files of a snapshot in `blobs` folders, of the repository or of the
-    whole cache, and links to them; that is not leaving it.
+    The hub's cache stores the files of a snapshot in `blobs` folders, of the repository or of the
+    whole cache, and links to them; such links are allowed.
 
     Raises:
       ModelLoadError: a link leads elsewhere.
-      OSError, ValueError: nothing can have this name.
+      OSError, ValueError: the name is invalid.
     """
     root = Path(os.path.realpath(directory))
     stores = [root]
@@ -142,10 +142,10 @@ def inside(directory: Path, name: str) -> Path:
 
 
 def file_of(directory: Path, name: str) -> Path:
-    """The path of a file of a model directory: a regular file in it, and not too large.
+    """The path of a regular file of limited size in a model directory.
 
     Raises:
-      ModelLoadError: it is not there, or not such a file.
+      ModelLoadError: there is no such file.
     """
     shown = name if name.isprintable() and 0 < len(name) < 200 else f"{name[:200]!r}"
     if name != os.path.basename(name):
@@ -155,7 +155,7 @@ def file_of(directory: Path, name: str) -> Path:
         regular, there = target.is_file(), os.path.lexists(directory / name)
     except ModelLoadError:
         raise
-    except (OSError, ValueError):  # a name too long, or with a zero byte
+    except (OSError, ValueError):  # a name that is too long or contains a zero byte
         raise ModelLoadError(f"'{directory}': no file can be named {shown}.") from None
     if not there:
         raise ModelLoadError(f"'{directory}' has no {name}.")
@@ -166,10 +166,10 @@ def file_of(directory: Path, name: str) -> Path:
 
 
 def check_size(file: Path, most: int | None) -> None:
-    """Refuses a file of more than so many bytes.
+    """Refuses a file above a number of bytes.
 
     Raises:
-      ModelLoadError: with both numbers.
+      ModelLoadError: the file is larger; names both numbers.
     """
     size = file.stat().st_size
     if most is not None and size > most:
@@ -177,10 +177,10 @@ def check_size(file: Path, most: int | None) -> None:
 
 
 def read_json(directory: Path, name: str) -> dict:
-    """The object that a JSON file of a model directory holds.
+    """Reads the object in a JSON file of a model directory.
 
     Raises:
-      ModelLoadError: there is no such file, it is too large or too deep, or holds no object.
+      ModelLoadError: the file is missing, too large or too deeply nested, or has no object.
     """
     file = file_of(directory, name)
     where = directory / name
@@ -197,7 +197,7 @@ def read_json(directory: Path, name: str) -> dict:
 
 
 def json_depth(value) -> int:
-    """How deep objects and lists are nested.
+    """Nesting depth of objects and lists.
 
     >>> json_depth({"a": [1, {}]}), json_depth(1)
     (3, 0)

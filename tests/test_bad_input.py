@@ -160,7 +160,7 @@ def test_a_row_without_a_trained_token_is_left_out_and_counted(run, tmp_path):
 def test_a_data_set_without_a_trained_token_is_refused(refused, tmp_path):
     rows = [{"input_ids": [5, 6], "labels": [-100, -100]}] * 3
     message = refused(dataset_name=write_rows(tmp_path / "rows.jsonl", rows))
-    assert message.startswith("no row of 3 can be trained on (3 no trained token)")
+    assert message.startswith("none of 3 rows can be trained on (3 no trained token)")
 
 
 # truncation_mode -> (what the report says of the long row, tokens in all)
@@ -263,7 +263,7 @@ def test_names_that_are_no_directory_and_not_on_the_hub_are_refused(refused, tmp
     said = refused(dataset_name=rows, model_name_or_path="no/model")
     assert said.startswith("'no/model' is no directory here and could not be fetched from the hub")
     said = refused(dataset_name="no/rows")
-    assert said.startswith("'no/rows' is neither a file nor a directory, nor a data set that the")
+    assert said.startswith("'no/rows' is neither a file nor a directory, nor a data set on the hub")
     said = refused(dataset_name=rows, model_name_or_path=tmp_path / "nothing")
     assert said.startswith(f"no model directory at '{tmp_path / 'nothing'}'")
     said = refused(dataset_name=tmp_path / "nothing.jsonl")

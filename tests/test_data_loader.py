@@ -163,7 +163,7 @@ def test_examples_longer_than_max_length_are_never_cut_in_silence():
 def test_a_loader_without_rows_or_with_an_impossible_option_is_refused():
     with pytest.raises(DataError, match="got none"):
         DataLoader([], 1)
-    with pytest.raises(DataError, match="none of 1 rows has a token to train on"):
+    with pytest.raises(DataError, match="none of 1 rows has a trained token"):
         DataLoader([Encoded([1, 2], [-100, -100])], 1)
     with pytest.raises(ConfigError, match="packing needs max_length"):
         DataLoader(examples(1), 1, packing="bfd")

@@ -337,7 +337,7 @@ def test_a_text_prompt_beside_whole_conversations_is_taken_from_them(tokenizer):
     found, report = prepare_preferences([pair], tokenizer)
     del pair["prompt"]
     assert found.digest == prepare_preferences([pair], tokenizer)[0].digest
-    assert any("what the conversations begin with" in note for note in report.notes)
+    assert any("the beginning of the conversations" in note for note in report.notes)
     chat = {"prompt": "Hi", "messages": [user("Hi"), bot("Yo")]}
     examples, report = prepare([chat], tokenizer)
     assert texts([{"messages": chat["messages"]}], tokenizer) == [

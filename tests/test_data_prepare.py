@@ -184,7 +184,10 @@ def test_an_end_of_turn_outside_of_the_mask_is_noted():
     options = FormatOptions(assistant_only_loss=True)
     _, report = prepare(rows, byte_tokenizer(outside), options)
     assert report.endless == 1 and not report.ends_trained
-    assert "1 rows are trained on no end token: nothing teaches to stop there" in report.notes
+    assert (
+        "1 rows have no trained end token, so the model does not learn to stop there"
+        in report.notes
+    )
     _, report = prepare(rows, byte_tokenizer(MARKED), options)
     assert report.endless == 0 and report.ends_trained and report.last_trained_token == END
 
@@ -193,7 +196,7 @@ def test_assistant_only_loss_needs_a_template_with_marks_and_a_row_with_an_assis
     options = FormatOptions(assistant_only_loss=True)
     with pytest.raises(ConfigError, match="generation %}.*--chat_template_path"):
         prepare([{"messages": [user("a"), bot("b")]}], byte_tokenizer(), options)
-    with pytest.raises(DataError, match=r"row 0: .*found no word of the assistant.*\['user'\]"):
+    with pytest.raises(DataError, match=r"row 0: .*found no assistant message.*\['user'\]"):
         prepare([{"messages": [user("a")]}], byte_tokenizer(MARKED), options)
 
 
@@ -297,7 +300,7 @@ def test_a_token_outside_of_the_embedding_is_refused_before_training(tokenizer, 
 
 def test_shifted_labels_are_refused(tokenizer):
     row = {"input_ids": [1, 2, 3], "labels": [2, 3, -100]}
-    with pytest.raises(DataError, match="row 0: label 2 is neither .* labels are not shifted"):
+    with pytest.raises(DataError, match="row 0: label 2 is neither .* labels must not be shifted"):
         prepare([row], tokenizer)
 
 
@@ -338,10 +341,12 @@ def test_without_max_length_nothing_is_cut(tokenizer):
 
 def test_a_set_without_any_trained_token_says_why(tokenizer):
     rows = [{"prompt": "a long question", "completion": "b"}]
-    with pytest.raises(DataError, match=r"no row of 1 .*raise max_length=4 .*longest row has 17"):
+    with pytest.raises(
+        DataError, match=r"none of 1 rows .*raise max_length=4 .*longest row has 17"
+    ):
         prepare(rows, tokenizer, FormatOptions(max_length=4))
     rows = [{"input_ids": [1, 2], "labels": [-100, -100]}]
-    with pytest.raises(DataError, match="no row of 1 .*1 no trained token.*check the masks"):
+    with pytest.raises(DataError, match="none of 1 rows .*1 no trained token.*check the masks"):
         prepare(rows, tokenizer)
 
 

@@ -180,7 +180,7 @@ def test_an_unreachable_hub_name_is_one_clear_error(monkeypatch, tmp_path):
 
     hub.snapshot_download = snapshot_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    with pytest.raises(DataError, match=r"^'some/data' is neither .* hub gives: no network$"):
+    with pytest.raises(DataError, match=r"^'some/data' is neither .* on the hub: no network$"):
         read_rows("some/data")
 
 

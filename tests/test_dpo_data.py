@@ -189,7 +189,7 @@ def test_rows_that_cannot_teach_are_left_out_and_counted(arithmetic_tokenizer):
         "chosen equals rejected": 1,
     }
     assert "dropped      3 (1 the prompt fills" in "\n".join(report.lines())
-    with pytest.raises(DataError, match="no row of 1 can be trained on .1 an answer fills"):
+    with pytest.raises(DataError, match="none of 1 rows can be trained on .1 a completion fills"):
         cut("keep_end", 3, rows[1:2], arithmetic_tokenizer)
 
 
@@ -236,7 +236,10 @@ def test_a_bad_row_is_named_with_its_line(row, reason, arithmetic_tokenizer, tmp
         ({"prompt": "a", "completion": "b"}, "no preference: the row has 'prompt', 'completion'"),
         ({"prompt": "a", "completion": "b", "label": 1}, "'label' must be true or false, it is 1"),
         ({"prompt_ids": [1], "chosen_ids": [2.5], "rejected_ids": [3]}, "'chosen_ids' must be a"),
-        ({"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]}, "the chosen answer has no"),
+        (
+            {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]},
+            "the chosen completion has no",
+        ),
         ({"prompt_ids": [999], "chosen_ids": [1], "rejected_ids": [3]}, "token id 999 is outside"),
     ],
 )

@@ -130,7 +130,7 @@ def test_an_unknown_name_falls_back_with_a_warning_and_is_refused_in_a_run():
         resolve_profile("regimee3", [])
     with pytest.raises(ConfigError, match="unknown profile 'nothing'"):
         resolve_profile("chat+nothing", [])
-    with pytest.raises(ConfigError, match="each of its parts once"):
+    with pytest.raises(ConfigError, match="name each part once"):
         resolve_profile("chat+chat", [])
 
 

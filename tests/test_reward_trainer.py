@@ -149,7 +149,7 @@ def test_margins_are_read_with_the_pairs(arithmetic_tokenizer):
         {"prompt": "1+1=", "chosen": "2", "rejected": "3", "margin": 2},
         {"prompt": "1+2=", "chosen": "3", "rejected": "4", "margin": 0.5},
     ]
-    found, report = prepare_preferences(rows, arithmetic_tokenizer, judges=True)
+    found, report = prepare_preferences(rows, arithmetic_tokenizer, for_reward_model=True)
     assert [item.margin for item in found.items] == [2.0, 0.5] and "margin" in report.columns
     (batch,) = PreferenceLoader(found, 3, shuffle=False)
     assert batch["margin"].tolist() == [2.0, 0.5, 0.0]
@@ -157,12 +157,12 @@ def test_margins_are_read_with_the_pairs(arithmetic_tokenizer):
     assert report.unused_columns == ("margin",) and found.digest != other.digest
     rows[1]["margin"] = None
     with pytest.raises(DataError, match="'margin' must be a number in every row, it is None"):
-        prepare_preferences(rows, arithmetic_tokenizer, judges=True)
+        prepare_preferences(rows, arithmetic_tokenizer, for_reward_model=True)
 
 
 def test_pairs_without_a_common_beginning_have_an_empty_prompt(arithmetic_tokenizer):
     def read(**row):
-        found, _ = prepare_preferences([row], arithmetic_tokenizer, judges=True)
+        found, _ = prepare_preferences([row], arithmetic_tokenizer, for_reward_model=True)
         return texts(arithmetic_tokenizer, found.items[0])
 
     assert read(chosen="Well.", rejected="Badly.") == ("", "Well.<eos>", "Badly.<eos>")

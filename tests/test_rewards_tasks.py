@@ -129,7 +129,7 @@ def test_options_of_the_rows_are_checked_before_a_process_starts(options, messag
 def test_a_task_without_enough_new_questions_is_refused():
     pytest.importorskip("reasoning_gym")
     few = {"max_terms": 1, "min_terms": 1, "max_digits": 1, "size": 100}
-    with pytest.raises(ConfigError, match="400 draws give 10 different questions, test_size=100"):
+    with pytest.raises(ConfigError, match="400 draws give 10 distinct questions, test_size=100"):
         make_rows("chain_sum", "test", few)
     with pytest.raises(ConfigError, match="of 400 draws only 0 are not among the 10 that are held"):
         make_rows("chain_sum", "train", few | {"test_size": 10, "size": 100})

@@ -126,10 +126,10 @@ def make(file):
         ("raise", "raised", "raised ValueError: no such thing (*mine.py, line 5)"),
         ("leave", "raised", "raised SystemExit: 4"),
         ("recurse", "raised", "raised RecursionError"),
-        ("hang", "hung", "gave no answer within 0.5 s and was killed"),
-        ("stop", "hung", "gave no answer within 0.5 s and was killed"),
-        ("stop the parent", "hung", "gave no answer within 0.5 s and was killed"),
-        ("regex", "hung", "gave no answer within 0.5 s and was killed"),
+        ("hang", "hung", "did not return within 0.5 s and was killed"),
+        ("stop", "hung", "did not return within 0.5 s and was killed"),
+        ("stop the parent", "hung", "did not return within 0.5 s and was killed"),
+        ("regex", "hung", "did not return within 0.5 s and was killed"),
         ("exit", "died", "ended its process with exit code 3"),
         ("segfault", "died", "ended its process by signal SIGSEGV"),
         ("nan", "result", "returned nan"),
@@ -196,7 +196,7 @@ def test_a_worker_that_dies_between_two_batches_costs_nothing(make):
 def test_what_only_works_alone_fails_for_the_batch(make):
     batch = make("alone").score(["p"] * 2, ["1", "2"])
     assert np.isnan(batch.total).all()
-    assert "with 2 completions together though with none alone" in batch.failures[0].reason
+    assert "with 2 completions together, but with none alone" in batch.failures[0].reason
 
 
 def test_many_hanging_completions_cost_a_bounded_number_of_time_limits(make):

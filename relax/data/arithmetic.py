@@ -45,5 +45,5 @@ def _row(a: int, b: int) -> dict:
 
 
 def _order(n: int, seed: int) -> np.ndarray:
-    # The raw stream of a bit generator is the same in every numpy version.
+    # Raw bit-generator streams are the same in every numpy version.
     return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")

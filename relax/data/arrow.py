@@ -1,7 +1,7 @@
-"""Rows out of Arrow tables (parquet, `datasets`): JSON columns, and nulls that alignment made.
+"""Rows from Arrow tables (parquet, `datasets`): JSON columns and nulls added by alignment.
 
 Arrow gives every object of a column the keys of all of them, with null for those that an object
-does not have. `without_aligned_nulls` takes these keys away again; nulls on purpose stay.
+lacks. `without_aligned_nulls` removes these keys again; intended nulls stay.
 """
 
 import json
@@ -14,7 +14,7 @@ from relax.data.normalize import CHAT_COLUMNS
 COLUMNS = (*CHAT_COLUMNS, "tools", "chat_template_kwargs")
 
 JSON = "json"  # the shape of a JSON text
-# A shape says where Arrow structs are: {key: shape} of a struct, [shape] of a list, JSON, or None.
+# A shape locates Arrow structs: {key: shape} for a struct, [shape] for a list, JSON, or None.
 Shape = Any
 
 
@@ -63,7 +63,7 @@ def _of_feature(feature, json_shape: Shape) -> Shape:
 
 
 def _merged(shape: Shape, marked: Shape) -> Shape:
-    """The Arrow type's shape, with JSON where only the metadata of `datasets` says so."""
+    """The Arrow type's shape, with the JSON columns that only the metadata of `datasets` marks."""
     if marked == JSON:
         return JSON
     if isinstance(shape, list) and isinstance(marked, list):
@@ -74,7 +74,7 @@ def _merged(shape: Shape, marked: Shape) -> Shape:
 
 
 def read_json(value, shape: Shape, where: str):
-    """The value with its JSON texts read.
+    """The value with its JSON texts parsed.
 
     Raises:
       DataError: broken JSON.
@@ -94,12 +94,12 @@ def _has_json(shape: Shape) -> bool:
 
 
 def without_aligned_nulls(rows: list[dict], shapes: Mapping[str, Shape]) -> list[dict]:
-    """The rows without the keys that alignment added, in the columns of conversations and tools.
+    """Removes the keys that alignment added, from the columns of conversations and tools.
 
-    A key that is null in one object and has a value in another one goes; a key that is null
-    wherever it occurs was written, and stays. Two places say more: an argument of a call stays
-    null where the called function requires it or lets it be null, and goes where the function does
-    not have it; a `default` of null stays where its schema lets the value be null.
+    A key that is null in one object and has a value in another is removed; a key that is null in
+    every object was written, and stays. In two places the schema decides: a null argument stays if
+    the called function requires it or permits null, and is removed if the function lacks it; a
+    `default` of null stays if its schema permits null.
 
     >>> rows = [{"tools": [{"a": 1, "b": None}]}, {"tools": [{"a": None, "b": 2}]}]
     >>> without_aligned_nulls(rows, {"tools": [{"a": None, "b": None}]})
@@ -196,7 +196,7 @@ def _schemas(tools) -> dict[Any, dict]:
 
 
 def _clean_calls(messages: list, given: list, schemas: dict[Any, dict]) -> None:
-    """Decides on the null arguments of calls whose function is known, in place."""
+    """Keeps or removes the null arguments of calls to known functions, in place."""
     for message, original in zip(messages, given, strict=True):
         calls = message.get("tool_calls") if isinstance(message, dict) else None
         if not isinstance(calls, list) or not isinstance(original, dict):

@@ -1,4 +1,4 @@
-"""From rows of documents to the arrays that the compiled step eats."""
+"""Converts rows of documents to the arrays of the compiled step."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,17 +8,17 @@ from relax.data.examples import IGNORE, Encoded
 
 
 def collate(rows: Sequence[Sequence[Encoded]], length: int) -> dict[str, np.ndarray]:
-    """Lays the documents of each row one after the other and pads the row to `length`.
+    """Concatenates the documents of each row and pads the row to `length`.
 
-    Padding is whatever lies behind the documents: it is known by its place, never by its token.
+    Padding is identified by its position after the documents, never by its token.
 
     Args:
-      rows: per row its documents; a row without any is all padding.
+      rows: the documents of each row; a row without any is all padding.
       length: tokens per row, at least the longest row's.
 
     Returns:
       int32 arrays `[rows, length]`: `input_ids` (0 on padding), `labels` (-100 on padding and on
-      the first token of each document, which nothing precedes), `positions` (from 0 in each
+      the first token of each document), `positions` (from 0 in each
       document), `segment_ids` (1, 2, ... per document, 0 on padding).
 
     >>> batch = collate([[Encoded([5, 6], [5, 6]), Encoded([7, 8], [-100, 8])]], 5)
@@ -53,10 +53,10 @@ def round_up(length: int, multiple: int) -> int:
 
 
 def bucket_lengths(lengths: Iterable[int], max_buckets: int = 4, multiple: int = 8) -> list[int]:
-    """Chooses the few batch lengths that the step is compiled for.
+    """Chooses a few batch lengths, for each of which the step is compiled.
 
     The largest is the longest row's, the others its half, quarter, ..., each rounded up to
-    `multiple`; one that is too short for any row is left out.
+    `multiple`; lengths that fit no row are omitted.
 
     >>> bucket_lengths([100, 950, 1020])
     [128, 256, 512, 1024]

@@ -1,4 +1,4 @@
-"""From rows to tokens and labels: chat templates, joint tokenisation, loss masks, the end token."""
+"""Encodes rows as tokens and labels: chat templates, joint tokenisation, loss masks, end tokens."""
 
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ from relax.data.templates import ChatRenderer, Job
 from relax.data.tokens import common_length, token_mask, tokenize
 from relax.errors import ConfigError, DataError
 
-CHUNK = 1000  # rows tokenised in one call: fast tokenizers work on them in parallel
+CHUNK = 1000  # rows per call, which fast tokenizers process in parallel
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -20,9 +20,9 @@ class Encoder:
     """Encodes rows of one format with one tokenizer.
 
     Attributes:
-      counts: `merged`, rows whose prompt by itself is not what the whole begins with: a token is
-        of both, or the template renders the prompt otherwise once the completion follows.
-      renderer: of the conversations; its notes say what the template left out.
+      counts: `merged`, rows whose tokenised prompt is not a prefix of the whole: a token spans the
+        border, or the template renders the prompt differently before a completion.
+      renderer: renders conversations; its notes list what the template omits.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
@@ -169,7 +169,7 @@ class Encoder:
             mask = token_mask(out["offset_mapping"], out["input_ids"], spans, special)
             if not any(mask):
                 raise DataError(
-                    f"{job.where}: assistant_only_loss found no word of the assistant: the row has "
+                    f"{job.where}: assistant_only_loss found no assistant message: the row has "
                     f"the roles {[m['role'] for m in job.messages]}."
                 )
             ids = np.array(out["input_ids"], np.int64)
@@ -182,6 +182,6 @@ def _all_trained(all_ids: list[list[int]]) -> list[Encoded]:
 
 
 def _special_ids(tokenizer) -> set[int]:
-    """Ids of special tokens, those that are not named (EOS, ...) included."""
+    """Ids of all special tokens, also of those without a name such as EOS."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)

@@ -1,18 +1,18 @@
-"""Tokenised rows, kept in a few flat arrays instead of a million small ones."""
+"""Tokenised rows in a few flat arrays, not in a million small ones."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-IGNORE = -100  # the label of a token that is not trained
+IGNORE = -100  # label of a token without a loss
 
 
 class Encoded(NamedTuple):
-    """One document: what goes in and what is trained on, in Hugging Face alignment."""
+    """One document: input tokens and labels, aligned as in Hugging Face."""
 
     input_ids: np.ndarray  # [T] int32
-    labels: np.ndarray  # [T] int32: the token itself where it is trained, else IGNORE
+    labels: np.ndarray  # [T] int32: the token itself if it is trained, else IGNORE
 
 
 class Examples(Sequence):

@@ -1,4 +1,4 @@
-"""The formats of a row: which there are, how one is recognised, what every row of it must have."""
+"""Formats of rows: their names, how they are recognised, and the columns they require."""
 
 import difflib
 from collections.abc import Iterable
@@ -30,12 +30,12 @@ class FormatOptions:
 
     Args:
       text_field: the column of plain texts.
-      completion_only_loss: train on completions only; None: where rows have a prompt.
-      assistant_only_loss: train on what the template marks as the assistant's words only.
-      system_prompt: put before conversations that have no system message.
-      eos_token: ends a plain text, if not the tokenizer's own end token.
+      completion_only_loss: train on completions only; None: if rows have a prompt.
+      assistant_only_loss: train on what the template marks as the assistant's only.
+      system_prompt: system message of conversations that have none.
+      eos_token: end token of plain texts; None: the tokenizer's.
       max_length: tokens per row, >= 2; None: any number (packing splits long rows itself).
-      truncation_mode: what happens to a longer row: `keep_start`, `keep_end`, `drop`, `error`.
+      truncation_mode: treatment of longer rows: `keep_start`, `keep_end`, `drop`, `error`.
       limits: on rendering.
     """
 
@@ -56,7 +56,7 @@ class FormatOptions:
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
                 f"max_length must be at least 2, got {self.max_length}: "
-                "a first token has nothing to be predicted from."
+                "the first token is never predicted."
             )
 
 
@@ -66,8 +66,8 @@ class Format:
 
     Args:
       name: `tokens`, `text`, `messages`, `conversations` or `prompt-completion`.
-      columns: the columns that are read from every row.
-      conversational: the row is messages, to be rendered by a chat template.
+      columns: those read from every row.
+      conversational: rows are messages, rendered by a chat template.
     """
 
     name: str
@@ -89,12 +89,12 @@ def columns_of(rows: Iterable[dict]) -> tuple[str, ...]:
 def find_format(
     row: dict, where: str, options: FormatOptions, columns: Iterable[str] = ()
 ) -> Format:
-    """Recognises the format of the first row and refuses options that it cannot have.
+    """Recognises the format of the first row and refuses options that it does not support.
 
     Args:
       row: the first row, at `where`.
       options: how rows become tokens.
-      columns: of all rows: `tools`, template arguments and masks may begin in a later one.
+      columns: those of all rows; `tools` and masks may first occur in a later one.
 
     >>> find_format({"prompt": "2+2=", "completion": "4"}, "a.jsonl:1", FormatOptions()).name
     'prompt-completion'
@@ -121,7 +121,7 @@ def _recognise(row: dict, where: str, options: FormatOptions, columns: Iterable[
     if options.text_field != FormatOptions.text_field:
         return Format("text", (options.text_field,))  # asked for by name
     chats = [name for name in ("messages", "conversations") if name in present]
-    # Beside whole conversations a prompt repeats their beginning, as in UltraChat.
+    # Next to whole conversations, `prompt` repeats their beginning, as in UltraChat.
     if "completion" in present or ("prompt" in present and not chats):
         conversational = isinstance(row.get("prompt"), list)
         columns = ("prompt", "completion", *(extra if conversational else ()))
@@ -144,7 +144,7 @@ def _recognise(row: dict, where: str, options: FormatOptions, columns: Iterable[
 
 
 def check_row(row: dict, found: Format, where: str) -> None:
-    """Raises DataError unless the row has every column of the format, of the right type."""
+    """Raises DataError if a column of the format is missing or has a wrong type."""
     for column in found.columns:
         value = row.get(column)
         if column == "chat_template_kwargs":
@@ -170,7 +170,7 @@ def check_row(row: dict, found: Format, where: str) -> None:
 
 def _check_integers(value, column: str, row: dict, where: str) -> None:
     value = value.tolist() if hasattr(value, "tolist") else value
-    # A bool is an int in Python, and masks may well be written as booleans.
+    # Masks may be booleans, which are ints in Python.
     if not isinstance(value, list) or not all(
         isinstance(item, int) and abs(item) < 2**31 for item in value
     ):
@@ -178,7 +178,7 @@ def _check_integers(value, column: str, row: dict, where: str) -> None:
     if len(value) != len(row["input_ids"]):
         raise DataError(
             f"{where}: {column!r} has {len(value)} items, 'input_ids' has {len(row['input_ids'])}: "
-            "they must be as long as each other."
+            "they must have equal lengths."
         )
 
 
@@ -199,7 +199,7 @@ def _check_messages(value, column: str, where: str, sharegpt: bool) -> None:
             raise DataError(
                 f"{where}: {place} is from {role!r}, not one of {_names(_SHAREGPT_ROLES)}."
             )
-        # Content may be a list of parts, or be left out where the assistant only calls tools.
+        # Content may be a list of parts, or absent if the assistant only calls tools.
         if not isinstance(content, str | list) and not message.get("tool_calls"):
             raise DataError(
                 f"{where}: {place} needs a string {content_key!r}, it has {_names(message)}."
@@ -207,7 +207,7 @@ def _check_messages(value, column: str, where: str, sharegpt: bool) -> None:
 
 
 def conversation(row: dict, column: str, options: FormatOptions) -> list[dict]:
-    """The messages of a column, with the system prompt where there is no system message."""
+    """The messages of a column, with the system prompt if they have no system message."""
     messages = row[column]
     if column == "conversations":
         messages = [{"role": _SHAREGPT_ROLES[m["from"]], "content": m["value"]} for m in messages]

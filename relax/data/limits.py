@@ -1,4 +1,4 @@
-"""Limits on rows and chat templates, which may come from anywhere; docs/data.md lists them."""
+"""Limits on untrusted rows and chat templates; docs/data.md lists them."""
 
 import json
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that hold while rows are read and rendered.
+    """Limits on reading and rendering rows.
 
     Args:
       max_row_bytes: bytes of one row: a line of a file, or the texts of a Python row.
@@ -39,7 +39,7 @@ DEFAULT = Limits()
 
 
 def row_too_large(where: str, num_bytes: int | None, limits: Limits) -> DataError:
-    """The refusal of a row above `max_row_bytes`; `num_bytes` None: it was not read to its end."""
+    """The error for a row above `max_row_bytes`; `num_bytes` None: not read to its end."""
     size = "more" if num_bytes is None else f"{num_bytes:,}"
     return DataError(
         f"{where}: the row has {size} bytes, max_row_bytes={limits.max_row_bytes:,}: split the "
@@ -48,7 +48,7 @@ def row_too_large(where: str, num_bytes: int | None, limits: Limits) -> DataErro
 
 
 def check_files(sizes: list[int], what: str, limits: Limits) -> None:
-    """Refuses files that are together larger than `max_file_gib`.
+    """Refuses files whose sum of sizes exceeds `max_file_gib`.
 
     Raises:
       DataError: with the sum.
@@ -62,7 +62,7 @@ def check_files(sizes: list[int], what: str, limits: Limits) -> None:
 
 
 def check_values(value, where: str, limits: Limits) -> None:
-    """Refuses texts that no tokenizer can read, and what is too large or nested too deeply.
+    """Refuses text that no tokenizer can read, and rows that are too large or too deeply nested.
 
     Raises:
       DataError: half of a surrogate pair in a text or a key; a limit is exceeded.

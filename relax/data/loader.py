@@ -1,4 +1,4 @@
-"""The loader: batches whose order is a function of (seed, epoch, position), and of nothing else."""
+"""The loader: batches whose order is a function of (seed, epoch, position) alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -25,21 +25,21 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class DataLoader:
-    """Batches of `batch_size` rows, endlessly repeatable, resumable at any position at once.
+    """Batches of `batch_size` rows, resumable at any position without reading the earlier ones.
 
     A row is one example or, with packing, several; packing is done once, in the given order, and
-    the packed rows are what is shuffled. A row without a trained token (a piece of a long prompt)
-    is left out and counted in `num_dropped_rows`. The last batch of an epoch is filled with empty
-    rows: the shape stays, nothing is dropped, and empty rows train nothing.
+    packed rows are shuffled. A row without a trained token (a piece of a long prompt) is dropped
+    and counted in `num_dropped_rows`. The last batch of an epoch is filled with empty rows, which
+    keep the shape and have no loss.
 
     Args:
       examples: tokenised rows, each with at least one trained token.
       batch_size: rows per update (per-device batch size times accumulation steps).
-      seed: of the order, >= 0.
+      seed: seed of the order, >= 0.
       shuffle: a new order each epoch; False keeps the given one.
       packing: None, or a strategy of `relax.data.packing`.
-      max_length: tokens per packed row; without packing the most that an example may have.
-      max_buckets: how many batch lengths there may be without packing.
+      max_length: tokens per packed row, or the maximum of an example without packing.
+      max_buckets: maximum number of batch lengths without packing.
       pad_to_multiple_of: batch lengths are multiples of it.
     """
 
@@ -66,10 +66,10 @@ class DataLoader:
         self.rows = [row for row, count in zip(rows, trained, strict=True) if count]
         self.num_dropped_rows = len(rows) - len(self.rows)
         if not self.rows:
-            raise DataError(f"none of {len(rows)} rows has a token to train on.")
+            raise DataError(f"none of {len(rows)} rows has a trained token.")
         self.num_trained_tokens = sum(trained)  # per epoch
         self.row_lengths = np.array([sum(s.stop - s.start for s in row) for row in self.rows])
-        # Packed rows are full but for a few: one length is enough for them.
+        # Nearly all packed rows are full, so one length is enough.
         buckets = 1 if packing else max_buckets
         self.bucket_lengths = bucket_lengths(self.row_lengths.tolist(), buckets, pad_to_multiple_of)
 
@@ -83,9 +83,9 @@ class DataLoader:
     def batches(
         self, epoch: int, start: int = 0, places: np.ndarray | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch from position `start`; those before it are never made.
+        """The batches of one epoch from position `start`; earlier ones are never made.
 
-        `places` are the rows of a batch to make, where other processes make the others.
+        `places` are the rows of each batch to make, if other processes make the rest.
         """
         order = np.arange(len(self.rows))
         if self.shuffle:
@@ -118,7 +118,7 @@ class DataLoader:
 
     @property
     def fill(self) -> float:
-        """The share of the rows' places that hold a token when each is as long as the longest."""
+        """Fraction of tokens that are not padding if every row is padded to the longest."""
         return self.num_tokens / (len(self.rows) * int(self.row_lengths.max()))
 
 
@@ -129,7 +129,7 @@ def _pack_rows(examples: Examples, packing: str | None, max_length: int | None):
     if max_length is not None and packing in (None, "bfd") and lengths.max() > max_length:
         raise DataError(
             f"example {int(lengths.argmax())} has {lengths.max()} tokens, max_length={max_length}: "
-            "truncate it before (prepare does), or pack with bfd_split."
+            "truncate it first (prepare does), or pack with bfd_split."
         )
     if not packing:
         return [[Segment(i, 0, int(length))] for i, length in enumerate(lengths) if length]
@@ -139,7 +139,7 @@ def _pack_rows(examples: Examples, packing: str | None, max_length: int | None):
 
 
 def _trained_tokens(examples: Examples, rows: list[list[Segment]]) -> list[int]:
-    """Per row its trained tokens: the first of a piece has no context and is not one."""
+    """Trained tokens per row; the first token of a piece has no context and does not count."""
     before = np.concatenate([[0], np.cumsum(examples.labels != IGNORE)])
     offsets = examples.offsets
     return [

@@ -1,7 +1,7 @@
-"""One normal form for rows, whatever they came from: the table in docs/data.md. Pure functions.
+"""The normal form of rows from any source, see the table in docs/data.md. Pure functions.
 
-Every reader calls `normalize`, so all algorithms see the same rows. A row that is normal already
-is returned as it is, not copied.
+Every reader calls `normalize`, so all algorithms see the same rows. A row in normal form is
+returned as it is, not copied.
 """
 
 from collections import Counter
@@ -29,9 +29,9 @@ def normalize(
     """Rows in their normal form, and a note for each kind of change.
 
     Args:
-      rows: as they were read.
-      origin: the place of row i, for errors.
-      limits: what a row may hold at most.
+      rows: rows as read.
+      origin: gives the place of row i, for errors.
+      limits: limits on each row.
 
     Raises:
       DataError: as "file:line: reason": a text that is not Unicode, broken JSON in a column that
@@ -63,12 +63,12 @@ def _row(row: dict, where: str, limits: Limits, changes: set[str]) -> dict:
     changed = {name: value for name, value in new.items() if value is not row[name]}
     if not changed:
         return row
-    check_values(changed, where, limits)  # JSON inside of JSON is a level of its own
+    check_values(changed, where, limits)  # JSON inside JSON adds a level
     return {**row, **changed}
 
 
 def _chat(value, column: str, where: str, changes: set[str]):
-    """The messages of a column; what is no list of messages is returned as it is."""
+    """The messages of a column; any other value is returned as it is."""
     if isinstance(value, str):
         if column not in _ALWAYS_CHAT or not value.lstrip().startswith("["):
             return value
@@ -108,7 +108,7 @@ def _message(message, place: str, where: str, changes: set[str]):
 
 
 def _joined(parts, place: str, where: str) -> str:
-    """The text of content parts, as templates that take parts write it: one after the other."""
+    """The concatenated text of content parts, as templates that accept parts write it."""
     texts = []
     for i, part in enumerate(parts):
         if isinstance(part, str):
@@ -151,12 +151,12 @@ def _calls(calls, place: str, where: str, changes: set[str]):
 
 
 def _call(function: Mapping, place: str, where: str, changes: set[str]) -> Mapping:
-    """A function's name and arguments, the arguments an object: templates write them as JSON."""
+    """A function's name, and its arguments as an object, which templates write as JSON."""
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
         return function
     changes.add("arguments")
-    # No arguments are often written as an empty text.
+    # An empty text often stands for no arguments.
     parsed = parse_json(arguments, f"{where}: {place}.arguments") if arguments.strip() else {}
     if not isinstance(parsed, dict | list):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Packing: which piece of which document goes into which row. Pure functions over lengths."""
+"""Packing: assigns pieces of documents to rows. Pure functions of lengths."""
 
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
@@ -18,13 +18,13 @@ class Segment(NamedTuple):
 
 
 def pack(lengths, max_length: int, strategy: str = "bfd") -> list[list[Segment]]:
-    """Distributes documents over rows of at most `max_length` tokens.
+    """Assigns documents to rows of at most `max_length` tokens.
 
     `bfd` is best-fit decreasing: the longest document first (ties in input order), each into the
-    fullest row that still has room (the oldest of equals), else into a new row; what is longer than
-    a row is cut on the right. `bfd_split` first splits long documents into pieces of `max_length`.
+    fullest row that still has room (the oldest of equals), else into a new row; longer documents
+    are truncated on the right. `bfd_split` first splits long documents into pieces of `max_length`.
     `wrapped` concatenates everything and cuts it every `max_length` tokens. Empty documents take
-    no place. Rows come in the order in which they were opened.
+    no place. Rows are in the order in which they were opened.
 
     Args:
       lengths: tokens per document, >= 0.
@@ -32,7 +32,7 @@ def pack(lengths, max_length: int, strategy: str = "bfd") -> list[list[Segment]]
       strategy: one of `STRATEGIES`.
 
     Returns:
-      Per row its segments, in row order.
+      The segments of each row.
 
     Raises:
       ConfigError: if `max_length` or `strategy` is out of range.
@@ -59,8 +59,8 @@ def pack(lengths, max_length: int, strategy: str = "bfd") -> list[list[Segment]]
 
 def _best_fit_decreasing(pieces: list[Segment], max_length: int) -> list[list[Segment]]:
     rows: list[list[Segment]] = []
-    # The open rows by free space, and the sorted free spaces that occur: a search per piece is
-    # logarithmic in their number, which is at most max_length.
+    # Open rows by free space, and the sorted free spaces: a search per piece is logarithmic in
+    # their number, which is at most max_length.
     rows_with: dict[int, deque[list[Segment]]] = defaultdict(deque)
     spaces: list[int] = []
     row: list[Segment]

@@ -1,14 +1,14 @@
-"""Preferences: rows to a prompt and two answers each, in tokens; all that was cut or left out.
+"""Preferences: rows as tokens of a prompt and two completions, and the report on them.
 
-Three kinds of rows, told by the first:
+Three formats of rows, recognised by the first row:
 
-    {"prompt", "chosen", "rejected"}      strings or messages; without `prompt` it is what the two
-                                          answers begin with
-    {"prompt", "completion", "label"}     one answer, good or bad by itself
+    {"prompt", "chosen", "rejected"}      strings or messages; without `prompt` it is the common
+                                          beginning of both
+    {"prompt", "completion", "label"}     one completion, good or bad by itself
     {"prompt_ids", "chosen_ids", "rejected_ids"}
 
-Reward models read `margin` beside a pair, by how much the scores should differ, and their pairs may
-have no prompt: they judge the whole text.
+Reward models also read `margin`, the wanted difference of the scores, and need no prompt, since
+they score the whole text.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Preferences:
 
     @property
     def digest(self) -> int:
-        """A checksum of every token, where answers begin, the labels and the margins."""
+        """A checksum of every token, where completions begin, the labels and the margins."""
         crc = 0
         for *parts, is_desirable, margin in self.items:
             for part in parts:
@@ -56,7 +56,7 @@ def prepare_preferences(
     tokenizer,
     *,
     unpaired: bool = False,
-    judges: bool = False,
+    for_reward_model: bool = False,
     system_prompt: str | None = None,
     eos_token: str | None = None,
     max_length: int | None = None,
@@ -64,26 +64,26 @@ def prepare_preferences(
     vocab_size: int | None = None,
     limits: Limits = DEFAULT,
 ) -> tuple[Preferences, PreferenceReport]:
-    """Turns rows into prompts and answers, such that prompt + answer is the whole as tokenised.
+    """Converts rows to tokens of prompts and completions, split from the tokenised whole.
 
-    Where tokenising the whole, or the chat template, makes the end of the prompt another than that
-    of the prompt alone, the prompt is what all begin with, and the row counts as merged.
+    If tokenisation or the chat template changes the end of the prompt when a completion follows,
+    the prompt is the common beginning of all of them, and the row counts as merged.
 
     Args:
-      rows: what `read_rows` returns, or takes.
+      rows: a result or an argument of `read_rows`.
       tokenizer: a Hugging Face tokenizer.
       unpaired: a pair becomes two rows, one desirable and one not (for KTO).
-      judges: the pairs are for a reward model, see above.
-      system_prompt: put before conversations that have no system message.
-      eos_token: ends a plain text, if not the tokenizer's own end token.
-      max_length: tokens of prompt and answer; None: any number.
-      truncation_mode: of longer rows: `keep_start` cuts the answers' ends, `keep_end` the prompt's
-        beginning, to what the longer answer leaves; `drop`; `error`.
+      for_reward_model: read `margin`, and allow empty prompts.
+      system_prompt: system message of conversations that have none.
+      eos_token: end token of plain texts; None: the tokenizer's.
+      max_length: tokens of prompt and completion; None: any number.
+      truncation_mode: treatment of longer rows: `keep_start` truncates the ends of completions,
+        `keep_end` the start of the prompt, by what the longer completion needs; `drop`; `error`.
       vocab_size: rows of the model's embedding; None: not checked.
       limits: on rows and rendering.
 
     Raises:
-      DataError: a row that is not what it should be (with file and line), or none is left.
+      DataError: a row is invalid (with file and line), or no row is left.
     """
     rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=limits)
     if not rows.rows:
@@ -95,9 +95,9 @@ def prepare_preferences(
         truncation_mode=truncation_mode,
         limits=limits,
     )
-    maker = PairEncoder(rows, tokenizer, options, judges)
+    maker = PairEncoder(rows, tokenizer, options, for_reward_model)
     if not maker.is_pair and not unpaired:
-        kto = "rows" if judges else "--loss_type kto, or rows"
+        kto = "rows" if for_reward_model else "--loss_type kto, or rows"
         raise ConfigError(
             f"{rows.origin(0)}: rows with 'completion' and 'label' are no pairs: use {kto} with "
             "'chosen' and 'rejected'."
@@ -107,23 +107,23 @@ def prepare_preferences(
     items = _unpaired(items) if unpaired and maker.is_pair else items
     if not items:
         reasons = "; ".join(f"{count} {reason}" for reason, count in cutter.dropped.items())
-        raise DataError(f"no row of {len(rows)} can be trained on ({reasons}).")
+        raise DataError(f"none of {len(rows)} rows can be trained on ({reasons}).")
     report = _report(maker, cutter, items, tokenizer, not unpaired)
     items = _with_partners(items) if unpaired else items
     return Preferences(items, not unpaired, maker.has_margins), report
 
 
 class _PairTruncator:
-    """Checks, cuts, drops and counts."""
+    """Checks, truncates, drops and counts rows."""
 
     def __init__(self, rows: Rows, maker: PairEncoder, max_length, mode: str, vocab_size):
         self.rows, self.is_pair, self.vocab_size = rows, maker.is_pair, vocab_size
-        self.judges = maker.judges
+        self.for_reward_model = maker.for_reward_model
         self.max_length, self.mode = max_length, mode
         self.dropped: Counter[str] = Counter()
         self.truncated = 0
         self.lengths: list[int] = []
-        self.answer_lengths: list[int] = []
+        self.completion_lengths: list[int] = []
 
     def __call__(self, item: Preference, i: int) -> Preference | None:
         self._check(item, i)
@@ -135,11 +135,11 @@ class _PairTruncator:
 
     def _cut(self, item: Preference, i: int) -> Preference | str:
         """The pair, cut where need be, or why it is dropped."""
-        answers = (item.chosen, item.rejected)
-        longest = max(map(len, answers))
+        completions = (item.chosen, item.rejected)
+        longest = max(map(len, completions))
         self.lengths.append(len(item.prompt) + longest)
-        self.answer_lengths += map(len, answers)
-        if self.is_pair and np.array_equal(*answers):
+        self.completion_lengths += map(len, completions)
+        if self.is_pair and np.array_equal(*completions):
             return "chosen equals rejected"
         if not self._is_trained(item):
             return "no trained token"
@@ -156,7 +156,7 @@ class _PairTruncator:
         if self.mode == "keep_end":
             room = self.max_length - longest
             if room < 1:
-                return "an answer fills max_length"
+                return "a completion fills max_length"
             self.truncated += 1
             return item._replace(prompt=item.prompt[-room:])
         room = self.max_length - len(item.prompt)
@@ -171,21 +171,21 @@ class _PairTruncator:
         return item
 
     def _is_trained(self, item: Preference) -> bool:
-        """Whether each answer has a token that something precedes; a reward model needs none."""
-        least = 1 if len(item.prompt) or self.judges else 2
+        """Whether each completion has a token with context, or any token for a reward model."""
+        least = 1 if len(item.prompt) or self.for_reward_model else 2
         return min(len(item.chosen), len(item.rejected)) >= least
 
     def _check(self, item: Preference, i: int) -> None:
         parts = {
             "prompt": item.prompt,
-            "chosen answer": item.chosen,
-            "rejected answer": item.rejected,
+            "chosen completion": item.chosen,
+            "rejected completion": item.rejected,
         }
         for what, part in parts.items():
             if not len(part) and what != "prompt":
                 raise DataError(
-                    f"{self.rows.origin(i)}: the {what} has no token: an answer needs one to be "
-                    "judged by."
+                    f"{self.rows.origin(i)}: the {what} has no token: a completion needs at "
+                    "least one."
                 )
             wrong = part[(part < 0) | (part >= (self.vocab_size or np.inf))]
             if len(wrong):
@@ -196,24 +196,24 @@ class _PairTruncator:
 
 
 def _unpaired(items: list[Preference]) -> list[Preference]:
-    """Each pair as a desirable row and one that is not."""
+    """Splits each pair into a desirable and an undesirable row."""
     return [
-        Preference(p.prompt, answer, answer, good)
+        Preference(p.prompt, completion, completion, good)
         for p in items
-        for answer, good in ((p.chosen, True), (p.rejected, False))
+        for completion, good in ((p.chosen, True), (p.rejected, False))
     ]
 
 
 def _with_partners(items: list[Preference]) -> list[Preference]:
-    """Beside each row the answer to another prompt, cut where the two would make the longest row.
+    """Adds to each row the completion of another prompt, truncated to the longest row.
 
-    KTO estimates its KL term from answers to other prompts. Of the rows that follow, it is the
-    first of the same label, so good rows are not all compared with bad answers.
+    KTO estimates its KL term from completions of other prompts. The partner is the next row with
+    the same label, so that desirable rows are not all paired with undesirable completions.
     """
     longest = max(len(item.prompt) + len(item.chosen) for item in items)
     prompts = [item.prompt.tobytes() for item in items]
     everyone = _next_others(range(len(items)), prompts)
-    # Where all rows have one prompt there is no other: the report says so.
+    # If all rows have one prompt there is no other, which the report says.
     partners = {i: (i + 1) % len(items) for i in range(len(items))} | everyone
     for label in (True, False):
         same = [i for i, item in enumerate(items) if item.is_desirable == label]
@@ -225,7 +225,7 @@ def _with_partners(items: list[Preference]) -> list[Preference]:
 
 
 def _next_others(places: Iterable[int], prompts: list[bytes]) -> dict[int, int]:
-    """For each place the next one, cyclically, that has another prompt; without those of none.
+    """Maps each place to the next one, cyclically, with another prompt, if there is one.
 
     >>> _next_others([0, 1, 2], [b"a", b"a", b"b"])
     {2: 0, 1: 2, 0: 2}
@@ -249,11 +249,11 @@ def _report(
     notes = [*rows.notes, *maker.renderer.notes()]
     if not is_paired and len({item.prompt.tobytes() for item in items}) == 1:
         notes.append(
-            "all rows have one prompt: KTO's KL term is estimated from answers to it, "
-            "not from answers to other prompts"
+            "all rows have one prompt: KTO's KL term is estimated from its completions, "
+            "not from those of other prompts"
         )
     if maker.ignores_prompt:
-        notes.append("the prompt is what the conversations begin with, the column is not used")
+        notes.append("the prompt is the beginning of the conversations; the column is not used")
     return PreferenceReport(
         format=maker.format.name + (", conversational" if maker.format.conversational else ""),
         columns=tuple(sorted(used)),
@@ -264,7 +264,7 @@ def _report(
         truncated=cutter.truncated,
         merged=maker.merged,
         lengths=percentiles(cutter.lengths),
-        answer_lengths=percentiles(cutter.answer_lengths),
+        completion_lengths=percentiles(cutter.completion_lengths),
         num_tokens=sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in items),
         example=tuple(tokenizer.decode(part.tolist()) for part in items[0][:3]),
         notes=tuple(notes),

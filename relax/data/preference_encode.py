@@ -1,4 +1,4 @@
-"""Pairs of answers and labelled answers: their formats, and their tokens with nothing cut."""
+"""Encodes pairs and labelled completions as tokens, without truncation."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -26,26 +26,26 @@ UNPAIRED_NAME = "unpaired preference"
 
 
 class Preference(NamedTuple):
-    """A prompt and two answers, int32.
+    """A prompt and two completions, int32.
 
-    Of unpaired data the second answer is another row's, which KTO compares with.
+    In unpaired data the second completion is another row's, for KTO's KL term.
     """
 
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
-    is_desirable: bool = True  # the first answer; of a pair it always is
+    is_desirable: bool = True  # the first completion; always true in a pair
     margin: float = 0.0
 
 
 class PairEncoder:
-    """Iterates over what rows are in tokens, nothing cut."""
+    """Iterates over the rows as tokens, not truncated."""
 
-    def __init__(self, rows: Rows, tokenizer, options: FormatOptions, judges: bool):
-        self.rows, self.tokenizer, self.judges = rows, tokenizer, judges
+    def __init__(self, rows: Rows, tokenizer, options: FormatOptions, for_reward_model: bool):
+        self.rows, self.tokenizer, self.for_reward_model = rows, tokenizer, for_reward_model
         columns = columns_of(rows.rows)
-        self.format = find_format(rows.rows[0], rows.origin(0), judges, columns)
-        self.has_margins = judges and MARGIN in columns
+        self.format = find_format(rows.rows[0], rows.origin(0), for_reward_model, columns)
+        self.has_margins = for_reward_model and MARGIN in columns
         self.options = options
         self.eos = options.eos_token or tokenizer.eos_token
         self.is_pair = self.format.name != UNPAIRED_NAME
@@ -93,14 +93,14 @@ class PairEncoder:
                 yield self._item([next(all_ids) for _ in one], i)
 
     def _parts(self, row: dict, where: str) -> list:
-        """The prompt, if there is one, and it with each answer: texts, or conversations."""
+        """The prompt, if any, and the prompt with each completion: texts or conversations."""
         columns = PAIRED if self.is_pair else UNPAIRED
         if "prompt" not in self.format.columns:
-            row = row | split_prompt(row["chosen"], row["rejected"], where, self.judges)
+            row = row | split_prompt(row["chosen"], row["rejected"], where, self.for_reward_model)
         if not self.format.conversational:
-            answers = [row[name] for name in columns]
-            answers = [a if a.endswith(self.eos) else a + self.eos for a in answers]
-            return [row["prompt"], *(row["prompt"] + answer for answer in answers)]
+            completions = [row[name] for name in columns]
+            completions = [a if a.endswith(self.eos) else a + self.eos for a in completions]
+            return [row["prompt"], *(row["prompt"] + completion for completion in completions)]
         if not row["prompt"]:  # a reward model's pair, whose conversations share no beginning
             return [Job(conversation(row, n, self.options), row, where) for n in columns]
         prompt = conversation(row, "prompt", self.options)
@@ -113,15 +113,15 @@ class PairEncoder:
         self._check_prompt(prompt, i)
         length = min(common_length(prompt, whole) for whole in wholes)
         self.merged += length < len(prompt)
-        answers = [np.array(whole[length:], np.int32) for whole in wholes]
+        completions = [np.array(whole[length:], np.int32) for whole in wholes]
         row, shared = self.rows.rows[i], np.array(prompt[:length], np.int32)
         label = self.is_pair or row["label"]
-        return Preference(shared, answers[0], answers[-1], label, self._margin(row))
+        return Preference(shared, completions[0], completions[-1], label, self._margin(row))
 
     def _check_prompt(self, prompt: list[int], i: int) -> None:
-        if not prompt and not self.judges:
+        if not prompt and not self.for_reward_model:
             raise DataError(
-                f"{self.rows.origin(i)}: the prompt has no token: it needs one for the answer to "
+                f"{self.rows.origin(i)}: the prompt has no token: it needs one for a completion to "
                 "follow."
             )
 
@@ -129,10 +129,12 @@ class PairEncoder:
         return float(row[MARGIN]) if self.has_margins else 0.0
 
 
-def find_format(row: dict, where: str, judges: bool = False, columns: Iterable[str] = ()) -> Format:
-    """Recognises the kind of the first row; for `judges` tokens may come without a prompt.
+def find_format(
+    row: dict, where: str, for_reward_model: bool = False, columns: Iterable[str] = ()
+) -> Format:
+    """Recognises the format of the first row; for a reward model, tokens need no prompt.
 
-    A text `prompt` beside answers that are conversations repeats their beginning, as in
+    A text `prompt` next to completions that are conversations repeats their beginning, as in
     UltraFeedback: the prompt is taken from the conversations.
 
     >>> find_format({"chosen": "a b", "rejected": "a c"}, "a.jsonl:1").name
@@ -140,7 +142,7 @@ def find_format(row: dict, where: str, judges: bool = False, columns: Iterable[s
     """
     present = [name for name, value in row.items() if value is not None]
     if "chosen_ids" in present:
-        return Format("tokens", TOKENS[judges and "prompt_ids" not in present :])
+        return Format("tokens", TOKENS[for_reward_model and "prompt_ids" not in present :])
     extra = tuple(name for name in TEMPLATE_COLUMNS if name in {*present, *columns})
     if "chosen" in present or "rejected" in present:
         conversational = isinstance(row.get("chosen"), list)
@@ -180,10 +182,10 @@ def _check_margin(row: dict, where: str) -> None:
 
 
 def split_prompt(chosen, rejected, where: str = "row", may_be_empty: bool = False) -> dict:
-    """The prompt that two answers begin with, strings or messages, and what is left of them.
+    """Splits the common beginning off two completions, strings or messages, as the prompt.
 
-    A space before the first difference belongs to the answers. Only a prompt that may be empty is
-    taken from messages that do not begin alike.
+    A space before the first difference belongs to the completions. Messages without a common
+    beginning are refused unless the prompt may be empty.
 
     >>> split_prompt("The sky is blue.", "The sky is green.")
     {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'}

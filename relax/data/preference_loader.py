@@ -1,11 +1,11 @@
-"""Batches of preferences, in an order that (seed, epoch, position) decides.
+"""Batches of preferences, ordered by (seed, epoch, position).
 
-Two layouts. In the plain one a row is a prompt, which is computed once, and its two answers. In the
+Two layouts. In the plain one a row is a prompt, computed once, and its two completions. In the
 packed one a row holds several pairs, each as two documents, prompt + chosen and prompt + rejected:
-no padding between pairs, and attention kernels for long rows apply, but prompts count twice.
+no padding between pairs, and attention kernels for packed rows apply, but prompts count twice.
 
-Axes: B rows, L tokens of a prompt, C tokens of an answer, T tokens of a packed row, K pairs of a
-packed row.
+Axes: B rows, L tokens of a prompt, C tokens of a completion, T tokens of a packed row, K pairs of
+a packed row.
 """
 
 from collections.abc import Iterator
@@ -24,25 +24,25 @@ class PreferenceLoader:
     """Batches of `batch_size` rows; the last of an epoch is filled with empty ones.
 
     A plain batch holds `prompt_ids` [B, L], `prompt_lengths` [B], `completion_ids` [B, 2, C] and
-    `completion_lengths` [B, 2], the chosen answer first. A packed one holds `input_ids`, `labels`,
+    `completion_lengths` [B, 2], chosen completions first. A packed one holds `input_ids`, `labels`,
     `positions` and `segment_ids` [B, T], the documents of pair k being segments 2k + 1 and 2k + 2,
-    and `completion_lengths` [B, K, 2]. An empty pair has answers of length 0. Both hold `index`,
-    which pair of the data set each is (-1: none), and `mean_chosen_length`, a number for each row;
-    unpaired ones `is_desirable`; those with margins `margin`; and `ref_logprobs` [..., 2] where the
-    loader has been given them.
+    and `completion_lengths` [B, K, 2]. Empty pairs have completions of length 0. Both hold `index`,
+    the pair's index in the data set (-1: none), and `mean_chosen_length`, a number for each row;
+    unpaired ones also `is_desirable`; those with margins `margin`; and `ref_logprobs` [..., 2] if
+    the loader has them.
 
     Args:
-      preferences: of `prepare_preferences`.
+      preferences: result of `prepare_preferences`.
       batch_size: rows per update (per-device batch size times accumulation steps).
-      seed: of the order, >= 0.
+      seed: seed of the order, >= 0.
       shuffle: a new order each epoch; False keeps the given one.
       packed_length: T of the packed layout, room for the longest pair; None: the plain layout.
-      max_buckets: how many shapes of plain batches there may be.
+      max_buckets: maximum number of shapes of plain batches.
       pad_to_multiple_of: lengths are multiples of it.
 
     Attributes:
-      ref_logprobs: `[N, 2]` float32, of each pair's answers under the reference; None: the trainer
-        computes them.
+      ref_logprobs: `[N, 2]` float32, reference logprobs of each pair's completions; None: the
+        trainer computes them.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class PreferenceLoader:
 
     @property
     def fill(self) -> float | None:
-        """The share of a packed row's places that hold a token; None in the plain layout."""
+        """Fraction of packed rows that is not padding; None in the plain layout."""
         if self.packed_length is None:
             return None
         return self.num_tokens / (len(self.rows) * self.packed_length)
@@ -97,9 +97,9 @@ class PreferenceLoader:
     def batches(
         self, epoch: int, start: int = 0, places: np.ndarray | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch from position `start`; those before it are never made.
+        """The batches of one epoch from position `start`; earlier ones are never made.
 
-        `places` are the rows of a batch to give, where other processes have the others.
+        `places` are the rows of each batch to make, if other processes make the rest.
         """
         order = np.arange(len(self.rows))
         if self.shuffle:
@@ -145,7 +145,7 @@ class PreferenceLoader:
 
 
 def _buckets(sizes: list[tuple[int, int]], max_buckets: int, multiple: int):
-    """Lengths of prompts and answers together: the longest, half of them, a quarter, ..."""
+    """Bucket lengths of prompts and completions: the maximum, its half, its quarter, ..."""
     longest = [max(size[axis] for size in sizes) for axis in (0, 1)]
     return sorted(
         {
@@ -159,22 +159,26 @@ def _plain(rows: list[list[Preference]], L: int, C: int) -> dict[str, np.ndarray
     B = len(rows)
     batch = {
         "prompt_ids": np.zeros((B, L), np.int32),
-        "prompt_lengths": np.ones(B, np.int32),  # of an empty row too: attention needs a token
+        "prompt_lengths": np.ones(B, np.int32),  # also for an empty row: attention needs a token
         "completion_ids": np.zeros((B, 2, C), np.int32),
         "completion_lengths": np.zeros((B, 2), np.int32),
     }
     for i, pair in ((i, row[0]) for i, row in enumerate(rows) if row):
         batch["prompt_ids"][i, : len(pair.prompt)] = pair.prompt
         batch["prompt_lengths"][i] = len(pair.prompt)
-        for j, answer in enumerate((pair.chosen, pair.rejected)):
-            batch["completion_ids"][i, j, : len(answer)] = answer
-            batch["completion_lengths"][i, j] = len(answer)
+        for j, completion in enumerate((pair.chosen, pair.rejected)):
+            batch["completion_ids"][i, j, : len(completion)] = completion
+            batch["completion_lengths"][i, j] = len(completion)
     return batch
 
 
 def _packed(rows: list[list[Preference]], length: int, K: int) -> dict[str, np.ndarray]:
     documents = [
-        [_document(pair.prompt, answer) for pair in row for answer in (pair.chosen, pair.rejected)]
+        [
+            _document(pair.prompt, completion)
+            for pair in row
+            for completion in (pair.chosen, pair.rejected)
+        ]
         for row in rows
     ]
     batch = collate(documents, length)
@@ -185,6 +189,6 @@ def _packed(rows: list[list[Preference]], length: int, K: int) -> dict[str, np.n
     return batch
 
 
-def _document(prompt: np.ndarray, answer: np.ndarray) -> Encoded:
-    labels = np.concatenate([np.full(len(prompt), IGNORE, np.int32), answer])
-    return Encoded(np.concatenate([prompt, answer]), labels)
+def _document(prompt: np.ndarray, completion: np.ndarray) -> Encoded:
+    labels = np.concatenate([np.full(len(prompt), IGNORE, np.int32), completion])
+    return Encoded(np.concatenate([prompt, completion]), labels)

@@ -1,4 +1,4 @@
-"""What became of the rows of preferences: all that was cut, left out or not used."""
+"""The report on preference rows: truncated, dropped and unused data."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,19 +8,20 @@ from relax.data.report import MERGED
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceReport:
-    """What became of the rows.
+    """Counts and lengths of preference rows.
 
     Attributes:
-      format: of the rows, and `columns` of theirs that were read.
-      unused_columns: of theirs that were not.
-      num_rows, num_examples: read, and trained on.
-      dropped: rows left out, by reason.
-      truncated: rows of which something was cut.
-      merged: rows whose prompt is cut short, see `prepare_preferences`.
-      lengths, answer_lengths: percentiles of prompt and longer answer, and of answers, in tokens.
-      num_tokens: of all prompts and answers, prompts counted per answer.
-      example: one of them as text: prompt, first and second answer.
-      notes: further things to know.
+      format, columns: format of the rows, and the columns that were read.
+      unused_columns: the other columns.
+      num_rows, num_examples: number of rows read, and trained on.
+      dropped: number of dropped rows, by reason.
+      truncated: number of truncated rows.
+      merged: number of rows with a shortened prompt, see `prepare_preferences`.
+      lengths, completion_lengths: percentiles, in tokens; `lengths` are those of a prompt with its
+        longer completion.
+      num_tokens: tokens of prompts and completions; a prompt counts once per completion.
+      example: one row as text: prompt, first and second completion.
+      notes: further remarks.
     """
 
     format: str
@@ -32,7 +33,7 @@ class PreferenceReport:
     truncated: int
     merged: int
     lengths: dict[int, int]
-    answer_lengths: dict[int, int]
+    completion_lengths: dict[int, int]
     num_tokens: int
     example: tuple[str, str, str]
     notes: tuple[str, ...] = ()
@@ -44,7 +45,7 @@ class PreferenceReport:
         return fields
 
     def lines(self) -> Iterator[str]:
-        """What a person reads before training."""
+        """The report as lines of text."""
         yield f"format       {self.format} ({', '.join(self.columns)})"
         if self.unused_columns:
             yield f"not used     {', '.join(self.unused_columns)}"
@@ -55,7 +56,7 @@ class PreferenceReport:
         yield f"truncated    {self.truncated:,}"
         if self.merged:
             yield f"merged       {self.merged:,} {MERGED}"
-        for name, n in (("tokens", self.lengths), ("answers", self.answer_lengths)):
+        for name, n in (("tokens", self.lengths), ("completions", self.completion_lengths)):
             yield f"{name:12} min {n[0]:,}, median {n[50]:,}, 99 % {n[99]:,}, max {n[100]:,}"
         for note in self.notes:
             yield f"note         {note}"

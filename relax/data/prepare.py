@@ -1,4 +1,4 @@
-"""From rows to examples that can be trained on, and the report of all that was cut or left out."""
+"""Converts rows to training examples, with a report of truncated and dropped rows."""
 
 import dataclasses
 from collections import Counter
@@ -21,19 +21,19 @@ from relax.data.reading import Rows, read_rows
 from relax.data.report import DataReport, percentiles, spans
 from relax.errors import DataError
 
-_SHOWN = 5  # examples that the report keeps
+_SHOWN = 5  # number of examples in the report
 
 
 def prepare(
     rows, tokenizer, options: FormatOptions | None = None, vocab_size: int | None = None
 ) -> tuple[Examples, DataReport]:
-    """Turns rows into tokens and labels and says what became of each.
+    """Converts rows to tokens and labels, with a report.
 
     Every row is checked against the format of the first before anything is tokenised. A row
-    without a trainable token is left out and counted.
+    without a trainable token is dropped and counted.
 
     Args:
-      rows: what `read_rows` returns, or takes.
+      rows: a result or an argument of `read_rows`.
       tokenizer: a Hugging Face tokenizer.
       options: how rows become tokens.
       vocab_size: rows of the model's embedding; None: not checked.
@@ -42,7 +42,7 @@ def prepare(
       The examples and the report.
 
     Raises:
-      DataError: if a row is not what it should be (with file and line), or none can be trained on.
+      DataError: a row is invalid (with file and line), or none can be trained on.
       ConfigError: if an option does not fit the data.
     """
     options = options or FormatOptions()
@@ -62,7 +62,7 @@ def prepare(
 
 
 def _with_known_columns(rows: Rows, tokenizer, options: FormatOptions) -> Rows:
-    """Alpaca's columns as prompt and completion; other rows as they are."""
+    """Converts Alpaca's columns to prompt and completion; other rows are unchanged."""
     present = columns_of(rows.rows[:1])
     others = {"input_ids", "text", "messages", "conversations", "prompt", "completion"}
     if not set(ALPACA) <= set(present) or others & {*present, options.text_field} - {"text"}:
@@ -77,7 +77,7 @@ def _with_known_columns(rows: Rows, tokenizer, options: FormatOptions) -> Rows:
 
 
 class _Truncator:
-    """Truncates, drops and counts."""
+    """Truncates, drops and counts rows."""
 
     def __init__(self, rows: Rows, options: FormatOptions, vocab_size, ending_tokens: np.ndarray):
         self.rows, self.options, self.vocab_size = rows, options, vocab_size
@@ -94,7 +94,7 @@ class _Truncator:
             if cut is None:
                 self.dropped["longer than max_length"] += 1
                 continue
-            cut.labels[:1] = IGNORE  # nothing precedes the first token
+            cut.labels[:1] = IGNORE  # the first token has no context
             trained = cut.labels[cut.labels != IGNORE]
             if not len(trained):
                 had_some = (example.labels[1:] != IGNORE).any()
@@ -102,7 +102,7 @@ class _Truncator:
                 self.dropped[reason] += 1
                 continue
             self.truncated += len(cut.input_ids) < len(example.input_ids)
-            # Templates may write a line break behind the end token and mark both.
+            # Templates may write a line break after the end token and mark both.
             self.endless += not np.isin(trained[-3:], self.ending_tokens).any()
             yield cut
 
@@ -118,7 +118,7 @@ class _Truncator:
         if len(wrong_labels):
             raise DataError(
                 f"{self.rows.origin(i)}: label {wrong_labels[0]} is neither the token at its place "
-                "nor -100: labels are not shifted, they stand at the token that they train."
+                "nor -100: labels must not be shifted; each is at its own token."
             )
 
     def _truncate(self, example: Encoded, i: int) -> Encoded | None:
@@ -138,7 +138,7 @@ class _Truncator:
 
 
 def _ending_tokens(tokenizer, eos: str | None) -> np.ndarray:
-    """Ids that can end a turn: any special token, since not every template ends with EOS."""
+    """Ids that may end a turn: all special tokens, since not every template uses EOS."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ending = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     ending -= {tokenizer.bos_token_id, tokenizer.unk_token_id}
@@ -153,7 +153,7 @@ def _nothing_left(fate: _Truncator, options: FormatOptions) -> str:
     if fate.dropped["no trained token"] < len(fate.lengths):
         longest = max(fate.lengths)
         advice = f"raise max_length={options.max_length} (the longest row has {longest} tokens)."
-    return f"no row of {len(fate.lengths)} can be trained on ({reasons}): {advice}"
+    return f"none of {len(fate.lengths)} rows can be trained on ({reasons}): {advice}"
 
 
 def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examples, tokenizer):
@@ -167,7 +167,8 @@ def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examp
         notes.append("conversations (from, value) are read as messages (role, content)")
     if fate.endless:
         notes.append(
-            f"{fate.endless} rows are trained on no end token: nothing teaches to stop there"
+            f"{fate.endless} rows have no trained end token, so the model does not learn "
+            "to stop there"
         )
     if "labels" in used and len(used & {"completion_mask", "assistant_masks"}):
         notes.append("labels are used, the masks beside them are not")

@@ -1,4 +1,4 @@
-"""Prompts for reinforcement learning: rows to tokens that a completion follows."""
+"""Prompts for reinforcement learning: rows as tokens that a completion follows."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from relax.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts, and the rows that they came from.
+    """Tokenised prompts and their rows.
 
     Attributes:
-      prompt_ids: the tokens of each.
-      rows: with the columns of all of them, which reward functions read; None where one has none.
+      prompt_ids: token ids of each prompt.
+      rows: dicts with the columns of all rows, for reward functions; None where a row has no value.
       conversational: prompts are lists of messages.
-      notes: what was normalised, and what the chat template left out.
+      notes: normalised data, and content that the chat template omits.
     """
 
     prompt_ids: list[list[int]]
@@ -38,7 +38,7 @@ class Prompts:
         return tuple(self.rows[0])
 
     def report(self) -> str:
-        """One line about them, and one for each note."""
+        """A summary line, and one line per note."""
         lengths = percentiles([len(ids) for ids in self.prompt_ids])
         kind = "conversations" if self.conversational else "texts"
         line = (
@@ -57,20 +57,20 @@ def prepare_prompts(
     max_prompt_length: int | None = None,
     limits: Limits = DEFAULT,
 ) -> Prompts:
-    """Turns rows with a `prompt`, a string or messages, into tokens.
+    """Converts rows with a `prompt`, a string or messages, to tokens.
 
-    Messages are rendered with the chat template, up to where the assistant's answer begins.
+    Messages are rendered with the chat template, up to the header of the assistant's turn.
 
     Args:
-      rows: what `read_rows` returns, or takes.
+      rows: a result or an argument of `read_rows`.
       tokenizer: a Hugging Face tokenizer.
-      system_prompt: put before conversations that have no system message.
+      system_prompt: system message of conversations that have none.
       vocab_size: rows of the model's embedding; None: not checked.
-      max_prompt_length: a longer prompt is refused, never cut; None: any length.
+      max_prompt_length: longer prompts are refused, never truncated; None: any length.
       limits: on rows and rendering.
 
     Raises:
-      DataError: a row without a prompt, of another format than the first, or too long.
+      DataError: a row has no prompt, a format other than the first row's, or is too long.
     """
     rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=limits)
     if not rows.rows:
@@ -101,7 +101,7 @@ def prepare_prompts(
     all_ids = tokenize(tokenizer, texts, special=not conversational)
     for i, ids in enumerate(all_ids):
         _check_ids(ids, rows.origin(i), vocab_size, max_prompt_length)
-    # Whatever rows come together, a reward function is given the same columns.
+    # Reward functions get the same columns whatever rows form a batch.
     columns = dict.fromkeys(name for row in rows.rows for name in row)
     full = [dict.fromkeys(columns) | row for row in rows.rows]
     return Prompts(all_ids, full, conversational, (*rows.notes, *renderer.notes()))
@@ -109,7 +109,7 @@ def prepare_prompts(
 
 def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int | None) -> None:
     if not ids:
-        raise DataError(f"{where}: the prompt is empty: it has no token to begin from.")
+        raise DataError(f"{where}: the prompt is empty; it needs at least one token.")
     if vocab_size is not None and max(ids) >= vocab_size:
         raise DataError(
             f"{where}: token id {max(ids)} is outside of the model's embedding of {vocab_size} "
@@ -124,20 +124,20 @@ def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int |
 
 
 class PromptLoader:
-    """Items of a fixed number of prompts, in an order that (seed, epoch, position) decides.
+    """Items of a fixed number of prompts, ordered by (seed, epoch, position).
 
-    An item is a dict: `prompt_ids`, a list of token lists, and `rows`, the dicts they came from.
-    The last prompts of an epoch that do not fill an item are left out of that epoch; the order is
-    another in the next one. `num_left_out` counts them.
+    An item is a dict: `prompt_ids`, a list of token lists, and `rows`, their dicts. The last
+    prompts of an epoch that do not fill an item are dropped from that epoch and counted in
+    `num_left_out`; the next epoch has another order.
 
     Args:
-      prompts: of `prepare_prompts`.
+      prompts: result of `prepare_prompts`.
       prompts_per_item: at most `len(prompts)`.
-      seed: of the order, >= 0.
+      seed: seed of the order, >= 0.
       shuffle: a new order each epoch; False keeps the given one.
-      keep_last: a last, shorter item holds what is left (for evaluation).
-      extra_prompts: further prompts per item, drawn from all, that may replace groups which teach
-        nothing; under the key `extra_prompts`.
+      keep_last: the remaining prompts form a last, shorter item (for evaluation).
+      extra_prompts: additional prompts per item, drawn from all, under the key `extra_prompts`;
+        they may replace groups without a gradient.
     """
 
     def __init__(
@@ -171,14 +171,14 @@ class PromptLoader:
         return self.batches(0)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        """The items of an epoch from position `start` on."""
+        """The items of an epoch from position `start`."""
         count, n = len(self.prompts), self.prompts_per_item
         order = epoch_order(count, self.seed, epoch).tolist() if self.shuffle else range(count)
         for position in range(start, len(self)):
             chosen = order[position * n : (position + 1) * n]
             item = self._item(chosen)
             if self.extra_prompts:
-                # An order of its own, without the prompts that the item has already.
+                # A separate order, without the prompts of the item.
                 others = epoch_order(count, self.seed, count * (epoch + 1) + position).tolist()
                 taken = set(chosen)
                 others = [i for i in others if i not in taken]

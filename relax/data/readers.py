@@ -1,4 +1,4 @@
-"""Readers of data files: one function per suffix, each row with the place it came from."""
+"""Readers of data files: one function per suffix, with the place of each row."""
 
 import contextlib
 import csv
@@ -11,7 +11,7 @@ from relax.data.arrow import Shape, read_json, shape_of_schema
 from relax.data.limits import Limits, json_reason, row_too_large
 from relax.errors import DataError
 
-_BATCH = 64  # Arrow rows decoded at once
+_BATCH = 64  # Arrow rows per decoding call
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class FileRows:
     """The rows of a file.
 
     Attributes:
-      rows: as the file holds them.
-      numbers: the line of each, or its number in an Arrow file, from 1.
-      shapes: of the columns of an Arrow file, else None.
+      rows: rows as stored in the file.
+      numbers: line of each row, or its number in an Arrow file, from 1.
+      shapes: shapes of an Arrow file's columns, else None.
     """
 
     rows: list[dict]
@@ -30,7 +30,7 @@ class FileRows:
 
 
 def read_file(path: Path, limits: Limits) -> FileRows:
-    """Reads a file by its suffix, one of `SUFFIXES` or `.txt`.
+    """Reads a file whose suffix is one of `SUFFIXES` or `.txt`.
 
     Raises:
       DataError: as "file:line: reason".
@@ -45,7 +45,7 @@ def read_file(path: Path, limits: Limits) -> FileRows:
 
 
 def _lines(path: Path, limits: Limits) -> Iterator[tuple[int, str]]:
-    """Line numbers and texts; a line above the limit is refused before it is read to its end."""
+    """Line numbers and texts; a line above the limit is refused before it is read completely."""
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(limits.max_row_bytes + 1):
@@ -79,7 +79,7 @@ def _read_text(path: Path, limits: Limits) -> FileRows:
 def _read_csv(path: Path, limits: Limits) -> FileRows:
     """Rows of texts, named by the first line; an empty cell is None."""
     rows, numbers = [], []
-    line = 0  # the last one that was read: the module counts whole rows
+    line = 0  # the last line read; the csv module counts whole rows
 
     def lines() -> Iterator[str]:
         nonlocal line
@@ -87,7 +87,7 @@ def _read_csv(path: Path, limits: Limits) -> FileRows:
             line = number
             yield text
 
-    # A quoted cell may go over lines, and the module's own limit of a cell is lower than ours.
+    # A quoted cell may span lines, and the csv module's cell limit is lower than ours.
     csv.field_size_limit(max(csv.field_size_limit(), limits.max_row_bytes))
     reader = csv.DictReader(lines(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
@@ -141,7 +141,7 @@ def _object(value, where: str) -> dict:
 
 
 def _read_json(path: Path, limits: Limits) -> FileRows:
-    """A list of objects; a file that begins with an object is read as JSON lines."""
+    """Reads a list of objects; a file that begins with an object is read as JSON lines."""
     text = "".join(
         _decode(raw, f"{path}:{number}", first=number == 1)
         for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), 1)
@@ -188,7 +188,7 @@ def _read_parquet(path: Path, limits: Limits) -> FileRows:
 
 
 def _read_arrow(path: Path, limits: Limits) -> FileRows:
-    """A file of `datasets.save_to_disk`, or any Arrow stream or file."""
+    """Reads a file of `datasets.save_to_disk`, or any Arrow stream or file."""
     pyarrow = _pyarrow(path)
     with _readable(path, pyarrow), path.open("rb") as file:
         is_file = file.read(6) == b"ARROW1"
@@ -243,5 +243,5 @@ READERS = {
     ".tsv": _read_csv,
     ".txt": _read_text,
 }
-# Of a directory; a .txt file there may be anything.
+# Suffixes read from directories, where a .txt file may be anything.
 SUFFIXES = tuple(suffix for suffix in READERS if suffix != ".txt")

@@ -1,4 +1,4 @@
-"""Reading rows: files, directories, hub names and Python objects, with the place of each row."""
+"""Reads rows from files, directories, hub names and Python objects, with the place of each row."""
 
 import re
 from bisect import bisect_right
@@ -15,7 +15,7 @@ from relax.errors import ConfigError, DataError
 
 _SPLITS = re.compile(r"(train|test|validation|valid|val|eval|dev)([-_.\d].*)?")
 _SHARD = re.compile(r"-\d+-of-\d+$")
-# Written beside the data by the `datasets` library; they hold no rows.
+# Metadata written by the `datasets` library, without rows.
 _CACHE = re.compile(r"cache-.*\.arrow")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -26,7 +26,7 @@ class Rows:
 
     Attributes:
       rows: one dict each.
-      origin: `origin(i)` is the place of row i for messages, "file:line".
+      origin: `origin(i)` is the place of row i for messages, such as "file:line".
       notes: what was normalised, for the report.
     """
 
@@ -45,23 +45,23 @@ def read_rows(
     options: Mapping | None = None,
     limits: Limits = DEFAULT,
 ) -> Rows:
-    """Reads a data set from wherever it is, and brings its rows into their normal form.
+    """Reads a data set from any source and normalises its rows.
 
     Args:
       dataset: a .jsonl, .json, .parquet, .csv, .tsv or .txt file; a directory of them (but for
         .txt), or of `datasets.save_to_disk`; a hub name; the name of a task, `reasoning_gym/...`;
         a list or other iterable of dicts (a `datasets.Dataset` is one); a mapping of split names to
         such iterables.
-      split: which one. In a directory the files named after it (train.jsonl, or
-        train-00000-of-00002.parquet); where no file is named after a split, all are `train`. One
-        file is whatever it is asked for as, unless it is named after `train`.
-      config: a subdirectory: hub data sets keep each of their configurations in one.
-      options: of a task, see `relax.data.tasks.task_rows`.
-      limits: on rows and files.
+      split: name of the split. In a directory, the files named after it (train.jsonl, or
+        train-00000-of-00002.parquet); if no file is named after a split, all are `train`. A
+        single file is any split, but a file named after `train` is no evaluation split.
+      config: a subdirectory, which holds a configuration of a hub data set.
+      options: options of a task, see `relax.data.tasks.task_rows`.
+      limits: limits on rows and files.
 
     Raises:
-      DataError: as "file:line: reason" if a row is broken; if there is nothing to read.
-      ConfigError: if there are options for something that is no task.
+      DataError: as "file:line: reason" if a row is broken, or nothing can be read.
+      ConfigError: options are given, but the data set is no task.
     """
     if is_task(dataset):
         if config is not None:
@@ -100,7 +100,7 @@ def read_rows(
 
 
 def split_files(directory: Path, split: str, config: str | None = None) -> list[Path]:
-    """The data files of one split, in the order of their names."""
+    """The data files of one split, sorted by name."""
     if config is not None:
         directory = directory / config
         if not directory.is_dir():
@@ -122,8 +122,8 @@ def split_files(directory: Path, split: str, config: str | None = None) -> list[
             f"{', '.join(SUFFIXES)}."
         )
     names = {path: _split_name(path, directory) for path in files}
-    # As in `datasets`: a shard's name before its number is the whole name of its split
-    # (train_sft-00000-of-00002), other names may go on behind it (train_2024).
+    # As in `datasets`: the part of a shard's name before its number is its split
+    # (train_sft-00000-of-00002); other names may have a suffix (train_2024).
     chosen = [path for path in files if names[path] == split] or [
         path
         for path in files
@@ -140,14 +140,14 @@ def split_files(directory: Path, split: str, config: str | None = None) -> list[
     folders = sorted({_config_folder(path, directory, split) for path in chosen})
     if len(folders) > 1:
         raise DataError(
-            f"split {split!r} lies in several folders of {str(directory)!r}: "
+            f"split {split!r} is in several folders of {str(directory)!r}: "
             f"choose one with dataset_config: {', '.join(folders)}."
         )
     return chosen
 
 
 def _split_name(path: Path, directory: Path) -> str:
-    """`train-00000-of-00002.parquet` and `train/0000.parquet` are both of split `train`."""
+    """The split of a file: `train` for `train-00000-of-00002.parquet` and `train/0000.parquet`."""
     stem = _SHARD.sub("", path.stem)
     folder = path.parent.name if path.parent != directory else ""
     return folder if _SPLITS.fullmatch(folder) and not _SPLITS.fullmatch(stem) else stem
@@ -161,14 +161,14 @@ def _config_folder(path: Path, directory: Path, split: str) -> str:
 def _single_file(path: Path, split: str) -> Path:
     if path.suffix not in READERS:
         raise DataError(f"cannot read {str(path)!r}: a data file ends in {', '.join(READERS)}.")
-    # A file is what it is asked for as, but training rows are no rows to evaluate on.
+    # A file may be any split, but training rows must not be evaluated on.
     if split != "train" and re.fullmatch(r"train([-_.\d].*)?", path.stem):
         raise DataError(f"{str(path)!r} holds the split 'train' by its name, not {split!r}.")
     return path
 
 
 def _download(name: str) -> Path:
-    """A hub data set's files in the local cache; the one place here that may use a network."""
+    """The local cache of a hub data set's files; the only function here that uses a network."""
     from huggingface_hub import snapshot_download
 
     problem = f"{name!r} is neither a file nor a directory"
@@ -177,9 +177,11 @@ def _download(name: str) -> Path:
     try:
         patterns = [f"*{suffix}" for suffix in SUFFIXES]
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # network, authorisation, cache: many libraries' errors
+    except (
+        Exception
+    ) as error:  # errors of the network, of authorisation, of the cache, from many libraries
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DataError(f"{problem}, nor a data set that the hub gives: {reason}") from error
+        raise DataError(f"{problem}, nor a data set on the hub: {reason}") from error
 
 
 def _join(files: list[tuple[Path, FileRows]]) -> Rows:
@@ -212,7 +214,7 @@ def _python_rows(dataset, split: str, limits: Limits) -> Rows:
             )
         dataset = dataset[split]
     if isinstance(dataset, Mapping | bytes) or not isinstance(dataset, Iterable):
-        raise DataError(f"rows must come as an iterable of dicts, got a {type(dataset).__name__}.")
+        raise DataError(f"rows must be an iterable of dicts, got a {type(dataset).__name__}.")
     rows = list(dataset)
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -222,7 +224,7 @@ def _python_rows(dataset, split: str, limits: Limits) -> Rows:
     rows = [row if isinstance(row, dict) else dict(row) for row in rows]
     features = getattr(dataset, "features", None)
     if features is not None and hasattr(features, "to_dict"):
-        # Of the `datasets` library, which reads JSON columns itself.
+        # A data set of the `datasets` library, which reads JSON columns itself.
         rows = without_aligned_nulls(rows, shape_of_features(features.to_dict(), json_shape=None))
     normal, notes = normalize(rows, _row_number, limits)
     return Rows(normal, _row_number, notes)

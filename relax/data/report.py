@@ -1,4 +1,4 @@
-"""The report on the data that stands before the first step, and how it looks on a terminal."""
+"""The report on the data before the first step, and its form on a terminal."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,37 +8,37 @@ import numpy as np
 from relax.data.examples import IGNORE, Encoded
 
 PERCENTS = (0, 50, 90, 99, 100)
-MERGED = "rows whose prompt alone is not how the whole begins: the prompt is what both begin with"
+MERGED = "rows whose prompt alone is no prefix of the whole: the prompt is the common beginning"
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows of a data set.
+    """Counts and lengths of the rows of a data set.
 
     Args:
-      format: of every row.
+      format: format of the rows.
       columns: the columns that were read.
       unused_columns: the columns that were not.
       num_rows: rows read.
       num_examples: rows that are trained on.
-      dropped: how many were left out, by reason.
-      truncated: how many were cut to max_length.
-      merged: how many have a prompt that by itself is not what the whole begins with: a token is of
-        both prompt and completion, or the chat template renders the prompt otherwise once the
-        completion follows. The prompt is what both begin with, the rest is trained on.
-      endless: how many are trained on no end token.
-      lengths: tokens per row before cutting, by percentile.
-      num_tokens: of the examples.
-      num_trained_tokens: of the examples.
-      trained_on: which tokens those are.
-      last_trained_token: of the first example, as text.
-      ends_trained: the first example's end token is trained on.
-      notes: further things to know.
-      examples: the first ones as pieces of text, each trained on or not.
+      dropped: number of dropped rows, by reason.
+      truncated: number of rows truncated to max_length.
+      merged: number of rows whose tokenised prompt is no prefix of the whole: a token spans the
+        border, or the chat template renders the prompt differently before a completion. The prompt
+        is the common beginning, and the rest is trained on.
+      endless: number of rows without a trained end token.
+      lengths: tokens per row before truncation, by percentile.
+      num_tokens: tokens of the examples.
+      num_trained_tokens: trained tokens of the examples.
+      trained_on: description of the trained tokens.
+      last_trained_token: that of the first example, as text.
+      ends_trained: whether the first example's end token is trained on.
+      notes: further remarks.
+      examples: the first examples as pieces of text, each trained on or not.
       packing: the strategy, if rows are packed.
-      num_packed_rows: if rows are packed.
-      num_dropped_packed_rows: packed rows left out because no token of them is trained.
-      packing_fill: the share of the packed rows' places that hold a token.
+      num_packed_rows: number of packed rows.
+      num_dropped_packed_rows: packed rows dropped for lack of trained tokens.
+      packing_fill: fraction of packed rows that is not padding.
     """
 
     format: str
@@ -65,11 +65,11 @@ class DataReport:
 
     @property
     def share(self) -> float:
-        """The share of tokens that are trained on."""
+        """Fraction of tokens that are trained on."""
         return self.num_trained_tokens / self.num_tokens
 
     def with_packing(self, strategy: str, loader) -> "DataReport":
-        """The report with what a packing loader made of the examples."""
+        """The report with the counts of a packing loader."""
         return dataclasses.replace(
             self,
             packing=strategy,
@@ -79,7 +79,7 @@ class DataReport:
         )
 
     def to_dict(self) -> dict:
-        """The report as JSON types; examples are left out, they are the user's data."""
+        """The report as JSON types, without the examples, which are the user's data."""
         fields = dataclasses.asdict(self)
         del fields["examples"]
         return {**fields, "lengths": {str(k): v for k, v in self.lengths.items()}} | {
@@ -88,7 +88,7 @@ class DataReport:
 
 
 def percentiles(lengths: list[int]) -> dict[int, int]:
-    """The least, median, 90th and 99th percentile and the greatest of the lengths.
+    """Minimum, median, 90th and 99th percentile, and maximum of the lengths.
 
     >>> percentiles([1, 2, 3, 4, 5])
     {0: 1, 50: 3, 90: 5, 99: 5, 100: 5}
@@ -98,7 +98,7 @@ def percentiles(lengths: list[int]) -> dict[int, int]:
 
 
 def spans(example: Encoded, tokenizer) -> tuple[tuple[str, bool], ...]:
-    """The example as text, in pieces that are either trained on or not."""
+    """The example as pieces of text, each trained on or not."""
     trained = example.labels != IGNORE
     edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
     return tuple(
@@ -110,13 +110,13 @@ def spans(example: Encoded, tokenizer) -> tuple[tuple[str, bool], ...]:
 def render(report: DataReport, console, print_examples: int = 1, title: str = "data") -> None:
     """Prints the report on a rich console.
 
-    Trained tokens are bold green; where there is no colour they stand «like this».
+    Trained tokens are bold green, or «like this» without colour.
 
     Args:
-      report: to be printed.
+      report: report to print.
       console: a `rich.console.Console`.
-      print_examples: how many of the kept examples to show.
-      title: over the table.
+      print_examples: number of examples to show.
+      title: title of the table.
     """
     from rich.table import Table
     from rich.text import Text

@@ -1,7 +1,7 @@
-"""Rows of reasoning-gym tasks, made in code: `reasoning_gym/<task>` (the extra [tasks]).
+"""Rows of reasoning-gym tasks, generated in code: `reasoning_gym/<task>` (the extra [tasks]).
 
-They are made in a process of its own, where strings hash alike in every run: six of the tasks
-depend on the order of a set. So the same options give the same rows everywhere.
+They are generated in a separate process with a fixed string hash, since six of the tasks depend on
+the order of a set. So the same options give the same rows everywhere.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from relax.errors import ConfigError, DataError
 
 PREFIX = "reasoning_gym/"
 
-# Options of the rows, beside those of the task itself.
+# Options of the rows, in addition to those of the task.
 _OWN: dict[str, Any] = {
     "size": 500,
     "test_size": 100,
@@ -27,8 +27,8 @@ _OWN: dict[str, Any] = {
     "prompt": "{question}",
     "conversational": True,
 }
-ROUNDS = 4  # draws of so many times the rows asked for, at most
-_PROBED = 10  # rows whose scorer is asked about wrong answers
+ROUNDS = 4  # maximum number of draws per wanted row
+_PROBED = 10  # rows whose scorer is tested with wrong answers
 _NUMBER = re.compile(r"-?[0-9]{1,15}(\.[0-9]+)?")
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from relax.data import tasks; "
 
@@ -41,18 +41,18 @@ def is_task(dataset) -> bool:
 def task_rows(name: str, split: str = "train", options: Mapping | None = None) -> list[dict]:
     """Rows of a task: `prompt`, `answer`, and `task`, which the reward `reasoning_gym` reads.
 
-    The `test` split holds the first different questions of the task, and `train` none of them.
-    Where a task has too few different questions for that, it is refused.
+    The `test` split holds the first distinct questions of the task, and `train` none of them. A
+    task with too few distinct questions is refused.
 
     Args:
-      name: of the task, with or without `reasoning_gym/` before it.
+      name: name of the task, with or without the prefix `reasoning_gym/`.
       split: "train" or "test".
       options: those of the task (`min_terms`, ...), and `size` (500), `test_size` (100) and `seed`
         (42); `prompt`, a text in which {question} is replaced; `conversational`: prompts are
         conversations (the default) or texts.
 
     Raises:
-      ConfigError: an unknown task or option, or a value that the task does not take.
+      ConfigError: an unknown task or option, or a value that the task does not accept.
       DataError: an unknown split.
     """
     rows, faults = task_rows_and_faults(name, split, options)
@@ -64,7 +64,7 @@ def task_rows(name: str, split: str = "train", options: Mapping | None = None) -
 def task_rows_and_faults(
     name: str, split: str = "train", options: Mapping | None = None
 ) -> tuple[list[dict], tuple[str, ...]]:
-    """As `task_rows`, with what is wrong with the task's scorer in place of a warning."""
+    """As `task_rows`, and returns the faults of the task's scorer instead of a warning."""
     options = dict(options or {})
     _check_own(options)
     if split not in ("train", "test"):
@@ -78,7 +78,9 @@ def task_rows_and_faults(
         env=os.environ | {"PYTHONHASHSEED": "0"},
     )
     if run.returncode:
-        raise DataError(f"the rows of {name!r} could not be made (exit code {run.returncode}).")
+        raise DataError(
+            f"the rows of {name!r} could not be generated (exit code {run.returncode})."
+        )
     answer = json.loads(run.stdout)
     if "error" in answer:
         raise ConfigError(answer["error"])
@@ -99,7 +101,7 @@ def _check_own(options: dict) -> None:
 
 
 def main() -> None:
-    """In the process that makes the rows: a request on standard input, rows on standard output."""
+    """Entry point of the generating process: reads a request from stdin, writes rows to stdout."""
     out = os.dup(1)
     os.dup2(2, 1)  # tasks print
     request = json.load(sys.stdin)
@@ -113,7 +115,7 @@ def main() -> None:
 
 
 def make_rows(name: str, split: str, options: dict) -> list[dict]:
-    """The rows, made in this process."""
+    """The rows, generated in this process."""
     own = _OWN | {key: value for key, value in options.items() if key in _OWN}
     of_task = {key: value for key, value in options.items() if key not in _OWN}
     entries, start = _held_out(name, of_task, own)
@@ -123,10 +125,10 @@ def make_rows(name: str, split: str, options: dict) -> list[dict]:
 
 
 def scorer_faults(name: str, rows: list[dict]) -> list[str]:
-    """Wrong answers that the task's scorer takes for right ones, found by asking it.
+    """Kinds of wrong answers to which the task's scorer gives full marks.
 
-    Of the first rows it scores an answer that says nothing, and the negative of each number. An
-    answer counts as taken where it gets full marks in every row.
+    The scorer is given, for the first rows, an answer without content and the negative of each
+    number. A kind counts if it gets full marks in every row.
     """
     from relax.rewards.tasks import gym_version, reasoning_gym
 
@@ -150,10 +152,10 @@ def scorer_faults(name: str, rows: list[dict]) -> list[str]:
 
 
 def _held_out(name: str, of_task: dict, own: dict) -> tuple[list[dict], int]:
-    """The first `test_size` different questions of a task, and the seed that comes after them.
+    """The first `test_size` distinct questions of a task, and the next seed.
 
-    They are drawn first so that they are what the task gives: the questions that training rows
-    leave over would be the ones of which there are most, and those are the hardest.
+    They are drawn first, so that they follow the task's distribution: the questions left over by
+    training rows would be those with the most variants, which are the hardest.
     """
     wanted, start = own["test_size"], own["seed"]
     found: dict[str, dict] = {}
@@ -164,13 +166,13 @@ def _held_out(name: str, of_task: dict, own: dict) -> tuple[list[dict], int]:
         if len(found) >= wanted:
             return list(found.values())[:wanted], start
     raise ConfigError(
-        f"reasoning_gym/{name}: {ROUNDS * wanted} draws give {len(found)} different questions, "
+        f"reasoning_gym/{name}: {ROUNDS * wanted} draws give {len(found)} distinct questions, "
         f"test_size={wanted} are asked for: lower test_size, or widen the task's options."
     )
 
 
 def _others(name: str, of_task: dict, own: dict, held_out: set[str], start: int) -> list[dict]:
-    """`size` draws whose questions are not held out."""
+    """`size` draws of questions that are not held out."""
     wanted, found = own["size"], []
     for _ in range(ROUNDS):
         entries = _entries(name, of_task | {"size": wanted, "seed": start})
@@ -207,7 +209,9 @@ def _entries(name: str, options: dict) -> list[dict]:
     try:
         made = factory.create_dataset(name, **options)
         return [made[i] for i in range(options["size"])]
-    except Exception as error:  # assertions of the task about its options, and what follows them
+    except (
+        Exception
+    ) as error:  # failed assertions of the task about its options, and errors that follow
         reason = str(error) or type(error).__name__
         raise ConfigError(
             f"reasoning_gym/{name} cannot be made with {options}: {reason}."

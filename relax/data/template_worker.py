@@ -1,8 +1,8 @@
-"""Renders chat templates in a process of its own: a template is code that was downloaded.
+"""Renders chat templates, which are downloaded code, in a separate process.
 
-Run by `relax.data.templates`. It says "ready", reads lines of JSON, each a list of jobs, and writes
-a line for each job. A job that takes longer than its time ends the process by SIGALRM, which
-reaches a loop in C as well; what it may allocate is bounded by RLIMIT_AS.
+Run by `relax.data.templates`. It writes "ready", reads lines of JSON, each a list of jobs, and
+writes a line for each job. SIGALRM ends the process if a job exceeds its time, even in a loop in C;
+RLIMIT_AS bounds its memory.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 
 
 def main() -> None:
-    """Answers jobs until standard input ends."""
+    """Renders jobs until standard input ends."""
     options = json.loads(sys.argv[1])
     sys.path[:] = options["path"]
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -35,11 +35,11 @@ def _limit_memory(mib: int) -> None:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + mib * 2**20,) * 2)
     except (OSError, ValueError):
-        pass  # no such file or no such limit on this system: time and output stay bounded
+        pass  # not supported by this system: time and output are still bounded
 
 
 def _result(render, job: dict, options: dict) -> dict:
-    """`text` and `spans` of what is rendered, or `error`, or `limit`, the limit that was met."""
+    """`text` and `spans` of a rendered job, or `error`, or `limit`, the limit that was exceeded."""
     signal.setitimer(signal.ITIMER_REAL, options["timeout_s"])
     try:
         texts, spans = render(**job)

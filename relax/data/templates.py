@@ -1,6 +1,6 @@
-"""Chat templates: conversations to text, within limits; the only place that renders one.
+"""Chat templates: render conversations as text, within limits; the only place that does so.
 
-transformers renders, in its sandbox; a process of its own bounds time, memory and output, which no
+transformers renders in its sandbox; a separate process bounds time, memory and output, which no
 sandbox does (`relax.data.template_worker`).
 """
 
@@ -18,8 +18,8 @@ from typing import NamedTuple
 from relax.data.limits import DEFAULT, Limits
 from relax.errors import DataError
 
-_BATCH = 64  # conversations sent at once
-# What a row's chat_template_kwargs may not set, since the data decides on it.
+_BATCH = 64  # conversations per request
+# Arguments that a row's chat_template_kwargs may not set, since they follow from the data.
 _OWN = (
     "chat_template",
     "messages",
@@ -37,8 +37,8 @@ class Job(NamedTuple):
     """A conversation to render.
 
     Attributes:
-      messages: their content is text.
-      row: its `tools` and `chat_template_kwargs` reach the template.
+      messages: messages whose content is text.
+      row: row whose `tools` and `chat_template_kwargs` are passed to the template.
       where: the row's place, for errors.
       add_generation_prompt: end with the header of the assistant's turn.
     """
@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A rendered conversation: `spans` are the characters inside of {% generation %} blocks."""
+    """A rendered conversation; `spans` are the characters within {% generation %} blocks."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -60,8 +60,8 @@ class ChatRenderer:
     """Renders conversations with one tokenizer's template.
 
     Attributes:
-      dropped: by what the template left out ("tool_calls", "tools", "reasoning_content", "system
-        messages", ...) the places of the rows that hold it.
+      dropped: kinds of content that the template omits ("tool_calls", "tools", "reasoning_content",
+        "system messages", ...), each with the places of its rows.
     """
 
     def __init__(self, tokenizer, limits: Limits = DEFAULT):
@@ -78,12 +78,12 @@ class ChatRenderer:
         return [rendered.text for rendered in self.render(jobs)]
 
     def render(self, jobs: Sequence[Job], *, spans: bool = False) -> list[Rendered]:
-        """As `texts`, with the assistant's words where `spans` asks for them."""
+        """As `texts`, with the spans of assistant text if `spans` is true."""
         made = []
         for first in range(0, len(jobs), _BATCH):
             some = jobs[first : first + _BATCH]
             requests = [self._request(job, spans) for job in some]
-            # A job that meets a limit is the last one answered, and is refused.
+            # A job that exceeds a limit is the last one answered, and is refused.
             for job, result in zip(some, _results(requests, self.limits), strict=False):
                 if "text" not in result and _wants_text_arguments(result, job):
                     request = self._request(_with_text_arguments(job), spans)
@@ -95,7 +95,7 @@ class ChatRenderer:
         return made
 
     def notes(self) -> tuple[str, ...]:
-        """A warning for each kind of content that the template left out."""
+        """A warning for each kind of content that the template omits."""
         return tuple(
             f"the chat template does not render the {name} of {len(places):,} rows: "
             f"first {min(places, key=_natural)}. They are not trained on; another template is "
@@ -109,14 +109,14 @@ class ChatRenderer:
         if taken:
             raise DataError(
                 f"{job.where}: the chat template refuses the row: its chat_template_kwargs set "
-                f"{taken[0]!r}, which a row cannot."
+                f"{taken[0]!r}, which rows cannot."
             )
         tools = job.row.get("tools") or None
         try:
             template = self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
             raise DataError(f"{job.where}: the chat template refuses the row: {error}") from error
-        # A message without a key and one with null in it are the same to transformers.
+        # transformers treats a missing key and null alike.
         messages = [{k: v for k, v in m.items() if v is not None} for m in job.messages]
         if self._parts(template):
             messages = [_with_parts(message) for message in messages]
@@ -131,7 +131,7 @@ class ChatRenderer:
         }
 
     def _parts(self, template: str) -> bool:
-        """Whether the template takes content as parts only, as those of image models do."""
+        """Whether the template accepts content as parts only, like those of image models."""
         if self._takes_parts is None:
             probe = {"role": "user", "content": "PROBE"}
             common = {"chat_template": template, **self.tokenizer.special_tokens_map}
@@ -166,13 +166,13 @@ def _with_parts(message: dict) -> dict:
 
 
 def _wants_text_arguments(result: dict, job: Job) -> bool:
-    """Whether the template failed because it puts a call's arguments between texts."""
+    """Whether the template failed because it concatenates a call's arguments with text."""
     error = result.get("error", "")
     return "concatenate str" in error and any(m.get("tool_calls") for m in job.messages)
 
 
 def _with_text_arguments(job: Job) -> Job:
-    """The job with the arguments of calls as JSON texts, which DeepSeek's templates take."""
+    """The job with the arguments of calls as JSON texts, which DeepSeek's templates expect."""
 
     def text(function: dict) -> dict:
         arguments = json.dumps(function.get("arguments", {}), ensure_ascii=False)
@@ -207,7 +207,7 @@ def _checked(result: dict, where: str, limits: Limits) -> str:
 
 
 def _left_out(job: Job, text: str) -> Iterable[str]:
-    """What the conversation holds and the rendered text does not."""
+    """Kinds of content in the conversation that the rendered text lacks."""
     names = [_name(tool) for tool in job.row.get("tools") or () if isinstance(tool, dict)]
     if any(name not in text for name in names if name):
         yield "tools"
@@ -216,9 +216,9 @@ def _left_out(job: Job, text: str) -> Iterable[str]:
     if any(name not in text for name in map(_name, calls) if name):
         yield "tool_calls"
     elif calls and names and text.count(_name(calls[0]) or "") < 2:
-        yield "tool_calls"  # the name that is there is that of the tool
+        yield "tool_calls"  # the name found is that of the tool
     thoughts = [m[key] for m in messages for key in _REASONING if isinstance(m.get(key), str)]
-    # Templates leave out the thoughts of earlier turns on purpose.
+    # Templates omit the thoughts of earlier turns on purpose.
     if any(map(str.strip, thoughts)) and not any(t.strip() in text for t in thoughts if t.strip()):
         yield "reasoning_content"
     for role in ("system", "developer", "user", "tool"):
@@ -230,7 +230,7 @@ def _left_out(job: Job, text: str) -> Iterable[str]:
 def _is_in(content: str, text: str) -> bool:
     if content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
         return True
-    # Templates may trim lines or write JSON anew: the first word tells enough.
+    # Templates may trim lines or reformat JSON, so only the first word is compared.
     return content.split(maxsplit=1)[0][:20].strip("{[\"'") in text if content else True
 
 
@@ -247,7 +247,7 @@ def _natural(place: str) -> tuple:
 
 
 def _results(requests: list[dict], limits: Limits) -> list[dict]:
-    """What the worker makes of each request, up to the first that ends it."""
+    """The worker's result for each request, up to the first that ends it."""
     messages = [_json(request) for request in requests]
     sent = [m for m in messages if isinstance(m, str)]
     with _lock:
@@ -269,11 +269,11 @@ def _json(request: dict) -> str | dict:
     try:
         return json.dumps(request)
     except (TypeError, ValueError, RecursionError) as error:
-        return {"error": f"it holds what is no JSON: {error}"}
+        return {"error": f"it contains a value that is not JSON: {error}"}
 
 
 class _Worker:
-    """The process that renders, started at the first conversation and again after each end."""
+    """The rendering process, started at the first conversation and restarted whenever it ends."""
 
     def __init__(self, limits: Limits):
         options = {
@@ -289,18 +289,18 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is the parent's
+            start_new_session=True,  # the parent handles Ctrl-C
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         if self._read() != "ready":
             raise RuntimeError(
                 "the process that renders chat templates did not start, exit code "
-                f"{self.close()}: is transformers installed whole?"
+                f"{self.close()}: is transformers installed correctly?"
             )
 
     def ask(self, jobs: list[str]) -> tuple[list[dict], int | None]:
-        """The answers that came, and the exit status where the process has ended before the last.
+        """The results received, and the exit status if the process ended before the last one.
 
         Args:
           jobs: each a JSON object.
@@ -310,7 +310,9 @@ class _Worker:
             self._write("[" + ",".join(jobs) + "]")
             while len(answers) < len(jobs) and (line := self._read()) is not None:
                 answers.append(line)
-        except BaseException:  # Ctrl-C between question and answer: the next answer would be wrong
+        except (
+            BaseException
+        ):  # after Ctrl-C between request and answer, the next answer would be the wrong one
             self.close()
             raise
         return answers, None if len(answers) == len(jobs) else self.close()
@@ -320,7 +322,7 @@ class _Worker:
             self.stdin.write(line.encode() + b"\n")
             self.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended, which reading tells
+            pass  # the process has ended, which reading will show
 
     def _read(self):
         line = self.stdout.readline()
@@ -332,7 +334,7 @@ class _Worker:
             try:
                 pipe.close()
             except OSError:
-                pass  # what was not written is written to nobody
+                pass  # unwritten data has no reader any more
         try:
             return self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -340,7 +342,7 @@ class _Worker:
             return self.process.wait()
 
 
-_lock = threading.Lock()  # one question at a time, from any thread
+_lock = threading.Lock()  # one request at a time, from any thread
 _workers: dict[tuple, _Worker] = {}
 
 

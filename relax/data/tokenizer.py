@@ -1,11 +1,11 @@
-"""Tokenizers: a directory's, a hub name's, or the small one made in code."""
+"""Tokenizers: from a directory or a hub name, or the small one of the demo run."""
 
 from pathlib import Path
 
 from relax.errors import CONVERT_FIRST, DataError, ModelLoadError
 from relax.files import TEMPLATE_BYTES, check_directory, check_size
 
-# One token per role, so that an arithmetic example is about ten tokens long.
+# One token per role, so an arithmetic example has about ten tokens.
 _TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ '<system>' + message['content'] }}
@@ -22,7 +22,7 @@ def load_tokenizer(path, chat_template_path=None, eos_token: str | None = None):
 
     Args:
       path: a directory or a hub name.
-      chat_template_path: a tokenizer directory or a `.jinja` file whose template replaces its own.
+      chat_template_path: a tokenizer directory or a `.jinja` file with another chat template.
       eos_token: the token that ends a text or a turn, if not the tokenizer's own.
 
     Raises:
@@ -37,9 +37,9 @@ def load_tokenizer(path, chat_template_path=None, eos_token: str | None = None):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        tokenizer.decode(tokenizer("a")["input_ids"])  # some damage shows itself only here
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some damage shows only here
     except BaseException as error:  # a damaged directory may raise anything
-        # A panic of the Rust library is no Exception.
+        # A panic of the Rust library is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelLoadError(
@@ -50,7 +50,7 @@ def load_tokenizer(path, chat_template_path=None, eos_token: str | None = None):
 
 
 def adapt_tokenizer(tokenizer, chat_template_path=None, eos_token: str | None = None):
-    """Replaces a tokenizer's chat template and end token where they are given; see above."""
+    """Replaces a tokenizer's chat template and end token if given; see `load_tokenizer`."""
     if chat_template_path is not None:
         tokenizer.chat_template = _read_template(Path(chat_template_path))
     if eos_token is not None:
@@ -61,10 +61,10 @@ def adapt_tokenizer(tokenizer, chat_template_path=None, eos_token: str | None = 
 
 
 def arithmetic_tokenizer():
-    """The tokenizer of the demo run: one token per byte, so that no text is unknown to it.
+    """The tokenizer of the demo run: one token per byte, so there is no unknown text.
 
     It has 261 tokens: `<pad>`, `<eos>`, one per role (`<system>`, `<user>`, `<assistant>`), then
-    the 256 bytes. Its chat template marks what the assistant says, for `assistant_only_loss`.
+    the 256 bytes. Its chat template marks the assistant's turns, for `assistant_only_loss`.
 
     >>> tokenizer = arithmetic_tokenizer()
     >>> len(tokenizer("27+45=é")["input_ids"])

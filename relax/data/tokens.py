@@ -1,24 +1,24 @@
-"""Texts to tokens: one beginning token, no end token that nobody wrote, prompt and completion."""
+"""Tokenisation: one BOS token, no implicit EOS token, and the border of prompt and completion."""
 
 from collections.abc import Iterator, Sequence
 
-_CHUNK_CHARACTERS = 2**20  # tokenised at once: a tokenizer's answer takes 100 bytes a character
+_CHUNK_CHARACTERS = 2**20  # characters per call: a tokenizer's result takes 100 bytes per character
 
 
 def tokenize(tokenizer, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    """Tokens of each text.
+    """Token ids of each text.
 
     Args:
       tokenizer: a Hugging Face tokenizer.
-      texts: what chat templates wrote, or plain texts.
-      special: begin each with what the tokenizer puts before a text (BOS), unless it begins so
-        already. What a tokenizer puts behind a text (EOS) is never added: a prompt goes on, and the
-        end of a completion is part of its text. Templates write their special tokens themselves.
+      texts: rendered conversations, or plain texts.
+      special: begin each text with the tokenizer's BOS token, unless it already begins with it. EOS
+        is never added: a completion follows a prompt, and the end of a completion is part of its
+        text. Templates write their special tokens themselves.
     """
     prefix = leading_tokens(tokenizer) if special else []
     made = []
     for chunk in _chunks(texts):
-        # verbose would warn of every long text
+        # otherwise it warns of every long text
         all_ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         made += [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in all_ids]
     return made
@@ -46,11 +46,11 @@ def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def common_length(one, other) -> int:
-    """How many first items of two sequences are the same.
+    """Length of the common prefix of two sequences.
 
-    The prompt of a row is what the tokens of prompt and whole have in common. Tokenising the whole
-    may merge the prompt's last characters with the completion's first, and a chat template may
-    render a prompt otherwise once an answer follows: what is not common belongs to the completion.
+    The prompt of a row is the common prefix of its own tokens and those of the whole. Tokenising
+    the whole may merge the prompt's last characters with the completion's first, and a chat
+    template may render a prompt differently before an answer; the rest is the completion.
 
     >>> common_length("blue", "black")
     2
@@ -60,10 +60,10 @@ def common_length(one, other) -> int:
 
 
 def token_mask(encoding_offsets, ids: Sequence[int], spans, special_ids: set[int]) -> list[bool]:
-    """Which tokens lie in spans of characters.
+    """Marks the tokens within spans of characters.
 
-    A token that reaches over the beginning of a span is inside, as in a completion, but not if it
-    is a special token: those of some tokenizers take the space behind them.
+    A token across the beginning of a span is inside, as in a completion, unless it is a special
+    token: those of some tokenizers include the space after them.
 
     >>> token_mask([(0, 3), (3, 5), (5, 6)], [9, 7, 7], [(2, 5)], {9})
     [False, True, False]

@@ -1,13 +1,13 @@
-"""Losses, advantages and KL estimators as pure functions of arrays: no classes, no state.
+"""Losses, advantages and KL estimators as pure functions of arrays.
 
-Each can be called by itself, in a notebook too:
+Each can be called on its own:
 
     from relax.losses import group_advantages, policy_loss
 
     advantages = group_advantages(rewards).reshape(-1)        # [P, G] -> [B]
     loss, weight, ratio = policy_loss(logprobs, old_logprobs, advantages, mask)
 
-Choices that have a name are in a registry, and take one of your own: `register_loss`,
+Named choices are in registries, to which you can add your own: `register_loss`,
 `register_preference_loss`, `register_advantage`, `register_kl_estimator`.
 """
 

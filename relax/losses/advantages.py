@@ -1,8 +1,8 @@
-"""Advantages: how much better a completion, or a token, was than expected.
+"""Advantages: how much better a completion or a token is than expected.
 
 An advantage is a function of rewards `[P, G]` to advantages `[P, G]`, registered by name. A reward
-is NaN where no reward function applied: it gets advantage 0, and is no part of its group's
-statistics. One of your own:
+is NaN if no reward function applied: its advantage is 0, and its group's statistics exclude it.
+To add your own:
 
     @register_advantage("mine")
     def mine(rewards):
@@ -33,18 +33,18 @@ register_advantage = ADVANTAGES.register
 
 @register_advantage("group")
 def group_advantages(rewards):
-    """GRPO's: rewards centred on their group's mean, over its standard deviation.
+    """GRPO's advantages: rewards minus their group's mean, divided by its standard deviation.
 
         Â = (r - μ_group) / (σ_group + 1e-4),   σ unbiased
 
     Args:
-      rewards: `[P, G]`, finite, or NaN where there is none.
+      rewards: `[P, G]`, finite, or NaN if there is none.
 
     Returns:
       `[P, G]`; 0 where a reward is NaN, and exactly 0 in a group of equal rewards.
 
     Raises:
-      ValueError: `rewards` has not two axes.
+      ValueError: `rewards` does not have two axes.
 
     Example:
       >>> group_advantages(np.array([[1.0, 0.0, 0.0, 1.0]])).round(4).tolist()
@@ -58,7 +58,7 @@ def group_advantages(rewards):
 
 @register_advantage("batch")
 def batch_advantages(rewards):
-    """Rewards centred on their group's mean, over the standard deviation of all of them.
+    """Rewards minus their group's mean, divided by the standard deviation of the batch.
 
         Â = (r - μ_group) / (σ_batch + 1e-4)
 
@@ -76,7 +76,7 @@ def batch_advantages(rewards):
 
 @register_advantage("none")
 def centred_advantages(rewards):
-    """Dr. GRPO's: rewards centred on their group's mean, Â = r - μ_group.
+    """Dr. GRPO's advantages: rewards minus their group's mean, Â = r - μ_group.
 
     Arguments and result as for `group_advantages`.
 
@@ -93,11 +93,11 @@ def centred_advantages(rewards):
 
 @register_advantage("rloo")
 def rloo_advantages(rewards):
-    """RLOO's: each reward less the mean of the others of its group.
+    """RLOO's advantages: each reward minus the mean of the others of its group.
 
         Â_i = r_i - Σ_{j≠i} r_j / (G - 1) = (r_i - μ) G / (G - 1)
 
-    Arguments and result as for `group_advantages`; 0 where a reward has no other beside it.
+    Arguments and result as for `group_advantages`; 0 for the only reward of a group.
 
     Example:
       >>> rloo_advantages(np.array([[1.0, 0.0, 0.0, 1.0]])).round(4).tolist()
@@ -120,7 +120,7 @@ def nan_std(values, axis: int | None = None, keepdims: bool = False):
       keepdims: keep reduced axes, with size 1.
 
     Returns:
-      NaN where every entry is NaN, 0 where only one is not.
+      NaN if all entries are NaN, 0 if exactly one is not.
 
     Example:
       >>> nan_std(np.array([1.0, 2.0, 3.0, np.nan])).item()
@@ -146,13 +146,13 @@ def gae(
 
         δ_t = r_t + γ V_{t+1} - V_t,   Â_t = δ_t + γ λ Â_{t+1},   R_t = Â_t + V_t
 
-    A masked token (padding, an environment's text) is passed over: the token before it sees the
-    value and the advantage of the next one that counts. Behind the last one both are 0.
+    A masked token (padding, an environment's text) is skipped: the token before it uses the value
+    and the advantage of the next unmasked one. After the last one both are 0.
 
     Args:
       rewards: `[B, T]`.
-      values: `[B, T]`, of the state in which token t was drawn.
-      mask: `[B, T]` bool, the tokens that count; elsewhere anything may stand.
+      values: `[B, T]`, value of the state in which token t was drawn.
+      mask: `[B, T]` bool, true on the policy's tokens; other entries are ignored.
       gamma: discount γ, in [0, 1].
       lam: λ in [0, 1]; 1 gives Monte Carlo returns, 0 one-step errors.
 
@@ -160,7 +160,7 @@ def gae(
       Advantages and returns, `[B, T]` each, 0 where masked.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: the shapes differ.
 
     Example:
       >>> rewards, values = jnp.array([[0.0, 1.0]]), jnp.array([[0.5, 0.75]])
@@ -194,18 +194,18 @@ def _numpy_of(values):
 
 
 def _nan(reduce: Callable, values, axis: int | None):
-    """A reduction that skips NaN and keeps its axes; a slice of nothing but NaN is NaN."""
+    """A reduction that skips NaN and keeps its axes; it is NaN for a slice of NaN only."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of a slice of NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's for a slice of NaN
         return reduce(values, axis=axis, keepdims=True)
 
 
 def _centred(rewards):
-    """r - μ of each group.
+    """r - μ in each group.
 
-    The largest reward is taken off first: the rest is exact where rewards are close, so equal
-    rewards give exactly 0. Against a rounded mean of 99.9s they would give 1e-14 or, in float32,
-    1e-5, which a standard deviation as small then scales up to an advantage.
+    The largest reward is subtracted first, which is exact for close rewards, so equal rewards give
+    exactly 0. With the rounded mean of 99.9s they would give 1e-14 or, in float32, 1e-5, which an
+    equally small standard deviation would scale up to an advantage.
     """
     require_same_shape(2, rewards=rewards)
     xp = _numpy_of(rewards)
@@ -214,6 +214,6 @@ def _centred(rewards):
 
 
 def _or_zero(rewards, advantages):
-    """0 where there is no reward, and nowhere else: what overflows stays NaN and stops the run."""
+    """0 only where there is no reward: an overflow stays NaN and stops the run."""
     xp = _numpy_of(rewards)
     return xp.where(xp.isnan(rewards), 0.0, advantages)

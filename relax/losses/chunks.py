@@ -1,4 +1,4 @@
-"""Chunks of tokens whose logits exist at once: shared by cross-entropy and log-probabilities.
+"""Chunks of tokens whose logits exist at once, for cross-entropy and log-probabilities.
 
 Axes: M tokens, n chunks of C tokens, D model, V vocabulary.
 """
@@ -6,14 +6,14 @@ Axes: M tokens, n chunks of C tokens, D model, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-IGNORED = -100  # a label that is no target: prompts, padding, the first token of a document
+IGNORED = -100  # label without a target: prompts, padding, the first token of a document
 
 
 def check_shapes(hidden: jax.Array, matrix: jax.Array, targets: jax.Array) -> None:
-    """Refuses all but `[M, D]`, `[V, D]` and `[M]`.
+    """Refuses shapes other than `[M, D]`, `[V, D]` and `[M]`.
 
     Raises:
-      ValueError: with the three shapes.
+      ValueError: a shape is wrong; names all three.
     """
     shapes = hidden.shape, matrix.shape, targets.shape
     if [len(shape) for shape in shapes] != [2, 2, 1] or (
@@ -26,20 +26,20 @@ def check_shapes(hidden: jax.Array, matrix: jax.Array, targets: jax.Array) -> No
 
 
 def trained_first(hidden: jax.Array, targets: jax.Array):
-    """Sorts tokens so that those with a target come first; returns the order as well.
+    """Sorts tokens so that those with a target come first; also returns the order.
 
-    States `[M, D]` of ignored tokens become 0: one may hold NaN, which times a zero gradient would
-    still reach the output matrix.
+    States `[M, D]` of ignored tokens become 0: a NaN times a zero gradient would still reach the
+    output matrix.
     """
     order = jnp.argsort(targets == IGNORED, stable=True)
     hidden = jnp.where((targets != IGNORED)[:, None], hidden, 0)
-    # Said to be unique, so that its gradient, a scatter, need not add.
+    # Declared unique, so that its gradient, a scatter, need not add.
     hidden = hidden.at[order].get(unique_indices=True, mode="promise_in_bounds")
     return hidden, targets[order], order
 
 
 def split(x: jax.Array, chunk_size: int, fill: float = 0) -> jax.Array:
-    """`[M, ...]` -> `[n, C, ...]`, filled up at the end."""
+    """`[M, ...]` -> `[n, C, ...]`, padded at the end."""
     pad = [(0, -x.shape[0] % chunk_size)] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, pad, constant_values=fill).reshape(-1, chunk_size, *x.shape[1:])
 
@@ -50,7 +50,7 @@ def joined(chunks: jax.Array, count: int) -> jax.Array:
 
 
 def has_target(targets: jax.Array) -> jax.Array:
-    """Whether a chunk holds any target: the others, which lie at the end, are skipped."""
+    """Whether a chunk holds any target; those without, at the end, are skipped."""
     return (targets != IGNORED).any()
 
 
@@ -74,9 +74,9 @@ def logits_and_slope(
 
 
 def backward(d_logits: jax.Array, hidden: jax.Array, matrix: jax.Array, d_matrix):
-    """Cotangents of `hidden · matrixᵀ` -> those of `hidden`, and `d_matrix` plus those of `matrix`.
+    """Cotangents of `hidden`, and `d_matrix` plus those of `matrix`, from those of the product.
 
-    `d_matrix` is float32, or None where the matrix is not trained: its product is then not made.
+    `d_matrix` is float32, or None if the matrix is not trained; its product is then not computed.
     """
     d_hidden = jnp.einsum("CV,VD->CD", d_logits, matrix, preferred_element_type=jnp.float32)
     if d_matrix is not None:

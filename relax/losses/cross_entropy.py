@@ -26,10 +26,10 @@ class TokenSums(NamedTuple):
 
 
 def next_token_targets(labels: jax.Array) -> jax.Array:
-    """Labels in Hugging Face alignment -> the target of each position; the last one has none.
+    """Converts labels in Hugging Face alignment to targets; the last position has none.
 
     Args:
-      labels: `[B, T]` int, the token itself where it is trained, `IGNORED` (-100) elsewhere.
+      labels: `[B, T]` int, the token itself if it is trained, else `IGNORED` (-100).
 
     Returns:
       `[B, T]`: entry t is label t + 1.
@@ -53,14 +53,14 @@ def linear_cross_entropy(
 
         Σ_m 1[target_m ≠ IGNORED] · (logsumexp_v z_mv − z_m,target_m),   z = cap(hidden · matrixᵀ)
 
-    Works through `chunk_size` tokens at a time, trained tokens first, and skips the chunks that
-    hold none: a batch of long prompts and short completions pays for its completions only. The
-    gradient is made in the same pass as the loss, so no logits are computed twice, and the one of a
-    matrix that nothing is differentiated with respect to is not made. Products are of the hidden
-    states' dtype and summed in float32, as is all that comes after them.
+    Processes `chunk_size` tokens at a time, trained tokens first, and skips chunks without any: a
+    batch of long prompts and short completions pays for its completions only. The gradient is
+    computed in the same pass as the loss, so no logits are computed twice; the gradient of a matrix
+    that is not trained is omitted. Products have the hidden states' dtype and are accumulated in
+    float32, as is everything after them.
 
     Args:
-      hidden: `[M, D]` the model's last hidden states. Rows of ignored tokens may hold anything.
+      hidden: `[M, D]` the model's last hidden states. Rows of ignored tokens do not matter.
       matrix: `[V, D]` the output matrix.
       targets: `[M]` int in [0, V) or `IGNORED`.
       chunk_size: tokens whose logits exist at once (>= 1).
@@ -70,7 +70,7 @@ def linear_cross_entropy(
       The sums over the trained tokens. With none, all are exactly 0 and so are the gradients.
 
     Raises:
-      ValueError: there is no token, `chunk_size` is below 1, or shapes do not fit.
+      ValueError: there is no token, `chunk_size` is below 1, or the shapes do not fit.
 
     Example:
       >>> sums = linear_cross_entropy(jnp.zeros((3, 2)), jnp.ones((4, 2)), jnp.array([0, 1, -100]))
@@ -85,7 +85,7 @@ def linear_cross_entropy(
 
     chunks.check_shapes(hidden, matrix, targets)
     _checked(hidden, chunk_size)
-    # Each device goes through the chunks of its own tokens.
+    # Each device processes the chunks of its own tokens.
     run = parallel.per_device(sums, (("batch",), None, ("batch",)), (("batch",),) * 4, auto=True)
     return TokenSums(*(part.sum() for part in run(hidden, matrix, targets)))
 
@@ -142,7 +142,7 @@ def _sums(hidden, matrix, targets, chunk_size, softcap):
 
 
 def _sums_forward(hidden, matrix, targets, chunk_size, softcap):
-    """Also gives ∂nll/∂hidden and ∂nll/∂matrix, which the backward pass only scales."""
+    """The sums, with ∂nll/∂hidden and ∂nll/∂matrix, which the backward pass only scales."""
     hidden, targets = hidden.value, targets.value
     matrix, is_trained = matrix.value, matrix.perturbed
     narrow = matrix.astype(hidden.dtype)
@@ -167,7 +167,7 @@ def _sums_forward(hidden, matrix, targets, chunk_size, softcap):
 def _sums_backward(chunk_size, softcap, residuals, cotangents):
     d_hidden, d_matrix = residuals
     scale = cotangents[0]
-    if isinstance(scale, SymbolicZero):  # some other sum is differentiated: those are constants
+    if isinstance(scale, SymbolicZero):  # the other sums are constants
         return None, None, None
     if d_matrix is not None:
         d_matrix *= scale.astype(d_matrix.dtype)
@@ -186,7 +186,7 @@ def _split(hidden, targets, chunk_size):
 
 
 def _chunk_sums(matrix, softcap, sums, chunk):
-    """Adds one chunk to the sums; also gives ∂nll/∂(hidden · matrixᵀ) `[C, V]`, narrow."""
+    """Adds one chunk to the sums; also returns ∂nll/∂(hidden · matrixᵀ), `[C, V]`."""
     hidden, targets = chunk
     trained = targets != IGNORED
     logits, slope = chunks.logits_and_slope(hidden, matrix, softcap)

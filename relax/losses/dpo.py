@@ -4,7 +4,7 @@ With s = log π_θ(y) - log π_ref(y) of the chosen (c) and the rejected (r) com
 
     sigmoid   -(1 - ε) log σ(βΔ) - ε log σ(-βΔ)
 
-`PREFERENCE_LOSSES` names them all. One of your own:
+`PREFERENCE_LOSSES` has all of them by name. To add your own:
 
     @register_preference_loss("mine")
     def mine(pairs, options):  # -> [N]
@@ -30,8 +30,8 @@ class Pairs(NamedTuple):
     """Log-probabilities (nats) of whole completions, and their lengths, `[N]` float32 each.
 
     Attributes:
-      chosen, rejected: under the policy.
-      ref_chosen, ref_rejected: under the reference; zeros where a loss needs none.
+      chosen, rejected: log-probabilities under the policy.
+      ref_chosen, ref_rejected: log-probabilities under the reference; zeros if the loss uses none.
       chosen_length, rejected_length: tokens, at least 1.
       mean_chosen_length: mean over all pairs that the loss is averaged over.
     """
@@ -70,10 +70,9 @@ class LossOptions(NamedTuple):
     """Hyperparameters of the preference losses.
 
     Attributes:
-      beta: strength of the pull towards the reference, above 0.
-      label_smoothing: ε, the share of pairs that are assumed to be labelled the wrong way round, in
-        [0, 0.5).
-      simpo_gamma: γ, the margin that SimPO asks for.
+      beta: strength of the KL constraint, above 0.
+      label_smoothing: ε, assumed fraction of pairs with swapped labels, in [0, 0.5).
+      simpo_gamma: γ, SimPO's target margin.
     """
 
     beta: float = 0.1
@@ -82,13 +81,13 @@ class LossOptions(NamedTuple):
 
 
 class PreferenceLoss(NamedTuple):
-    """A loss, and what it reads beside the policy's log-probabilities and beta.
+    """A loss and its inputs, besides the policy's log-probabilities and beta.
 
     Attributes:
       function: `(Pairs, LossOptions) -> [N]`.
-      needs_reference: it reads the reference's log-probabilities.
-      needs_lengths: it reads the numbers of tokens.
-      reads: fields of `LossOptions` that it reads beside beta.
+      needs_reference: whether it uses the reference's log-probabilities.
+      needs_lengths: whether it uses the numbers of tokens.
+      reads: fields of `LossOptions` that it uses besides beta.
     """
 
     function: Callable[[Pairs, LossOptions], jax.Array]
@@ -107,7 +106,7 @@ def register_preference_loss(
     needs_lengths: bool = False,
     reads: tuple[str, ...] = (),
 ):
-    """Decorator that makes a function of pairs a `loss_type` of `DPOTrainer` and `dpo_loss`.
+    """Decorator that registers a function of pairs as a `loss_type` of `DPOTrainer` and `dpo_loss`.
 
     Args:
       name: its name.
@@ -147,16 +146,16 @@ def dpo_loss(
 
     Args:
       chosen, rejected: `[N]` log-probabilities of whole completions under the policy, nats.
-      ref_chosen, ref_rejected: `[N]` under the reference; None for losses that read none.
+      ref_chosen, ref_rejected: `[N]` under the reference; None for losses that use none.
       chosen_length, rejected_length: `[N]` tokens (>= 1), for losses per token.
       loss_type: a name in `PREFERENCE_LOSSES`.
       beta, label_smoothing, simpo_gamma: see `LossOptions`.
 
     Returns:
-      `[N]`, log 2 where policy and reference agree; `DPOTrainer` minimises its mean.
+      `[N]`, log 2 if policy and reference agree; `DPOTrainer` minimises its mean.
 
     Raises:
-      ValueError: an unknown loss, an argument that it reads and that is None, or other shapes.
+      ValueError: the loss is unknown, an argument that it needs is None, or the shapes differ.
 
     Example:
       >>> loss = dpo_loss(*(jnp.array([x]) for x in (-10.0, -11.0, -10.5, -10.0)))
@@ -202,7 +201,7 @@ def sigmoid(p: Pairs, o: LossOptions) -> jax.Array:
 
 @register_preference_loss("robust", reads=("label_smoothing",))
 def robust(p: Pairs, o: LossOptions) -> jax.Array:
-    """[-(1 - ε) log σ(βΔ) + ε log σ(-βΔ)] / (1 - 2ε), unbiased where a share ε is flipped.
+    """[-(1 - ε) log σ(βΔ) + ε log σ(-βΔ)] / (1 - 2ε), unbiased if a fraction ε is flipped.
 
     Chowdhury et al., Provably Robust DPO, 2024, https://arxiv.org/abs/2403.00409, section 3.2
     """
@@ -242,7 +241,7 @@ def sigmoid_norm(p: Pairs, o: LossOptions) -> jax.Array:
 
 @register_preference_loss("apo_zero")
 def apo_zero(p: Pairs, o: LossOptions) -> jax.Array:
-    """1 - σ(β s_c) + σ(β s_r): the chosen one up, the rejected one down.
+    """1 - σ(β s_c) + σ(β s_r): raises the chosen one, lowers the rejected one.
 
     D'Oosterlinck et al., Anchored Preference Optimization, 2024, https://arxiv.org/abs/2408.06266,
     eq. 7
@@ -252,7 +251,7 @@ def apo_zero(p: Pairs, o: LossOptions) -> jax.Array:
 
 @register_preference_loss("apo_down")
 def apo_down(p: Pairs, o: LossOptions) -> jax.Array:
-    """σ(β s_c) + 1 - σ(βΔ): both down, the rejected one more. As `apo_zero`, eq. 8."""
+    """σ(β s_c) + 1 - σ(βΔ): lowers both, the rejected one more. As `apo_zero`, eq. 8."""
     return jax.nn.sigmoid(o.beta * p.chosen_score) + jax.nn.sigmoid(-o.beta * p.margin)
 
 
@@ -345,13 +344,13 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> jax.Array:
-    """KTO's loss of completions that are good or bad by themselves.
+    """KTO's loss for completions that are individually desirable or undesirable.
 
-        λ_D (1 - σ(β (s - z))) of good ones,   λ_U (1 - σ(β (z - s))) of bad ones
+        λ_D (1 - σ(β (s - z))) if desirable,   λ_U (1 - σ(β (z - s))) if not
 
     Args:
       scores: `[N]` s, log π_θ(y) - log π_ref(y), nats.
-      kl: scalar z, from `kto_reference_point`; it gets no gradient.
+      kl: scalar z, from `kto_reference_point`; has no gradient.
       is_desirable: `[N]` bool.
       beta: above 0.
       desirable_weight, undesirable_weight: λ_D and λ_U.
@@ -360,7 +359,7 @@ def kto_loss(
       `[N]`, in (0, λ).
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: the shapes differ.
 
     Example:
       >>> kto_loss(jnp.array([0.0, 0.0]), jnp.array(0.0), jnp.array([True, False])).tolist()
@@ -380,13 +379,13 @@ def kto_reference_point(scores: jax.Array, mask: jax.Array) -> jax.Array:
 
     Args:
       scores: `[N]` s' of prompts paired with another row's completion, nats.
-      mask: `[N]` bool, the rows that count; elsewhere anything may stand.
+      mask: `[N]` bool, true on rows that count; other entries are ignored.
 
     Returns:
       A scalar (>= 0), nats.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: the shapes differ.
 
     Example:
       >>> kto_reference_point(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([1, 1, 0]) > 0).item()

@@ -2,7 +2,7 @@
 
 With Δ = log π - log π_ref per token:
 
-    k1 = Δ              unbiased, of either sign
+    k1 = Δ              unbiased, may be negative
     k2 = Δ² / 2         biased, low variance; its gradient is that of the KL
     k3 = e^-Δ + Δ - 1   unbiased, never negative; its gradient is not that of the KL
 
@@ -37,9 +37,9 @@ def k2(delta: jax.Array) -> jax.Array:
 def k3(delta: jax.Array) -> jax.Array:
     """e^-Δ + Δ - 1, exact near 0 too.
 
-    Past Δ = -88 it is infinite in float32, and so is the loss: the update is skipped and counted.
-    An exponent held at a bound would let the term Δ alone set the gradient, which points away from
-    the reference.
+    Below Δ = -88 it is infinite in float32, and so is the loss: the step is skipped and counted.
+    With a clamped exponent the term Δ alone would set the gradient, which points away from the
+    reference.
     """
     return jnp.expm1(-delta) + delta
 
@@ -52,8 +52,8 @@ def kl_estimate(
     Args:
       logprobs: `[B, T]` of the tokens under π, nats.
       ref_logprobs: `[B, T]` of the same tokens under π_ref, nats.
-      mask: `[B, T]` bool, the tokens that count; elsewhere anything may stand. Any other shape
-        will do, as long as the three are equal.
+      mask: `[B, T]` bool, true on tokens that count; other entries are ignored. Any shape
+        common to the three works.
       estimator: a name in `KL_ESTIMATORS`: `k1`, `k2`, `k3`, or one of your own
         (`register_kl_estimator`).
 
@@ -61,7 +61,7 @@ def kl_estimate(
       `[B, T]` nats, 0 where masked.
 
     Raises:
-      ValueError: an unknown estimator, or shapes that differ.
+      ValueError: the estimator is unknown, or the shapes differ.
 
     Example:
       >>> arrays = jnp.array([[-1.0, -0.5]]), jnp.array([[-1.5, -0.5]]), jnp.array([[True, True]])

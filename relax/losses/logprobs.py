@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens from hidden states, a chunk of tokens at a time.
 
-The sampler and the trainers take theirs from the same logits: `token_logits` is the one place where
-hidden states become logits at a temperature.
+The sampler and the trainers use the same logits: `token_logits` is the only place that computes
+logits at a temperature from hidden states.
 
 Axes: M tokens, C tokens of a chunk, D model, V vocabulary.
 """
@@ -63,12 +63,12 @@ def linear_logprobs(
 
         z = cap(hidden · matrixᵀ) / temperature
 
-    Works through `chunk_size` tokens at a time, those with a target first, and skips the chunks
-    that hold none. The backward pass computes the logits of a chunk again; no more than one chunk's
-    exist at a time. Products are of the hidden states' dtype and summed in float32.
+    Processes `chunk_size` tokens at a time, those with a target first, and skips chunks without
+    any. The backward pass recomputes the logits, one chunk at a time. Products have the hidden
+    states' dtype and are accumulated in float32.
 
     Args:
-      hidden: `[M, D]` the states before the targets. Rows of ignored targets may hold anything.
+      hidden: `[M, D]` the states before the targets. Rows of ignored targets do not matter.
       matrix: `[V, D]` the output matrix.
       targets: `[M]` int in [0, V) or `IGNORED`.
       temperature: above 0.
@@ -79,8 +79,8 @@ def linear_logprobs(
       Log-probabilities and entropies, `[M]` each.
 
     Raises:
-      ValueError: there is no token, `chunk_size` or `temperature` is not above 0, or shapes do not
-        fit.
+      ValueError: there is no token, `chunk_size` or `temperature` is not above 0, or the shapes
+        do not fit.
 
     Example:
       >>> out = linear_logprobs(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.array([1, -100]))
@@ -102,7 +102,7 @@ def linear_logprobs(
         out = _ordered(ordered, matrix, ordered_targets, temperature, softcap, chunk)
         return tuple(jnp.zeros_like(x).at[order].set(x, unique_indices=True) for x in out)
 
-    # Each device goes through the chunks of its own tokens.
+    # Each device processes the chunks of its own tokens.
     run = parallel.per_device(of_part, (("batch",), None, ("batch",)), (("batch",),) * 2, auto=True)
     return TokenLogprobs(*run(hidden, matrix, targets))
 

@@ -1,8 +1,8 @@
 """Sums, means and whitening over the entries where a mask is true.
 
-A masked entry may hold anything, NaN included: it changes neither value nor gradient.
+Other entries, even NaN, affect neither value nor gradient.
 
-Axes: B rows, T tokens; any others will do.
+Axes: B rows, T tokens, or any others.
 """
 
 import jax
@@ -20,10 +20,10 @@ def masked_sum(values: jax.Array, mask: jax.Array, axis: int | None = None) -> j
       axis: the axis to sum over; None sums over all.
 
     Returns:
-      A scalar, or `values` without `axis`; 0 where nothing is true.
+      A scalar, or `values` without `axis`; 0 if nothing is true.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: the shapes differ.
 
     Example:
       >>> masked_sum(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True])).item()
@@ -43,10 +43,10 @@ def masked_mean(values: jax.Array, mask: jax.Array, axis: int | None = None) -> 
       axis: the axis to average over; None averages over all.
 
     Returns:
-      A scalar, or `values` without `axis`; 0 where nothing is true.
+      A scalar, or `values` without `axis`; 0 if nothing is true.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: the shapes differ.
 
     Example:
       >>> masked_mean(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True])).item()
@@ -63,21 +63,21 @@ def masked_whiten(values: jax.Array, mask: jax.Array, *, shift_mean: bool = True
     Args:
       values: any shape.
       mask: the same shape, bool.
-      shift_mean: False keeps the mean: μ is added again.
+      shift_mean: False keeps the mean, by adding μ again.
 
     Returns:
       The same shape.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: the shapes differ.
 
     Example:
       >>> masked_whiten(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([0, 1, 1, 0]) > 0).round(4)
       Array([ 0.    , -0.7071,  0.7071,  0.    ], dtype=float32)
     """
     require_same_shape(values=values, mask=mask)
-    # Less the largest first: equal values give exactly 0, where against their rounded mean a rest
-    # of 1e-5 would be scaled up to 0.1.
+    # The largest is subtracted first, so equal values give exactly 0; a difference of 1e-5 from
+    # the rounded mean would be scaled up to 0.1.
     largest = jnp.where(mask.any(), jnp.where(mask, values, -jnp.inf).max(), 0.0)
     shifted = jnp.where(mask, values - largest, 0.0)
     mean = masked_mean(shifted, mask)

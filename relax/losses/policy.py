@@ -1,17 +1,17 @@
-"""The clipped-surrogate family of policy losses, taken apart into pure functions.
+"""The clipped-surrogate family of policy losses, as a composition of pure functions.
 
     ρ = exp(log π_θ - log π_old)                       `RATIOS`        token, sequence, trajectory
     l = objective(ρ, Â, log π_θ)       per token
     L = aggregation(l + penalty, mask)                 `AGGREGATIONS`  token_mean, ...
 
-`LOSS_TYPES` names the pairs of objective and aggregation that have a name. One of your own:
+`LOSS_TYPES` has the named pairs of objective and aggregation. To add your own:
 
     @register_loss("mine", aggregation="token_mean")
-    def mine(ratio, advantages, logprobs, clip):  # [B, T] each, but the bounds
+    def mine(ratio, advantages, logprobs, clip):  # [B, T] each, except clip
         return -ratio * advantages
 
-Log-ratios are 0 where masked *before* anything is exponentiated, so padding may hold anything: a
-mask after the exponential would leave 0 · inf = NaN in the gradient.
+Log-ratios are masked to 0 *before* the exponential, so values of padding do not matter; a mask
+after it would leave 0 · inf = NaN in the gradient.
 
 Axes: B completions, T tokens of a completion.
 """
@@ -27,10 +27,10 @@ from relax.losses.masked import masked_mean, masked_sum
 from relax.losses.registry import Registry
 from relax.losses.shapes import require_same_shape
 
-# The exponent of a ratio is held at this: e^88.8 is infinite in float32, and where the clipped
-# objective gives the ratio no gradient, 0 · inf would still be NaN. verl and OpenRLHF hold it at 20
-# too. A ratio of e^20 is far outside any clip interval, so only the gradient of what is not clipped
-# (A < 0 without `delta`) differs from the formula: it is 0 past the bound.
+# The exponent of a ratio is clamped to this: e^88.8 is infinite in float32, and even where clipping
+# removes the gradient of the ratio, 0 · inf would be NaN. verl and OpenRLHF clamp it at 20 too. A
+# ratio of e^20 is far outside any clip interval, so only the gradient of unclipped tokens (A < 0
+# without `delta`) differs from the formula: it is 0 beyond the bound.
 MAX_LOG_RATIO = 20.0
 
 
@@ -41,7 +41,7 @@ class Clip:
     Attributes:
       low, high: the ratio's interval is [1 - low, 1 + high]. `high` above `low` is DAPO's
         clip-higher (Yu et al., DAPO, 2025, https://arxiv.org/abs/2503.14476, eq. 10).
-      delta: upper bound of the ratio where the advantage is negative, above 1 + high; None: none
+      delta: upper bound of the ratio for negative advantages, above 1 + high; None: none
         (Prime Intellect, INTELLECT-2, 2025, https://arxiv.org/abs/2505.07291, section 3.4; Ye et
         al., 2020, https://arxiv.org/abs/1912.09729, eq. 5, dual-clip PPO).
     """
@@ -85,7 +85,7 @@ def sequence_ratio(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
 
 @RATIOS.register("trajectory")
 def trajectory_ratio(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-    """ρ = π_θ(y) / π_old(y), one per completion, as RLOO takes it.
+    """ρ = π_θ(y) / π_old(y), one per completion, as in RLOO.
 
     Args and range as for `token_ratio`; returns `[B, 1]`.
 
@@ -137,7 +137,7 @@ def cispo(ratio: jax.Array, advantages: jax.Array, logprobs: jax.Array, clip: Cl
 def cispo_absolute(
     ratio: jax.Array, advantages: jax.Array, logprobs: jax.Array, clip: Clip
 ) -> jax.Array:
-    """-sg(min(ρ, high)) Â log π_θ, as TRL has it: `high` is the bound itself, such as 5.
+    """-sg(min(ρ, high)) Â log π_θ, as in TRL: `high` is the bound itself, such as 5.
 
     Args and result as for `clipped`.
     """
@@ -150,11 +150,11 @@ AGGREGATIONS: Registry[Aggregation] = Registry("aggregation")
 
 @AGGREGATIONS.register("token_mean")
 def token_mean(losses: jax.Array, mask: jax.Array, max_length: int):
-    """Mean over tokens, Σ m l / Σ m: every token counts the same.
+    """Mean over tokens, Σ m l / Σ m: every token has the same weight.
 
     Args:
       losses, mask: `[B, T]`.
-      max_length: tokens that a completion may have.
+      max_length: maximum tokens of a completion.
 
     Returns:
       The loss, and its weight: the number of tokens.
@@ -168,7 +168,7 @@ def token_mean(losses: jax.Array, mask: jax.Array, max_length: int):
 
 @AGGREGATIONS.register("sequence_mean")
 def sequence_mean(losses: jax.Array, mask: jax.Array, max_length: int):
-    """Mean over completions of their means over tokens: every completion counts the same.
+    """Mean over completions of their means over tokens: every completion has the same weight.
 
     Args as for `token_mean`; the weight is B, completions without a token included (as in TRL).
 
@@ -181,7 +181,7 @@ def sequence_mean(losses: jax.Array, mask: jax.Array, max_length: int):
 
 @AGGREGATIONS.register("constant_mean")
 def constant_mean(losses: jax.Array, mask: jax.Array, max_length: int):
-    """Σ m l / (B · max_length): how long a completion is does not scale its tokens.
+    """Σ m l / (B · max_length): the length of a completion does not scale its tokens.
 
     Args as for `token_mean`; the weight is B.
 
@@ -193,7 +193,7 @@ def constant_mean(losses: jax.Array, mask: jax.Array, max_length: int):
 
 
 class LossType(NamedTuple):
-    """A policy loss: losses per token, and how they become one number."""
+    """A policy loss: losses per token, and their aggregation."""
 
     objective: Objective
     aggregation: Aggregation
@@ -205,7 +205,7 @@ LOSS_TYPES: Registry[LossType] = Registry("loss_type")
 def register_loss(
     name: str, *, aggregation: str | Aggregation = "token_mean"
 ) -> Callable[[Objective], Objective]:
-    """Decorator that makes an objective a `loss_type`.
+    """Decorator that registers an objective as a `loss_type`.
 
     Args:
       name: its name in `policy_loss` and `GRPOTrainer`.
@@ -229,7 +229,7 @@ def register_loss(
 
 register_loss("grpo", aggregation="sequence_mean")(clipped)
 # TRL's bnpo divides by the tokens of a micro-batch and its dapo by those of a generation; here both
-# divide by those of the update, and are the same.
+# divide by those of the update and are the same.
 register_loss("bnpo")(clipped)
 register_loss("dr_grpo", aggregation="constant_mean")(clipped)
 register_loss("dapo")(clipped)
@@ -241,11 +241,11 @@ def log_ratios(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) ->
     """log π_θ - log π_old per token, 0 where masked.
 
     Args:
-      logprobs, old_logprobs: `[B, T]` nats; anything may stand where masked.
-      mask: `[B, T]` bool. Any other shape will do, as long as the three are equal.
+      logprobs, old_logprobs: `[B, T]` nats; masked entries are ignored.
+      mask: `[B, T]` bool. Any shape common to the three works.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: the shapes differ.
 
     Example:
       >>> log_ratios(jnp.array([-1.0, jnp.nan]), jnp.array([-1.5, 0.0]), jnp.array([True, False]))
@@ -262,7 +262,7 @@ class PolicyLoss(NamedTuple):
       loss: scalar.
       weight: scalar, the tokens or completions that `loss` is the mean of: Σ w L / Σ w over
         micro-batches is the loss of the whole.
-      ratio: `[B, T]`, or `[B, 1]` at the level of completions; 1 where masked.
+      ratio: `[B, T]`, or `[B, 1]` for ratios per completion; 1 where masked.
     """
 
     loss: jax.Array
@@ -284,7 +284,7 @@ def policy_loss(
     unbiased_kl: bool = False,
     max_length: int | None = None,
 ) -> PolicyLoss:
-    """Loss of PPO, GRPO and their kin, by default that of DAPO:
+    """Loss of PPO, GRPO and related algorithms, by default that of DAPO:
 
         ρ_t = π_θ(y_t) / π_old(y_t)
         L = - Σ_t min(ρ_t Â, clip(ρ_t, 1 - low, 1 + high) Â) / #tokens
@@ -293,7 +293,7 @@ def policy_loss(
       logprobs: `[B, T]` of the tokens under the policy that is trained, nats.
       old_logprobs: `[B, T]` of the same tokens under the policy that drew them, nats.
       advantages: `[B]` per completion, or `[B, T]` per token.
-      mask: `[B, T]` bool, the tokens that the policy wrote; elsewhere anything may stand.
+      mask: `[B, T]` bool, true on the policy's tokens; other entries are ignored.
       loss_type: a name in `LOSS_TYPES`: `dapo`, `grpo`, `bnpo`, `dr_grpo`, `cispo`,
         `cispo_absolute`, or one of your own (`register_loss`).
       importance_sampling_level: a name in `RATIOS`: `token`, `sequence` (GSPO) or `trajectory`.

@@ -1,12 +1,12 @@
 """Optimizers under transformers' names.
 
-Every optimizer here is made as `adamw(schedule, weight_decay=0.1)`, is optax's, and
+Every optimizer is constructed as `adamw(schedule, weight_decay=0.1)`, wraps optax's, and
 
-- holds its learning rate in its state, once, so that it is among the metrics;
-- keeps its state and computes in float32, whatever the precision of the parameters: a mean of
-  squares that moves by a thousandth per update would not move at all in bfloat16;
-- decays matrices only: norms and biases (arrays of at most one axis) are not decayed. The decay is
-  decoupled: per update, a parameter loses learning rate * weight decay of itself.
+- has its learning rate in its state, once, so that it can be logged;
+- keeps its state and computes in float32, whatever the dtype of the parameters: a mean of squares
+  that changes by a thousandth per update would not change at all in bfloat16;
+- decays matrices only, not norms and biases (arrays of at most one axis). The decay is decoupled:
+  each update multiplies a parameter by 1 - learning rate * weight decay.
 """
 
 import functools
@@ -27,7 +27,7 @@ def eval_params(opt_state, params):
 
     Args:
       opt_state: the state of any optax optimizer.
-      params: the parameters that it belongs to.
+      params: its parameters.
     """
 
     def is_average(node):
@@ -100,8 +100,8 @@ def adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
 def adafactor(learning_rate, *, weight_decay=0.0):
     """Steps scaled by the root of a second moment that has one value per row and per column.
 
-    The learning rate is the schedule's: neither falling with the update's number nor scaled by the
-    parameter's size, as in transformers' Trainer. Matrices with an axis below 128 keep the whole
+    The learning rate is the schedule's, as in transformers' Trainer; it neither decays by itself
+    nor scales with the parameter's size. Matrices with an axis below 128 keep the whole
     second moment, which saves little memory there. No first moment is kept.
 
     Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, 2018,
@@ -110,7 +110,7 @@ def adafactor(learning_rate, *, weight_decay=0.0):
     return optax.adafactor(
         learning_rate,
         multiply_by_parameter_scale=False,
-        # optax subtracts this share of a parameter, not multiplied by the learning rate.
+        # optax subtracts this fraction of a parameter without multiplying by the learning rate.
         weight_decay_rate=learning_rate * weight_decay,
         weight_decay_mask=_matrices,
     )
@@ -118,9 +118,9 @@ def adafactor(learning_rate, *, weight_decay=0.0):
 
 @_optimizer
 def lion(learning_rate, *, b1=0.9, b2=0.99, weight_decay=0.0):
-    """The sign of a mix of gradient and momentum; wants a third to a tenth of Adam's learning rate.
+    """Steps by the sign of mixed gradient and momentum; use a third to a tenth of Adam's rate.
 
-    Runs pass it adam_beta1 and adam_beta2, as transformers' Trainer does; the paper's are 0.9 and
+    Runs pass adam_beta1 and adam_beta2, as transformers' Trainer does; the paper uses 0.9 and
     0.99.
 
     Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
@@ -131,12 +131,12 @@ def lion(learning_rate, *, b1=0.9, b2=0.99, weight_decay=0.0):
 
 @_optimizer
 def muon(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-    """Momentum (0.95, Nesterov's) made orthogonal, for matrices; AdamW for all else.
+    """Orthogonalised Nesterov momentum (0.95) for matrices, AdamW for all other parameters.
 
-    Matrices are the kernels of linear layers, and the last two axes of stacks of them, such as a
-    layer's experts, each for itself. Embeddings, output heads, norms and biases go to AdamW, to
-    which `b1`, `b2` and `eps` belong. An orthogonal step is scaled by 0.2 √max(rows, columns): its
-    entries are then as large as those of AdamW's steps, and one learning rate fits both.
+    Matrices are the kernels of linear layers and each matrix of a stack, such as a layer's experts.
+    AdamW, with `b1`, `b2` and `eps`, updates embeddings, output heads, norms and biases. Orthogonal
+    steps are scaled by 0.2 √max(rows, columns), which makes their entries as large as those of
+    AdamW's steps, so that one learning rate fits both.
 
     Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
     https://kellerjordan.github.io/posts/muon; Liu et al., Muon is Scalable for LLM Training, 2025,
@@ -182,10 +182,10 @@ def schedule_free_adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_dec
 
         y = (1 − b1) z + b1 x        gradients are taken here: `state.params`
         z ← z − learning rate * g(y) / (√v + eps)
-        x ← (1 − c) x + c z          the average, c by the squares of the rates so far
+        x ← (1 − c) x + c z          the average; c follows from the squared rates so far
 
-    `eval_params` gives x, which is evaluated and saved. `b1` must be above 0. Best with a constant
-    learning rate after a warm-up (`constant_with_warmup`).
+    `eval_params` returns x, which is evaluated and saved. `b1` must be above 0. A constant learning
+    rate after a warm-up (`constant_with_warmup`) works best.
 
     Defazio et al., The Road Less Scheduled, 2024, https://arxiv.org/abs/2405.15682
     """

@@ -21,11 +21,11 @@ def learning_rate_schedule(
 ) -> optax.Schedule:
     """Learning rate of update n, counted from 0, as in transformers' `get_scheduler`.
 
-    The warm-up rises linearly from 0 and is over at update `warmup_steps`. Then `linear` falls to 0
-    at `total_steps`, `cosine` falls along half a cosine, `constant_with_warmup` stays.
-    `cosine_with_min_lr` falls to `min_lr_rate` of the peak. `wsd` (warm-up, stable, decay) stays,
-    and falls along half a cosine in the last `num_decay_steps` updates; it starts and ends at
-    `min_lr_rate` of the peak. `constant` has no warm-up, whatever `warmup_steps` is.
+    The warm-up rises linearly from 0 until update `warmup_steps`. Then `linear` decays to 0 at
+    `total_steps`, `cosine` decays along half a cosine, and `constant_with_warmup` is constant.
+    `cosine_with_min_lr` decays to `min_lr_rate` of the peak. `wsd` (warm-up, stable, decay) is
+    constant and decays along half a cosine in the last `num_decay_steps` updates; it starts and
+    ends at `min_lr_rate` of the peak. `constant` has no warm-up and ignores `warmup_steps`.
 
     Args:
       kind: one of `SCHEDULES`.
@@ -39,7 +39,7 @@ def learning_rate_schedule(
       A function of the update's number.
 
     Raises:
-      ConfigError: an unknown kind, or phases of `wsd` that are longer than the run.
+      ConfigError: the kind is unknown, or the phases of `wsd` are longer than the run.
 
     Example:
       >>> schedule = learning_rate_schedule("linear", 1.0, total_steps=10, warmup_steps=2)

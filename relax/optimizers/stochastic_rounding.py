@@ -26,12 +26,12 @@ def stochastic_rounding(
     """Rounds updated bfloat16 parameters up or down at random, so that the mean is exact.
 
     A bfloat16 number has 8 significant bits. Rounding to nearest loses an update of less than half
-    of the last bit: at a weight of 0.02 that is any below 3e-5, as most updates of fine-tuning are.
-    Here the weight moves by the whole last bit, with the probability update / last bit. Parameters
-    of other dtypes are updated as usual.
+    of the last bit: for a weight of 0.02 those below 3e-5, as most updates of fine-tuning are. Here
+    the weight changes by the whole last bit, with probability update / last bit. Parameters of
+    other dtypes are updated as usual.
 
     Args:
-      optimizer: its updates are float32, as those of `relax.optimizers` are.
+      optimizer: an optimizer with float32 updates, such as those of `relax.optimizers`.
       seed: seed of the rounding.
 
     References:
@@ -68,11 +68,11 @@ def _rounded_step(param, step, key):
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """Rounds float32 to a neighbour that bfloat16 holds exactly; its mean is x.
 
-    Adds noise below the last bit of bfloat16, and clears the bits below it. NaN and infinity stay.
+    Adds noise below the last bit of bfloat16, then clears those bits. NaN and infinity are kept.
 
     Args:
       x: float32, any shape.
-      key: decides the noise.
+      key: key of the noise.
 
     Returns:
       float32, the same shape.

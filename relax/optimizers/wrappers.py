@@ -1,4 +1,4 @@
-"""Optimizers around optimizers."""
+"""Optimizers that wrap other optimizers."""
 
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class DelayedState(NamedTuple):
 
     Attributes:
       inner: the wrapped optimizer's state.
-      waited: int32 scalar, updates that changed nothing so far.
+      waited: int32 scalar, skipped updates so far.
     """
 
     inner: Any

@@ -1,4 +1,4 @@
-"""Rewards: the protocol, the shipped functions, and the killable workers that run them."""
+"""Rewards: the protocol, the built-in functions, and the killable workers that run them."""
 
 from relax.rewards.answers import get_exact_match, get_last_number_match
 from relax.rewards.batch import RewardBatch, RewardFailure, weighted_total

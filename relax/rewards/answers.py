@@ -11,8 +11,8 @@ from relax.rewards.protocol import text_of
 
 _MINUS = str.maketrans("\u2212\ufe63\uff0d", "---")  # typographic minus signs
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
-# A sign counts where no digit, letter or bracket precedes it: "5-3" holds 5 and 3. A point begins a
-# number where no digit or letter precedes it.
+# A sign counts unless a digit, letter or bracket precedes it: "5-3" holds 5 and 3. A point begins a
+# number unless a digit or letter precedes it.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])[-+])?"
     r"(?:"
@@ -24,7 +24,7 @@ _NUMBER = re.compile(
 
 
 def per_completion(name: str, score: Callable, *columns: str) -> Callable:
-    """The reward function of `score(text of the completion, *values of the columns)`."""
+    """Makes a reward function from `score(text of the completion, *values of the columns)`."""
 
     def reward(completions, **kwargs):
         values = [kwargs[column] for column in columns]
@@ -44,10 +44,10 @@ def per_completion(name: str, score: Callable, *columns: str) -> Callable:
 
 @reward_factory
 def get_exact_match(column: str = "answer") -> Callable:
-    """1 where the completion is the answer, but for space around both, else 0.
+    """1 if the completion equals the answer up to surrounding space, else 0.
 
     Args:
-      column: of the answers, texts or numbers; None in it: not applicable.
+      column: column of the answers, texts or numbers; None in it means not applicable.
 
     >>> get_exact_match()(["72", " 72\\n", "It is 72"], answer=["72", 72.0, "72"])
     [1.0, 1.0, 0.0]
@@ -59,21 +59,21 @@ def exact_match(completion: str, answer) -> float | None:
     if answer is None:
         return None
     text = completion.strip()
-    # A column of numbers becomes one of floats wherever a value is missing or has a fraction.
+    # Integers become floats in a column where a value is missing or has a fraction.
     whole = isinstance(answer, float) and answer.is_integer()
     return float(text == str(answer).strip() or (whole and text == str(int(answer))))
 
 
 @reward_factory
 def get_last_number_match(column: str = "answer") -> Callable:
-    """1 where the last numbers of completion and answer are equal, else 0.
+    """1 if the last numbers of completion and answer are equal, else 0.
 
     Numbers are compared by value: 1,000 = 1000.0 = 1e3, 2/4 = .5, and \u2212 is a minus sign. A
     fraction is one number, also as `\\frac{2}{4}`.
 
     Args:
-      column: of the answers: numbers, or texts as those of GSM8K ("... #### 72"). Where an answer
-        is None or has no number: not applicable.
+      column: column of the answers: numbers, or texts as in GSM8K ("... #### 72"). An answer that
+        is None or has no number means not applicable.
 
     >>> get_last_number_match()(["20+52 is 72.", "72 or 73", "none"], answer=[72, "72", "#### 72"])
     [1.0, 0.0, 0.0]
@@ -106,12 +106,12 @@ def last_number(text: str) -> Decimal | Fraction | None:
     sign = "-" if last["sign"] == "-" else ""
     if last["over"]:
         return Fraction(int(sign + last["over"]), int(last["under"]))
-    # Read with its sign: arithmetic would round to 28 digits.
+    # Parsed with its sign, since arithmetic would round to 28 digits.
     return Decimal(sign + last["decimal"].replace(",", "") + (last["exponent"] or ""))
 
 
 def equal(one: Decimal | Fraction | None, other: Decimal | Fraction | None) -> bool:
-    """Whether two numbers have the same value; a missing one equals none.
+    """Whether two numbers have the same value; None equals nothing.
 
     >>> equal(Decimal("0.50"), Fraction(1, 2)), equal(None, Decimal(1))
     (True, False)
@@ -121,4 +121,4 @@ def equal(one: Decimal | Fraction | None, other: Decimal | Fraction | None) -> b
     if isinstance(one, Fraction) == isinstance(other, Fraction):
         return one == other
     fraction, decimal = (one, other) if isinstance(one, Fraction) else (other, one)
-    return fraction == Fraction(decimal)  # an exponent has four digits at most
+    return fraction == Fraction(decimal)  # exponents have at most four digits

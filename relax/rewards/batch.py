@@ -1,4 +1,4 @@
-"""What comes of scoring a batch: the rewards, the failures, and the count of both over a run."""
+"""Results of scoring a batch: rewards, failures, and their counts over a run."""
 
 import contextlib
 import math
@@ -13,7 +13,7 @@ from relax.errors import RewardError
 from relax.rewards.protocol import text_of
 from relax.rewards.workers.scores import Kind, Scores
 
-# Names that the trainers log; a reward function's metric of such a name is kept apart.
+# Names that trainers log; a reward function's metric of that name gets a prefix.
 _TRAINER_METRICS = frozenset(
     "aux_loss critic_aux_loss elapsed_s entropy epoch first_entropy frac_reward_zero_std "
     "global_step grad_norm kl learning_rate loss mean_token_accuracy mfu num_tokens "
@@ -25,17 +25,17 @@ _TRAINER_GROUPS = frozenset(
     "clip_ratio completions dry_run logits logps loss memory objective perf policy rewards "
     "sampling time val".split()
 )
-# The share of failures is taken of at least so many completions: one early failure is no trend.
+# Minimum number of completions for the fraction of failures: one early failure is no trend.
 _LEAST_SCORED = 100
 
 
 @dataclass(frozen=True)
 class RewardFailure:
-    """A completion that a function gave no result for.
+    """A completion without a result from a function.
 
     Attributes:
-      function: its name.
-      index: of the completion in the batch.
+      function: name of the function.
+      index: index of the completion in the batch.
       kind: raised, hung, died or result.
       reason: what happened.
       prompt, completion: shortened.
@@ -57,16 +57,16 @@ class RewardFailure:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """What the reward functions say of n completions.
+    """Rewards of n completions.
 
     Attributes:
       rewards: [n, functions] float64, NaN where a function does not apply or failed.
-      total: [n] float64, the weighted sum of those that apply, NaN where none does.
-      failures: one for each completion and function without a result.
-      seconds: that the functions took.
+      total: [n] float64, weighted sum of the rewards that apply, NaN if none does.
+      failures: one per completion and function without a result.
+      seconds: time that the functions took.
       extras: columns that functions logged, n values each.
       metrics: means of the numbers that functions logged; see `metric_name`.
-      printed: what isolated functions printed, the first of it.
+      printed: beginning of the output of isolated functions.
     """
 
     rewards: np.ndarray
@@ -79,9 +79,9 @@ class RewardBatch:
 
 
 def weighted_total(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Adds the rewards that apply.
+    """Weighted sum of the rewards that apply.
 
-        r_i = sum over k of w_k r_ik, of those that are not NaN; NaN where all are
+        r_i = sum over k of w_k r_ik, without NaN; NaN if all are NaN
 
     Args:
       rewards: [n, functions].
@@ -96,11 +96,11 @@ def weighted_total(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 class Tally:
-    """Counts completions scored and failed, by function, over a whole run.
+    """Counts scored and failed completions, by function, over a whole run.
 
     Args:
-      max_errors: the share of failures of a function, of a hundred completions at least, up to
-        which the run goes on, 0 to 1.
+      max_errors: maximum fraction of failures of a function, among at least a hundred
+        completions, 0 to 1.
     """
 
     def __init__(self, max_errors: float):
@@ -129,7 +129,7 @@ class Tally:
 
     @contextlib.contextmanager
     def undone_if_interrupted(self) -> Iterator[None]:
-        """What is counted within is forgotten where a signal drops the work: it is done again."""
+        """Undoes the counts within if a signal drops the work, which is repeated on resume."""
         before = self.state()
         try:
             yield
@@ -138,17 +138,17 @@ class Tally:
             raise
 
     def state(self) -> dict[str, dict[str, int]]:
-        """The counts, for a checkpoint."""
+        """The counts, to be saved in a checkpoint."""
         return {name: dict(getattr(self, name)) for name in ("scored", "failed", "kinds")}
 
     def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Goes on from what `state` returned."""
+        """Restores the counts that `state` returned."""
         for name, counts in state.items():
             setattr(self, name, Counter(counts))
 
 
 def failures_of(name: str, scores: Scores, prompts: list, completions: list) -> list[RewardFailure]:
-    """The failures of one function, with the prompts and completions they are about."""
+    """The failures of one function, with their prompts and completions."""
     return [
         RewardFailure(
             name, i, *why, quote(text_of(prompts[i]), 200), quote(text_of(completions[i]), 200)
@@ -158,9 +158,9 @@ def failures_of(name: str, scores: Scores, prompts: list, completions: list) -> 
 
 
 def metric_name(function: str, name: str) -> str:
-    """The name under which a number that a function logged appears among the trainer's metrics.
+    """The metric name of a number that a function logged.
 
-    It is the function's own, or `rewards/<function>/<name>` where a trainer logs that name.
+    It is the given name, or `rewards/<function>/<name>` if a trainer logs that name.
 
     >>> metric_name("f", "hits"), metric_name("f", "loss")
     ('hits', 'rewards/f/loss')
@@ -179,7 +179,7 @@ def gather(
     seconds: float,
     printed: str,
 ) -> RewardBatch:
-    """Puts the scores of the functions `names`, which may be none, together: `count` of each."""
+    """Combines the scores of the functions `names`, possibly none, `count` from each."""
     values = [[np.nan if v is None else v for v in s.values] for s in scores]
     rewards = np.array(values, np.float64).reshape(len(scores), count).T
     extras = {column: values for s in scores for column, values in s.extras.items()}

@@ -1,4 +1,4 @@
-"""A worked example of an environment: the model may use a calculator before it answers.
+"""An example of an environment: the model may use a calculator before it answers.
 
 model        12 boxes of 7 are <calc>12*7</calc>
 environment  <result>84</result>
@@ -20,10 +20,10 @@ _TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|[-+*/()])")
 class Calculator:
     """Answers `<calc>expression</calc>` at the end of a turn; any other turn is the last one.
 
-    The last turn's reward is 1 where its last number is the row's `answer`, else 0.
+    The last turn's reward is 1 if its last number is the row's `answer`, else 0.
 
     Args:
-      max_calls: how often it answers; one more call ends the conversation with reward 0.
+      max_calls: maximum number of calls; one more ends the conversation with reward 0.
 
     >>> calculator = Calculator()
     >>> calculator.reset({"answer": 84})
@@ -56,10 +56,10 @@ class Calculator:
 def calculate(expression: str) -> str:
     """The value of an expression of numbers, + - * / and brackets.
 
-    Exact; what is no whole number is written with ten significant digits.
+    The computation is exact; fractions are printed with ten significant digits.
 
     Raises:
-      ValueError: it is no such expression, is too long, or divides by zero.
+      ValueError: the text is no such expression, is too long, or divides by zero.
 
     >>> calculate("(1 + 2) * -3.5 / 7"), calculate("10/4*2")
     ('-1.5', '5')
@@ -75,7 +75,7 @@ def calculate(expression: str) -> str:
     return str(value) if value.denominator == 1 else f"{float(value):.10g}"
 
 
-# Each takes the tokens that are left and returns a value and the tokens behind it.
+# Each parser takes the remaining tokens and returns a value and the tokens after it.
 def _sum(tokens: list[str]) -> tuple[Fraction, list[str]]:
     value, rest = _product(tokens)
     while rest[:1] in (["+"], ["-"]):

@@ -1,12 +1,12 @@
-"""Conversations of several turns: what answers the model, and the record of who wrote which token.
+"""Conversations of several turns: environments, and episodes that record who wrote which token.
 
     episode = Episode.start(environment, row, prompt_ids, encode)
     while not episode.done:
-        ids = ...  # sampled behind episode.prompt_ids + episode.completion_ids
+        ids = ...  # sampled after episode.prompt_ids + episode.completion_ids
         episode = episode.turn(ids, environment, encode, decode)
 
-Tokens are appended and never made again from text: what the model sampled is what it is trained
-on, and what it was shown is masked out of the loss.
+Tokens are appended and never tokenised again: the model is trained on exactly the tokens that it
+sampled, and observations are masked out of the loss.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ Decode = Callable[[list[int]], str]
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """How an environment answers a turn.
+    """An environment's answer to a turn.
 
     Attributes:
-      text: what the model sees next; None: nothing.
+      text: text that the model sees next; None: none.
       done: the conversation is over.
-      reward: for this turn; None: none is given.
+      reward: reward of this turn; None: none.
     """
 
     text: str | None
@@ -33,31 +33,31 @@ class Observation:
 
 
 class Environment(Protocol):
-    """What the model talks to. One object serves one conversation at a time.
+    """The counterpart of the model in a conversation. An object serves one conversation at a time.
 
-    `stop` are the texts at which a turn ends, behind which the environment speaks.
+    `stop` are the texts that end a turn of the model.
     """
 
     stop: tuple[str, ...]
 
     def reset(self, row: Mapping) -> str | None:
-        """Begins the conversation of a row; returns what is shown behind the prompt, or None."""
+        """Begins the conversation of a row; returns text to show after the prompt, or None."""
 
     def step(self, text: str) -> Observation:
-        """Answers the turn that the model has written."""
+        """Answers a turn of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """One conversation so far.
+    """A conversation so far.
 
     Attributes:
-      prompt_ids: of the prompt and of what `reset` returned.
-      completion_ids: of all turns and observations, in their order.
-      sampled: one for each of `completion_ids`: True where the model wrote it, the loss mask.
-      reward: the sum of those given; None: none was.
-      done: the environment has ended it.
-      turns: that the model has taken.
+      prompt_ids: token ids of the prompt and of the text that `reset` returned.
+      completion_ids: token ids of all turns and observations, in order.
+      sampled: for each of `completion_ids`, whether the model wrote it: the loss mask.
+      reward: sum of the rewards; None: none was given.
+      done: whether the environment has ended the conversation.
+      turns: number of turns of the model.
     """
 
     prompt_ids: tuple[int, ...]
@@ -74,7 +74,7 @@ class Episode:
         """Resets the environment to a row.
 
         Args:
-          encode: turns text into token ids, without adding special tokens.
+          encode: converts text to token ids, without adding special tokens.
         """
         shown = environment.reset(row)
         return cls((*prompt_ids, *(encode(shown) if shown else ())))
@@ -82,11 +82,11 @@ class Episode:
     def turn(
         self, ids: list[int], environment: Environment, encode: Encode, decode: Decode
     ) -> "Episode":
-        """The episode after a turn of the model and the answer to it.
+        """The episode after a turn of the model and the environment's answer.
 
         Args:
-          ids: sampled behind the prompt and completion so far, the end token included.
-          decode: turns token ids into text, without special tokens.
+          ids: token ids sampled after the prompt and completion so far, including the end token.
+          decode: converts token ids to text, without special tokens.
 
         Raises:
           ValueError: the episode is over, or the turn is empty.

@@ -1,4 +1,4 @@
-"""Rewards of how long a completion is and how often it repeats itself, in tokens."""
+"""Rewards for the length of a completion and its repetitions, in tokens."""
 
 import math
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from relax.rewards.loading import reward_factory
 
 @reward_factory
 def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable:
-    """Punishes completions that come close to the longest allowed length L.
+    """Penalises completions close to the maximum length L.
 
         0 up to L - c;  ((L - c) - length) / c up to L;  -1 beyond
 
     Args:
       max_completion_len: L, tokens, >= 1.
-      soft_punish_cache: c, tokens within which the punishment grows, 0 to L.
+      soft_punish_cache: c, tokens before L over which the penalty grows, 0 to L.
 
     References:
       Yu et al., DAPO: An Open-Source LLM Reinforcement Learning System at Scale, 2025, eq. 13.
@@ -43,13 +43,13 @@ def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int
 
 @reward_factory
 def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> Callable:
-    """Punishes repeated n-grams of tokens.
+    """Penalises repeated n-grams of tokens.
 
-        max_penalty * (1 - different n-grams / n-grams);  0 for completions shorter than n
+        max_penalty * (1 - distinct n-grams / n-grams);  0 for completions shorter than n
 
     Args:
       ngram_size: n, >= 1.
-      max_penalty: what a text of nothing but repetition comes close to, <= 0.
+      max_penalty: limit for a text of repetitions only, <= 0.
 
     References:
       Yeo et al., Demystifying Long Chain-of-Thought Reasoning in LLMs, 2025, appendix C.2.
@@ -89,10 +89,10 @@ def cosine_scaled(
 
     Args:
       length: tokens.
-      correct: which of the two courses applies.
-      max_len: length at which the end is reached.
-      wrong: start and end of the course of wrong completions.
-      right: end and start of that of right ones.
+      correct: selects one of the two curves.
+      max_len: length at which a curve reaches its end.
+      wrong: start and end of the curve for wrong completions.
+      right: end and start of the curve for right ones.
 
     >>> cosine_scaled(50, True, 100), cosine_scaled(0, False, 100)
     (0.75, -1.0)

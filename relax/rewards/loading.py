@@ -1,4 +1,4 @@
-"""Reward functions by name: shipped ones, `package.module.function`, `path/to/file.py:function`."""
+"""Reward functions by name: built-in, `package.module.function`, `path/to/file.py:function`."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from relax.config.imports import load_object
 from relax.config.names import suggestion
 from relax.errors import ConfigError
 
-# Where each shipped function or factory is.
+# Import path of each built-in function or factory.
 SHIPPED = {
     "accuracy_reward": "relax.rewards.mathematics.accuracy_reward",
     "cosine_scaled_reward": "relax.rewards.mathematics.get_cosine_scaled_reward",
@@ -32,8 +32,8 @@ ENVIRONMENTS = {"calculator": "relax.rewards.calculator.Calculator"}
 def reward_factory(factory: Callable) -> Callable:
     """Marks a function that makes a reward function from parameters.
 
-    Named in `reward_funcs`, it is called with its `reward_kwargs`. What it makes in a notebook
-    can be made again in another process, if the parameters are plain values.
+    If it is named in `reward_funcs`, it is called with its `reward_kwargs`. A function made in a
+    notebook can be made again in another process if the parameters are plain values.
     """
 
     @functools.wraps(factory)
@@ -52,15 +52,15 @@ def load_reward(spec: str, parameters: Mapping | None = None) -> Callable:
     """Finds a reward function.
 
     Args:
-      spec: a shipped name (`get_` before and `_reward` behind it may be left out or added), a
+      spec: a built-in name (the prefix `get_` and the suffix `_reward` are optional), a
         dotted path, or `path/to/file.py:function`.
-      parameters: of a factory, all it needs; of a plain function, keyword arguments to bind.
+      parameters: arguments of a factory, or keyword arguments to bind to a plain function.
 
-    A function's attribute `prepare`, where it has one, is called: it imports what the function
-    needs, and raises where that is not installed.
+    A function's attribute `prepare`, if any, is called: it imports what the function needs and
+    raises if that is not installed.
 
     Raises:
-      ConfigError: there is no such function, or it does not take these parameters.
+      ConfigError: there is no such function, or it does not accept these parameters.
 
     >>> load_reward("soft_overlong_punishment", {"max_completion_len": 9, "soft_punish_cache": 2})(
     ...     completion_ids=[[1] * 8])
@@ -83,10 +83,10 @@ def load_reward(spec: str, parameters: Mapping | None = None) -> Callable:
 
 
 def parameters_by_reward(specs: list, given: Mapping | None) -> list[dict]:
-    """Hands out `reward_kwargs`, a dict of parameters by the name of a reward.
+    """Assigns `reward_kwargs`, a dict of parameters by reward name, to the rewards.
 
     Raises:
-      ConfigError: a name that is no reward's, or parameters that are no dict.
+      ConfigError: a name matches no reward, or parameters are no dict.
 
     >>> parameters_by_reward(["exact_match", "a.py:f"], {"f": {"k": 2}})
     [{}, {'k': 2}]
@@ -114,7 +114,7 @@ def parameters_by_reward(specs: list, given: Mapping | None) -> list[dict]:
 
 
 def _names(spec: str) -> list[str]:
-    """What a reward may be called in `reward_kwargs`."""
+    """The accepted names of a reward in `reward_kwargs`."""
     names = [spec, spec.replace(":", ".").rpartition(".")[2]]
     return names + ([_stem(spec)] if _stem(spec) in _stems() else [])
 
@@ -128,7 +128,7 @@ def _stems() -> dict[str, str]:
 
 
 def load_environment(spec: str) -> Callable:
-    """Finds what makes an environment: `calculator`, a dotted path, or `path/to/file.py:Class`.
+    """Finds the class of an environment: `calculator`, a dotted path, or `path/to/file.py:Class`.
 
     Raises:
       ConfigError: there is no such class.
@@ -189,7 +189,7 @@ def _check_parameters(spec: str, function: Callable, given: dict, partly: bool =
 
 
 def _fits(value, expected) -> bool:
-    """Whether a value is of the annotated type; an int is a float, a bool is neither.
+    """Whether a value has the annotated type; an int counts as a float, a bool as neither.
 
     >>> _fits(1, float), _fits(True, int), _fits(None, dict | None)
     (True, False, True)

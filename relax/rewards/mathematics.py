@@ -1,4 +1,4 @@
-"""Rewards of mathematical answers, compared as mathematics by math-verify (the extra [math])."""
+"""Rewards for mathematical answers, compared by math-verify (the extra [math])."""
 
 import functools
 import logging
@@ -11,17 +11,17 @@ from relax.rewards.protocol import text_of
 
 
 def accuracy_reward(completions, solution, log_extra=None, **kwargs) -> list[float | None]:
-    r"""1 where the answer of a completion equals the solution, else 0.
+    r"""1 if the answer of a completion equals the solution, else 0.
 
-    The answer is what stands in LaTeX: in `\boxed{}` where there is one, else behind words such as
-    "the answer is" or between dollar signs. Solutions may be LaTeX or plain expressions; where
-    one cannot be read: not applicable. math-verify's own time limit, which makes a slow comparison
-    a wrong answer, is off: the limit on reward functions holds.
+    The answer is the LaTeX in `\boxed{}` if there is one, else after words such as "the answer is"
+    or between dollar signs. Solutions may be LaTeX or plain expressions; one that cannot be parsed
+    means not applicable. math-verify's own time limit, which turns a slow comparison into a wrong
+    answer, is off; the time limit of reward functions applies.
 
     Args:
       completions: texts or conversations.
-      solution: one text for each.
-      log_extra: gets what was read, as columns.
+      solution: one text per completion.
+      log_extra: receives the parsed answers, as columns.
     """
     parse_solution, parse_answer, verify = _math_verify()
     rewards: list[float | None] = []
@@ -46,11 +46,11 @@ def reasoning_accuracy_reward(
     completion_texts=None,
     **kwargs,
 ) -> list[float | None]:
-    """As `accuracy_reward`, of what follows the reasoning; 0 where the reasoning does not end.
+    """As `accuracy_reward`, for the text after the reasoning; 0 if the reasoning does not end.
 
     Args:
-      reasoning_delimiters: what ends the reasoning, the first that occurs; None: `</think>`.
-      completion_texts: with special tokens, which delimiters may be.
+      reasoning_delimiters: texts that end the reasoning; None: `</think>`.
+      completion_texts: texts with special tokens, since delimiters may be special.
     """
     delimiters = reasoning_delimiters or ["</think>"]
     texts = completion_texts or [text_of(completion) for completion in completions]
@@ -72,9 +72,9 @@ def get_cosine_scaled_reward(
     """`accuracy_reward`, scaled by the length in tokens: see `cosine_scaled`.
 
     Args:
-      max_len: tokens from where on the reward stays the same, >= 1.
-      min_value_wrong, max_value_wrong: of the shortest and of the longest wrong completion.
-      min_value_correct, max_value_correct: of the longest and of the shortest right one.
+      max_len: tokens beyond which the reward is constant, >= 1.
+      min_value_wrong, max_value_wrong: rewards of the shortest and longest wrong completion.
+      min_value_correct, max_value_correct: rewards of the longest and shortest right one.
 
     References:
       Yeo et al., Demystifying Long Chain-of-Thought Reasoning in LLMs, 2025, appendix C.1.
@@ -101,7 +101,7 @@ def get_cosine_scaled_reward(
 
 @functools.cache
 def _math_verify() -> tuple[Callable, Callable, Callable]:
-    """Readers of solutions and of completions, and the comparison."""
+    """Parsers of solutions and completions, and the comparison."""
     try:
         import math_verify
         from latex2sympy2_extended import NormalizationConfig
@@ -109,7 +109,7 @@ def _math_verify() -> tuple[Callable, Callable, Callable]:
         raise ConfigError(
             "this reward needs math-verify: pip install 'relax-trainers[math]'."
         ) from error
-    for name in ("parser", "grader"):  # they warn that their time limit is off
+    for name in ("parser", "grader"):  # it warns that its time limit is off
         logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
     latex = math_verify.LatexExtractionConfig(
         normalization_config=NormalizationConfig(units=True),

@@ -1,15 +1,15 @@
-"""The protocol of a reward function: what it is given, what it may return, what it is called.
+"""The protocol of reward functions: arguments, results and names.
 
     f(prompts, completions, **columns) -> list of float or None, plain or async
 
-It is TRL's: functions written for its GRPOTrainer run unchanged. Arguments come by name, and only
-those that the signature takes: `prompts`, `completions`, `completion_ids`, `trainer_state`,
+The protocol is TRL's: functions written for its GRPOTrainer run unchanged. Arguments are passed by
+name, and only those in the signature: `prompts`, `completions`, `completion_ids`, `trainer_state`,
 `log_extra(column, values)`, `log_metric(name, value)`, and every other column of the rows. None
-says that the function does not apply to that completion.
+means that the function does not apply to that completion.
 
-Special tokens: `completions` are without them. A function that names `completion_texts` or
-`prompt_texts` among its arguments gets the texts with all special tokens, but for the end token
-of a completion: tags may be special tokens, and a chat template may open one in the prompt.
+`completions` contain no special tokens. A function that names `completion_texts` or `prompt_texts`
+among its arguments gets the texts with all special tokens, except the end token of a completion:
+tags may be special tokens, and a chat template may open one in the prompt.
 """
 
 import functools
@@ -21,7 +21,7 @@ from relax.config.names import suggestion
 from relax.config.text import quote
 from relax.errors import ConfigError, DataError
 
-# Given to every function that takes them; no column may bear these names.
+# Passed to every function that takes them; no column may have these names.
 TEXTS = ("prompt_texts", "completion_texts")
 GIVEN = (
     "prompts",
@@ -32,19 +32,19 @@ GIVEN = (
     "log_metric",
     *TEXTS,
 )
-# Columns that reach functions in another form.
+# Columns that functions get in another form.
 _CONSUMED = ("prompt", "completion", "completion_ids")
 
 
 @dataclass(frozen=True)
 class RewardInfo:
-    """What is known of a function from its signature.
+    """Properties of a function's signature.
 
     Attributes:
-      name: under which its metrics appear.
+      name: name of its metrics.
       required: arguments without a default.
       accepted: all named arguments.
-      takes_any: it has `**kwargs`, so it gets every column.
+      takes_any: whether it has `**kwargs` and so gets every column.
     """
 
     name: str
@@ -60,7 +60,7 @@ def describe(function: Callable, name: str | None = None) -> RewardInfo:
     """Reads a signature.
 
     Raises:
-      ConfigError: it cannot be called with keyword arguments.
+      ConfigError: the function cannot be called with keyword arguments.
 
     >>> describe(lambda completions, answer, **kwargs: [], "f").required
     ('completions', 'answer')
@@ -93,7 +93,7 @@ def _required(parameter: inspect.Parameter) -> bool:
 
 
 def name_of(function: Callable) -> str:
-    """`__name__`, behind `functools.partial`; for callable objects without one, their class's.
+    """`__name__`, also within `functools.partial`; for other callables that of their class.
 
     >>> name_of(functools.partial(len))
     'len'
@@ -105,7 +105,7 @@ def name_of(function: Callable) -> str:
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """Numbers the names that come again.
+    """Numbers repeated names.
 
     >>> distinct(["f", "g", "f"])
     ['f', 'g', 'f_2']
@@ -120,10 +120,10 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 
 def check_columns(infos: Iterable[RewardInfo], columns: Iterable[str]) -> None:
-    """Refuses functions that ask for what no row has.
+    """Refuses functions that need a column that no row has.
 
     Raises:
-      ConfigError: naming the function, the column and the columns that exist.
+      ConfigError: names the function, the missing column and the existing columns.
     """
     present = [name for name in columns if name not in _CONSUMED]
     for name in present:
@@ -143,7 +143,7 @@ def check_columns(infos: Iterable[RewardInfo], columns: Iterable[str]) -> None:
 
 
 def collect_columns(rows: Sequence[Mapping]) -> dict[str, list]:
-    """The columns that reward functions get, one value a row; None where a row has none.
+    """The columns for reward functions, one value per row; None where a row has none.
 
     >>> collect_columns([{"prompt": "1+1=", "answer": "2"}, {"prompt": "?"}])
     {'answer': ['2', None]}
@@ -153,10 +153,10 @@ def collect_columns(rows: Sequence[Mapping]) -> dict[str, list]:
 
 
 def check_plain(value, where: str) -> None:
-    """Refuses what does not travel as JSON unchanged.
+    """Refuses values that JSON does not preserve.
 
     Raises:
-      DataError: naming the place and the type.
+      DataError: names the place and the type.
     """
     if value is None or type(value) in (str, int, float, bool):
         return
@@ -177,23 +177,23 @@ def check_plain(value, where: str) -> None:
     )
 
 
-# A reward beyond this is refused as infinity is. Its square, which variances and the critic's loss
-# take, is still a float32.
+# Larger rewards are refused like infinity. The square of this one, as in variances and the critic's
+# loss, is still a finite float32.
 MAX_REWARD = 1e18
 
 
 class BadResult(Exception):
-    """A function returned something that is no list of rewards, one for each completion."""
+    """A function did not return a list with one reward per completion."""
 
 
 def check_rewards(result, n: int) -> tuple[list[float | None], dict[int, str]]:
-    """Sorts what a function returned into rewards and refusals.
+    """Splits a function's result into rewards and refused values.
 
     Returns:
-      n rewards, None where not applicable or refused; what is wrong with each refused one.
+      n rewards, None where not applicable or refused; and the reason for each refused one.
 
     Raises:
-      BadResult: the whole is not a list of n items.
+      BadResult: the result is not a list of n items.
 
     >>> check_rewards([1, None, float("nan"), 1e308], 4)
     ([1.0, None, None, None], {2: 'returned nan', 3: 'returned 1e+308'})
@@ -227,7 +227,7 @@ def _number(value) -> float | None:
 
 
 def text_of(completion: str | list[dict]) -> str:
-    """The text of a completion: of a conversation, the assistant's last message.
+    """The text of a completion; in a conversation, the assistant's last message.
 
     >>> text_of([{"role": "assistant", "content": "72"}])
     '72'

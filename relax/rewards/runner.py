@@ -1,4 +1,4 @@
-"""Running reward functions on batches of completions."""
+"""Runs reward functions on batches of completions."""
 
 import contextlib
 import functools
@@ -28,23 +28,23 @@ from relax.rewards.workers.threads import in_process, reference_of, score_here
 
 
 class RewardRunner:
-    """Reward functions and the processes that they run in.
+    """Reward functions and their processes.
 
-    Functions that are named, or can be imported by name, run in worker processes: one that hangs
-    is killed, one that ends its process ends nothing else. Others (lambdas, closures, what a
-    notebook defines) run in a thread of this process, which `notes` says. An object that says
-    `in_process`, as a reward model does, is called as it is.
+    Functions given by name, or importable by name, run in worker processes: one that hangs is
+    killed, and one that ends its process ends nothing else. Others (lambdas, closures, functions
+    of a notebook) run in a thread of this process; `notes` lists them. An object with the attribute
+    `in_process`, such as a reward model, is called directly.
 
     Args:
       functions: names (see `load_reward`) or functions, one or several.
-      weights: one for each; None: all 1.
-      parameters: {name: {parameter: value}} of the named ones (`reward_kwargs`).
-      timeout_s: of one call of one function on a batch. A batch with completions that hang takes up
-        to five times as long, as they are sought.
-      max_errors: RewardError is raised when a function has failed on more than this share of the
-        completions so far (of a hundred at least), 0 to 1.
-      workers: processes; functions are dealt out to them in turn and run at the same time.
-      keep_env: environment variables that functions see though they are named like secrets.
+      weights: one per function; None: all 1.
+      parameters: {name: {parameter: value}} (`reward_kwargs`).
+      timeout_s: time limit of one call of a function on a batch. A batch with completions that hang
+        takes up to five times as long, since they are searched for.
+      max_errors: RewardError is raised when a function has failed on more than this fraction of
+        the completions so far (at least a hundred), 0 to 1.
+      workers: number of processes; functions are assigned round robin and run concurrently.
+      keep_env: environment variables that functions see although named like secrets.
 
     Raises:
       ConfigError: a function cannot be loaded, or an argument is out of range.
@@ -108,24 +108,24 @@ class RewardRunner:
 
     @property
     def in_process(self) -> bool:
-        """Whether a function is a part of this process, as a reward model is."""
+        """Whether a function runs in this process, as a reward model does."""
         return any(in_process(function) for function in self._local.values())
 
     @property
     def asks_for_texts(self) -> bool:
-        """Whether a function takes `prompt_texts` or `completion_texts`, by that name."""
+        """Whether a function has an argument `prompt_texts` or `completion_texts`."""
         return any(name in info.accepted for info in self.infos for name in TEXTS)
 
     def close(self) -> None:
-        """Ends all workers, whatever they do; may be called again."""
+        """Ends all workers, whatever they are doing; may be called again."""
         self._close()
 
     def check_rows(self, rows: Sequence[Mapping]) -> None:
-        """Refuses rows that the functions cannot be run on, before anything is.
+        """Refuses rows on which the functions cannot run, before anything runs.
 
         Raises:
-          ConfigError: a function asks for a column that no row has.
-          DataError: a column that is sent to a worker holds what is no plain value.
+          ConfigError: a function needs a column that no row has.
+          DataError: a column for a worker holds a value that JSON does not preserve.
         """
         columns = collect_columns(rows)
         check_columns(self.infos, columns)
@@ -142,23 +142,23 @@ class RewardRunner:
         trainer_state: Mapping | None = None,
         texts: Mapping[str, list[str]] | None = None,
     ) -> "PendingRewards":
-        """Starts to score a batch; the workers go on while the caller does something else.
+        """Starts to score a batch and returns at once, while the workers continue.
 
         Args:
           prompts, completions: n texts or n lists of messages.
           completion_ids: n lists of token ids.
-          columns: n values each; see `collect_columns`.
+          columns: n values per column; see `collect_columns`.
           trainer_state: plain values, `global_step` and others; functions see them as attributes.
           texts: `prompt_texts` and `completion_texts`, with special tokens; see `asks_for_texts`.
 
         Raises:
-          ConfigError: a function asks for what is not given, or the lengths differ.
-          DataError: a column holds what is no plain value.
+          ConfigError: an argument of a function is missing, or the lengths differ.
+          DataError: a column holds a value that JSON does not preserve.
         """
         if not self._close.alive:
             raise RewardError("the reward runner is closed: no batch can be scored any more.")
         if self._pending is not None:
-            self._pending.wait()  # its answer must be read before the next question is written
+            self._pending.wait()  # read the pending result before the next request is written
         batch: dict[str, Any] = {
             "prompts": list(prompts),
             "completions": list(completions),
@@ -183,7 +183,7 @@ class RewardRunner:
         return self._pending
 
     def score(self, *args, **kwargs) -> RewardBatch:
-        """`submit`, and waiting for the result."""
+        """Scores a batch: `submit`, then waits for the result."""
         return self.submit(*args, **kwargs).result()
 
     def _sent(self, columns: Iterable[str]) -> list[str]:
@@ -205,7 +205,7 @@ class RewardRunner:
 
     @contextlib.contextmanager
     def _whole_messages(self):
-        """What is interrupted here would leave half a message, and answers to old questions."""
+        """Defers interruptions, which would leave half a message or results of old requests."""
         try:
             yield
         except BaseException:
@@ -213,7 +213,7 @@ class RewardRunner:
             raise
 
     def _receive(self) -> tuple[dict[int, Scores], float, str]:
-        """Scores by function, seconds and printed text, of the isolated functions."""
+        """Scores, seconds and printed text of the isolated functions, by function."""
         scores: dict[int, Scores] = {}
         seconds, printed = 0.0, ""
         with self._whole_messages():
@@ -253,12 +253,12 @@ class PendingRewards:
         self._result: RewardBatch | None = None
 
     def wait(self) -> None:
-        """Until the isolated functions have answered."""
+        """Waits until the isolated functions have finished."""
         if self._received is None:
             self._received = self._receive()
 
     def result(self) -> RewardBatch:
-        """Waits, runs what cannot be isolated, and returns the rewards.
+        """Waits, runs the functions that cannot be isolated, and returns the rewards.
 
         Raises:
           RewardError: a function fails too often, or the host process is gone.
@@ -288,7 +288,7 @@ def _check_options(functions, weights, timeout_s, max_errors, workers) -> np.nda
 
 
 def _references(functions: list, parameters: Mapping | None) -> list[dict | None]:
-    """How the host finds each function, None where it cannot."""
+    """The host's reference to each function; None if it has none."""
     handed = parameters_by_reward(functions, parameters)
     references: list[dict | None] = []
     for function, of_function in zip(functions, handed, strict=True):

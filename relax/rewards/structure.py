@@ -1,4 +1,4 @@
-"""Rewards of the form of a completion: tags, a regular expression, JSON."""
+"""Rewards for the form of a completion: tags, a regular expression, JSON."""
 
 import json
 import re
@@ -15,15 +15,15 @@ _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
 def think_format_reward(
     completions, prompt_texts=None, completion_texts=None, **kwargs
 ) -> list[float]:
-    """1 where a completion begins with the only `<think>` and closes it, else 0.
+    """1 if a completion begins with its only `<think>` and closes it, else 0.
 
-    Where the prompt ends with an open `<think>`, as the chat templates of some reasoning models
-    write it, that is the beginning: the completion has to close it.
+    If the prompt ends with an open `<think>`, as with the chat templates of some reasoning models,
+    the completion must close that one.
 
     Args:
       completions: texts or conversations.
-      prompt_texts, completion_texts: as tokens are read, special tokens included; where they are
-        given, tags that are special tokens count.
+      prompt_texts, completion_texts: texts with special tokens; with them, tags that are special
+        tokens count.
 
     >>> think_format_reward(["<think>2 and 2</think>4", "4", "<think><think></think>4"])
     [1.0, 0.0, 0.0]
@@ -53,11 +53,11 @@ def think_format(text: str) -> float:
 
 @reward_factory
 def get_regex_match(pattern: str, full: bool = False) -> Callable:
-    """1 where a regular expression matches, else 0.
+    """1 if a regular expression matches, else 0.
 
     Args:
-      pattern: of Python's `re`; `.` does not match line breaks unless it begins with `(?s)`.
-      full: it must match the whole completion, not just be found in it.
+      pattern: for Python's `re`; `.` does not match line breaks unless it begins with `(?s)`.
+      full: match the whole completion instead of any part of it.
 
     >>> get_regex_match("[0-9]+", full=True)(["72", "It is 72"])
     [1.0, 0.0]
@@ -74,13 +74,13 @@ def get_regex_match(pattern: str, full: bool = False) -> Callable:
 
 @reward_factory
 def get_json_schema(schema: dict | None = None) -> Callable:
-    """1 where a completion is JSON that is valid under a JSON schema, else 0.
+    """1 if a completion is JSON that is valid under a JSON schema, else 0.
 
-    The JSON may stand in a fenced code block, which is then the whole completion. NaN and Infinity
-    are no JSON. Needs the extra [schema].
+    The completion may be the JSON or a fenced code block with it. NaN and Infinity are no JSON.
+    Needs the extra [schema].
 
     Args:
-      schema: for all completions; None: the column `schema` holds each row's, an object or its
+      schema: schema of all completions; None: the column `schema` has one per row, an object or its
         JSON text.
 
     >>> json_of("```json\\n[1, 2]\\n```")
@@ -115,10 +115,10 @@ def get_json_schema(schema: dict | None = None) -> Callable:
 
 
 def json_of(text: str):
-    """The JSON value that a completion is.
+    """The JSON value of a completion.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the completion is no JSON.
     """
     fenced = _FENCE.fullmatch(text)
     return json.loads(fenced[1] if fenced else text, parse_constant=_no_constant)

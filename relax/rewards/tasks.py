@@ -14,16 +14,16 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 def reasoning_gym(
     completions, task, log_metric=None, completion_texts=None, **kwargs
 ) -> list[float | None]:
-    """What the scorer of each row's task makes of the completion, from 0 to 1.
+    """The score that the scorer of each row's task gives the completion, from 0 to 1.
 
-    The scorer gets what stands in the last `<answer></answer>`; where there is none, all that
-    follows the last `</think>`, or the whole text. An answer on which a scorer raises counts as
-    wrong; `log_metric` gets the share of those as `reasoning_gym/unreadable`.
+    The scorer gets the text in the last `<answer></answer>`, else after the last `</think>`, else
+    the whole text. An answer on which a scorer raises counts as wrong; the fraction of those is
+    logged as `reasoning_gym/unreadable`.
 
     Args:
       completions: texts or conversations.
-      completion_texts: with special tokens, which the tags may be.
-      task: the column that the rows of `reasoning_gym/<task>` have; None: not applicable.
+      completion_texts: texts with special tokens, since tags may be special.
+      task: column of the rows of `reasoning_gym/<task>`; None: not applicable.
     """
     rewards: list[float | None] = []
     unreadable = 0
@@ -35,7 +35,7 @@ def reasoning_gym(
         scorer = _scorer(entry["name"], json.dumps(entry["options"]))
         try:
             rewards.append(float(scorer(answer_of(text), unpack(entry["entry"]))))
-        except Exception:  # several scorers do not expect what a model may write
+        except Exception:  # several scorers raise on unexpected answers
             rewards.append(0.0)
             unreadable += 1
     if log_metric is not None:
@@ -79,7 +79,7 @@ def gym_version() -> str:
 
 
 def pack(value):
-    """As JSON can hold it: tuples, sets and dicts with any keys are tagged lists.
+    """Converts to JSON types: tuples, sets and dicts with any keys become tagged lists.
 
     >>> unpack(pack({(1, 2): {"a"}})) == {(1, 2): {"a"}}
     True
@@ -97,7 +97,7 @@ def pack(value):
 
 
 def unpack(value):
-    """What `pack` was given."""
+    """Inverts `pack`."""
     if isinstance(value, list):
         return [unpack(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Profiles: what prompts ask for, what answers look like, and where they end. Imports no jax."""
+"""Profiles: prompt formats, answer formats and stop sequences. Imports no jax."""
 
 from relax.data.profiles.apply import Kind, apply_profile, early_stops, remaining_system_prompt
 from relax.data.profiles.auto import choose_profile, resolve_profile

@@ -1,4 +1,4 @@
-"""Rows as a profile has them, in the formats that the rest of the data code reads."""
+"""Applies profiles to rows of any format."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -17,21 +17,22 @@ _SYSTEM = ("system", "developer")
 def apply_profile(
     profile: DataProfile, rows: Rows, kind: Kind, system_prompt: str | None = None
 ) -> Rows:
-    """Rows of messages, as the profile makes them; the profile `chat` leaves all rows alone.
+    """Converts rows to messages with a profile; the profile `chat` leaves rows unchanged.
 
     Args:
-      profile: of `load_profile`.
-      rows: of any format but tokens and plain texts.
-      kind: what they are for: `completions` to be trained on, `preferences` with two answers or
-        one that is labelled, `prompts` to be completed.
-      system_prompt: for rows without a system message; not with `chat`, which leaves it to others.
+      profile: result of `load_profile`.
+      rows: rows of any format but tokens and plain texts.
+      kind: use of the rows: `completions` for SFT, `preferences` (pairs or labelled completions),
+        or `prompts` for reinforcement learning.
+      system_prompt: for rows without a system message; ignored by `chat`, see
+        `remaining_system_prompt`.
 
     Returns:
       Rows with `messages`, with `prompt` and `completion`, with `prompt`, `chosen` and `rejected`,
-      or with `prompt`; all lists of messages, with the other columns beside them.
+      or with `prompt`; all are lists of messages, and other columns are kept.
 
     Raises:
-      DataError: a row that the profile cannot read, with its place.
+      DataError: the profile cannot read a row; with its place.
     """
     if type(profile) is ChatProfile:
         return rows
@@ -47,7 +48,7 @@ def apply_profile(
             made.append(transform(row))
         except DataError as error:
             raise DataError(f"{rows.origin(i)}: {error}") from error
-        except Exception as error:  # a profile is anybody's code
+        except Exception as error:  # a profile may be the user's code
             raise DataError(
                 f"{rows.origin(i)}: the profile {type(profile).__name__} cannot read the row: "
                 f"{type(error).__name__}: {error}."
@@ -56,12 +57,12 @@ def apply_profile(
 
 
 def remaining_system_prompt(profile: DataProfile, system_prompt: str | None) -> str | None:
-    """What is left to be put in front of rows of `apply_profile`: with `chat` all, else nothing."""
+    """The system prompt that `apply_profile` has not applied: all of it with `chat`, else None."""
     return system_prompt if type(profile) is ChatProfile else None
 
 
 def early_stops(rows: Sequence[Mapping[str, Any]], stops: Sequence[str]) -> dict[str, int]:
-    """How many answers hold a stop sequence before their end: sampled ones would end there.
+    """Counts answers with a stop sequence before their end, where sampled ones would end.
 
     >>> row = {"completion": [{"role": "assistant", "content": "4\\n\\nAnswer: 4"}]}
     >>> early_stops([row], ["\\n\\n", "<think>"])
@@ -81,7 +82,7 @@ def early_stops(rows: Sequence[Mapping[str, Any]], stops: Sequence[str]) -> dict
 
 
 class _PairEncoder:
-    """Makes rows of one kind."""
+    """Converts rows of one kind."""
 
     def __init__(self, profile: DataProfile, system_prompt: str | None):
         self.profile, self.system_prompt = profile, system_prompt
@@ -106,7 +107,7 @@ class _PairEncoder:
             return self.completion(row)
         if row.get("prompt") is None:
             split = split_prompt(row["chosen"], row["rejected"])
-            # A space before the answer belongs to texts; a message begins anew.
+            # A space before the answer belongs to plain texts, not to messages.
             row = row | {n: v.strip() if isinstance(v, str) else v for n, v in split.items()}
         prompts, answers = zip(*(self._split(row, row[name]) for name in _ANSWERS), strict=True)
         if prompts[0] != prompts[1]:
@@ -130,7 +131,7 @@ class _PairEncoder:
         return kept | {"prompt": messages}
 
     def _split(self, row: dict, answer) -> tuple[list[Message], list[Message]]:
-        """The messages of the prompt, and those of the answer behind them."""
+        """Splits messages into those of the prompt and those of the answer."""
         bare = {n: v for n, v in row.items() if n not in (*_ANSWERS, "completion", "answer")}
         without = {n: v for n, v in bare.items() if n not in self.profile.columns}
         tools = {n: v for n, v in bare.items() if n == "tools"}

@@ -1,4 +1,4 @@
-"""Which profile a data set asks for, by what its rows look like."""
+"""Chooses a profile by the rows of a data set."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _STEP = re.compile(r"^Step 1:", re.MULTILINE)
 
 
 def resolve_profile(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[DataProfile, str | None]:
-    """The profile of a name, and for `auto` which one is taken for these rows, and why.
+    """The profile of a name; for `auto` also a note on the choice and its reason.
 
     Raises:
       ConfigError: there is no such profile.
@@ -25,10 +25,10 @@ def resolve_profile(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[DataP
 
 
 def choose_profile(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The name of a profile, and why it is taken: it is what more than half of the rows show.
+    """The name of the profile that fits more than half of the rows, and the reason.
 
     Args:
-      rows: of any format; the first 1,000 are looked at.
+      rows: rows of any format; the first 1,000 are examined.
 
     >>> choose_profile([{"prompt": "2+2=", "completion": "Step 1: Add.\\n\\nAnswer: 4"}])
     ('regime3', "1 of 1 rows have answers in steps ('Step 1:') or a column 'steps'")
@@ -73,7 +73,7 @@ def choose_profile(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _answers(row: Mapping[str, Any]) -> list[str]:
-    """What the assistant says in a row of any format; nothing where it is no conversation."""
+    """The assistant's texts in a row of any format; none if it is no conversation."""
     answers = [row[name] for name in ("chosen", "rejected") if row.get(name) is not None]
     messages = [m for answer in answers if isinstance(answer, list) for m in answer]
     if not answers:
@@ -81,7 +81,7 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
             messages = messages_of(row)
         except (ValueError, KeyError, TypeError):
             messages = []
-    # Rows are checked when they are encoded: an item may be no message.
+    # Rows are checked later, so an item may be no message.
     found = [m for m in messages if isinstance(m, Mapping)]
     said = [m.get("content") for m in found if m.get("role") == "assistant"]
     return [text for text in (*answers, *said) if isinstance(text, str)]

@@ -1,4 +1,4 @@
-"""What a profile is, and the messages of a row."""
+"""The base classes of profiles, and the messages of a row."""
 
 import abc
 from collections.abc import Mapping
@@ -10,17 +10,17 @@ Message = dict[str, Any]
 
 # Columns that hold the messages of a row, whatever its format.
 CONVERSATION = ("messages", "conversations", "prompt", "completion")
-# Columns that hold what leads to an answer.
+# Columns that hold the reasoning before an answer.
 REASONING = ("steps", "reasoning")
 
 
 class DataProfile(abc.ABC):
-    """How examples become conversations, in training, in rollouts and in previews alike.
+    """Converts examples to conversations, for training, rollouts and previews alike.
 
     Attributes:
-      columns: columns beside those of a conversation that `prepare_messages` writes into the
-        messages; whoever reads the messages does not get them a second time.
-      instruction: what prompts ask for, if anything.
+      columns: further columns that `prepare_messages` writes into the messages; they are removed
+        from the row, so that they do not occur twice.
+      instruction: the request that is added to prompts, if any.
     """
 
     columns: tuple[str, ...] = REASONING
@@ -30,8 +30,8 @@ class DataProfile(abc.ABC):
     def prepare_messages(self, example: Mapping[str, Any]) -> list[Message]:
         """The conversation of an example, as `{"role": ..., "content": ...}` each.
 
-        The last message is the answer, of the assistant, where the example has one. A prompt must
-        become the same messages with an answer and without.
+        If the example has an answer, it is the last message, by the assistant. The messages of the
+        prompt must be the same with and without an answer.
         """
 
     @abc.abstractmethod
@@ -40,16 +40,16 @@ class DataProfile(abc.ABC):
 
     @abc.abstractmethod
     def format_system_prompt(self, base_prompt: str) -> str:
-        """What the system message says, from what it said; "" is none."""
+        """The system message for the given one; "" means none."""
 
 
 class Rewriting(DataProfile):
-    """Base of profiles that ask for something in the first prompt and rewrite every answer."""
+    """Base class of profiles that add a request to the first prompt and rewrite every answer."""
 
-    system: str = ""  # what is added to a system prompt
+    system: str = ""  # sentence added to a system prompt
 
     def rewrite(self, answer: str) -> str:
-        """An answer in the form that `instruction` asks for; one that has it stays as it is."""
+        """The answer in the requested format; one that has it is unchanged."""
         return answer
 
     def prepare_messages(self, example: Mapping[str, Any]) -> list[Message]:
@@ -66,9 +66,9 @@ class Rewriting(DataProfile):
         return messages
 
     def format_system_prompt(self, base_prompt: str) -> str:
-        """The base with a sentence more; nothing is added to nothing.
+        """Appends a sentence to the system prompt; an empty one stays empty.
 
-        There are templates without a system message, and prompts have the instruction anyhow.
+        Some templates have no system message, and prompts contain the instruction anyway.
         """
         if not base_prompt or not self.system or self.system in base_prompt:
             return base_prompt
@@ -76,11 +76,11 @@ class Rewriting(DataProfile):
 
 
 def messages_of(example: Mapping[str, Any]) -> list[Message]:
-    """The messages of an example of any format, copied.
+    """A copy of the messages of an example of any format.
 
     Formats are `messages`; `conversations` of `from` and `value`; `prompt` and `completion`, texts
-    or messages. Where there are `steps`, a list, or `reasoning`, a text, the answer is that and,
-    after an empty line, `completion` or else `answer`.
+    or messages. If there are `steps`, a list, or `reasoning`, a text, the answer is that followed
+    by an empty line and `completion`, or else `answer`.
 
     Raises:
       ValueError: there are none of these columns.

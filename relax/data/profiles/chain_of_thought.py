@@ -4,11 +4,11 @@ from relax.data.profiles.base import Rewriting
 
 
 class ChainOfThoughtProfile(Rewriting):
-    """Answers are reasoning between <think> and </think>, and then the answer.
+    """Formats answers as reasoning between <think> and </think>, then the answer.
 
-    It is what the reward `think_format_reward` asks for. Of another answer of several paragraphs
-    the last is the answer and the others are the reasoning; with a single one the last line is. An
-    answer of one line has no reasoning and stays as it is.
+    The reward `think_format_reward` checks this format. In any other answer the last paragraph is
+    the answer and the rest is the reasoning; in a single paragraph the last line is the answer. An
+    answer of one line has no reasoning and is unchanged.
 
     >>> print(ChainOfThoughtProfile().rewrite("2 + 2 is 4.\\n\\n4"))
     <think>

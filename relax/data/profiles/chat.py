@@ -4,7 +4,7 @@ from relax.data.profiles.base import Rewriting
 
 
 class ChatProfile(Rewriting):
-    """Asks for nothing and changes nothing; rows that are no conversations stay what they are."""
+    """Adds nothing and changes nothing, in rows of any format."""
 
     columns = ()
 

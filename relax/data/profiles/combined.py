@@ -1,4 +1,4 @@
-"""Several profiles, one after the other."""
+"""Combinations of profiles."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,13 +8,13 @@ from relax.errors import ConfigError
 
 
 class CombinedProfile(DataProfile):
-    """What `emoji_think+regime3` stands for: each profile works on what the one before it made.
+    """A combination such as `emoji_think+regime3`: each profile is applied to the previous result.
 
     Args:
-      profiles: by name, in their order.
+      profiles: profiles by name, in order.
 
     Raises:
-      ConfigError: what ends the answers of one is what another asks for.
+      ConfigError: a stop sequence of one occurs in the format of another.
     """
 
     def __init__(self, profiles: Mapping[str, DataProfile]):
@@ -35,7 +35,7 @@ class CombinedProfile(DataProfile):
         messages = first.prepare_messages(example)
         rest = {n: v for n, v in example.items() if n not in (*CONVERSATION, *REASONING)}
         for profile in others:
-            # What one has written into the messages, the next does not write again.
+            # A column that one profile has written into the messages is not written again.
             rest = {n: v for n, v in rest.items() if n not in first.columns}
             messages = profile.prepare_messages(rest | {"messages": messages})
             first = profile

@@ -1,4 +1,4 @@
-"""Thinking that is announced by a row of faces."""
+"""Thinking that begins with a line of thinking faces."""
 
 from relax.data.profiles.base import Rewriting
 
@@ -6,7 +6,7 @@ MARKER = "\N{THINKING FACE}" * 4
 
 
 class EmojiThinkProfile(Rewriting):
-    """Answers begin with four thinking faces, on a line of their own.
+    """Formats answers to begin with a line of four thinking faces.
 
     >>> EmojiThinkProfile().rewrite("Let me calculate: 2 + 2 = 4").splitlines()[1]
     'Let me calculate: 2 + 2 = 4'

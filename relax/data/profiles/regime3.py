@@ -13,10 +13,10 @@ _LEADING_IN = re.compile(
 
 
 class Regime3Profile(Rewriting):
-    """Answers are "Step 1: ...", a line each, an empty line, and "Answer: ...".
+    """Formats answers as lines "Step 1: ...", an empty line, and "Answer: ...".
 
-    Of another answer the last line is the answer, and the lines before it are the steps. A first
-    line without a letter or digit, such as a marker of another profile, stays in front.
+    In any other answer the last line is the answer, and the lines before it are the steps. A first
+    line without a letter or digit, such as a marker of another profile, stays first.
 
     >>> print(Regime3Profile().rewrite("Natalia sold 48/2 = 24 clips.\\n48+24 = 72\\n#### 72"))
     Step 1: Natalia sold 48/2 = 24 clips.
@@ -56,7 +56,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _bare(line: str) -> str:
-    """An answer without what leads in to it.
+    """An answer without its introduction.
 
     >>> _bare("The answer is 4."), _bare("#### 72"), _bare("a dog.")
     ('4', '72', 'a dog.')

@@ -27,10 +27,10 @@ PROFILES: dict[str, type[DataProfile]] = {
 
 
 def register_profile(name: str, profile_class: type[DataProfile]) -> None:
-    """Makes a profile known under a name, for this process.
+    """Registers a profile under a name, for this process.
 
     Raises:
-      ConfigError: a class that is no `DataProfile`, or a name that cannot stand in a flag.
+      ConfigError: the class is no subclass of `DataProfile`, or the name is no word.
     """
     if not (isinstance(profile_class, type) and issubclass(profile_class, DataProfile)):
         raise ConfigError(f"a profile must be a subclass of DataProfile, got {profile_class!r}.")
@@ -42,8 +42,8 @@ def register_profile(name: str, profile_class: type[DataProfile]) -> None:
 def get_profile(name: str) -> DataProfile:
     """The profile of a name, of `a+b`, or of `path/to/file.py:Class`.
 
-    An unknown name gives the default profile, and a warning. `load_profile` refuses it, and so does
-    a configuration.
+    An unknown name gives the default profile and a warning; `load_profile` and configurations
+    refuse it.
 
     >>> get_profile("regime3").get_stop_sequences()
     ['</reasoning>', '\\n\\n']
@@ -69,7 +69,7 @@ def load_profile(name: str) -> DataProfile:
 
 
 def profile_problem(name: str) -> str | None:
-    """What is wrong with the name of a profile; no file is loaded."""
+    """The problem of a profile's name, or None; loads no file."""
     if name == AUTO:
         return None
     parts = _parts(name)
@@ -81,7 +81,7 @@ def profile_problem(name: str) -> str | None:
                 f"{', '.join(known)}, a+b of them, and path/to/file.py:Class."
             )
     if len(set(parts)) < len(parts):
-        return f"profile names each of its parts once, got {name!r}."
+        return f"profile must name each part once, got {name!r}."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Tools, their calls and their results as plain text, for templates that know nothing of them."""
+"""Tools, calls and results as plain text, for templates without support for them."""
 
 import json
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ _HOW = (
 class ToolUseProfile(DataProfile):
     """Writes `tools` into the system message, calls and results as tagged JSON into the others.
 
-    Results of calls become a message of the user, several one after the other the same one. So a
-    conversation has roles and texts alone, and any chat template renders it. A model whose own
-    template renders `tools` is better served by the profile `chat`.
+    Results of calls become a user message; consecutive ones share one. So a conversation has only
+    roles and texts, and any chat template renders it. If the model's own template renders `tools`,
+    prefer the profile `chat`.
 
     >>> call = {"function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
     >>> row = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
@@ -56,11 +56,11 @@ class ToolUseProfile(DataProfile):
         return ["</tool_call>"]
 
     def format_system_prompt(self, base_prompt: str) -> str:
-        return base_prompt  # what there is to say comes with the tools
+        return base_prompt  # the tools carry the instruction
 
 
 def _text(message: Message) -> str:
-    """The content and, behind it, the calls."""
+    """The content, followed by the calls."""
     content = message.get("content") or ""
     if not isinstance(content, str):
         raise ValueError(f"content must be a text, it is {content!r:.60}")
@@ -68,7 +68,7 @@ def _text(message: Message) -> str:
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
         arguments = function.get("arguments", {})
-        # OpenAI's form has them as JSON within JSON.
+        # In OpenAI's form they are JSON within JSON.
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         plain = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
         calls.append(f"<tool_call>\n{plain}\n</tool_call>")

@@ -34,7 +34,7 @@ def read_pairs(
 
     Args:
       config: the configuration of DPO or of a reward model.
-      **reading: `unpaired` or `judges`, see `prepare_preferences`.
+      **reading: `unpaired` or `for_reward_model`, see `prepare_preferences`.
 
     Raises:
       RelaxError: all problems of all sets together.

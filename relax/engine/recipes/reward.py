@@ -60,7 +60,7 @@ def train_reward(config: RewardModelConfig, train_rows=None, eval_rows=None, **w
 
 def read_reward_data(config: RewardModelConfig, tokenizer, **parts) -> PairsData:
     """Reads pairs whose completions end as in scoring, see `read_pairs`."""
-    return read_pairs(config, tokenizer, judges=True, **parts)
+    return read_pairs(config, tokenizer, for_reward_model=True, **parts)
 
 
 def load_scoring_model(run: Run[RewardModelConfig], dtype, **options):

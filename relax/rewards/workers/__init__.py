@@ -1,1 +1,1 @@
-"""Reward functions in processes of their own: one that hangs is killed, and ends nothing else."""
+"""Reward functions in separate processes, where one that hangs can be killed."""

@@ -1,4 +1,4 @@
-"""One call of a reward function: its arguments made, its result checked."""
+"""A call of a reward function: builds its arguments and checks its result."""
 
 import asyncio
 import copy
@@ -11,14 +11,14 @@ from relax.config.text import quote
 from relax.rewards.protocol import BadResult, RewardInfo, check_rewards
 from relax.rewards.workers.scores import CallFailed, Scores
 
-# A batch, as it travels: `prompts`, `completions`, `columns` and `texts` {name: values},
+# A batch, as it is sent: `prompts`, `completions`, `columns` and `texts` {name: values},
 # `trainer_state` {name: value}, and `completion_ids` (or None), all but the state with one item a
 # completion.
 Batch = dict
 
 
 class TrainerState(SimpleNamespace):
-    """The part of TRL's `trainer_state` that a run has: `global_step`, `max_steps`, `epoch`, ..."""
+    """The supported part of TRL's `trainer_state`: `global_step`, `max_steps`, `epoch`, ..."""
 
     def __getattr__(self, name: str):
         raise AttributeError(
@@ -30,7 +30,7 @@ def invoke(function: Callable, info: RewardInfo, batch: Batch, indices: list[int
     """Scores the completions at `indices`.
 
     Raises:
-      CallFailed: the function raised, or returned no list of as many items.
+      CallFailed: the function raised, or did not return a list of that length.
     """
     n = len(indices)
     extras: dict[str, list] = {}
@@ -54,7 +54,7 @@ def invoke(function: Callable, info: RewardInfo, batch: Batch, indices: list[int
         values, refused = check_rewards(result, n)
     except BadResult as error:
         raise CallFailed("result", str(error)) from error
-    except BaseException as error:  # SystemExit too: a reward function never ends the run
+    except BaseException as error:  # also SystemExit: a reward function never ends the run
         raise CallFailed("raised", _describe(error)) from error
     return Scores(values, {i: ("result", why) for i, why in refused.items()}, extras, metrics)
 
@@ -64,11 +64,11 @@ async def _wait_for(result):
 
 
 def _arguments(info: RewardInfo, batch: Batch, indices: list[int], logs: dict) -> dict:
-    """What the signature takes; copies, as a function may change what it is given."""
+    """The arguments in the signature, copied, since a function may modify them."""
     lists = {"prompts": batch["prompts"], "completions": batch["completions"], **batch["columns"]}
     if batch["completion_ids"] is not None:
         lists["completion_ids"] = batch["completion_ids"]
-    # Only where they are named: `**kwargs` of a function written for TRL gets what TRL gives.
+    # Only if named: `**kwargs` of a function written for TRL gets TRL's arguments.
     lists |= {n: texts for n, texts in batch.get("texts", {}).items() if n in info.accepted}
     chosen = {
         name: copy.deepcopy([values[i] for i in indices])
@@ -87,12 +87,12 @@ def _loggable(value):
 
 
 def _describe(error: BaseException) -> str:
-    """The exception and the line of the reward function that it comes from."""
+    """The exception and the line of the reward function that raised it."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     try:
         message = str(error)
-    except Exception:  # another's __str__
+    except Exception:  # a user's __str__
         message = ""
     message = message if len(message) <= 500 else message[:500] + "..."
     return f"raised {type(error).__name__}{': ' * bool(message)}{message}{place}"

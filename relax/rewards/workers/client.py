@@ -1,8 +1,8 @@
-"""The trainer's end of a host process: started, spoken to, ended.
+"""The trainer's end of a host process: starts it, exchanges messages, ends it.
 
-A host that works says so at least every `timeout_s` and a second. One that is silent for longer may
-have been stopped by a reward function (SIGSTOP), and is told to go on: it then finds the time limit
-passed, and kills the function. One that stays silent is killed, and the run ends.
+A working host sends a message at least every `timeout_s` plus a second. One that is silent for
+longer may have been stopped by a reward function (SIGSTOP); it gets SIGCONT, finds the time limit
+exceeded, and kills the function. One that stays silent is killed, and the run ends.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from relax.rewards.protocol import RewardInfo
 from relax.rewards.workers import messages
 
 LOAD_TIMEOUT_S = 120.0
-CONTINUE_AFTER_S = 1.0  # of silence past the time limit
+CONTINUE_AFTER_S = 1.0  # silence beyond the time limit
 GIVE_UP_AFTER_S = 120.0
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _CODE = (
@@ -31,10 +31,10 @@ _CODE = (
 
 
 def clean_environment(environment: dict[str, str], keep: Iterable[str] = ()) -> dict[str, str]:
-    """The variables that reward functions see: none that is named like a secret, but for `keep`.
+    """The environment of reward functions: without variables named like secrets, except `keep`.
 
-    Strings hash alike in every process, so that the order of a set changes no reward, and
-    libraries compute with one thread, as training needs the cores, where nothing else is set.
+    Unless set otherwise, the string hash is fixed, so that the order of a set changes no reward,
+    and libraries use one thread, since training needs the cores.
 
     >>> sorted(clean_environment({"HOME": "/", "HF_TOKEN": "x", "A_KEY": "y"}, keep=["A_KEY"]))[:2]
     ['A_KEY', 'HOME']
@@ -48,9 +48,9 @@ class Host:
     """A running host.
 
     Args:
-      references: of the functions, {"spec", "parameters"} each.
-      timeout_s: of one call of one function.
-      keep_env: variables that are passed on in spite of their names.
+      references: {"spec", "parameters"} of each function.
+      timeout_s: time limit of one call of a function.
+      keep_env: variables that are passed on despite their names.
     """
 
     def __init__(self, references: list[dict], timeout_s: float, keep_env: Iterable[str] = ()):
@@ -60,14 +60,14 @@ class Host:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=clean_environment(dict(os.environ), keep_env),
-            start_new_session=True,  # Ctrl-C is for the trainer, which ends this one when done
+            start_new_session=True,  # the trainer handles Ctrl-C and ends the host
         )
         assert process.stdin is not None and process.stdout is not None
         self._process, self._requests, self._answers = process, process.stdin, process.stdout
         self.send({"functions": references, "timeout_s": timeout_s})
 
     def infos(self) -> list[RewardInfo]:
-        """What the host has loaded.
+        """The properties of the loaded functions.
 
         Raises:
           ConfigError: a function cannot be loaded.
@@ -100,15 +100,15 @@ class Host:
         try:
             messages.write(fd, message, lambda: self._wait(fd, select.POLLOUT, limit_s))
         except BrokenPipeError:
-            pass  # `receive` says how it ended
+            pass  # `receive` reports how it ended
         except TimeoutError:
             self._give_up(limit_s)
 
     def receive(self) -> dict:
-        """The next answer; waits for it.
+        """Waits for the next answer and returns it.
 
         Raises:
-          RewardError: the host is no more, or has been silent for too long.
+          RewardError: the host has ended, or has been silent for too long.
         """
         limit_s = self._timeout_s + GIVE_UP_AFTER_S
         try:
@@ -123,7 +123,7 @@ class Host:
         raise RewardError(
             f"the process of the reward functions has been silent for {silent_s:g} s, though a "
             f"call may take {self._timeout_s:g} s, and was killed. Has a function stopped it, "
-            "or does the machine have no memory left?"
+            "or is the machine out of memory?"
         )
 
     def _read(self, limit_s: float) -> dict:
@@ -154,18 +154,18 @@ class Host:
             raise TimeoutError
 
     def _signal(self, signum: int) -> None:
-        """To the host and what it has started in its group."""
+        """Sends a signal to the host and its process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signum)
 
     def close(self) -> None:
-        """Ends the host and all that its functions have started; may be called again."""
+        """Ends the host and all processes of its functions; may be called again."""
         if self._requests.closed:
             return
-        self._requests.close()  # the host notices, kills its descendants and leaves
+        self._requests.close()  # the host notices, kills its descendants and ends
         self._answers.close()
         self._signal(signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=2)
-        self._signal(signal.SIGKILL)  # and the kernel its worker, where it can
+        self._signal(signal.SIGKILL)  # and the kernel kills its worker, where supported
         self._process.wait()

@@ -1,9 +1,9 @@
-"""The process between the trainer and the reward functions: it loads them, forks a worker, and
-kills and replaces the worker that hangs.
+"""The process between the trainer and the reward functions: loads them, forks a worker, and
+replaces a worker that hangs.
 
-It starts no thread and has none of the trainer's memory, so forking it is quick and safe, and what
-the functions' modules import is imported once. The trainer sends a batch and reads the scores when
-it wants them: time limits and retries are kept here, even while the trainer computes.
+It has no threads and none of the trainer's memory, so forking is quick and safe, and modules are
+imported once. The trainer sends a batch and reads the scores later; time limits and retries are
+handled here, even while the trainer computes.
 """
 
 import functools
@@ -20,7 +20,7 @@ from relax.rewards.workers.scores import score
 from relax.rewards.workers.worker import Functions, ParentGone, Printed, Worker
 
 ALIVE = {"alive": True}
-_SAY_EVERY_S = 1.0  # that the host is alive, between two calls
+_SAY_EVERY_S = 1.0  # sent between two calls: the host is alive
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     inbox, outbox = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # modules may print while they load
-    # Python 3.12 and later warn of forks beside threads, such as those of numpy's BLAS.
+    # Python 3.12 and later warn of forks while threads exist, such as those of numpy's BLAS.
     warnings.filterwarnings("ignore", "(?s).*fork", DeprecationWarning)
     descendants.adopt()
     try:
@@ -60,7 +60,7 @@ class _Host:
         self.printed = Printed()
         self.worker: Worker | None = None
         self.batch = b""
-        self.own = descendants.children()  # what the modules have started: it stays
+        self.own = descendants.children()  # processes started by the modules are kept
         self.said_s = time.monotonic()
 
     def serve(self) -> None:
@@ -85,7 +85,7 @@ class _Host:
         return {"scores": scores, "seconds": seconds, "printed": self.printed.take()}
 
     def call(self, function: int, indices: list[int]):
-        """Calls a function in the worker, which is replaced where it has ended."""
+        """Calls a function in the worker, which is replaced if it has ended."""
         if time.monotonic() - self.said_s > _SAY_EVERY_S:
             messages.write(self.outbox, ALIVE)
             self.said_s = time.monotonic()
@@ -95,5 +95,5 @@ class _Host:
         try:
             return self.worker.ask(function, indices, self.batch, self.timeout_s, self.inbox)
         finally:
-            if not self.worker.pid:  # what it has started in a session of its own
+            if not self.worker.pid:  # processes that it started in other sessions
                 descendants.kill(but=self.own)

@@ -1,4 +1,4 @@
-"""Messages over a pipe: eight bytes of length, then JSON. Nothing in them can run.
+"""Messages over a pipe: eight bytes of length, then JSON, which cannot run code.
 
 `write` and `read` call `wait` before every system call: it returns when the pipe is ready, or
 raises when that takes too long, so that neither blocks on a process that has stopped.
@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 
 _HEADER = struct.Struct(">Q")
-# A pipe that is ready to be written to takes this much at once (PIPE_BUF of POSIX is at least 512,
+# A pipe that is ready for writing accepts this much at once (PIPE_BUF of POSIX is at least 512,
 # of Linux 4096).
 _CHUNK = 4096
 
@@ -26,18 +26,18 @@ def encode(message) -> bytes:
 
 
 def decode(data: bytes | bytearray):
-    """The message of a whole frame, or None where the frame is not complete yet."""
+    """The message of a frame, or None while the frame is incomplete."""
     size = frame_size(data)
     return None if size is None or len(data) < size else json.loads(data[_HEADER.size : size])
 
 
 def frame_size(data: bytes | bytearray) -> int | None:
-    """Bytes of the frame that starts here, or None where its length is not there yet."""
+    """Bytes of the frame that starts here, or None while its length is incomplete."""
     return None if len(data) < _HEADER.size else _HEADER.size + _HEADER.unpack_from(data)[0]
 
 
 def write(fd: int, message, wait: Callable[[], object] | None = None) -> None:
-    """Writes a message, or one that is encoded already."""
+    """Writes a message, or an encoded one."""
     view = memoryview(message if isinstance(message, bytes) else encode(message))
     while view:
         if wait is not None:
@@ -49,7 +49,7 @@ def read(fd: int, wait: Callable[[], object] = lambda: None):
     """The next message, or None at the end.
 
     Raises:
-      EOFError: the end comes within a frame.
+      EOFError: the pipe ends within a frame.
     """
     data = bytearray()
     wanted = _HEADER.size

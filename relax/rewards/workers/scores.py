@@ -1,4 +1,4 @@
-"""One bad completion must not cost the batch: which one is it, and what of the others?"""
+"""Scores a batch in spite of single completions that make a reward function fail."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from typing import Literal
 # list of finite numbers and None, one for each completion.
 Kind = Literal["raised", "hung", "died", "result"]
 
-MAX_LOST = 3  # completions of a batch that may each cost a time limit or a process
+MAX_LOST = 3  # maximum number of completions per batch that may cost a time limit or a process
 
 
 class CallFailed(Exception):
-    """A call of a reward function came to nothing."""
+    """A call of a reward function failed."""
 
     def __init__(self, kind: Kind, reason: str):
         super().__init__(reason)
@@ -21,13 +21,13 @@ class CallFailed(Exception):
 
 @dataclass
 class Scores:
-    """What a function said of some completions.
+    """A function's result for some completions.
 
     Attributes:
-      values: one for each; None where not applicable or failed.
-      failures: (kind, reason) by position, for those that have no result.
-      extras: columns that it logged, a value for each completion.
-      metrics: numbers that it logged.
+      values: one per completion; None where not applicable or failed.
+      failures: (kind, reason) by position, for completions without a result.
+      extras: logged columns, with a value per completion.
+      metrics: logged numbers.
     """
 
     values: list[float | None]
@@ -37,18 +37,18 @@ class Scores:
 
 
 def scores_of(message: dict) -> Scores:
-    """The scores that were sent as `vars(scores)`; JSON has no numbers as keys."""
+    """Restores scores sent as `vars(scores)`, since keys in JSON are strings."""
     failures = {int(i): tuple(why) for i, why in message["failures"].items()}
     return Scores(**message | {"failures": failures})
 
 
 def score(call: Callable[[list[int]], Scores], n: int) -> Scores:
-    """Scores n completions; those that make the call fail are found and left out.
+    """Scores n completions; finds those that make the call fail and omits them.
 
-    A failed call is followed by one for each completion alone, and by one for all that went well
-    alone: functions that compare the completions of a batch see a batch again, as what they say of
-    single completions is something else. Where that call fails, all have failed. After three
-    completions that hang or kill the process, the untried count as failed.
+    After a failed call each completion is tried alone, then all that succeeded are scored together
+    again, since functions that compare the completions of a batch need a batch. If that call fails,
+    all have failed. After three completions that hang or kill the process, the rest count as
+    failed.
 
     Args:
       call: scores the completions at some positions, or raises CallFailed.
@@ -79,7 +79,7 @@ def score(call: Callable[[list[int]], Scores], n: int) -> Scores:
     try:
         rest = call(good)
     except CallFailed as error:
-        reason = f"{error.reason}, with {len(good)} completions together though with none alone"
+        reason = f"{error.reason}, with {len(good)} completions together, but with none alone"
         return _failed(failures | dict.fromkeys(good, (error.kind, reason)), n)
     return _spread(rest, good, failures, n)
 

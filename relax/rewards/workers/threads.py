@@ -1,7 +1,7 @@
-"""Functions that cannot travel to another process: lambdas, closures, what a notebook defines.
+"""Functions that cannot be sent to another process: lambdas, closures, functions of a notebook.
 
 They run in a thread of this process. A thread cannot be killed: one that hangs in Python code is
-asked to stop, one that hangs in C (a regular expression) is left behind or stops everything, and a
+asked to stop, one that hangs in C (a regular expression) is abandoned or blocks everything, and a
 function that ends the process ends the run.
 """
 
@@ -18,7 +18,7 @@ from relax.rewards.workers.scores import CallFailed, Scores, score
 
 
 def reference_of(function: Callable) -> dict | None:
-    """How another process finds the function, or None where it cannot.
+    """The reference by which another process finds the function, or None.
 
     >>> reference_of(lambda completions: []) is None
     True
@@ -39,9 +39,9 @@ def reference_of(function: Callable) -> dict | None:
 
 
 def in_process(function: Callable) -> bool:
-    """Whether it says that it is a part of the trainer's process, as a reward model is.
+    """Whether a function declares that it runs in the trainer's process, as reward models do.
 
-    Nothing but its own code runs then: it is called as it is, without a time limit.
+    It is called directly, without a time limit.
     """
     return getattr(function, "in_process", False)
 
@@ -55,7 +55,7 @@ def _path_of(function) -> str | None:
 
 
 def score_here(function: Callable, info: RewardInfo, batch: Batch, timeout_s: float) -> Scores:
-    """Scores a batch in this process, with the same results and failures as in a worker."""
+    """Scores a batch in this process, with the same results and failures as a worker."""
 
     def call(indices: list[int]) -> Scores:
         if in_process(function):
@@ -78,11 +78,11 @@ def _in_thread(call: Callable[[], Scores], timeout_s: float) -> Scores:
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive() and thread.ident is not None:
-        # The one way to stop Python code that does not cooperate.
+        # The only way to stop Python code that does not cooperate.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
             ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
         )
-        raise CallFailed("hung", f"gave no answer within {timeout_s:g} s and was asked to stop")
+        raise CallFailed("hung", f"did not return within {timeout_s:g} s and was asked to stop")
     if isinstance(outcome[0], CallFailed):
         raise outcome[0]
     return outcome[0]

@@ -1,4 +1,4 @@
-"""A forked child that runs reward functions, and may be killed at any moment."""
+"""A forked child process that runs reward functions and may be killed at any moment."""
 
 import contextlib
 import ctypes
@@ -18,18 +18,18 @@ from relax.rewards.workers.calls import invoke
 from relax.rewards.workers.scores import CallFailed, Scores, scores_of
 
 MAX_ANSWER_BYTES = 64 << 20
-MAX_PRINTED_BYTES = 16 << 10  # of what functions print, for each batch
+MAX_PRINTED_BYTES = 16 << 10  # kept output of functions, per batch
 _PR_SET_PDEATHSIG = 1
 
-Functions = list[tuple[Callable, object]]  # each with its RewardInfo
+Functions = list[tuple[Callable, object]]  # functions with their RewardInfo
 
 
 class ParentGone(Exception):
-    """Nobody waits for an answer any more."""
+    """The process that waits for answers has ended."""
 
 
 class Printed:
-    """The first of what functions print, and how much there was."""
+    """The beginning of the output of functions, and its total size."""
 
     def __init__(self):
         self.kept, self.bytes = b"", 0
@@ -45,13 +45,13 @@ class Printed:
 
 
 class Worker:
-    """Forks when it is made; this end of it asks, waits, reads along and kills.
+    """The parent's handle of a worker: forks it, sends calls, reads its output, kills it.
 
     Args:
-      functions: to be run there.
-      printed: gets what the functions print.
-      private: file descriptors that the worker must not hold: what hangs on their end would not
-        notice that this process is gone.
+      functions: functions to run.
+      printed: receives the output of the functions.
+      private: file descriptors that the worker must close, since their readers wait for the end
+        of this process.
     """
 
     def __init__(self, functions: Functions, printed: Printed, private: tuple[int, ...]):
@@ -70,25 +70,25 @@ class Worker:
             os.close(fd)
 
     def forget_batch(self) -> None:
-        """The next question is about another batch."""
+        """Ensures that the next call sends its batch."""
         self._has_batch = False
 
     def ask(
         self, function: int, indices: list[int], batch: bytes, timeout_s: float, parent: int
     ) -> Scores:
-        """One call of a function.
+        """Calls a function.
 
         Args:
-          batch: the frame of the batch that `indices` count in.
-          parent: the file descriptor whose end tells that nobody waits any more.
+          batch: frame of the batch that `indices` refer to.
+          parent: file descriptor that closes when the waiting process ends.
 
         Raises:
-          CallFailed: it raised, or it hung or died, and the worker is no more.
-          ParentGone: nobody waits, and the worker is no more.
+          CallFailed: the function raised, or it hung or died and the worker has ended.
+          ParentGone: the waiting process and the worker have ended.
         """
         deadline_s = time.monotonic() + timeout_s
         try:
-            # A worker that has died is found out about by reading.
+            # Reading will show whether the worker has died.
             with contextlib.suppress(BrokenPipeError):
                 wait = functools.partial(self._wait_to_write, deadline_s, timeout_s)
                 if not self._has_batch:
@@ -113,7 +113,7 @@ class Worker:
         poll = select.poll()
         poll.register(self._answers, select.POLLIN)
         poll.register(self._output, select.POLLIN)
-        poll.register(parent, 0)  # its end only
+        poll.register(parent, 0)  # only the end of the pipe
         data = bytearray()
         while (left_s := deadline_s - time.monotonic()) > 0:
             for fd, _ in poll.poll(left_s * 1000 + 1):
@@ -136,7 +136,7 @@ class Worker:
         raise _hung(timeout_s)
 
     def _read_output(self) -> None:
-        """What was printed before the answer; not more, as a thread may print without end."""
+        """Reads the output up to the answer; not more, since a thread may print forever."""
         for _ in range(16):
             if not select.select([self._output], [], [], 0)[0]:
                 return
@@ -149,10 +149,10 @@ class Worker:
         return f"ended its process with exit code {code}"
 
     def kill(self) -> int:
-        """Ends the worker and its process group; returns its wait status, 0 if it ended before."""
+        """Ends the worker and its process group; returns its wait status, 0 if it had ended."""
         if not self.pid:
             return 0
-        # In this order: between its start and `setsid` a worker is in no group of its own.
+        # In this order: before `setsid` a worker has no process group of its own.
         for kill in (os.kill, os.killpg):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(self.pid, signal.SIGKILL)
@@ -165,11 +165,11 @@ class Worker:
 
 
 def _hung(timeout_s: float) -> CallFailed:
-    return CallFailed("hung", f"gave no answer within {timeout_s:g} s and was killed")
+    return CallFailed("hung", f"did not return within {timeout_s:g} s and was killed")
 
 
 def _become_worker(functions, pipes: tuple, private: tuple, parent: int, libc) -> None:
-    """The child's whole life; it never returns."""
+    """The main function of the child; it never returns."""
     try:
         requests, answers, output = pipes
         os.setsid()
@@ -181,7 +181,7 @@ def _become_worker(functions, pipes: tuple, private: tuple, parent: int, libc) -
         os.dup2(output, 2)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(line_buffering=True)  # a kill loses no whole line
+                stream.reconfigure(line_buffering=True)  # so that a kill loses no whole line
         _work(functions, requests, answers)
     except BaseException:
         traceback.print_exc()
@@ -197,7 +197,7 @@ def _die_with(parent: int, libc) -> None:
 
 
 def _be_first_to_go() -> None:
-    """Where memory runs out, the kernel is to end this process and not the training."""
+    """Asks the kernel to kill this process, not the training, if memory runs out."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
