@@ -196,7 +196,7 @@ def evaluating():
 PHASES = {
     "data": ("data:1:sleep", None),
     "compile": (compiling, "compiling the train step"),
-    "step": ("step:1:sleep", "one step taken"),
+    "step": ("step:1:sleep", "made one step"),
     "evaluate": (evaluating, "evaluating"),
     "export": ("export:1:sleep", "evaluation loss"),
 }
@@ -318,7 +318,7 @@ def test_a_run_whose_terminal_closes_saves_and_ends(short_job, tmp_path):
     )  # fmt: skip
     os.close(end)
     said = b""
-    while b"one step taken" not in said:
+    while b"made one step" not in said:
         said += os.read(terminal, 1000)
     os.close(terminal)
     process.send_signal(signal.SIGHUP)

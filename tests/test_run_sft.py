@@ -48,7 +48,7 @@ def test_the_embedded_run_prints_what_a_person_wants_to_know(embedded):
         "training 820,736 parameters for 30 updates of 128 rows (128 x 1) on cpu, float32",
         "held-out exact match before training: 0.0%",
         "compiling the train step for batches of 128 x 12 ...",
-        "compiled for 128 x 12, and one step taken, in ",
+        "compiled for 128 x 12 and made one step in ",
         "step 30/30  epoch 0.40  evaluation loss ",
         "held-out exact match after training: ",
         "done in ",

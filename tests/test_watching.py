@@ -270,11 +270,11 @@ def hangs_when_started(step):
 @pytest.mark.parametrize(
     "maker, told",
     [
-        (lambda step: Raises(), ["OSError: no route to host. Training", "did not take 6 records"]),
-        (lambda step: Leaves(), ["SystemExit: 3. Training", "did not take 6 records"]),
+        (lambda step: Raises(), ["OSError: no route to host. The run", "failed to log 6 records"]),
+        (lambda step: Leaves(), ["SystemExit: 3. The run", "failed to log 6 records"]),
         (lambda step: NeverCloses(), ["could not be closed: no answer within 0.2 s"]),
-        (no_tracker, ["RuntimeError: please log in. Training goes on without it."]),
-        (hangs_when_started, ["no answer within 0.2 s. Training goes on without it."]),
+        (no_tracker, ["RuntimeError: please log in. The run continues without it."]),
+        (hangs_when_started, ["no answer within 0.2 s. The run continues without it."]),
     ],
 )
 def test_a_tracker_that_raises_hangs_or_leaves_changes_nothing_but_is_told_of(maker, told):
@@ -295,7 +295,7 @@ def test_a_tracker_that_fails_often_is_sent_nothing_more_and_one_that_recovers_g
     recovers = Twice()
     said, _, _ = tracked(lambda step: recovers)
     assert [step for step, _ in recovers.seen] == [1, 4, 5, 6] and recovers.closed
-    assert said[-1] == "mine did not take 2 records; metrics.jsonl has all of them."
+    assert said[-1] == "mine failed to log 2 records; metrics.jsonl has all of them."
     asked = []
 
     class Broken(Memory):
@@ -304,7 +304,7 @@ def test_a_tracker_that_fails_often_is_sent_nothing_more_and_one_that_recovers_g
             raise OSError("no route to host")
 
     said, _, _ = tracked(lambda step: Broken(), count=14)
-    assert asked == list(range(1, 11)) and "did not take 14 records" in said[-1]
+    assert asked == list(range(1, 11)) and "failed to log 14 records" in said[-1]
 
 
 def test_report_to_takes_an_own_tracker_and_tells_what_is_not_installed(tmp_path, monkeypatch):
@@ -413,7 +413,7 @@ def test_a_window_of_updates_is_traced_into_a_file_that_perfetto_reads(tmp_path)
 
 
 def test_a_window_behind_the_end_of_the_run_is_refused():
-    with pytest.raises(ConfigError, match="5:6 must begin within the run, which has 4 updates"):
+    with pytest.raises(ConfigError, match="5:6 must start within the run, which has 4 updates"):
         train([Profiler("nowhere", 5, 6)], batches=4)
 
 

@@ -1,4 +1,4 @@
-"""Callbacks: what listens to a trainer. Derive your own from `Callback`."""
+"""Callbacks, whose hooks a trainer calls. Derive your own from `Callback`."""
 
 from relax.callbacks.guards import NonFiniteGuard
 from relax.callbacks.metrics import MetricsLog

@@ -1,4 +1,4 @@
-"""Completions of rollouts with their rewards: JSON lines in files, a table on the screen."""
+"""Logging of rollouts: completions and rewards in JSON-lines files and a table."""
 
 import json
 import math
@@ -14,21 +14,21 @@ from relax.monitor.run_files import logged_columns
 from relax.rewards import RewardRunner
 from relax.trainers.callback import Callback, Event
 
-_SHORT = 300  # characters of a cell
+_SHORT = 300  # maximum characters per cell
 
 
 class Completions(Callback):
     """Writes the completions of a rollout to `step_<update>.jsonl`, and shows some of them.
 
     A line holds prompt, completion, finish reason, number of tokens, each reward, their weighted
-    sum, the advantage and what reward functions passed to `log_extra`. The file is named after the
-    rollout's first update.
+    sum, the advantage and the columns logged by reward functions with `log_extra`. The file is
+    named after the rollout's first update.
 
     Args:
-      directory: where the files are written.
-      every: keeps the rollouts whose updates include a multiple of it.
-      console: where the table is shown.
-      shown: number of its rows; 0 shows none.
+      directory: directory of the files.
+      every: write the rollouts whose updates include a multiple of this number.
+      console: shows the table.
+      shown: number of rows in the table; 0: no table.
     """
 
     def __init__(self, directory: Path, every: int, console: Console, shown: int = 0):
@@ -77,7 +77,7 @@ def table(records: list[dict], title: str) -> Table:
     out.add_column("Advantage", justify="right")
     for record in records:
         rewards = [record["rewards"][name] for name in names]
-        # The model's and the user's texts must not be read as markup.
+        # Texts of the model and the user must not be parsed as markup.
         out.add_row(
             Text(shorten(_text(record["prompt"]), _SHORT)),
             Text(shorten(record["completion"], _SHORT)),
@@ -93,7 +93,7 @@ def _number(value: float | None) -> str:
 
 
 def _value(value) -> str:
-    """A logged value as a cell."""
+    """Formats a logged value for a cell."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The guard against updates whose loss or gradient is not finite."""
+"""Guard against updates with a non-finite loss or gradient."""
 
 import collections
 import json
@@ -13,18 +13,18 @@ from relax.errors import NonFiniteError
 from relax.files import atomic_write
 from relax.trainers.callback import Callback, Event
 
-_LAG = 2  # updates that may run on the device before an earlier one is looked at
-_MOST_VALUES = 100_000  # in an array of a batch that is written; of a larger one only the shape
+_LAG = 2  # updates that may be queued on the device before an earlier one is checked
+_MOST_VALUES = 100_000  # largest array of a batch that is written; of larger ones only the shape
 
 
 class NonFiniteGuard(Callback):
-    """Stops a run after several updates in a row without a finite loss and gradient.
+    """Stops a run after several consecutive updates with a non-finite loss or gradient.
 
     Such an update changes nothing and is counted in `skipped_steps`.
 
     Args:
-      patience: how many in a row end the run (>= 1).
-      path: file for the batches of these updates, one JSON line each; None writes none.
+      patience: number of such updates in a row that ends the run (>= 1).
+      path: file for the batches of these updates, one JSON line each; None: no file.
     """
 
     def __init__(self, patience: int = 3, path: str | Path | None = None):
@@ -77,20 +77,20 @@ class NonFiniteGuard(Callback):
             try:
                 atomic_write(self.path, lines.encode(), sync=False)
                 kept = f" Their batches are in '{self.path}'."
-            except OSError as error:  # the reason to stop must not be lost over it
+            except OSError as error:  # must not hide the reason for stopping
                 kept = f" Their batches could not be written: {error}."
         last, loss = self.last_finite
         before = f"; the last finite loss was {loss:.4g} at update {last}" if last else ""
         raise NonFiniteError(
             f"loss or gradient of {self.streak} updates in a row, {step - self.streak + 1} to "
             f"{step}, were not finite{before}. None of them changed the weights.{kept} Lower the "
-            "learning rate, look at those rows, find the operation with --debug_nans, or continue "
+            "learning rate, inspect those rows, find the operation with --debug_nans, or continue "
             "with --max_nonfinite_steps 0."
         )
 
 
 def _plain(batch):
-    """A batch for JSON; an array that is too large is given by its type and shape."""
+    """A batch as JSON values; an array that is too large becomes its type and shape."""
 
     def plain(leaf):
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

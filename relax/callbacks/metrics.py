@@ -1,4 +1,4 @@
-"""The log of metrics: a JSON line every `logging_steps` updates and one per evaluation."""
+"""Metrics log: a JSON line every `logging_steps` updates and one per evaluation."""
 
 import contextlib
 import json
@@ -15,25 +15,25 @@ from relax.config.text import nan_to_null
 from relax.files import fsync_path
 from relax.trainers.callback import Callback, Event
 
-# Fields that depend on the clock. All others are the same in every run of a configuration.
+# Fields that depend on the clock; all others are the same in every run of a configuration.
 CLOCK_FIELDS = ("tokens_per_second", "elapsed_s", "step_time", "eps")
-PHASE = "time/"  # prefix of metrics in seconds, which depend on the clock as well
+PHASE = "time/"  # prefix of metrics in seconds, which depend on the clock too
 
 
 class MetricsLog(Callback):
     """Averages metrics over the logging window and writes them to a file.
 
     Floating-point metrics are means over the window's updates, except the learning rate, which is
-    that of the last update; integer ones are counts, summed over the whole run. `elapsed_s` counts
-    from the beginning of `train`. A checkpoint holds the number of lines up to it, and a resumed
-    run cuts the file back to them.
+    that of the last update; integer metrics are counts, summed over the whole run. `elapsed_s`
+    counts from the start of `train`. A checkpoint stores the number of lines written so far, and a
+    resumed run truncates the file to them.
 
-    Where a trainer gives the seconds of its phases as `time/...`, a line has their means per
-    update, `time/update` (the compiled steps), `time/other`, and their sum `step_time`; where one
-    counts episodes, `eps` are the episodes per second.
+    If a trainer logs the seconds of its phases as `time/...`, a line has their means per update,
+    `time/update` (the compiled steps), `time/other`, and their sum `step_time`; if it counts
+    episodes, `eps` is the number of episodes per second.
 
     Args:
-      path: the file, which replaces one of an earlier run; None writes none.
+      path: the file, which replaces one of an earlier run; None: no file.
       logging_steps: updates per line (>= 1).
       listeners: each is called with every record, a dict of numbers.
 
@@ -52,11 +52,11 @@ class MetricsLog(Callback):
         self.listeners = listeners
         self.counts: dict[str, int] = {}
         self._window: list[dict] = []  # metrics of updates since the last line
-        self._timed: list[bool] = []  # which of them count towards the tokens per second
-        self._lines = 0  # of the file that belong to this run
-        self._offset: int | None = 0  # their bytes; None until a resumed file is read
+        self._timed: list[bool] = []  # which of them enter the tokens per second
+        self._lines = 0  # number of lines in the file that belong to this run
+        self._offset: int | None = 0  # bytes of these lines; None until a resumed file is read
         self._shapes: set = set()
-        self._phased = False  # the trainer gives the seconds of its phases
+        self._phased = False  # whether the trainer logs the seconds of its phases
         self._start_clock()
 
     def on_train_begin(self, event: Event) -> None:
@@ -67,7 +67,7 @@ class MetricsLog(Callback):
         self._restore()
 
     def on_batch_begin(self, event: Event) -> None:
-        # Compiling, evaluating and saving do not count towards the tokens per second.
+        # Tokens per second exclude compilation, evaluation and checkpoints.
         shape = str(jax.tree.map(np.shape, event.batch))
         self._compiles = shape not in self._shapes
         if self._compiles:
@@ -104,13 +104,13 @@ class MetricsLog(Callback):
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last update, or the last call, out of that of updates."""
+        """Excludes the time since the last update, or the last call, from the time of updates."""
         self._clock_s = time.monotonic()
 
     def state_dict(self) -> dict:
         self.sync()
         if self._lines and self.path is not None and self.path.exists():
-            fsync_path(self.path)  # a checkpoint must not outlive the lines that it counts
+            fsync_path(self.path)  # a checkpoint must not refer to lines that are lost
         return {"counts": self.counts, "lines": self._lines, "window": self._window}
 
     def load_state_dict(self, state: dict) -> None:
@@ -122,7 +122,7 @@ class MetricsLog(Callback):
         self._spent_s = 0.0
 
     def sync(self) -> None:
-        """Fetches what is still on the device, and counts the time up to here to updates."""
+        """Fetches metrics from the device, and adds the time so far to that of updates."""
         fetched = jax.device_get(self._window)
         self._window = [
             {name: np.asarray(value).item() for name, value in metrics.items()}
@@ -176,7 +176,7 @@ class MetricsLog(Callback):
             listener(record)
 
     def _restore(self) -> None:
-        """Cuts the file back to the lines of this run."""
+        """Truncates the file to the lines of this run."""
         if self.path is None:
             return
         if self._offset is None:  # resumed
@@ -184,15 +184,15 @@ class MetricsLog(Callback):
             kept = [line for line in lines[: self._lines] if line.endswith(b"\n")]
             if len(kept) < self._lines:
                 warnings.warn(
-                    f"'{self.path}' holds {len(kept)} of the {self._lines} lines that the run had "
-                    "written before its checkpoint; the others are lost, and new ones follow.",
+                    f"'{self.path}' holds {len(kept)} of the {self._lines} lines that the run "
+                    "wrote before its checkpoint; the others are lost, and new ones follow.",
                     stacklevel=2,
                 )
             self._lines, self._offset = len(kept), sum(map(len, kept))
         self._write(b"")
 
     def _write(self, line: bytes) -> None:
-        """Appends to the lines of this run, and cuts off what follows them."""
+        """Appends to the lines of this run, and removes anything after them."""
         if self.path is None:
             return
         try:
@@ -202,13 +202,13 @@ class MetricsLog(Callback):
                 file.write(line)
                 file.flush()
                 self._offset = file.tell()
-        except OSError as error:  # those of a full disk do not name the file
+        except OSError as error:  # errors of a full disk do not name the file
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 @contextlib.contextmanager
 def exclude_from_timing(event: Event) -> Iterator[None]:
-    """Leaves the time of what happens within out of that of updates."""
+    """Context whose time is excluded from the time of updates."""
     callbacks = getattr(event.trainer, "callbacks", ())
     logs = [callback for callback in callbacks if isinstance(callback, MetricsLog)]
     for log in logs:

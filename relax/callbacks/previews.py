@@ -22,12 +22,12 @@ from relax.sampling import SamplingConfig, generate, stop_decoder
 from relax.sampling.config import max_positions
 from relax.trainers.callback import Callback, Event
 
-_SHORT = 300  # characters of a cell
+_SHORT = 300  # maximum characters per cell
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "target", "completion")
 
 
 class Question(NamedTuple):
-    """A prompt as tokens and as text, and the expected completion; None where none is known."""
+    """A prompt as tokens and as text, and the expected completion if known, else None."""
 
     prompt_ids: list[int]
     prompt: str
@@ -35,18 +35,18 @@ class Question(NamedTuple):
 
 
 class Previews(Callback):
-    """Completes held-out prompts greedily at every evaluation, and keeps the completions in files.
+    """Completes held-out prompts greedily at every evaluation, and writes the completions to files.
 
     `step_<update>.jsonl` has a line per prompt: `step`, `prompt`, `expected`, `completion`, `right`
-    (null where nothing is expected), `finish` and `tokens`.
+    (null if no completion is expected), `finish` and `tokens`.
 
     Args:
-      questions: the prompts; one that leaves no room for a completion is dropped with a notice.
-      directory: where the files are written.
+      questions: the prompts; prompts that leave no room for a completion are dropped with a notice.
+      directory: directory of the files.
       tokenizer: decodes completions.
-      sampling: end tokens, stop strings and length; the temperature is taken as 0.
-      console: where a table is shown; None shows none.
-      listener: is called with the lines of each file.
+      sampling: EOS tokens, stop strings and length; the temperature is set to 0.
+      console: shows a table; None: no table.
+      listener: called with the lines of each file.
 
     Attributes:
       last: the lines of the last file.
@@ -90,7 +90,7 @@ class Previews(Callback):
             self.console.print(table(self.last, f"held-out prompts after step {event.step}"))
 
     def answers(self, event: Event) -> list[dict]:
-        """One record per question, with the current weights."""
+        """Completes every prompt with the current weights; returns a record for each."""
         model, state = event.trainer.model, event.state
         room, _ = max_positions(model.config)
         prompts = [q.prompt_ids for q in self.questions]
@@ -98,7 +98,7 @@ class Previews(Callback):
             model,
             event.trainer.model_params(state.eval_params, state.frozen),
             prompts,
-            jax.random.key(0),  # greedy answers draw nothing
+            jax.random.key(0),  # unused in greedy decoding
             self.sampling,
             decode=stop_decoder(self.tokenizer),
             limits=[min(self.sampling.max_new_tokens, room - len(ids)) for ids in prompts],
@@ -131,14 +131,15 @@ class Previews(Callback):
 
 
 def questions_of(loader, tokenizer, count: int) -> list[Question]:
-    """Up to `count` questions from an evaluation loader, spread evenly over its rows.
+    """Takes up to `count` prompts from an evaluation loader, spread evenly over its rows.
 
-    The expected completion is, in rows with labels, the first run of trained tokens; in pairs the
-    chosen answer; in rows of prompts the column `answer` (or `solution`, `ground_truth`, `target`,
-    `completion`). Rows whose first token is trained on have no prompt and give no question.
+    The expected completion is the first run of trained tokens in labelled rows, the chosen
+    completion in pairs, and the column `answer` (or `solution`, `ground_truth`, `target`,
+    `completion`) in rows of prompts. Rows whose first token is trained have no prompt and are
+    skipped.
 
     Args:
-      loader: a loader of `relax.data`; any other has no questions.
+      loader: a loader of `relax.data`; any other gives no prompts.
       tokenizer: the tokenizer of its rows.
     """
     parts: list[tuple[np.ndarray, np.ndarray | None]]
@@ -169,9 +170,9 @@ def questions_of(loader, tokenizer, count: int) -> list[Question]:
 
 
 def is_right(completion: str, expected: str | None) -> bool | None:
-    """Whether a completion is the expected one, apart from space around it; None without one.
+    """Whether a completion is the expected one up to surrounding space; None without one.
 
-    Where the expected one marks its result (`#### 72`), the completion must mark the same.
+    If the expected one marks its result (`#### 72`), the completion must mark the same result.
 
     >>> is_right(" 4\\n", "4"), is_right("2+2 #### 4", "so #### 4"), is_right("5", None)
     (True, True, None)
@@ -189,7 +190,7 @@ def _marked(text: str) -> str | None:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """`count` indices over a range, the first one first.
+    """Spreads `count` indices over a range, starting with the first one.
 
     >>> _spread(10, 3), _spread(2, 5)
     ([0, 3, 6], [0, 1])
@@ -212,7 +213,7 @@ def _of_prompt(prompts, i: int) -> Question:
 
 
 def _split(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt and expected completion of a row: what precedes its first trained run, and that."""
+    """Splits a row into its prompt and its first run of trained tokens."""
     trained = labels != IGNORE
     first = int(trained.argmax())
     untrained_after = np.flatnonzero(~trained[first:])
@@ -221,7 +222,7 @@ def _split(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def table(records: list[dict], title: str) -> Table:
-    """A table of prompts, expected completions and completions, and whether they agree."""
+    """A table of prompts, expected completions, completions, and whether they are right."""
     out = Table(title=title, expand=False)
     for name, width in (("Prompt", 40), ("Expected", 30), ("Completion", 60)):
         out.add_column(name, max_width=width, overflow="fold")

@@ -16,13 +16,13 @@ class Profiler(Callback):
 
     The trace is written to `<directory>/plugins/profile/<time>/`: the `.trace.json.gz` opens at
     ui.perfetto.dev, the directory in TensorBoard with its profile plugin, which shows the updates
-    as steps. It includes the rollouts between these updates, but no Python functions: they would
-    fill a trace, which ends at a million events.
+    as steps. It includes the rollouts between these updates, but no Python functions, which would
+    exceed the limit of a million events.
 
     Args:
-      directory: where the trace is written.
-      first, last: updates; the first update of a run also compiles.
-      console: where messages are shown; None shows none.
+      directory: directory of the trace.
+      first, last: first and last update to trace; the first update of a run also compiles.
+      console: shows messages; None: no messages.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Profiler(Callback):
         total = event.total_steps
         if total is not None and total < self.first:
             raise ConfigError(
-                f"profile_steps {self.first}:{self.last} must begin within the run, which has "
-                f"{total} updates. Name earlier ones."
+                f"profile_steps {self.first}:{self.last} must start within the run, which has "
+                f"{total} updates. Choose earlier ones."
             )
         if event.step >= self.last:
-            self._say(f"nothing is traced: updates {self.first} to {self.last} are done")
+            self._say(f"no trace: updates {self.first} to {self.last} are already done")
 
     def on_batch_begin(self, event: Event) -> None:
         update = event.step + 1

@@ -1,4 +1,4 @@
-"""Progress of a run for people: a bar and lines on a terminal, plain lines elsewhere."""
+"""Progress display: a bar and lines on a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
@@ -24,7 +24,7 @@ from relax.parallel.cpu import release_freed_memory
 from relax.trainers.callback import Callback, Event
 from relax.trainers.rl_trainer import RLTrainer
 
-# The metrics that are shown and how, the most important first; metrics.jsonl has all.
+# Displayed metrics and their formats, the most important first; metrics.jsonl has all of them.
 _TEXTS = {
     "loss": "loss {:.4f}",
     "reward": "reward {:.3f}",
@@ -56,7 +56,7 @@ _CACHE_DIR = "jax_compilation_cache_dir"
 
 
 class TimeLeft:
-    """Estimates the time left from the updates so far, without compiling, evaluating and saving."""
+    """Estimates the time left from past updates, without compilation, evaluation and saving."""
 
     def __init__(self):
         self._spent_s, self._updates = 0.0, 0
@@ -71,11 +71,11 @@ class TimeLeft:
             self._since_s = None
 
     def count(self) -> None:
-        """Counts an update whose time was counted."""
+        """Counts an update whose time was measured."""
         self._updates += 1
 
     def seconds(self, updates: int | None) -> float | None:
-        """Seconds that so many more updates will take; None where it cannot be told yet."""
+        """Estimated seconds for `updates` more updates; None if unknown so far."""
         if updates is None or not self._updates:
             return None
         running_s = 0.0 if self._since_s is None else time.monotonic() - self._since_s
@@ -83,13 +83,13 @@ class TimeLeft:
 
 
 class Progress(Callback):
-    """Shows step, loss, reward and time left, what is under way, and a line per logging window.
+    """Shows step, loss, reward, time left, current activity, and a line per logging window.
 
-    On a terminal a bar stays below the lines; each fits the terminal's width, and the metrics that
-    do not fit are in metrics.jsonl alone. The method `show` is a listener of `MetricsLog`.
+    On a terminal a bar stays below the lines; lines show only the metrics that fit the terminal's
+    width. The method `show` is a listener of `MetricsLog`.
 
     Args:
-      console: where it is shown; None is standard output.
+      console: shows the progress; None: standard output.
     """
 
     def __init__(self, console: Console | None = None):
@@ -117,7 +117,7 @@ class Progress(Callback):
             self._task = self._bar.add_task("", total=event.total_steps, completed=event.step)
             self._bar.start()
         if isinstance(event.trainer, RLTrainer):
-            self._begin("drawing the first completions, which compiles the sampler")
+            self._begin("sampling the first completions, which compiles the sampler")
             self._say_plainly(f"{self._activity} ...")
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class Progress(Callback):
             self._begin("")
 
     def announce(self, batch) -> None:
-        """Says that the train step will be compiled for a batch (or its shapes), if it is new."""
+        """Announces that the train step will be compiled for a batch (or shapes), if it is new."""
         shape = str(jax.tree.map(np.shape, batch))
         if shape in self._shapes:
             return
@@ -155,10 +155,10 @@ class Progress(Callback):
             jax.block_until_ready(event.metrics)
             seconds, count = time.monotonic() - start_s, len(self._shapes)
             which = f", batch shape {count} of this run" if count > 1 else ""
-            self._print(f"compiled for {rows}, and one step taken, in {seconds:.1f} s{which}")
+            self._print(f"compiled for {rows} and made one step in {seconds:.1f} s{which}")
             self._compiling = None
             release_freed_memory()  # compiling took much of it
-            if count == 1:  # the time of the first rollout, which compiles, tells nothing
+            if count == 1:  # the first rollout includes compilation
                 self._left = TimeLeft()
             self._left.start()
         else:
@@ -185,14 +185,14 @@ class Progress(Callback):
         self._begin("")
 
     def state_dict(self) -> dict:
-        # Nothing to keep, but this is asked for right before a checkpoint is written.
+        # No state, but this is called right before a checkpoint is written.
         self._left.pause()
         self._begin("saving")
         return {}
 
     def show(self, record: dict) -> None:
         """Shows one record of `MetricsLog`."""
-        # A run on pairs has two accuracies: that of pairs is what it is for.
+        # A run on pairs has two accuracies; show the one of pairs.
         pairs = any(name.endswith("rewards/accuracies") for name in record)
         shown = {
             name: text.format(record[name])
@@ -214,7 +214,7 @@ class Progress(Callback):
         self.console.print(text, markup=False, soft_wrap=True)
 
     def _say_plainly(self, text: str) -> None:
-        """Prints what the bar of a terminal shows by itself."""
+        """Prints a line where there is no progress bar to show it."""
         if self._bar is None:
             self._print(text)
 
@@ -222,7 +222,7 @@ class Progress(Callback):
         self._activity, self._since_s = activity, time.monotonic()
 
     def _await_next(self, event: Event) -> None:
-        """A rollout follows where the updates of the last one are done."""
+        """Sets the activity after an update: the next rollout once all updates of one are done."""
         trainer = event.trainer
         is_due = isinstance(trainer, RLTrainer) and event.step % trainer.updates_per_item == 0
         self._begin(_ROLLOUT if is_due else "")
@@ -235,7 +235,7 @@ class Progress(Callback):
         return "" if seconds is None else f"{format_seconds(seconds)} left"
 
     def _status(self) -> str:
-        """The last metrics that fit, and the activity once it has lasted a second."""
+        """The last metrics that fit, and the activity if it has lasted a second."""
         taken = len(self._where()) + _BAR_WIDTH + len(self._time_left()) + 3
         room = max(self.console.width - taken, 0)
         seconds = time.monotonic() - self._since_s
@@ -246,7 +246,7 @@ class Progress(Callback):
 
 
 class _Cell(ProgressColumn):
-    """A column of the bar whose text is asked for at every refresh."""
+    """A column of the bar whose text is computed at every refresh."""
 
     def __init__(self, text):
         super().__init__(Column(no_wrap=True))
@@ -257,7 +257,7 @@ class _Cell(ProgressColumn):
 
 
 def fitting(parts: Iterable[str], room: int | None) -> list[str]:
-    """The parts that fit on a line of `room` characters, two spaces between; None is no limit.
+    """The parts that fit on a line of `room` characters, with two spaces between; None: all.
 
     >>> fitting(["step 1", "loss 0.5", "a long one", "b"], 20)
     ['step 1', 'loss 0.5', 'b']
@@ -271,26 +271,26 @@ def fitting(parts: Iterable[str], room: int | None) -> list[str]:
 
 @contextlib.contextmanager
 def working(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Says what is under way: on a terminal with its seconds while it lasts, elsewhere in lines.
+    """Context that shows an activity: on a terminal with its seconds, elsewhere as lines.
 
     Args:
-      console: where it is said.
-      text: what is done, such as "loading the model".
+      console: shows the activity.
+      text: the activity, such as "loading the model".
 
     Yields:
-      A function to call with how far it is; elsewhere than on a terminal a line every 5 s.
+      A function that reports progress; not on a terminal it prints a line every 5 s at most.
     """
     start_s = said_s = time.monotonic()
     if not console.is_terminal:
         console.print(f"{text} ...", markup=False, soft_wrap=True)
 
-        def tell(how_far: str) -> None:
+        def report(how_far: str) -> None:
             nonlocal said_s
             if time.monotonic() - said_s >= _SAY_EVERY_S:
                 said_s = time.monotonic()
                 console.print(f"  {how_far}", markup=False, soft_wrap=True)
 
-        yield tell
+        yield report
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
     with Bar(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:

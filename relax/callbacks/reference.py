@@ -1,4 +1,4 @@
-"""Log-probabilities of the reference model, computed once for a data set and kept in files."""
+"""Reference log-probabilities, computed once per dataset and cached in files."""
 
 import io
 import time
@@ -20,17 +20,16 @@ SAVE_EVERY_S = 20.0
 
 
 class ReferenceLogprobs(Callback):
-    """Sets the `ref_logprobs` of loaders before the first update, from a file where there is one.
+    """Sets the `ref_logprobs` of loaders before the first update, from a file if there is one.
 
-    A file holds `[N, 2]` float32 and is named after the checksums of the tokens, of the reference's
-    weights and of the model's configuration. Values that are not computed yet are NaN in it; after
-    a kill only these are computed. The reference is the initial policy, or the base model under
-    adapters.
+    A file holds `[N, 2]` float32 and is named after checksums of the tokens, the reference's
+    weights and the model's configuration. Values that are not computed yet are NaN; after a kill
+    only these are computed. The reference is the initial policy, or the base model of adapters.
 
     Args:
-      loaders: the loaders, by the name that is shown.
-      directory: where the files are written.
-      console: where progress is shown.
+      loaders: the loaders by display name.
+      directory: directory of the files.
+      console: shows the progress.
     """
 
     def __init__(self, loaders: dict[str, PreferenceLoader], directory: Path, console: Console):
@@ -63,8 +62,8 @@ class ReferenceLogprobs(Callback):
             return found
         if params is None:
             raise CheckpointError(
-                f"a resumed run reads the reference's log-probabilities from '{file}', which lacks "
-                f"{missing} of {len(found)}. Restore the file, or start the run over."
+                f"a resumed run needs the reference's log-probabilities in '{file}', but {missing} "
+                f"of {len(found)} are missing. Restore the file, or start the run over."
             )
         self.console.print(f"reference log-probabilities of {name}: computing {missing:,} pairs")
         saved_s = time.monotonic()
@@ -89,7 +88,7 @@ def _digest(params, model) -> str:
 
 
 def _read(file: Path, count: int) -> np.ndarray:
-    """The values of a file; all NaN without one, or where it has another shape."""
+    """The values of a file; all NaN if it is missing or has another shape."""
     empty = np.full((count, 2), np.nan, np.float32)
     try:
         found = np.load(file, allow_pickle=False)

@@ -7,19 +7,19 @@ from pathlib import Path
 from relax.monitor import write_report
 from relax.trainers.callback import Callback, Event
 
-_SHARE = 0.05  # of the run's time that writing pages may take
+_SHARE = 0.05  # maximum share of the run's time for writing pages
 
 
 class Report(Callback):
     """Writes `report.html` at every save.
 
-    Where that would take more than a twentieth of the time since the last page, as with a save
-    after every update, the page waits until it takes less. A page that cannot be written does not
-    end the run: `say` is called once with the reason.
+    If that would take more than a twentieth of the time since the last page, as with a save after
+    every update, the page is written later. An error while writing does not end the run: `say` is
+    called once with the reason.
 
     Args:
       directory: the run's directory.
-      say: is called with what went wrong, a sentence.
+      say: called with an error, as a sentence.
     """
 
     def __init__(self, directory: str | Path, say: Callable[[str], None]):
@@ -39,7 +39,7 @@ class Report(Callback):
             self.write()
 
     def write(self) -> Path | None:
-        """Writes the page now; None where that failed."""
+        """Writes the page now; returns None on failure."""
         start_s, self._due = time.monotonic(), False
         try:
             return write_report(self.directory)

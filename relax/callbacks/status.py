@@ -1,4 +1,4 @@
-"""Keeps the status file of a run up to date."""
+"""Status callback: updates the status files of a run."""
 
 import time
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ _SHOWN = ("loss", "learning_rate", "tokens_per_second", "reward")
 
 
 class Status(Callback):
-    """Keeps status files up to date, with the seconds that a run has spent in each phase.
+    """Updates status files, including the seconds spent in each phase.
 
-    Its method `show` is a listener of `MetricsLog`, where loss and learning rate come from. It is
-    the last callback, so that what the others do in an evaluation counts as evaluating.
+    Its method `show` is a listener of `MetricsLog`, which supplies loss and learning rate. It is
+    the last callback, so that the work of others during an evaluation counts as evaluation.
 
     Args:
       writers: the writers of the files.
-      checkpoints: the directory of the run's checkpoints; None reports none.
+      checkpoints: the directory of the run's checkpoints; None: none to report.
     """
 
     def __init__(self, writers: Sequence[TrainingStatusWriter], checkpoints=None):
@@ -40,13 +40,13 @@ class Status(Callback):
         for writer in self.writers:
             writer.update(force, **fields)
 
-    def tell_results(self, metrics: dict[str, float]) -> None:
-        """Adds metrics that are measured once, such as those before and after training."""
+    def add_results(self, metrics: dict[str, float]) -> None:
+        """Adds metrics measured once, such as those before and after training."""
         self.results |= metrics
         self.update(force=True, results=self.results)
 
     def enter(self, phase: str, **fields) -> None:
-        """Ends a phase, to which the time up to here is counted, and begins another."""
+        """Ends the current phase, adds its time, and starts another."""
         now_s = time.monotonic()
         spent_s = now_s - self._since_s
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent_s
@@ -79,9 +79,7 @@ class Status(Callback):
     def on_batch_end(self, event: Event) -> None:
         if self._phase == "compiling":
             jax.block_until_ready(event.metrics)
-            if (
-                len(self._shapes) == 1
-            ):  # the time of the first rollout, which compiles, tells nothing
+            if len(self._shapes) == 1:  # the first rollout includes compilation
                 self._left = TimeLeft()
             self.enter("training", compilations=len(self._shapes))
         else:
@@ -93,20 +91,20 @@ class Status(Callback):
         self.enter("evaluating")
 
     def on_validation_end(self, event: Event) -> None:
-        # An evaluation outside of `train` ends no phase of a run.
+        # An evaluation outside `train` does not end a phase.
         self.enter("evaluating" if event.epoch is None else "training")
         _restart_clocks(event)
 
     def on_save(self, event: Event) -> None:
-        self._tell_checkpoint()
+        self._report_checkpoint()
         _restart_clocks(event)
 
     def on_train_end(self, event: Event) -> None:
-        self._tell_checkpoint()
+        self._report_checkpoint()
         self.enter("finishing", **_where(event), time_left_s=0.0)
 
-    def _tell_checkpoint(self) -> None:
-        """Reads the newest checkpoint from the disk: the last one may still be being written."""
+    def _report_checkpoint(self) -> None:
+        """Reports the newest checkpoint on disk; the last one may not be committed yet."""
         steps = [] if self.checkpoints is None else list_steps(self.checkpoints)
         if steps:
             path = str(Path(self.checkpoints) / str(steps[-1]))
@@ -114,7 +112,7 @@ class Status(Callback):
 
 
 def _restart_clocks(event: Event) -> None:
-    """Leaves what other callbacks did after an evaluation or a save out of the time of updates."""
+    """Excludes the work of other callbacks after an evaluation or a save from update times."""
     for callback in getattr(event.trainer, "callbacks", ()):
         if isinstance(callback, MetricsLog):
             callback.restart_clock()

@@ -1,4 +1,4 @@
-"""Callbacks that compare evaluations: early stopping, and the checkpoint of the best state."""
+"""Callbacks that compare evaluations: early stopping and the best checkpoint."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ Mode = Literal["min", "max"]
 
 
 def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:
-    """Whether a value beats the best so far by more than `min_delta`; NaN never does.
+    """Whether a value improves on the best by more than `min_delta`; NaN never does.
 
     >>> is_better(0.5, 0.6, "min"), is_better(0.5, 0.6, "min", 0.2)
     (True, False)
@@ -25,10 +25,10 @@ def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0
 
 
 def metric_of(event: Event, name: str) -> float:
-    """A metric of an evaluation, by its name with or without the prefix `eval_`.
+    """Looks up a metric of an evaluation by its name, with or without the prefix `eval_`.
 
     Raises:
-      ConfigError: there is no such metric; the message lists those that there are.
+      ConfigError: there is no such metric; the message lists the existing ones.
     """
     for known in (name, name.removeprefix("eval_")):
         if known in event.metrics:
@@ -74,11 +74,11 @@ class EarlyStopping(Callback):
         if event.step == 0:
             self.best, self.waited = None, 0
         elif self.waited >= self.patience:
-            raise StopTraining  # a run that had stopped is gone on with
+            raise StopTraining  # the resumed run had already stopped
 
     def on_validation_end(self, event: Event) -> None:
         if event.epoch is None:
-            return  # an evaluation outside of training
+            return  # an evaluation outside training
         value = metric_of(event, self.metric)
         if is_better(value, self.best, self.mode, self.min_delta):
             self.best, self.waited = value, 0
@@ -95,14 +95,14 @@ class EarlyStopping(Callback):
 
 
 class BestCheckpoint(Callback):
-    """Keeps a checkpoint of the state with the best evaluation; a run can be resumed from it.
+    """Keeps a checkpoint of the state with the best evaluation, which runs can resume from.
 
-    It is the last of the callbacks that have a state, as it saves the state of the others.
+    It comes after all other callbacks with state, since it saves their state.
 
     Args:
       directory: the checkpoint is `<directory>/<step>`.
       metric, mode: as for `EarlyStopping`.
-      saver: has `save(step, state, progress)`; None takes a `Checkpointer` that keeps one.
+      saver: has `save(step, state, progress)`; None: a `Checkpointer` that keeps one checkpoint.
 
     Attributes:
       step: the step of the best state, or None.

@@ -1,4 +1,4 @@
-"""Sends metrics to TensorBoard, Weights & Biases, trackio, or a tracker of the user's own."""
+"""Experiment tracking: TensorBoard, Weights & Biases, trackio, or custom trackers."""
 
 import concurrent.futures
 import functools
@@ -15,7 +15,7 @@ from relax.errors import ConfigError
 from relax.trainers.callback import Callback, Event
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-_FAILURES = 10  # in a row, after which a tracker is sent nothing more
+_FAILURES = 10  # failures in a row after which a tracker is disabled
 
 
 class Tracker(Protocol):
@@ -27,14 +27,14 @@ class Tracker(Protocol):
 class Trackers(Callback):
     """Sends every record of `MetricsLog` to trackers; none of them can end the run.
 
-    A tracker is started and closed in a thread of its own, which is left behind if it hangs. `log`
-    is called directly: those of the packages only queue the record. What raises is reported once,
-    and records that a tracker did not take are counted. The method `show` is a listener of
+    A tracker is started and closed in a separate thread, which is abandoned if it hangs. `log` is
+    called directly, since the packages only queue the record. An error is reported once, and
+    records that a tracker failed to log are counted. The method `show` is a listener of
     `MetricsLog`.
 
     Args:
-      makers: for each name a function that starts the tracker, given the step to continue after.
-      say: is called with each problem, a sentence.
+      makers: functions by name that start a tracker, given the step to continue after.
+      say: called with each problem, as a sentence.
       patience_s: seconds to wait for a tracker to start, and to close.
     """
 
@@ -46,8 +46,8 @@ class Trackers(Callback):
     ):
         self.makers, self.say, self.patience_s = makers, say, patience_s
         self._trackers: dict[str, Tracker] = {}
-        self._failures: dict[str, int] = {}  # in a row
-        self._lost: dict[str, int] = {}  # records not taken
+        self._failures: dict[str, int] = {}  # consecutive failures
+        self._lost: dict[str, int] = {}  # records not logged
 
     def on_train_begin(self, event: Event) -> None:
         self.close()
@@ -55,7 +55,7 @@ class Trackers(Callback):
             try:
                 self._trackers[name] = _call_within(self.patience_s, maker, event.step)
             except (Exception, SystemExit) as error:
-                self.say(f"{name}: {_words(error, self.patience_s)}. Training goes on without it.")
+                self.say(f"{name}: {_words(error, self.patience_s)}. The run continues without it.")
 
     def show(self, record: dict) -> None:
         """Sends one record of `MetricsLog`."""
@@ -69,7 +69,7 @@ class Trackers(Callback):
                 self._failures[name] = 0
             except (Exception, SystemExit) as error:
                 if name not in self._lost:
-                    self.say(f"{name}: {_words(error)}. Training goes on without it.")
+                    self.say(f"{name}: {_words(error)}. The run continues without it.")
                 self._failures[name] = self._failures.get(name, 0) + 1
                 self._lost[name] = self._lost.get(name, 0) + 1
 
@@ -80,7 +80,7 @@ class Trackers(Callback):
             except (Exception, SystemExit) as error:
                 self.say(f"{name} could not be closed: {_words(error, self.patience_s)}.")
         for name, count in self._lost.items():
-            self.say(f"{name} did not take {count} records; metrics.jsonl has all of them.")
+            self.say(f"{name} failed to log {count} records; metrics.jsonl has all of them.")
         self._trackers, self._failures, self._lost = {}, {}, {}
 
 
@@ -91,16 +91,16 @@ def _call_within(seconds: float, function: Callable, *args):
     def call():
         try:
             future.set_result(function(*args))
-        except BaseException as error:  # sys.exit in a tracker as well
+        except BaseException as error:  # also catches sys.exit in a tracker
             future.set_exception(error)
 
-    # A daemon: the process may end while the function still hangs.
+    # A daemon thread, so that the process can end while the function hangs.
     threading.Thread(target=call, daemon=True).start()
     return future.result(seconds)
 
 
 def tagged(record: dict) -> dict[str, float]:
-    """A record under the names of transformers, by which trackers group.
+    """Renames the metrics of a record as transformers does, which trackers group by.
 
     >>> tagged({"step": 3, "loss": 1.0, "eval_loss": 2.0})
     {'train/loss': 1.0, 'eval/loss': 2.0}
@@ -115,12 +115,12 @@ def tagged(record: dict) -> dict[str, float]:
 def tracker_makers(
     names: list[str], directory: Path, run_name: str | None, config: dict[str, Any]
 ) -> dict[str, Callable[[int], Tracker]]:
-    """The functions that start the trackers named by `report_to`.
+    """Makes the functions that start the trackers named by `report_to`.
 
     Args:
       names: names of packages, or `path/to/file.py:Class`.
       directory: the run's directory.
-      run_name: the name shown in trackers; None takes that of the directory.
+      run_name: the name shown in trackers; None: the directory's name.
       config: the run's configuration, shown with it.
 
     Raises:
@@ -161,8 +161,8 @@ class TensorBoard:
     """Writes TensorBoard's event files.
 
     Args:
-      directory: where they are written, unless TENSORBOARD_LOGGING_DIR names another directory.
-      step: hide what an earlier run wrote after this step.
+      directory: directory of the files, unless TENSORBOARD_LOGGING_DIR names another.
+      step: hide records of an earlier run after this step.
     """
 
     def __init__(self, directory: Path, step: int = 0):
@@ -180,7 +180,7 @@ class TensorBoard:
 
 
 class RunTracker:
-    """A run of Weights & Biases, or of trackio, which has the same functions.
+    """A run of Weights & Biases, or of trackio, which has the same interface.
 
     The project is WANDB_PROJECT or TRACKIO_PROJECT, else `relax`. Weights & Biases keeps its own
     files in `directory`.

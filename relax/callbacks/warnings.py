@@ -1,4 +1,4 @@
-"""Warnings in plain words about a run whose metrics look wrong."""
+"""Warnings about suspicious metrics of a run."""
 
 import math
 import statistics
@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator
 
 from relax.trainers.callback import Callback, Event
 
-WINDOW = 20  # log lines whose median gradient norm a new one is compared with
+WINDOW = 20  # log lines whose median gradient norm is compared with a new one
 LEAST = 5  # log lines before the first comparison
-PATIENCE = 3  # log lines in a row that show a symptom before it is reported
-JUMPS = 3  # jumps of the gradient norm that are reported
+PATIENCE = 3  # log lines in a row with a symptom before it is reported
+JUMPS = 3  # maximum number of gradient-norm jumps to report
 
 
 class LearningMonitor(Callback):
     """Warns about suspicious learning rates, gradient norms, losses, rewards, entropy and KL.
 
-    Each kind of warning is given once, a jump of the gradient norm up to three times. The method
-    `show` is a listener of `MetricsLog`.
+    Each kind of warning is given once, except for up to three jumps of the gradient norm. The
+    method `show` is a listener of `MetricsLog`.
 
     Args:
-      say: is called with each warning, a sentence.
+      say: called with each warning, as a sentence.
       jump: warn when the gradient norm is more than `jump` times the median of the last 20.
     """
 
@@ -39,35 +39,35 @@ class LearningMonitor(Callback):
             self._reset()
 
     def show(self, record: dict) -> None:
-        """Looks at one record of `MetricsLog`; evaluations are passed over."""
+        """Checks a record of `MetricsLog`; evaluations are ignored."""
         if "grad_norm" not in record:
             return
-        self._look_at_skipped(record)
-        self._look_at_norm(record)
+        self._check_skipped(record)
+        self._check_norm(record)
         if self._first_entropy is None:
             self._first_entropy = record.get("entropy")
         symptoms = [*_standing_still(record), *_reward_symptoms(record, self._first_entropy)]
         for kind, holds, text in symptoms:
             self._streaks[kind] = self._streaks.get(kind, 0) + 1 if holds else 0
             if self._streaks[kind] >= PATIENCE:
-                self._tell(kind, text)
+                self._warn(kind, text)
 
-    def _look_at_skipped(self, record: dict) -> None:
+    def _check_skipped(self, record: dict) -> None:
         skipped = record.get("skipped_steps", 0)
         if skipped > self._skipped:
-            self._tell(
+            self._warn(
                 "skipped",
                 f"{skipped} updates up to step {record['step']} were skipped: their loss or "
                 "gradient was not finite.",
             )
         self._skipped = skipped
 
-    def _look_at_norm(self, record: dict) -> None:
+    def _check_norm(self, record: dict) -> None:
         norm = record["grad_norm"]
         if len(self._norms) >= LEAST:
             usual = statistics.median(self._norms)
             if norm > self.jump * usual > 0:
-                self._tell(
+                self._warn(
                     "jump",
                     f"the gradient norm rose from {usual:.3g} to {norm:.3g} around step "
                     f"{record['step']}. Look for an unusual row, or lower the learning rate.",
@@ -76,7 +76,7 @@ class LearningMonitor(Callback):
         if math.isfinite(norm):
             self._norms = [*self._norms, norm][-WINDOW:]
 
-    def _tell(self, kind: str, text: str, most: int = 1) -> None:
+    def _warn(self, kind: str, text: str, most: int = 1) -> None:
         self._said[kind] = self._said.get(kind, 0) + 1
         if self._said[kind] <= most:
             self.say(text)
@@ -97,7 +97,7 @@ class LearningMonitor(Callback):
 
 
 def _standing_still(record: dict) -> Iterator[tuple[str, bool, str]]:
-    """Symptoms of a run that learns nothing: `(kind, whether it holds, sentence)`."""
+    """Yields symptoms of a run that learns nothing: `(kind, whether it holds, sentence)`."""
     yield "rate", record.get("learning_rate") == 0.0, "the learning rate is 0: nothing is learned."
     yield "norm", record["grad_norm"] == 0.0, "the gradient is 0: nothing is learned."
     # In reinforcement learning a loss near 0 is normal: the advantages of a group sum to 0.
@@ -106,10 +106,10 @@ def _standing_still(record: dict) -> Iterator[tuple[str, bool, str]]:
 
 
 def _reward_symptoms(record: dict, first_entropy: float | None) -> Iterator[tuple[str, bool, str]]:
-    """Symptoms of a reinforcement-learning run that goes wrong; none of another run."""
+    """Yields symptoms of a failing reinforcement-learning run; none for other runs."""
     if "completions/clipped_ratio" not in record:
         return
-    # A group of one has no spread of its own.
+    # A group of one has no spread.
     equal = record.get("frac_reward_zero_std", float(record.get("reward_std", 1.0) < 1e-6))
     mean = f"{record['reward']:.2f}" if "reward" in record else "none"
     yield (

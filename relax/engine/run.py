@@ -304,7 +304,7 @@ class Run(RunContext[C_co]):
 
     def _note_results(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
-        self.monitor.status.tell_results(self.metrics)
+        self.monitor.status.add_results(self.metrics)
 
     @cached_property
     def _adapter_base(self) -> str | None:

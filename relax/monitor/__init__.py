@@ -1,4 +1,4 @@
-"""Watching a run from outside: its status file, a live view and the report."""
+"""Monitoring of a run from another process: status file, live view and report."""
 
 from relax.monitor.page import comparison_page, run_page, write_comparison, write_report
 from relax.monitor.run_files import Run, read_run

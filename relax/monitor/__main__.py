@@ -1,4 +1,4 @@
-"""`relax monitor DIR`: watch a run from another terminal, or compare runs."""
+"""`relax monitor DIR`: watches a run from another terminal, or compares runs."""
 
 import argparse
 import sys
@@ -18,12 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.compare:
             if len(options.compare) < 2 or options.output_dir is not None:
-                _parser().error("--compare takes two runs or more, and no other one")
+                _parser().error("--compare takes two or more runs and no positional argument")
             page = write_comparison(options.compare, options.output or "comparison.html")
             console.print(f"the comparison is in '{page}'", markup=False)
             return 0
         if options.output_dir is None:
-            _parser().error("name the output_dir of a run, or --compare several")
+            _parser().error("give the output_dir of a run, or several with --compare")
         if options.output is not None:
             page = write_report(options.output_dir, options.output)
             console.print(f"the report is in '{page}'", markup=False)
@@ -44,12 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="relax monitor", description="Watch a run in another process."
     )
     parser.add_argument("output_dir", nargs="?", help="directory of the run")
-    parser.add_argument("--once", action="store_true", help="show it as it is now, and end")
-    parser.add_argument("--interval", type=float, default=1.0, help="seconds between two looks")
+    parser.add_argument("--once", action="store_true", help="show the current state and exit")
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between refreshes")
     parser.add_argument(
-        "--compare", nargs="+", metavar="DIR", help="write a page about several runs"
+        "--compare", nargs="+", metavar="DIR", help="write a page that compares several runs"
     )
-    parser.add_argument("-o", "--output", help="write the report to this file, and end")
+    parser.add_argument("-o", "--output", help="write the report to this file and exit")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Several runs on one page: curves over each other, last values, options that differ."""
+"""Comparison of runs on one page: curves, last values and differing options."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from relax.monitor.sections import CHARTS, UNDRAWN, plain, text
 
 
 def with_distinct_names(runs: Sequence[Run]) -> list[Run]:
-    """The runs, with numbered names where directories share one."""
+    """The runs, with numbers added to equal directory names."""
     names = [run.name for run in runs]
     return [
         dataclasses.replace(run, name=f"{run.name} ({i})") if names.count(run.name) > 1 else run
@@ -21,7 +21,7 @@ def with_distinct_names(runs: Sequence[Run]) -> list[Run]:
 
 
 def head(runs: Sequence[Run]) -> str:
-    """Names, phases and times of the runs."""
+    """The header: names, phases and times of the runs."""
     title = " · ".join(run.name for run in runs)
     facts = "".join(
         f"<div><dt>{text(run.name)}</dt><dd>{text(run.status.get('phase') or 'unknown')} <small>"

@@ -8,31 +8,31 @@ from typing import NamedTuple
 from relax.config.text import format_number, format_seconds
 
 WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 66, 16, 12, 32  # margins round the plot
-SMOOTHED_FROM = 40  # points from which on a curve is also shown smoothed
-COLOURS = 8  # of the palette, --c0 to --c7
+LEFT, RIGHT, TOP, BOTTOM = 66, 16, 12, 32  # margins around the plot
+SMOOTHED_FROM = 40  # minimum points of a curve that is also shown smoothed
+COLOURS = 8  # colours in the palette, --c0 to --c7
 
 
 class Series(NamedTuple):
-    """A curve: finite ascending `xs`; `ys` with NaN where there is no number."""
+    """A curve: finite ascending `xs`; `ys` with NaN for missing numbers."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
-    points: bool = False  # few measurements, such as evaluations: each is marked
+    points: bool = False  # mark every point, for few measurements such as evaluations
     colour: int | None = None
 
     def num_finite(self) -> int:
-        """How many of its values are numbers."""
+        """The number of finite values."""
         return sum(map(math.isfinite, self.ys))
 
 
 def downsample(
     xs: Sequence[float], ys: Sequence[float], most: int
 ) -> tuple[list[float], list[float]]:
-    """At most about `most` points that look the same: the least and the largest of each stretch.
+    """Reduces a curve to about `most` points that look the same: the extremes of each section.
 
-    A stretch without a number keeps one NaN, so that the gap remains.
+    A section without a number keeps one NaN, so that the gap remains.
 
     >>> downsample([0, 1, 2, 3, 4, 5, 6, 7], [0, 9, 1, 1, 1, -5, 1, 2], 4)
     ([0, 1, 5, 7], [0, 9, -5, 2])
@@ -100,7 +100,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def limits(series: Sequence[Series]) -> tuple[float, float] | None:
-    """The range of the vertical axis, without a few points far from the rest; None without any."""
+    """The range of the vertical axis, without outliers; None without any value."""
     values = sorted(y for s in series for y in s.ys if math.isfinite(y))
     if not values:
         return None
@@ -116,17 +116,17 @@ def limits(series: Sequence[Series]) -> tuple[float, float] | None:
         pad = abs(low) * 0.1 or 1.0
         return low - pad, high + pad
     pad = (high - low) * 0.06
-    # An axis that begins at 0 is easier to read than one that begins a little above.
+    # An axis that starts at 0 is easier to read than one that starts slightly above.
     return (0.0 if 0 <= low < pad * 4 else low - pad), high + pad
 
 
 def chart(title: str, series: Sequence[Series], most: int = 400, note: str = "") -> str:
-    """A chart of curves with title, axes and legend; '' where no curve has two values.
+    """Draws a chart of curves with title, axes and legend; '' if no curve has two values.
 
     Args:
       title: the title.
-      series: the curves; one without any number is not drawn.
-      most: the largest number of points of a curve.
+      series: the curves; curves without any number are skipped.
+      most: maximum number of points per curve.
       note: a line below the chart.
     """
     series = [s for s in series if s.num_finite()]
@@ -158,7 +158,7 @@ def chart(title: str, series: Sequence[Series], most: int = 400, note: str = "")
 
 
 class _Frame(NamedTuple):
-    """Maps values to places in the picture."""
+    """Maps values to coordinates in the picture."""
 
     x0: float
     x1: float
@@ -218,7 +218,7 @@ def _curve(series: Series, frame: _Frame, colour: int, most: int) -> str:
 
 
 def _path(xs: Sequence[float], ys: Sequence[float], frame: _Frame) -> str:
-    """Straight lines through the points, interrupted where there is no number."""
+    """An SVG path of straight lines through the points, with gaps for missing numbers."""
     parts, pen = [], "M"
     for x, y in zip(xs, ys, strict=True):
         if not math.isfinite(y):
@@ -239,7 +239,7 @@ def _legend(series: Series, colour: int) -> str:
 
 
 def bar(parts: dict[str, float]) -> str:
-    """A bar of shares with a legend; `parts` are seconds by name."""
+    """Draws a bar of shares with a legend; `parts` are seconds by name."""
     total = sum(parts.values())
     if total <= 0:
         return ""

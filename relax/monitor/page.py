@@ -10,7 +10,7 @@ from relax.monitor.run_files import Run, read_run
 from relax.monitor.style import SCRIPT, STYLE, policy
 
 MOST_BYTES = 2_000_000
-# From large to small: points of a curve, steps with texts, characters of a text.
+# From large to small: points per curve, steps with texts, characters per text.
 BUDGETS = ((400, 8, 900), (200, 5, 400), (100, 3, 200), (40, 2, 80))
 
 
@@ -19,21 +19,21 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
 
     Args:
       directory: the run's directory.
-      path: the page; None is `report.html` in the directory.
+      path: the page; None: `report.html` in the directory.
 
     Raises:
-      DataError: there is no run in the directory.
+      DataError: the directory contains no run.
     """
     return _write(Path(path or Path(directory) / "report.html"), run_page(read_run(directory)))
 
 
 def write_comparison(directories: Sequence[str | Path], path: str | Path) -> Path:
-    """Writes a page with the curves of several runs over each other."""
+    """Writes a page that compares the curves of several runs."""
     return _write(Path(path), comparison_page([read_run(one) for one in directories]))
 
 
 def run_page(run: Run) -> str:
-    """The report of a run as HTML, below 2 MB however much the run has written."""
+    """The report of a run as HTML of at most 2 MB, however much the run has written."""
     return _within_budget(lambda budget: _run_body(run, *budget), run.name)
 
 

@@ -11,7 +11,7 @@ from relax.errors import DataError
 from relax.monitor.status import read_status
 
 TIME = "time/"
-# The columns of a line of `completions/`; reward functions logged all others.
+# Standard columns in `completions/`; all others were logged by reward functions.
 COMPLETION = ("prompt", "completion", "finish", "tokens", "rewards", "reward", "advantage")
 
 
@@ -21,10 +21,10 @@ class Run:
 
     Attributes:
       name: the directory's name.
-      config: config.json, by section; {} without one.
-      data: data.json, the data report; {} without one.
-      status: status.json; {} without one.
-      series: steps and values of each metric; NaN where a value was not finite.
+      config: config.json by section, or {}.
+      data: data.json, the data report, or {}.
+      status: status.json, or {}.
+      series: steps and values of each metric; NaN for a non-finite value.
       previews: lines of `samples/`, by step.
       completions: lines of `completions/`, by step.
     """
@@ -52,17 +52,17 @@ def read_run(directory: str | Path, previews: int = 50, completions: int = 8) ->
 
     Args:
       directory: the run's directory.
-      previews, completions: how many steps to read texts of, spread over those that there are.
+      previews, completions: maximum number of steps to read texts of, spread evenly.
 
     Raises:
-      DataError: there is no run in the directory.
+      DataError: the directory contains no run.
     """
     directory = Path(directory)
     metrics, status = directory / "metrics.jsonl", read_status(directory / "status.json")
     if status is None and not metrics.is_file() and not (directory / "config.json").is_file():
         raise DataError(
-            f"'{directory}' must be the output_dir of a run, and has no status.json, config.json "
-            "or metrics.jsonl. Name the directory that --output_dir named."
+            f"'{directory}' must be the output_dir of a run, but has no status.json, config.json "
+            "or metrics.jsonl. Pass the directory given by --output_dir."
         )
     return Run(
         directory.resolve().name,
@@ -76,7 +76,7 @@ def read_run(directory: str | Path, previews: int = 50, completions: int = 8) ->
 
 
 def read_series(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of each metric in a metrics.jsonl; lines that are no records are skipped."""
+    """Steps and values of each metric in a metrics.jsonl; malformed lines are skipped."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for record in _lines(Path(path)):
         step = record.pop("step", None)
@@ -101,7 +101,7 @@ def logged_columns(records: Sequence[dict]) -> list[str]:
 
 
 def _texts(directory: Path, most: int) -> dict[int, list[dict]]:
-    """Lines by step of the files `step_<step>.jsonl`: the first, the last, and some between."""
+    """Lines of the files `step_<step>.jsonl` by step: first, last, and some in between."""
     files = {}
     for path in directory.glob("step_*.jsonl"):
         digits = path.stem.removeprefix("step_")

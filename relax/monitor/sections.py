@@ -1,4 +1,4 @@
-"""The sections of a run's page, as HTML. All text is escaped."""
+"""Sections of a run's page as HTML. All text is escaped."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from relax.monitor.curves import Series, bar, chart
 from relax.monitor.run_files import TIME, Run, logged_columns
 from relax.monitor.status import without_secrets
 
-# The charts shown first, in this order: a title and the pattern of its metrics.
+# Charts shown first, in this order: title and pattern of the metrics.
 CHARTS = (
     ("Scores", r"(eval_(.+_)?)?(mean|min|max)_reward"),
     ("Reward", r"(eval_(.+_)?)?reward"),
@@ -39,7 +39,7 @@ UNDRAWN = ("epoch", "elapsed_s", "num_tokens", "step_time")
 
 
 def head(run: Run) -> str:
-    """Name, phase and the numbers that are looked for first."""
+    """The header: name, phase and most important numbers."""
     status = run.status
     phase = str(status.get("phase") or "unknown")
     kind = phase if phase in ("finished", "failed", "stopped") else "live"
@@ -92,8 +92,7 @@ def _facts(run: Run) -> Iterable[str]:
 
 
 def before_and_after(run: Run) -> dict[str, tuple[float | None, float]]:
-    """Results that a run measured once, by name: the value before training, None where it was not
-    measured, and after it."""
+    """Results measured once, by name: values before (None if not measured) and after training."""
     results = run.status.get("results")
     numbers = {
         str(name): value
@@ -108,7 +107,7 @@ def before_and_after(run: Run) -> dict[str, tuple[float | None, float]]:
 
 
 def _from(values: Sequence[float]) -> str:
-    """The first value, where there is a later one."""
+    """The first value, if there is a later one."""
     real = [v for v in values if math.isfinite(v)]
     return f"from {format_number(real[0])}" if len(real) > 1 else ""
 
@@ -132,19 +131,19 @@ def alerts(run: Run) -> str:
 
 
 def curves(run: Run, points: int) -> str:
-    """Charts of all metrics: the most telling first, the others folded away."""
+    """Charts of all metrics: the most important first, the others collapsed."""
     series = {name: s for name, s in run.series.items() if name not in UNDRAWN}
     drawn, left = [], dict(series)
     for title, pattern in CHARTS:
         names = [name for name in left if re.fullmatch(pattern, name)]
-        names.sort(key=lambda name: name.startswith("eval_"))  # training has the first colour
+        names.sort(key=lambda name: name.startswith("eval_"))  # training gets the first colour
         drawn.append(chart(title, [_series(n, left.pop(n), len(names) > 1) for n in names], points))
         if title == "Loss" and (right := accuracy(run)):
             drawn.append(chart("Previews that are right", [Series("right", *right, True)], points))
     others = []
     for name in sorted(left, key=lambda n: (n.removeprefix("eval_"), n)):
         if name.startswith("eval_") and name.removeprefix("eval_") in left:
-            continue  # drawn with the other
+            continue  # already drawn
         pair = [n for n in (name, f"eval_{name}") if n in left]
         others.append(chart(name, [_series(n, left[n], True) for n in pair], min(points, 150)))
     main, more = "".join(drawn), "".join(others)
@@ -161,7 +160,7 @@ def curves(run: Run, points: int) -> str:
 
 
 def _measured_once(series: dict[str, tuple[list[float], list[float]]]) -> dict[str, str]:
-    """The value and step of each metric that has a single one, which no curve shows."""
+    """The value and step of each metric with a single value, which has no curve."""
     out = {}
     for name, (steps, values) in series.items():
         found = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
@@ -199,7 +198,7 @@ def times(run: Run) -> str:
 
 
 def previews(run: Run, steps: int, characters: int) -> str:
-    """Held-out prompts with the expected completion and those at each evaluation."""
+    """Held-out prompts with expected completions and those of each evaluation."""
     chosen = _spread(sorted(run.previews), steps)
     by_prompt: dict[tuple[str, str], list[tuple[int, dict]]] = {}
     for step in chosen:
@@ -227,7 +226,7 @@ def previews(run: Run, steps: int, characters: int) -> str:
 
 
 def completions(run: Run, steps: int, characters: int) -> str:
-    """Completions of rollouts with their rewards, from some steps."""
+    """Completions of rollouts with their rewards, for some steps."""
     out, chosen = "", _spread(sorted(run.completions), steps)
     for step in reversed(chosen):
         is_open = " open" if step == chosen[-1] else ""
@@ -244,7 +243,7 @@ def _completions(records: Sequence[dict], characters: int) -> str:
         r["rewards"] if isinstance(r.get("rewards"), dict) else {} for r in records
     ]
     functions = list(dict.fromkeys(name for rewards in given for name in rewards))[:12]
-    functions = functions if len(functions) > 1 else []  # a single one is the reward
+    functions = functions if len(functions) > 1 else []  # a single function equals the reward
     logged = logged_columns(records)[:12]
     rows = "".join(
         f"<tr><td>{text(_prompt(r.get('prompt')), characters // 2)}</td>"
@@ -282,7 +281,7 @@ def environment(run: Run) -> str:
 
 
 def configuration(run: Run, characters: int) -> str:
-    """The options that differ from their defaults, and all options by section, folded away."""
+    """Options that differ from their defaults, and all options by section, collapsed."""
     defaults = default_values(run.algorithm)
     out = ""
     given: dict[str, Any] = {}
@@ -296,13 +295,13 @@ def configuration(run: Run, characters: int) -> str:
         return ""
     first = pairs(given, characters) if given else "<p>All options have their default values.</p>"
     return (
-        f"<h2>Configuration</h2>{first}<details><summary>all options, those that are not the "
-        f'default in bold</summary><div class="sections">{out}</div></details>'
+        f"<h2>Configuration</h2>{first}<details><summary>all options, non-default ones in "
+        f'bold</summary><div class="sections">{out}</div></details>'
     )
 
 
 def default_values(algorithm: str) -> dict[str, Any]:
-    """The defaults of an algorithm's options; {} for an unknown algorithm."""
+    """Default values of an algorithm's options; {} for an unknown algorithm."""
     classes = TrainerConfig.__subclasses__()
     for config_class in classes:
         classes += config_class.__subclasses__()
@@ -322,7 +321,7 @@ def pairs(fields: dict[str, Any], characters: int, changed: Sequence[str] | set 
 
 
 def plain(value: Any) -> str:
-    """A JSON value in words."""
+    """A JSON value as plain text."""
     if isinstance(value, dict):
         return ", ".join(f"{name}: {plain(inner)}" for name, inner in value.items()) or "–"
     if isinstance(value, list):
@@ -335,7 +334,7 @@ def plain(value: Any) -> str:
 
 
 def text(value: Any, most: int = 200) -> str:
-    """Any value as HTML text: its middle cut out if it is long, escaped, without secrets."""
+    """Any value as HTML text: shortened in the middle, escaped, without secrets."""
     return escape(shorten(without_secrets("" if value is None else str(value)), most))
 
 

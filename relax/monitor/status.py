@@ -1,4 +1,4 @@
-"""The status file of a run: a small JSON file, always whole and recent."""
+"""The status file of a run: a small JSON file that is always complete and current."""
 
 import json
 import math
@@ -16,26 +16,26 @@ from relax.files import atomic_write
 VERSION = 1
 MOST_WARNINGS = 20
 _SECRET = re.compile(r"(?<=://)[^/\s@\"]+(?=@)|\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})\b")
-ENDED = ("finished", "stopped", "failed")  # phases after which nothing follows
+ENDED = ("finished", "stopped", "failed")  # final phases
 
 
 class TrainingStatusWriter:
-    """Keeps the status file of a run.
+    """Writes the status file of a run.
 
     Its fields are those passed to `update`, and `version`, `pid`, `host`, `started_at`,
-    `updated_at` (UTC, ISO 8601) and `warnings`, the last twenty. A run gives `phase` (`starting`,
+    `updated_at` (UTC, ISO 8601) and `warnings`, the last twenty. A run sets `phase` (`starting`,
     `compiling`, `training`, `evaluating`, `finishing`, then `finished`, `stopped` or `failed`),
     `algorithm`, `step`, `total_steps`, `epoch`, `loss`, `learning_rate`, `tokens_per_second`,
     `time_left_s`, `last_checkpoint`, `last_preview`, `metrics` (the last line of metrics.jsonl),
-    `evaluation` (the last one), `results` (metrics that are measured once), `compilations` (batch
-    shapes compiled so far), `seconds` by phase, and `error` if it failed. Unknown values are null.
+    `evaluation` (the last one), `results` (metrics measured once), `compilations` (batch shapes
+    compiled so far), `seconds` by phase, and `error` if it failed. Unknown values are null.
 
-    The file is replaced by a rename, so that a reader never sees half of one. If it cannot be
-    written the run goes on, and `problem` says why.
+    The file is replaced by a rename, so that a reader never sees a partial file. If it cannot be
+    written, the run continues, and `problem` holds the reason.
 
     Args:
       path: the file; its directory is created.
-      every_s: least seconds between two writes that are not forced.
+      every_s: minimum seconds between writes that are not forced.
 
     Example:
       >>> import tempfile
@@ -52,7 +52,7 @@ class TrainingStatusWriter:
         self.begin()
 
     def begin(self, **fields: Any) -> None:
-        """Starts over for a new run."""
+        """Resets the fields for a new run."""
         self.fields = {
             "version": VERSION,
             "phase": "starting",
@@ -84,12 +84,12 @@ class TrainingStatusWriter:
         try:
             atomic_write(self.path, f"{text}\n".encode(), sync=False)
             self.problem = None
-        except OSError as error:  # a full disk ends a run where checkpoints are written, not here
+        except OSError as error:  # a full disk ends the run at its next checkpoint
             self.problem = str(error)
 
 
 def read_status(path: str | Path) -> dict[str, Any] | None:
-    """The fields of a status file; None if there is none that can be read."""
+    """The fields of a status file; None if it is missing or unreadable."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -111,7 +111,7 @@ def is_alive(status: dict[str, Any]) -> bool | None:
 
 
 def without_secrets(text: str) -> str:
-    """A text without passwords in addresses and without access tokens.
+    """Replaces passwords in URLs and access tokens in a text.
 
     >>> without_secrets("https://me:pass@host/rows.jsonl hf_abcdefghijklmnopqrst")
     'https://***@host/rows.jsonl ***'

@@ -1,4 +1,4 @@
-"""Style sheet of a report, and the script that reads values off its curves."""
+"""Style sheet of a report, and the script that shows values under the pointer."""
 
 import base64
 import hashlib
@@ -79,7 +79,7 @@ grid-template-columns:repeat(2,minmax(0,1fr))}.facts dd{font-size:17px}.tick{fon
 @media print{body{background:#fff}.card,.facts div{break-inside:avoid}}
 """
 
-# Reads the value under the pointer off the curves' own numbers.
+# Shows the values under the pointer, from the numbers of the curves.
 SCRIPT = """
 "use strict";
 const NS = "http://www.w3.org/2000/svg", L = 66, R = 544, T = 12, B = 218;
@@ -116,6 +116,6 @@ for (const svg of document.querySelectorAll("svg[data-x]")) {
 
 
 def policy() -> str:
-    """The content security policy of a page: its own style and script, no network."""
+    """The content security policy of a page: only its own style and script, no network."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -1,4 +1,4 @@
-"""Reads the new lines of a growing metrics file."""
+"""Reader for the new lines of a growing metrics file."""
 
 import json
 import math
@@ -8,11 +8,11 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Tail:
-    """Reads what is new in a metrics.jsonl, and keeps the last values of each metric.
+    """Reads new lines of a metrics.jsonl, and keeps the last values of each metric.
 
     Args:
-      path: the file, which need not exist yet.
-      most: number of values kept for each metric.
+      path: the file, which may not exist yet.
+      most: maximum number of values per metric.
     """
 
     def __init__(self, path: str | Path, most: int = 400):
@@ -24,7 +24,7 @@ class Tail:
         self._offset = 0
 
     def read(self) -> dict[str, list[float]]:
-        """The values by metric, with the new lines; starts over if the file was cut back."""
+        """Reads new lines; returns all values by metric. Starts over if the file was truncated."""
         try:
             if self.path.stat().st_size < self._offset:
                 self._clear()
@@ -53,7 +53,7 @@ class Tail:
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
-    """A curve as one line of text, scaled from the least to the largest mean of a stretch.
+    """Draws a curve as one line of text, scaled from its smallest to its largest section mean.
 
     >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7]), sparkline([2.0, 2.0]), sparkline([float("nan")])
     ('▁▂▃▄▅▆▇█', '▁▁', ' ')

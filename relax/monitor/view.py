@@ -1,4 +1,4 @@
-"""The live view of a run: one screen with its status and recent metrics."""
+"""Live view of a run: one screen with its status and recent metrics."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from relax.monitor.status import ENDED, is_alive, read_status
 from relax.monitor.tail import Tail, sparkline
 
 _COLOURS = {"finished": "green", "failed": "red", "stopped": "yellow", "killed": "red"}
-# The metrics that are shown, and their titles.
+# Displayed metrics and their titles.
 SHOWN = {
     "loss": "loss",
     "eval_loss": "evaluation loss",
@@ -42,10 +42,10 @@ def watch(directory: str | Path, console: Console, *, once: bool, interval_s: fl
     """Shows a run until it ends, and returns its last phase.
 
     Args:
-      directory: its output_dir; waits for a run that has not begun.
-      console: where it is shown.
+      directory: the run's output_dir; waits for a run that has not started.
+      console: shows the view.
       once: show the current state and return.
-      interval_s: seconds between two updates.
+      interval_s: seconds between refreshes.
     """
     directory = Path(directory)
     tail = Tail(directory / "metrics.jsonl")
@@ -64,7 +64,7 @@ def watch(directory: str | Path, console: Console, *, once: bool, interval_s: fl
 
 
 def phase_of(status: dict[str, Any] | None) -> str:
-    """The phase of a run; `killed` if its process is gone without having ended the run."""
+    """The phase of a run; `killed` if its process is gone before the run ended."""
     if status is None:
         return "not begun"
     phase = str(status.get("phase"))
@@ -72,12 +72,12 @@ def phase_of(status: dict[str, Any] | None) -> str:
 
 
 def view(name: str, status: dict[str, Any] | None, series: dict[str, list[float]]) -> Panel:
-    """One screen about a run. Nothing in its texts is read as markup."""
+    """One screen about a run. Its texts are not parsed as markup."""
     phase = phase_of(status)
     colour = _COLOURS.get(phase, "cyan")
     title = Text.assemble((name, "bold"), "  ", (phase, f"bold {colour}"))
     if status is None:
-        waiting = Text("waiting for status.json: the run has not begun, or is elsewhere")
+        waiting = Text("waiting for status.json: the run has not started, or is elsewhere")
         return Panel(waiting, title=title, title_align="left", border_style=colour)
     parts: list[Any] = [_progress(status), Text(), _numbers(series)]
     for record in [status.get("last_preview")]:
@@ -104,7 +104,7 @@ def _progress(status: dict[str, Any]) -> Table:
         words.append(f"saved at step {saved.get('step'):,}")
     age = _age_s(status)
     if age is not None and age > 10 and goes_on:
-        words.append(f"last heard of {format_seconds(age)} ago")
+        words.append(f"last update {format_seconds(age)} ago")
     out = Table.grid(padding=(0, 2))
     out.add_row(
         ProgressBar(total=total or 1, completed=step if total else 0, width=24),
