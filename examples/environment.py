@@ -1,7 +1,8 @@
 """Reinforcement learning over several turns: `python examples/environment.py`.
 
-The model guesses a number from 0 to 9, a digit a turn, and is told "higher" or "lower" until it is
-right or out of turns. In `run_grpo.py`: `--environment examples/environment.py:Guessing`.
+The model guesses a number from 0 to 9, one digit per turn, and gets the answer "higher" or "lower"
+until it is right or out of turns. With `run_grpo.py`:
+`--environment examples/environment.py:Guessing`.
 """
 
 import jax

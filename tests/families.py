@@ -71,14 +71,14 @@ ROWS = {
     "llama-biases": ("llama", "biases; untied", UNTIED | BIASED | {"mlp_bias": True}),
     "llama-linear": (
         "llama",
-        "rope linear; a key for each head",
+        "rope linear; as many key heads as query heads",
         ONE_EACH | rope("linear", factor=2.5),
     ),
     "llama-llama3": ("llama", "rope llama3", TIED | rope("llama3", 5000.0, **LLAMA3)),
     "llama-yarn": ("llama", "rope yarn", rope("yarn", factor=4.0, **ORIGINAL)),
     "llama-yarn-smooth": (
         "llama",
-        "rope yarn with its own betas, scales and no truncation",
+        "rope yarn with other betas and scales, no truncation",
         rope(
             "yarn",
             50.0,
@@ -94,7 +94,7 @@ ROWS = {
     "llama-dynamic": ("llama", "rope dynamic", SMALL_POSITIONS | rope("dynamic", factor=3.0)),
     "smollm3": (
         "smollm3",
-        "a layer without positions, a window there",
+        "a layer without positions, with a window",
         {
             "no_rope_layers": [1, 0, 1],
             "use_sliding_window": True,
@@ -131,7 +131,7 @@ ROWS = {
     ),
     "gemma2": (
         "gemma2",
-        "four norms, soft caps, windows in turn; tied",
+        "four norms, soft caps, alternating windows; tied",
         {
             "sliding_window": 5,
             "query_pre_attn_scalar": 7,
@@ -156,7 +156,7 @@ ROWS = {
     ),
     "gemma3_text": (
         "gemma3_text",
-        "norms of queries and keys, two rope bases, windows but for every third; rope linear; tied",
+        "norms of queries and keys, two rope bases, windows in 2 of 3 layers; rope linear; tied",
         {
             "sliding_window": 5,
             "sliding_window_pattern": 3,
@@ -179,12 +179,12 @@ ROWS = {
     ),
     "phi3": (
         "phi3",
-        "fused matrices, a window, a part of each head turns",
+        "fused matrices, a window, partial rotary heads",
         {"sliding_window": 5, "partial_rotary_factor": 0.5} | THIRDS | rope("default", 200.0),
     ),
     "phi3-longrope": (
         "phi3",
-        "rope longrope; a part of each head turns; tied",
+        "rope longrope; partial rotary heads; tied",
         {"original_max_position_embeddings": 8}
         | rope("longrope", 200.0, partial_rotary_factor=0.7, **LONG)
         | THIRDS
@@ -192,12 +192,12 @@ ROWS = {
     ),
     "olmo2": (
         "olmo2",
-        "norms after the blocks, norms of all queries together; biases",
+        "norms after the blocks, one norm for all queries; biases",
         BIASED | UNTIED,
     ),
     "mixtral": (
         "mixtral",
-        "5 experts, 2 for each token; a window",
+        "5 experts, 2 per token; a window",
         EXPERTS | {"num_local_experts": 5, "sliding_window": 5},
     ),
     "qwen3_moe": (
@@ -335,9 +335,9 @@ HEAD = """\
 # Models
 
 `load_pretrained` reads a Hugging Face directory of these families, and `save_pretrained` writes one
-that transformers and vLLM load. The table is what the tests run over: tiny random models of
-transformers with odd settings, and the largest difference between its logits and ours, both in
-float32, over a row by itself, left padding, right padding and two documents in a row. It is made by
+that transformers and vLLM load. The table comes from the tests: tiny random models of
+transformers with unusual settings, and the largest difference of its logits and ours, both in
+float32, for a single row, left padding, right padding and two documents in a row. It is written by
 
     python tests/families.py > docs/models.md
 
@@ -345,55 +345,55 @@ float32, over a row by itself, left padding, right padding and two documents in 
 |---|---|---|---|
 """
 TAIL = """
-Most have grouped heads and a `head_dim` that is not `hidden_size` divided by the heads. Models with
-experts have the load-balancing loss of transformers, too.
+Most have grouped heads and a `head_dim` other than `hidden_size` divided by the number of heads.
+Models with experts have the load-balancing loss of transformers.
 
 ## What is read
 
-- `config.json` of transformers 4 and 5. A field that would change what a model computes, and that
-  we do not implement, is an error that names it; so is a field that we do not know. Rope settings
+- `config.json` of transformers 4 and 5. An unsupported or unknown field that may affect the
+  computation is an error that names it. Rope settings
   are written in both forms, so that transformers 4.57 and 5.24 read the same model.
 - `model.safetensors`, or its shards and their index; nothing is unpickled. Missing, extra and
-  misshapen tensors are errors that list them, and a weight that is NaN or infinite is one that
-  names its tensor. One extra tensor is no error: an output matrix that
-  repeats tied embeddings number by number, as Qwen 3's files have it.
-- Experts as a tensor each, which is how they are written, or stacked, as transformers 5 holds them.
-- Rope settings `default`, `linear`, `dynamic`, `llama3`, `yarn` and `longrope`. Where the rotation
-  depends on the length, as with `dynamic` and `longrope`, it is that of each document, where
-  transformers takes the longest of a batch: what a text gives depends on nothing beside it.
+  misshapen tensors are errors that list them, as is a weight that
+  is NaN or infinite. One extra tensor is allowed: an output matrix
+  identical to tied embeddings, as in the files of Qwen 3.
+- Experts as one tensor each, which is also how they are written, or stacked, as in transformers 5.
+- Rope settings `default`, `linear`, `dynamic`, `llama3`, `yarn` and `longrope`. If the rotation
+  depends on the length, as with `dynamic` and `longrope`, the length is that of each document, not
+  the longest of the batch as in transformers, so the output for a text depends on nothing else.
 
-- What ends a text: `eos_token_id` of `generation_config.json`, an id or a list; where there is no
-  such file, that of `config.json`; and the tokenizer's. All are kept in what is saved.
+- End tokens: `eos_token_id` of `generation_config.json`, an id or a list; without
+  that file, of `config.json`; and the tokenizer's. All are kept on export.
 
-Gemma 3 is its text models (`gemma3_text`); the models of images and text (`gemma3`) are refused.
+Of Gemma 3, only the text models (`gemma3_text`) are supported, not `gemma3` (images and text).
 
 ## Limits
 
-A downloaded directory may hold anything. No code in it is run, links out of it are refused for
-every file that is read, here or by the tokenizer's library, and sizes are bounded. The numbers
-stand in `relax/files.py`.
+A downloaded directory may contain anything. No code in it is run, links out of it are refused for
+every file that is read, here or by the tokenizer's library, and sizes are limited. The limits are
+in `relax/files.py`.
 
 | what | limit | why |
 |---|---|---|
 | a configuration or an index (`JSON_BYTES`) | 50 MB | real indices have up to 10 MB |
-| objects and lists within each other in it (`JSON_DEPTH`) | 64 | real ones have up to 5 |
+| its nesting of objects and lists (`JSON_DEPTH`) | 64 | real ones have up to 5 |
 | each file of a tokenizer (`TOKENIZER_BYTES`) | 200 MB | real ones have up to 35 MB |
 | a chat template (`TEMPLATE_BYTES`) | 1 MB | real ones have up to 20 kB |
-| a tensor | the shape that `config.json` says | checked before it is read |
+| a tensor | its shape by `config.json` | checked before it is read |
 
 ## Adapters
 
 A directory with `adapter_config.json` and `adapter_model.safetensors` is an adapter of PEFT, and is
-merged into its model as it is loaded; `--use_peft` saves one. Its fields mean what they mean in
-PEFT 0.21, whose logits are the reference of the tests:
+merged into its model when loaded; `--use_peft` saves one. Its fields have the meaning of
+PEFT 0.21, whose logits are the reference in the tests:
 
 - Keys of `rank_pattern` and `alpha_pattern` are regular expressions for ends of names, in which a
-  dot is any character, and the first key of the file that fits counts. Letters, wildcards, classes
-  and groups are read, with at most three repeats (`*`, `+`, `?`); others are refused, as they could
-  run for ever.
-- `layers_to_transform` is an index or a list. As in PEFT, it does not count for modules that
+  dot is any character, and the first matching key counts. Letters, wildcards, classes and groups
+  are read, with at most three repeats (`*`, `+`, `?`); others are refused, since matching might
+  never end.
+- `layers_to_transform` is an index or a list. As in PEFT, it does not apply to modules that
   `target_modules` names in full or by `all-linear`.
-- Adapters in the file that the fields do not target are refused; PEFT leaves them out.
+- Adapters in the file that the fields do not target are refused; PEFT ignores them.
 - In models with experts, PEFT 0.21 takes every target that ends in `gate_proj`, `up_proj` or
   `down_proj` for the experts. Adapters of dense layers beside experts are therefore saved as
   `target_parameters`, which PEFT adapts to the same logits, without dropout in further training.
@@ -401,8 +401,8 @@ PEFT 0.21, whose logits are the reference of the tests:
 ## The end of a completion
 
 A completion ends at the first of an end token, a stop string, and its limit of tokens; neither of
-the first two counts before `min_new_tokens`. Stop strings are looked for in the text of all tokens,
-special ones included: one that is a special token of the tokenizer, or holds one, ends the
+the first two counts before `min_new_tokens`. Stop strings are searched for in the text of all
+tokens, including special ones: a stop string that is or contains a special token ends the
 completion at that token. The token that ends a completion is its last one.
 
 ## A new family

@@ -183,7 +183,7 @@ def test_all_chat_templates_are_kept_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "changes", "told"),
     [
-        (BPE, {"pre": "mystery"}, "tokenizer.ggml.pre is 'mystery': how it cuts a text"),
+        (BPE, {"pre": "mystery"}, "tokenizer.ggml.pre is 'mystery': its way of splitting text"),
         (BPE, {"pre": None}, "tokenizer.ggml.pre is None"),
         (BPE, {"model": "bert"}, "tokenizer.ggml.model must be gpt2 or llama, got 'bert'"),
         (BPE, {"model": None}, "tokenizer.ggml.model must be gpt2 or llama, got None"),

@@ -24,7 +24,44 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-class DataLoader:
+class RowBatches:
+    """Batches of `rows`, ordered by (seed, epoch, position); a subclass makes a batch of them."""
+
+    rows: list
+
+    def __init__(self, batch_size: int, seed: int, shuffle: bool):
+        if batch_size < 1 or seed < 0:
+            raise ConfigError(
+                f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}."
+            )
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self.batches(0)
+
+    def batches(
+        self, epoch: int, start: int = 0, places: np.ndarray | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of one epoch from position `start`; earlier ones are never made.
+
+        `places` are the rows of each batch to make, if other processes make the rest.
+        """
+        order = np.arange(len(self.rows))
+        if self.shuffle:
+            order = epoch_order(len(self.rows), self.seed, epoch)
+        for position in range(start, len(self)):
+            first = position * self.batch_size
+            yield self._batch(order[first : first + self.batch_size], places)
+
+    def _batch(self, chosen: np.ndarray, places: np.ndarray | None) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+
+class DataLoader(RowBatches):
     """Batches of `batch_size` rows, resumable at any position without reading the earlier ones.
 
     A row is one example or, with packing, several; packing is done once, in the given order, and
@@ -55,12 +92,8 @@ class DataLoader:
         max_buckets: int = 4,
         pad_to_multiple_of: int = 8,
     ):
-        if batch_size < 1 or seed < 0:
-            raise ConfigError(
-                f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}."
-            )
+        super().__init__(batch_size, seed, shuffle)
         self.examples = examples if isinstance(examples, Examples) else Examples(examples)
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         rows = _pack_rows(self.examples, packing, max_length)
         trained = _trained_tokens(self.examples, rows)
         self.rows = [row for row, count in zip(rows, trained, strict=True) if count]
@@ -72,27 +105,6 @@ class DataLoader:
         # Nearly all packed rows are full, so one length is enough.
         buckets = 1 if packing else max_buckets
         self.bucket_lengths = bucket_lengths(self.row_lengths.tolist(), buckets, pad_to_multiple_of)
-
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        return -(-len(self.rows) // self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self.batches(0)
-
-    def batches(
-        self, epoch: int, start: int = 0, places: np.ndarray | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch from position `start`; earlier ones are never made.
-
-        `places` are the rows of each batch to make, if other processes make the rest.
-        """
-        order = np.arange(len(self.rows))
-        if self.shuffle:
-            order = epoch_order(len(self.rows), self.seed, epoch)
-        for position in range(start, len(self)):
-            first = position * self.batch_size
-            yield self._batch(order[first : first + self.batch_size], places)
 
     def _batch(self, chosen: np.ndarray, places: np.ndarray | None) -> dict[str, np.ndarray]:
         longest = self.row_lengths[chosen].max()

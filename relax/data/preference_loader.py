@@ -8,19 +8,17 @@ Axes: B rows, L tokens of a prompt, C tokens of a completion, T tokens of a pack
 a packed row.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from relax.data.batching import collate, round_up
 from relax.data.examples import IGNORE, Encoded
-from relax.data.loader import epoch_order
+from relax.data.loader import RowBatches
 from relax.data.packing import pack
 from relax.data.preference import Preference, Preferences
 from relax.errors import ConfigError
 
 
-class PreferenceLoader:
+class PreferenceLoader(RowBatches):
     """Batches of `batch_size` rows; the last of an epoch is filled with empty ones.
 
     A plain batch holds `prompt_ids` [B, L], `prompt_lengths` [B], `completion_ids` [B, 2, C] and
@@ -56,12 +54,8 @@ class PreferenceLoader:
         max_buckets: int = 4,
         pad_to_multiple_of: int = 8,
     ):
-        if batch_size < 1 or seed < 0:
-            raise ConfigError(
-                f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}."
-            )
-        self.preferences, self.batch_size = preferences, batch_size
-        self.seed, self.shuffle, self.packed_length = seed, shuffle, packed_length
+        super().__init__(batch_size, seed, shuffle)
+        self.preferences, self.packed_length = preferences, packed_length
         self.ref_logprobs: np.ndarray | None = None
         sizes = [(len(p.prompt), max(len(p.chosen), len(p.rejected))) for p in preferences.items]
         self.longest_row = max(map(sum, sizes))
@@ -80,10 +74,6 @@ class PreferenceLoader:
             self.rows = [[i] for i in range(len(preferences))]
             self.buckets = _buckets(sizes, max_buckets, pad_to_multiple_of)
 
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        return -(-len(self.rows) // self.batch_size)
-
     @property
     def fill(self) -> float | None:
         """Fraction of packed rows that is not padding; None in the plain layout."""
@@ -91,26 +81,12 @@ class PreferenceLoader:
             return None
         return self.num_tokens / (len(self.rows) * self.packed_length)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self.batches(0)
+    def _batch(self, chosen: np.ndarray, places: np.ndarray | None) -> dict[str, np.ndarray]:
+        rows = [self.rows[i] for i in chosen]
+        batch = self._arrays(rows + [[]] * (self.batch_size - len(rows)))
+        return batch if places is None else {n: array[places] for n, array in batch.items()}
 
-    def batches(
-        self, epoch: int, start: int = 0, places: np.ndarray | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch from position `start`; earlier ones are never made.
-
-        `places` are the rows of each batch to make, if other processes make the rest.
-        """
-        order = np.arange(len(self.rows))
-        if self.shuffle:
-            order = epoch_order(len(self.rows), self.seed, epoch)
-        for position in range(start, len(self)):
-            first = position * self.batch_size
-            rows = [self.rows[i] for i in order[first : first + self.batch_size]]
-            batch = self._batch(rows + [[]] * (self.batch_size - len(rows)))
-            yield batch if places is None else {n: array[places] for n, array in batch.items()}
-
-    def _batch(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
+    def _arrays(self, rows: list[list[int]]) -> dict[str, np.ndarray]:
         items = self.preferences.items
         packs = self.packed_length is not None
         index = np.full((len(rows), self.pairs_per_row if packs else 1), -1, np.int32)

@@ -20,13 +20,13 @@ TOOLS = (SampleConfig, PlanConfig)
 MARK = "<!-- From here on generated: python -m relax.tools.reference docs/cli.md -->\n"
 PROGRAMS = {
     "gguf FILE DIR": "Convert a GGUF file to a Hugging Face model directory.",
-    "report DIR": "Write the report page of a run; of several runs, a page that compares them.",
+    "report DIR": "Write the report page of a run, or a page that compares several.",
     "monitor DIR": "Watch a run from another terminal.",
 }
 
 
 class Row(NamedTuple):
-    """A flag of one or several commands, with the same type and help in all of them."""
+    """A flag of one or several commands, with the same type and help in each."""
 
     name: str
     type: str
@@ -34,13 +34,13 @@ class Row(NamedTuple):
 
 
 def updated(page: str) -> str:
-    """The page with new tables behind its mark; what stands before is written by hand."""
+    """The page with new tables after its mark; the text before it is written by hand."""
     head, mark, _ = page.partition(MARK)
     return head + mark + tables()
 
 
 def tables() -> str:
-    """All flags of all commands, and advice for flags of other trainers."""
+    """Tables of all flags of all commands, and of advice for flags of other trainers."""
     lines = ["", "## Commands", "", "| command | |", "|---|---|"]
     lines += [f"| `relax {c.algorithm}` | {c.__doc__} |" for c in (*ALGORITHMS, *TOOLS)]
     lines += [f"| `relax {usage}` | {text} |" for usage, text in PROGRAMS.items()]
@@ -92,14 +92,17 @@ def _code(value: object) -> str:
 
 
 def _foreign() -> list[str]:
-    """The table of flags of other libraries, those with the same advice in one row."""
+    """The table of flags of other libraries, one row per advice."""
     advice = {name: f"use --{' or --'.join(ours.split())}" for name, ours in RENAMED.items()}
     advice |= ADVICE | {f"{prefix}...": text for prefix, text in BY_PREFIX.items()}
     names: dict[str, list[str]] = {}
     for name, text in sorted(advice.items()):
         names.setdefault(text, []).append(f"`{name}`")
     lines = ["", "## Flags of TRL and transformers", ""]
-    lines += ["Flags that have another name here, or no place, are refused with this advice.", ""]
+    lines += [
+        "Flags that have another name here, or no counterpart, are refused with this advice.",
+        "",
+    ]
     lines += ["| flags | advice |", "|---|---|"]
     lines += [f"| {', '.join(flags)} | {text} |" for text, flags in names.items()]
     return lines

@@ -9,7 +9,7 @@ from relax.monitor import write_comparison, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 where a directory holds no run."""
+    """Writes the page; returns 0, or 2 if a directory has no run."""
     options = _parser().parse_args(arguments)
     try:
         if len(options.directories) == 1:
@@ -37,6 +37,6 @@ def _parser() -> argparse.ArgumentParser:
         "-o",
         "--output",
         metavar="FILE",
-        help="the page; default: DIR/report.html, or comparison.html of several runs",
+        help="path of the page; default: DIR/report.html, or comparison.html for several runs",
     )
     return parser

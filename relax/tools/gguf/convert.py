@@ -1,9 +1,9 @@
 """Converts a GGUF file to a Hugging Face model directory.
 
-Fields of config.json and names of tensors are translated, and the family checks them as it checks
-those of a directory. The changes of llama.cpp's converter are undone: it reorders the rows of
-Llama's queries and keys, since it rotates neighbouring entries of a head where Hugging Face rotates
-the two halves, and adds 1 to the norms of Gemma.
+Fields of config.json and names of tensors are translated, and the model family checks them like
+those of a directory. The changes of llama.cpp's converter are reverted: it reorders the rows of
+Llama's queries and keys, since it rotates neighbouring entries of a head, whereas Hugging Face
+rotates the two halves, and it adds 1 to the norms of Gemma.
 
 Source: llama.cpp authors, convert_hf_to_gguf.py and src/llama-model.cpp, 2023-2026.
 """
@@ -26,7 +26,7 @@ from relax.tools.gguf.fields import ROPE_FREQS, architecture_of, hugging_face_fi
 from relax.tools.gguf.file import GGUFFile, read_gguf
 from relax.tools.gguf.tokenizer import gguf_tokenizer
 
-# llama.cpp's names -> Hugging Face's; `{}` is the number of an expert (one tensor there).
+# llama.cpp's names -> Hugging Face's; `{}` is the index of an expert (one tensor in GGUF).
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -58,12 +58,12 @@ FOUR_NORMS = MODULES | {
 
 @dataclasses.dataclass(frozen=True)
 class GGUFModel:
-    """A GGUF file seen as a Hugging Face directory.
+    """A GGUF file viewed as a Hugging Face directory.
 
     Attributes:
       file: the open file.
       fields: the contents of config.json.
-      names: Hugging Face name of a tensor -> its name in the file, and the expert or None.
+      names: Hugging Face name of a tensor -> its name in the file, and its expert or None.
     """
 
     file: GGUFFile
@@ -75,7 +75,7 @@ class GGUFModel:
         return self.file.tensors[theirs].shape[0 if expert is None else 1 :]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of a Hugging Face name, as float32."""
+        """The tensor with a Hugging Face name, as float32."""
         theirs, expert = self.names[name]
         kind = architecture_of(self.file)
         array = self.file.read(theirs, expert)
@@ -89,23 +89,23 @@ class GGUFModel:
 
 
 def convert_gguf(path: str | os.PathLike, directory: str | os.PathLike, dtype="float32") -> bool:
-    """Writes the model of a GGUF file as a Hugging Face directory, a tensor at a time.
+    """Writes the model of a GGUF file as a Hugging Face directory, one tensor at a time.
 
     The directory holds config.json, safetensors, generation_config.json and the tokenizer with its
-    chat template. It appears whole or not at all.
+    chat template. It is written completely or not at all.
 
     Args:
-      path: the file; its tensors are dequantised.
-      directory: where the model goes; a model that is there is replaced.
-      dtype: type of the written tensors; float32 holds the values of every quantisation exactly.
+      path: path of the file; its tensors are dequantised.
+      directory: target directory; a model in it is replaced.
+      dtype: dtype of the written tensors; float32 represents every quantisation exactly.
 
     Returns:
-      Whether the file held a tokenizer, which is then in the directory.
+      Whether the file had a tokenizer, which is then in the directory.
 
     Raises:
       ModelLoadError: see `open_gguf` and `gguf_tokenizer`; or a tensor is missing, extra, misshapen
         or of a type that cannot be dequantised.
-      RelaxError: `directory` is a file, or a directory with more in it than a model.
+      RelaxError: `directory` is a file, or a directory with other files than a model's.
     """
     source = open_gguf(path)
     family, config = _read_config(source)
@@ -113,7 +113,7 @@ def convert_gguf(path: str | os.PathLike, directory: str | os.PathLike, dtype="f
     _check_tensors(source, {name: shape_of(parts) for name, parts in expected.items()})
     tokenizer = gguf_tokenizer(source.file)
     fields, generation = config_fields(config, tokenizer, end_tokens(source.file))
-    kind = jnp.dtype(dtype)  # numpy alone knows no bfloat16
+    kind = jnp.dtype(dtype)  # numpy alone has no bfloat16
 
     def read(name: str) -> np.ndarray:
         return source.read(name).astype(kind)
@@ -128,7 +128,7 @@ def read_gguf_config(path) -> TransformerConfig:
 
 
 def end_tokens(file: GGUFFile) -> dict:
-    """The part of generation_config.json that names all tokens that end a text or a turn."""
+    """The part of generation_config.json with all tokens that end a text or a turn."""
     names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     ids = list(dict.fromkeys(file.metadata[name] for name in names if name in file.metadata))
     return {"eos_token_id": ids} if len(ids) > 1 else {}
@@ -182,7 +182,7 @@ def _check_tensors(source: GGUFModel, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _name(name: str, modules: Mapping[str, str]) -> str:
-    """The Hugging Face name for llama.cpp's name of a tensor; an unknown name is kept.
+    """The Hugging Face name of a tensor in llama.cpp's naming; an unknown name is kept.
 
     >>> _name("blk.3.attn_q.weight", MODULES)
     'model.layers.3.self_attn.q_proj.weight'

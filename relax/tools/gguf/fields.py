@@ -14,7 +14,7 @@ from relax.models.config import Rope, RopeScaling
 from relax.models.rotary import frequencies
 from relax.tools.gguf.file import GGUFFile
 
-# Keys of every architecture, after its name, and the fields of config.json that say the same.
+# Keys of every architecture, after its name, and the corresponding fields of config.json.
 FIELDS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -26,14 +26,14 @@ FIELDS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-SIZES = tuple(FIELDS)[:5]  # that no file is without
+SIZES = tuple(FIELDS)[:5]  # required in every file
 SCALING = {
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
-# Keys that are checked elsewhere, or say nothing about what is computed.
+# Keys that are checked elsewhere, or do not affect the computation.
 IGNORED_FIELDS = {
     "attention.value_length",
     "rope.dimension_count",
@@ -42,7 +42,7 @@ IGNORED_FIELDS = {
     "tensor_data_layout",
     "vocab_size",
 }
-# Keys that ask for nothing with these values.
+# Keys without effect at these values.
 NEUTRAL = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}
 
 ROPE_FREQS = "rope_freqs.weight"
@@ -50,12 +50,12 @@ ROPE_FREQS = "rope_freqs.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """An architecture: a value of `general.architecture`.
+    """An architecture, named by `general.architecture`.
 
     Attributes:
-      model_type: the family that reads it.
+      model_type: its model family.
       fields: its own keys, as in `FIELDS`.
-      derive: gives further fields of config.json from `(fields, file)`.
+      derive: returns further fields of config.json from `(fields, file)`.
       gemma: layers also have norms after attention and MLP, and norms are stored plus 1.
       interleaved: rows of queries and keys are ordered for interleaved rotary pairs.
     """
@@ -71,7 +71,7 @@ def hugging_face_fields(file: GGUFFile) -> dict:
     """The contents of config.json for the model of a file.
 
     Raises:
-      ModelLoadError: the architecture is unknown, or a key of it, or one asks for what we have not.
+      ModelLoadError: the architecture or a key is unknown, or a value is not supported.
     """
     kind, name = architecture_of(file), file.metadata["general.architecture"]
     given = {
@@ -110,7 +110,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
 
 
 def _check_keys(file: GGUFFile, given: Mapping, known: set[str]) -> None:
-    """Refuses unknown keys of the architecture, and sizes that are missing or no sizes."""
+    """Refuses unknown keys of the architecture, and missing or invalid sizes."""
     unknown = [
         f"{key} = {repr(value)[:40]}"
         for key, value in given.items()
@@ -148,7 +148,7 @@ def _check_redundant(file: GGUFFile, given: Mapping, head_dim: int) -> None:
 
 
 def _shortest(value):
-    """A float32 as it was written: 1e-06 and not 9.999999974752427e-07."""
+    """The shortest form of a float32: 1e-06, not 9.999999974752427e-07."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -164,12 +164,12 @@ def _scaling(file: GGUFFile, kind: str | None, scaling: dict) -> dict:
             "and yarn are."
         )
     if kind == "linear":
-        scaling.pop("original_max_position_embeddings", None)  # which does not enter
+        scaling.pop("original_max_position_embeddings", None)  # which is not used
     return {"rope_scaling": {"rope_type": kind, **scaling}}
 
 
 def _llama3(file: GGUFFile, fields: Mapping) -> dict:
-    """`rope_scaling` of Llama 3, recovered from the factor per frequency that the file holds."""
+    """`rope_scaling` of Llama 3, recovered from the file's factor per frequency."""
     held = file.read(ROPE_FREQS)
     if (held == 1).all():
         return {}
@@ -195,7 +195,7 @@ def _llama(fields: dict, file: GGUFFile) -> dict:
 
 
 def _gemma2(fields: dict, file: GGUFFile) -> dict:
-    # What llama.cpp takes where a file, from before it wrote them, has none.
+    # llama.cpp's defaults for older files without these keys.
     old = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
     return old | fields | _gemma(fields, period=2, largest=46)
 

@@ -1,9 +1,9 @@
-"""GGUF files: their metadata, and their tensors dequantised one at a time.
+"""Reads GGUF files: metadata, and tensors, dequantised one at a time.
 
 The layout (little-endian): "GGUF", version, number of tensors, number of metadata entries; the
 entries; name, shape, type and offset of each tensor; the tensors, aligned. The `gguf` package reads
-an entry of an array at a time, which takes 16 s for the vocabulary of Gemma 3, and does not notice
-the end of a file; of it only the tensors' types are used.
+one entry of an array at a time, which takes 16 s for the vocabulary of Gemma 3, and does not detect
+truncated files; only its tensor types are used.
 
 Source: ggml authors, GGUF specification (ggml/docs/gguf.md), 2023.
 """
@@ -69,7 +69,7 @@ def read_gguf(path) -> GGUFFile:
     """Opens a file and reads all but the tensors.
 
     Raises:
-      ModelLoadError: it is no GGUF file, it ends too early, or the gguf package is missing.
+      ModelLoadError: it is no GGUF file, is truncated, or the gguf package is missing.
     """
     try:
         import gguf
@@ -116,7 +116,7 @@ class _Cursor:
         return self.scalars(code, 1)[0]
 
     def strings(self, count: int) -> list[str]:
-        # A vocabulary has a quarter of a million: no call for each.
+        # A vocabulary has 250,000 entries, too many for a call each.
         at, found, length = self.at, [], struct.Struct("<Q")
         for _ in range(count):
             begin = at + length.size

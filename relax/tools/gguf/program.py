@@ -8,7 +8,7 @@ from relax.errors import RelaxError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 where the file cannot be converted."""
+    """Converts a file; returns 0, or 2 if it cannot be converted."""
     options = _parser().parse_args(arguments)
     from relax.tools.gguf.convert import convert_gguf
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(f"the model is in '{options.directory}'")
     if not tokenizer:
-        print("the file holds no tokenizer: copy the files of one into the directory")
+        print("the file has no tokenizer: copy the files of one into the directory")
     return 0
 
 
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="the .gguf file; needs the gguf extra")
-    parser.add_argument("directory", metavar="DIR", help="where the model directory is written")
+    parser.add_argument("directory", metavar="DIR", help="path of the new model directory")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

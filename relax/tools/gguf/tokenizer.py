@@ -1,8 +1,8 @@
 """The tokenizer of a GGUF file, rebuilt as a Hugging Face tokenizer.
 
-A file says by a name (`tokenizer.ggml.pre`) how a text is cut into words; the rules it stands for
-are those of the models' own tokenizer.json. An unknown name is refused: another rule would give
-other tokens, and nobody would notice.
+A file names the rule that splits text into words (`tokenizer.ggml.pre`); the rules here are those
+of the models' own tokenizer.json. An unknown name is refused, since another rule would silently
+give other tokens.
 
 Source: llama.cpp authors, src/llama-vocab.cpp, 2023-2026; Kudo and Richardson, SentencePiece, 2018.
 """
@@ -28,8 +28,8 @@ class Words:
       pattern: regular expression of a word; None: GPT-2's.
       digits: split off every digit as a word.
       compose: normalise to NFC first.
-      whole: take a word that is a token as it is, without merges.
-      bos: begin a text with BOS where the file does not say.
+      whole: keep a word that is a token, without merges.
+      bos: begin a text with BOS if the file does not specify it.
     """
 
     pattern: str | None = None
@@ -55,10 +55,10 @@ WORDS = {
     "tekken": _TEKKEN,
 }
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # SentencePiece's space
 
 PREFIX = "tokenizer.ggml."
-# After the prefix: what they are, and what changes nothing with this value.
+# Keys after the prefix: their types, and values without effect.
 LISTS = {"tokens": str, "merges": str, "token_type": int, "scores": float}
 FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
 NEUTRAL = {"add_sep_token": False, "remove_extra_whitespaces": False, "precompiled_charsmap": []}
@@ -66,7 +66,7 @@ ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_to
 
 
 def gguf_tokenizer(file: GGUFFile):
-    """The tokenizer of a GGUF file, with its chat template; None where the file holds none.
+    """The tokenizer of a GGUF file, with its chat template; None if the file has none.
 
     Raises:
       ModelLoadError: the file describes a tokenizer that cannot be rebuilt exactly.
@@ -117,7 +117,7 @@ def _fields(metadata: Mapping) -> dict:
             wanted = "absent, since ReLax does not know it"
             fits = key in NEUTRAL and value == NEUTRAL[key]
         if key not in ("model", "pre") and not fits:
-            name = repr(PREFIX + key)[1:-1]  # a damaged file may name it anything
+            name = repr(PREFIX + key)[1:-1]  # a damaged file may contain any name
             raise ValueError(f"{name[:200]} must be {wanted}, got {repr(value)[:80]}.")
     tokens = fields.get("tokens", [])
     fields.setdefault("token_type", [_NORMAL] * len(tokens))
@@ -140,7 +140,7 @@ def _byte_level(fields: dict):
     name = fields.get("pre")
     if name not in WORDS:
         raise ValueError(
-            f"tokenizer.ggml.pre is {name!r}: how it cuts a text into words is not known. Known: "
+            f"tokenizer.ggml.pre is {name!r}: its way of splitting text is unknown. Known: "
             f"{', '.join(sorted(WORDS))}."
         )
     words = WORDS[name]
@@ -196,7 +196,7 @@ def _merges(fields: dict) -> list[tuple[str, str]]:
         for i in range(1, len(token))
         if token[:i] in scores and token[i:] in scores
     ]
-    ways.sort(key=lambda way: way[:3], reverse=True)  # of equal ones as transformers has them
+    ways.sort(key=lambda way: way[:3], reverse=True)  # ties in transformers' order
     return [(token[:i], token[i:]) for _, i, _, token in ways]
 
 
@@ -212,7 +212,7 @@ def _add_tokens(tokenizer, fields: dict) -> None:
 
 
 def _ends(fields: dict, ids: Mapping, bos: bool):
-    """The post-processor that adds BOS and EOS where the file asks for them."""
+    """The post-processor that adds BOS and EOS if the file requests them."""
     from tokenizers import processors
 
     wanted = {
@@ -233,7 +233,7 @@ def _ends(fields: dict, ids: Mapping, bos: bool):
 
 
 def _chat_template(metadata: Mapping):
-    """The chat template; several by name; None where there is none."""
+    """The chat template, or several by name; None if there is none."""
     prefix = "tokenizer.chat_template"
     named = {
         key[len(prefix) + 1 :]: v for key, v in metadata.items() if key.startswith(f"{prefix}.")

@@ -63,10 +63,10 @@ class StepsConfig:
 
 
 def count_of(topology: str) -> int:
-    """Devices of a topology.
+    """Number of devices of a topology.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: the text is no topology.
 
     >>> count_of("v5e:4x4"), count_of("cpu:8")
     (16, 8)
@@ -93,7 +93,7 @@ NO_EFFECT = (
     NoEffect(
         "quick",
         lambda v: v["topology"].startswith("cpu:"),
-        "it is for the compiler of TPUs; leave it out for cpu:N",
+        "it is for the TPU compiler; omit it for cpu:N",
     ),
 )
 

@@ -24,7 +24,7 @@ class Traffic(NamedTuple):
     """The traffic of one kind of collective in a program, per device.
 
     Attributes:
-      runs: how often it runs.
+      runs: number of executions.
       nbytes: bytes that a device sends and receives, by the ring algorithm.
     """
 
@@ -33,10 +33,9 @@ class Traffic(NamedTuple):
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """The traffic of a program by kind; a loop counts as often as the text says that it runs.
+    """The traffic of a program by kind; a loop counts as often as the text says it runs.
 
-    What one collective was split into (parts of it are fused with arithmetic) has one channel, and
-    counts once.
+    The parts of a split collective (fused with arithmetic) share a channel and count once.
 
     An all-gather of S bytes among n moves S (n - 1) / n, a reduce-scatter to S bytes S (n - 1), an
     all-reduce twice the former, an all-to-all as much as it, a permute S.
@@ -65,7 +64,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             name = start[1]
             bodies[name] = []
             entry = name if line.startswith("ENTRY") else entry
-        elif line.rstrip() == "}":  # others that begin so end a constant of several lines
+        elif line.rstrip() == "}":  # other such lines end a constant of several lines
             name = None
         elif name is not None:
             bodies[name].append(line)
@@ -136,7 +135,7 @@ def _among(line: str) -> int:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[name]) for name, part in axes)
-    raise ValueError(f"these are no groups of devices that are known: {line.strip()[:200]}")
+    raise ValueError(f"unknown groups of devices: {line.strip()[:200]}")
 
 
 def _moved(kind: str, size: float, line: str) -> float:

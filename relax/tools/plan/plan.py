@@ -32,7 +32,7 @@ from relax.tools.plan.config import PlanConfig
 from relax.tools.plan.hlo import Traffic, collectives
 from relax.trainers import SFTTrainer
 
-DEPTHS = (2, 4)  # extrapolated from; with one layer the compiler orders things differently
+DEPTHS = (2, 4)  # depths to extrapolate from; with one layer the compiler schedules differently
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Program:
 
 
 def plan(config: PlanConfig) -> list[str]:
-    """The lines that `relax plan` prints.
+    """Compiles both steps; returns the lines that `relax plan` prints.
 
     Raises:
-      ConfigError: a topology that the compiler does not know, a mesh that does not fit it.
+      ConfigError: the compiler does not know the topology, or the mesh does not fit it.
     """
     name, d = config.model.model_name_or_path, config.devices
-    assert name is not None  # as the rules of the configuration want it
+    assert name is not None  # guaranteed by the rules of the configuration
     shape = read_shape(name)
     if config.steps.quick:
         jax.config.update("jax_optimization_level", "O1")
@@ -90,7 +90,7 @@ def plan(config: PlanConfig) -> list[str]:
     length = config.steps.max_length
     tokens = rows * config.steps.gradient_accumulation_steps * length
     forward = forward_flops(shape, tokens, length)
-    # A recomputed forward pass is done twice, a backward pass is two.
+    # Two forward passes with recomputation, and a backward pass of twice the FLOPs.
     passes = 3 if config.steps.gradient_checkpointing_policy == "matmuls" else 4
     lines = [
         f"{Path(name)}: {shape.num_hidden_layers} layers, "
@@ -140,7 +140,7 @@ def topology_devices(topology: str) -> list:
 
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # of whatever kind the compiler's library raises
+    except Exception as error:  # the compiler's library may raise anything
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             f"there is no compiler for topology {topology!r} here: {reason}. TPUs need `pip "
@@ -149,7 +149,7 @@ def topology_devices(topology: str) -> list:
 
 
 def attempt(compiled) -> Program | str:
-    """`compiled()`, or the compiler's message where the program does not fit into memory."""
+    """`compiled()`, or the compiler's message if the program does not fit into memory."""
     try:
         return compiled()
     except jax.errors.JaxRuntimeError as error:
@@ -168,7 +168,7 @@ def extrapolated(compiled, shape: TransformerConfig, full: bool) -> Program:
     steps = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
     def further(a: float, b: float) -> float:
-        # The peak of memory may move with depth, but never falls.
+        # The memory peak may move with depth, but never decreases.
         return a + max(b - a, 0) * steps
 
     none = Traffic(0, 0.0)
@@ -188,12 +188,12 @@ def extrapolated(compiled, shape: TransformerConfig, full: bool) -> Program:
 
 
 def _can_extrapolate(shape: TransformerConfig) -> bool:
-    """Whether all layers are alike, so that a few of them stand for all."""
+    """Whether all layers are alike, so that a few represent all."""
     return shape.num_hidden_layers > max(DEPTHS) and len(set(shape.layers)) == 1
 
 
 def shallow(shape: TransformerConfig, depth: int) -> TransformerConfig:
-    """The model cut to its first layers."""
+    """The model with only its first layers."""
     lists = {
         name: value[:depth]
         for name in ("layer_types", "no_rope_layers")
@@ -292,7 +292,7 @@ def _program(compiled, parts: Mapping[str, float]) -> Program:
 
 
 def _key():
-    """The shape of a key; nothing can be computed on absent devices."""
+    """The shape of a key, since nothing can be computed on absent devices."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
@@ -309,8 +309,8 @@ def _shapes(shape: TransformerConfig):
 def forward_flops(shape: TransformerConfig, tokens: int, length: int) -> float:
     """FLOPs of a forward pass over `tokens`, each of which attends to half of `length` others.
 
-    2 per weight and token, counting only the experts that a token chooses, and 4 per entry of a
-    query and key that it attends to.
+    2 per weight and token, counting only the experts of a token, and 4 per entry of a query and key
+    that it attends to.
     """
     weights = 0.0
     for path, leaf in jax.tree_util.tree_flatten_with_path(_shapes(shape))[0]:
@@ -326,7 +326,7 @@ def forward_flops(shape: TransformerConfig, tokens: int, length: int) -> float:
 def described(program: Program | str, topology: str, flops: float) -> list[str]:
     """The lines that describe a program; `flops` are the model's, per device."""
     if isinstance(program, str):
-        return [f"  does not fit, and was not compiled: {program}"]
+        return [f"  does not fit, not compiled: {program}"]
     lines = [f"  {name:16} {format_bytes(n):>10}" for name, n in program.parts.items() if n]
     chip = CHIPS.get(topology.partition(":")[0])
     have = ""

@@ -38,7 +38,7 @@ class PromptConfig:
         None, "File for prompts and completions, one JSON object per line."
     )
     chat: bool | None = option(
-        None, "Apply the chat template to text prompts; none = yes where the tokenizer has one."
+        None, "Apply the chat template to text prompts; none = yes if the tokenizer has one."
     )
 
 

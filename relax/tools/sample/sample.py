@@ -20,10 +20,10 @@ from relax.tools.sample.config import SampleConfig
 
 
 def sample(config: SampleConfig) -> None:
-    """Generates and prints the completions that a configuration asks for."""
+    """Generates and prints the completions of a configuration."""
     m, p = config.model, config.prompts
     name = m.model_name_or_path
-    assert name is not None  # as the rules of the configuration want it
+    assert name is not None  # guaranteed by the rules of the configuration
     output = None if p.output_file is None else Path(p.output_file)
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"output_file must be in a directory that exists, got '{output}'.")
@@ -50,7 +50,7 @@ def sample(config: SampleConfig) -> None:
         model,
         params,
         prompts.prompt_ids,
-        jax.random.key(seed or 0),  # which nothing is drawn with where the temperature is 0
+        jax.random.key(seed or 0),  # not used at temperature 0
         sampling,
         decode=stop_decoder(tokenizer),
         on_tokens=stream,
@@ -66,11 +66,11 @@ def sample(config: SampleConfig) -> None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write(output, lines.encode())
     tokens = int(out.lengths.sum())
-    print(f"{tokens} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+    print(f"{tokens} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
 
 
 class _Stream:
-    """Prints text as tokens arrive; incomplete characters wait for their rest."""
+    """Prints text as tokens arrive; incomplete characters wait for the rest."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.printed = tokenizer, [], ""
@@ -131,7 +131,7 @@ def _sampling(
         stop=tuple(stop if s.stop is None else s.stop),
         n=s.num_return_sequences,
         slots=s.slots,
-        segment=8 if config.prompts.prompt is not None else 32,  # a person reads along
+        segment=8 if config.prompts.prompt is not None else 32,  # a user is watching
     )
 
 
