@@ -6,15 +6,14 @@ from typing import Any, ClassVar, Literal
 
 from relax.config.options import option, section
 from relax.config.rl import (
-    GENERATION,
     CompletionsConfig,
-    RewardConfig,
+    RLConfig,
     broken_groups,
     generation_problems,
     one_update,
 )
 from relax.config.rules import NoEffect, Rule, Values, needs, warns
-from relax.config.schema import Hyperparams, OutputConfig, PeftConfig, TrainerConfig
+from relax.config.schema import OutputConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,16 +110,12 @@ PPO = (
 
 
 @dataclass(slots=True, kw_only=True)
-class PPOConfig(TrainerConfig):
+class PPOConfig(RLConfig):
     """PPO: reward functions score completions; a critic is the baseline."""
 
     algorithm: ClassVar[str] = "ppo"
-    examples: ClassVar[tuple[str, ...]] = (
-        "--model_name_or_path DIR --dataset_name prompts.jsonl --reward_funcs exact_match",
-    )
     script: ClassVar[str] = "run_rl.py"
-    # Defaults of the run without flags, which learns addition from rewards in a few minutes.
-    demo: ClassVar[dict[str, Any]] = {
+    demo: ClassVar[dict[str, Any]] = RLConfig.demo | {
         "learning_rate": 3e-4,
         "warmup_steps": 40.0,
         "per_device_train_batch_size": 256,
@@ -130,23 +125,11 @@ class PPOConfig(TrainerConfig):
         "vf_coef": 0.5,
         "max_steps": 1400,
         "logging_steps": 20.0,
-        "max_completion_length": 6,
-        "reward_funcs": ["exact_match"],
-        "eval_strategy": "steps",
         "eval_steps": 200.0,
-        "eval_on_start": True,
-        "per_device_eval_batch_size": 500,
-        "num_generations_eval": 1,
-        "eval_temperature": 0.0,
-        "rollout_slots": 512,
     }
     rules: ClassVar[tuple[Rule, ...]] = (_sizes, generation_problems, _critic)
-    no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + GENERATION + PPO
+    no_effect: ClassVar[tuple[NoEffect, ...]] = RLConfig.no_effect + PPO
 
-    hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)
-    # The sampler has no dropout; in the loss it would add noise to the ratio.
-    peft: PeftConfig = section(PeftConfig, lora_dropout=0.0)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/ppo")
     rollout: CompletionsConfig = section(CompletionsConfig, num_generations=1)
-    reward: RewardConfig = section(RewardConfig)
     ppo: PPOSection = section(PPOSection)

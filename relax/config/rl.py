@@ -262,37 +262,48 @@ GRPO = (
 
 
 @dataclass(slots=True, kw_only=True)
-class GRPOConfig(TrainerConfig):
-    """GRPO: reward functions score groups of completions of a prompt."""
+class RLConfig(TrainerConfig):
+    """The sections that GRPO and PPO share."""
 
-    algorithm: ClassVar[str] = "grpo"
     examples: ClassVar[tuple[str, ...]] = (
         "--model_name_or_path DIR --dataset_name prompts.jsonl --reward_funcs exact_match",
     )
     # Defaults of the run without flags, which learns addition from rewards in a few minutes.
     demo: ClassVar[dict[str, Any]] = {
-        "learning_rate": 2e-4,
-        "warmup_steps": 30.0,
-        "per_device_train_batch_size": 512,
-        "max_steps": 700,
-        "logging_steps": 10.0,
         "max_completion_length": 6,
         "reward_funcs": ["exact_match"],
         "eval_strategy": "steps",
-        "eval_steps": 100.0,
         "eval_on_start": True,
         "per_device_eval_batch_size": 500,
         "num_generations_eval": 1,
         "eval_temperature": 0.0,
         "rollout_slots": 512,
     }
-    rules: ClassVar[tuple[Rule, ...]] = (_rollout, generation_problems, _grpo)
-    no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + GENERATION + GRPO
+    no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + GENERATION
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)
     # The sampler has no dropout; in the loss it would add noise to the ratio.
     peft: PeftConfig = section(PeftConfig, lora_dropout=0.0)
+    rollout: CompletionsConfig = section(CompletionsConfig)
+    reward: RewardConfig = section(RewardConfig)
+
+
+@dataclass(slots=True, kw_only=True)
+class GRPOConfig(RLConfig):
+    """GRPO: reward functions score groups of completions of a prompt."""
+
+    algorithm: ClassVar[str] = "grpo"
+    demo: ClassVar[dict[str, Any]] = RLConfig.demo | {
+        "learning_rate": 2e-4,
+        "warmup_steps": 30.0,
+        "per_device_train_batch_size": 512,
+        "max_steps": 700,
+        "logging_steps": 10.0,
+        "eval_steps": 100.0,
+    }
+    rules: ClassVar[tuple[Rule, ...]] = (_rollout, generation_problems, _grpo)
+    no_effect: ClassVar[tuple[NoEffect, ...]] = RLConfig.no_effect + GRPO
+
     output: OutputConfig = section(OutputConfig, output_dir="outputs/grpo")
     rollout: RolloutConfig = section(RolloutConfig)
-    reward: RewardConfig = section(RewardConfig)
     grpo: GRPOSection = section(GRPOSection)
