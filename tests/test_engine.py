@@ -12,7 +12,7 @@ from rich.console import Console
 from runs import additions, write_rows
 
 from relax.callbacks import Callback, StopTraining
-from relax.config import create_default_config
+from relax.config import create_default_config, from_dict
 from relax.engine import RunResult, TrainerEngine
 from relax.engine.rows import source_rows
 from relax.engine.run import Run
@@ -184,6 +184,11 @@ def test_rows_from_python_take_the_options_of_rows_from_a_file(model_dir, tmp_pa
     config = config.replace(dataset_text_field="body")
     with Run(config.replace(test_size=2.0), rows) as run:
         train, held_out = source_rows(run.config, run.rows)
+    saved = from_dict(run.config.to_dict())
+    with Run(saved, rows) as again:  # what a run saves names no data, and says so
+        assert again.config == run.config
+    with pytest.raises(ConfigError, match="pass the rows as train_rows"), Run(saved):
+        pass
     assert (len(train), len(held_out)) == (4, 2)
     assert sorted(row["body"] for row in train.rows + held_out.rows) == [r["body"] for r in rows]
     with Run(config.replace(num_samples=2), rows, rows[:2]) as run:  # they have previews

@@ -24,7 +24,6 @@ from relax.parallel import processes
 from relax.trainers.interrupt import Interrupt, Interrupted
 
 FROM_PYTHON = "rows from Python"
-_CACHE_DIR = "jax_compilation_cache_dir"
 
 C = TypeVar("C", bound=TrainerConfig)
 C_co = TypeVar("C_co", bound=TrainerConfig, covariant=True)
@@ -200,14 +199,19 @@ def _with_rows(config: C, train_rows, eval_rows) -> tuple[C, tuple[Any, Any] | N
     if train_rows is None:
         if eval_rows is not None:
             raise ConfigError("eval_rows need train_rows: pass both, or use eval_dataset_name.")
+        if config.data.dataset_name == FROM_PYTHON:
+            raise ConfigError(
+                f"dataset_name {FROM_PYTHON!r} names no data: pass the rows as train_rows, or "
+                "another dataset_name."
+            )
         return config, None
-    if config.data.dataset_name or config.data.eval_dataset_name:
-        raise ConfigError("pass either rows or dataset_name, not both.")
+    for name in (config.data.dataset_name, config.data.eval_dataset_name):
+        if name not in (None, FROM_PYTHON):
+            raise ConfigError("pass either rows or dataset_name, not both.")
     # Tells the rules that there are rows; config.json must not claim to reproduce the run.
-    named = {"dataset_name": FROM_PYTHON}
-    if eval_rows is not None:
-        named["eval_dataset_name"] = FROM_PYTHON
-    return config.replace(**named), (train_rows, eval_rows)
+    held_out = None if eval_rows is None else FROM_PYTHON
+    named = config.replace(dataset_name=FROM_PYTHON, eval_dataset_name=held_out)
+    return named, (train_rows, eval_rows)
 
 
 def _text(start: Path | str | None) -> str | None:
@@ -218,9 +222,9 @@ def _text(start: Path | str | None) -> str | None:
 @contextlib.contextmanager
 def _compilation_cache(directory: str) -> Iterator[None]:
     """Context that caches compiled steps in a directory."""
-    before = getattr(jax.config, _CACHE_DIR)
-    jax.config.update(_CACHE_DIR, directory)
+    before = getattr(jax.config, devices.CACHE_DIR)
+    jax.config.update(devices.CACHE_DIR, directory)
     try:
         yield
     finally:
-        jax.config.update(_CACHE_DIR, before)
+        jax.config.update(devices.CACHE_DIR, before)

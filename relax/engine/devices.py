@@ -25,6 +25,7 @@ from relax.parallel import Rule, processes
 
 C = TypeVar("C", bound=TrainerConfig)
 
+CACHE_DIR = "jax_compilation_cache_dir"  # jax's own option
 # Fields that may differ between the processes of a run.
 _OWN = ("process_id",)
 # Fields that may name files, whose bytes must be the same in all processes.
@@ -199,7 +200,7 @@ def compilation_cache_dir(asked: str | None) -> Path | None:
     """
     if asked != "auto":
         return None if asked is None else Path(asked)
-    if jax.config.jax_compilation_cache_dir is not None:  # the environment says where
+    if getattr(jax.config, CACHE_DIR) is not None:  # the environment says where
         return None
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
