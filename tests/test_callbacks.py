@@ -261,7 +261,7 @@ def test_plain_lines_tell_step_epoch_loss_and_speed_and_each_compilation_once():
     found = text.splitlines()
     assert sum("compiling the train step for batches of 4 x 3 ..." in line for line in found) == 1
     assert sum("compiling the train step for batches of 2 x 3 ..." in line for line in found) == 1
-    assert len(re.findall(r"compiled for [42] x 3, and one step taken, in \d+\.\d s", text)) == 2
+    assert len(re.findall(r"compiled for [42] x 3 and made one step in \d+\.\d s", text)) == 2
     steps = [line for line in found if line.startswith("step")]
     assert [line.split("  ")[:2] for line in steps] == [
         ["step 2/6", "epoch 0.67"],

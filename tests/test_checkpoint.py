@@ -322,7 +322,7 @@ def test_another_model_is_not_taken_for_damage(tmp_path):
     checkpointer = Checkpointer(tmp_path, warn=lambda line: pytest.fail(line))
     for step in (1, 2):
         checkpointer.save(step, make_state(), {})
-    with pytest.raises(CheckpointError, match="Is it of the same model"):
+    with pytest.raises(CheckpointError, match="Check that it has the same model"):
         checkpointer.restore(make_state(width=9))
 
 

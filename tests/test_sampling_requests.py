@@ -50,7 +50,7 @@ GOOD = SamplingConfig(max_new_tokens=4)
 BAD_REQUESTS = [
     ([], {}, {}, "there must be at least one prompt, got none."),
     ([[1], []], {}, {}, "prompt 1 is empty. Give it at least one token"),
-    ([[1, 61]], {}, {}, "prompt 0 must hold ids from 0 to 60, got 61. Is the tokenizer"),
+    ([[1, 61]], {}, {}, "prompt 0 must hold ids from 0 to 60, got 61. Check that the tokenizer"),
     ([[1, -1]], {}, {}, "prompt 0 must hold ids from 0 to 60, got -1."),
     ([[1.5]], {}, {}, r"prompt 0 must be a list of token ids, got \[1.5\]"),
     (["ab"], {}, {}, "prompt 0 must be a list of token ids, got 'ab'"),
@@ -65,7 +65,7 @@ BAD_REQUESTS = [
     ([[1]], {"logit_bias": {7: math.nan}}, {}, "logit_bias must hold numbers"),
     ([[1]], {"logit_bias": dict.fromkeys(range(61), -math.inf)}, {}, "leave no token to draw"),
     ([[1]], {"top_k": 62}, {}, "top_k 62 is more than the 61 tokens of the model."),
-    ([[1]], {"stop": ("a",)}, {}, "need a function from ids to text: pass decode="),
+    ([[1]], {"stop": ("a",)}, {}, "need a decoder from ids to text: pass decode="),
     ([[1]], {}, {"limits": [5]}, "limits must be from 1 to max_new_tokens 4, got from 5 to 5."),
     ([[1]], {}, {"limits": [0]}, "limits must be from 1 to max_new_tokens 4, got from 0 to 0."),
     ([[1]], {}, {"limits": [1, 2]}, "limits must hold one number per row"),

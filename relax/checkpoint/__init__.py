@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read back bit for bit."""
+"""Checkpoints: written atomically, restored bit for bit."""
 
 from relax.checkpoint.checkpointer import Checkpointer, restore_checkpoint
 

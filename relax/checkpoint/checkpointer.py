@@ -6,9 +6,9 @@ A checkpoint is a directory named after its step:
     <step>/relax_state.json   format, step, progress, fingerprint
     <step>/checksums.json     crc32 of every leaf and of every file, its own included
 
-It is written under a temporary name and renamed when all of it is on the disk, so a directory that
-has a step's name is whole. Orbax does not notice a flipped bit in an array; the checksums do.
-Nothing in a checkpoint is ever unpickled.
+It is written under a temporary name and renamed when all of it is on disk, so a directory named
+after a step is complete. Orbax does not detect a flipped bit in an array; the checksums do. Nothing
+in a checkpoint is ever unpickled.
 """
 
 import errno
@@ -58,21 +58,21 @@ __all__ = [
     "tree_bytes",
 ]
 
-# Names that are not yet, or no longer, checkpoints.
+# Names of directories that are not yet, or no longer, checkpoints.
 _TMP = re.compile(r"tmp-(\d+)(-removed|-replaced)?")
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _FULL_WORDS = ("No space left", "File too large", "Disk quota", "RESOURCE_EXHAUSTED")
 
 
 class Checkpointer:
-    """Saves and restores states in one directory. One writer at a time; readers at any time.
+    """Saves and restores states in one directory, with one writer and any number of readers.
 
     Args:
-      directory: where the checkpoints lie, made at the first save.
-      save_total_limit: how many to keep (>= 1); None keeps all.
-      asynchronous: `save` returns when the state is copied to the host, and a thread writes it; the
-        next `save`, or `wait`, waits for it and raises what it met.
-      warn: told about what was found damaged, removed or different; default `warnings.warn`.
+      directory: directory of the checkpoints, created at the first save.
+      save_total_limit: number of checkpoints to keep (>= 1); None: all.
+      asynchronous: `save` returns once the state is copied to the host, and a thread writes it; the
+        next `save`, or `wait`, waits for it and raises its error.
+      warn: called about damaged, removed or differing checkpoints; default `warnings.warn`.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -109,11 +109,11 @@ class Checkpointer:
         return list_steps(self.directory)
 
     def path(self, step: int | str) -> Path:
-        """Where the checkpoint of a step lies, or would lie."""
+        """The directory of a step's checkpoint, existing or not."""
         return self.directory / str(step)
 
     def sweep(self) -> None:
-        """Tidies up after a killed run. For the one writer, before it reads; `save` does it too."""
+        """Cleans up after a killed run. Only the writer may call it; `save` does it too."""
         for entry in self.directory.glob("tmp-*"):
             match = _TMP.fullmatch(entry.name)
             if match and match[2] == "-replaced" and not self.path(match[1]).exists():
@@ -124,17 +124,17 @@ class Checkpointer:
     def save(self, step: int, state, progress: dict) -> Path:
         """Writes a checkpoint; unless asynchronous, it is committed when this returns.
 
-        Checkpoints of later steps, from which this run has gone back, are removed just before the
-        new one gets its name; one of the same step is replaced.
+        Checkpoints of later steps, left by a run that was resumed earlier, are removed just before
+        the new one is committed; one of the same step is replaced.
 
         Args:
           step: optimizer updates done (>= 0).
           state: any pytree of arrays, numbers and typed keys. It may be donated after this.
-          progress: what JSON can hold (tuples come back as lists, keys as strings).
+          progress: JSON values (tuples are restored as lists, keys as strings).
 
         Raises:
-          CheckpointError: it, or the one before it, could not be written. What was saved before is
-            untouched.
+          CheckpointError: it, or the one before it, could not be written. Earlier checkpoints are
+            intact.
         """
         if step < 0:
             raise CheckpointError(f"the step of a checkpoint must be 0 or more, got {step}")
@@ -147,7 +147,7 @@ class Checkpointer:
         return self.path(step)
 
     def wait(self) -> None:
-        """Returns when all that was saved is committed.
+        """Waits until all saves are committed.
 
         Raises:
           CheckpointError: it could not be written.
@@ -181,14 +181,14 @@ class Checkpointer:
 
         Args:
           template: a state, or the `jax.ShapeDtypeStruct`s of one: structure, shapes, dtypes and,
-            where it holds jax arrays or shardings, where the leaves go.
-          step: which one; None takes the newest intact one and warns about each damaged one.
+            if it has jax arrays or shardings, the placement of the leaves.
+          step: the step to read; None: the newest intact one, with a warning about damaged ones.
 
         Returns:
           `(state, progress, step)`.
 
         Raises:
-          CheckpointError: no intact checkpoint; or its leaves are not those of the template.
+          CheckpointError: no intact checkpoint, or its leaves differ from the template's.
         """
         if step is not None:
             return restore_checkpoint(self.path(step), template, warn=self._warn)
@@ -199,20 +199,20 @@ class Checkpointer:
             except DamagedError as damage:
                 self._warn(f"{damage} Trying an older one.")
         raise CheckpointError(
-            f"no intact checkpoint in '{self.directory}' (looked at: {found or 'none there'}). "
-            "Start the run anew."
+            f"no intact checkpoint in '{self.directory}' (checked: {found or 'none'}). Start a "
+            "new run."
         )
 
     def _remove_later(self, step: int) -> None:
-        """Removes later steps, the last first: after a kill on the way none is left out."""
+        """Removes later steps, the last first, so that a kill leaves no gap."""
         later = [old for old in self.steps() if old > step]
         for old in reversed(later):
             self._remove(old)
         if later:
-            self._warn(f"saving step {step}: removed {later}, of a run that went further")
+            self._warn(f"saving step {step}: removed {later}, of a run that had continued further")
 
     def _commit(self, temporary: Path, step: int) -> None:
-        """Gives a finished checkpoint its name; `sweep` undoes a replacement that was cut short."""
+        """Renames a finished checkpoint; `sweep` undoes an interrupted replacement."""
         replaced = self.directory / f"tmp-{step}-replaced"
         if self.path(step).exists():
             os.rename(self.path(step), replaced)
@@ -226,7 +226,7 @@ class Checkpointer:
                 self._remove(old)
 
     def _remove(self, step: int) -> None:
-        # Renamed first: a kill in the middle must not leave half a checkpoint under a step's name.
+        # Rename first: a kill must not leave a partial checkpoint under a step's name.
         removed = self.directory / f"tmp-{step}-removed"
         os.rename(self.path(step), removed)
         shutil.rmtree(removed)
@@ -269,10 +269,10 @@ def restore_checkpoint(
     changed = fingerprint_diff(info["fingerprint"], fingerprint())
     if changed:
         warn(f"bit-identity with the run that saved step {info['step']} is not promised: {changed}")
-    if arrays is None:  # on a mesh a whole leaf is read and cut at a time, and never all of them
+    if arrays is None:  # on a mesh one leaf at a time is read and sharded
         placed = [_read_placed(path, n, sums["leaves"][n], leaf) for n, leaf in want.items()]
     else:
-        # Each leaf leaves the dict as it is placed: two copies of the state never exist at once.
+        # Pop each leaf when it is placed: two copies of the state never exist at once.
         placed = [place(arrays.pop(name), leaf) for name, leaf in want.items()]
     state = jax.tree.unflatten(jax.tree.structure(template), placed)
     return state, info["progress"], info["step"]
@@ -291,7 +291,7 @@ def read_info(path: str | Path) -> dict:
 
 
 def full_disk(error: Exception) -> str | None:
-    """What an error says that comes from a full disk, in whichever library; None for others.
+    """The part of an error message that indicates a full disk, from any library, or None.
 
     >>> full_disk(OSError(errno.ENOSPC, "No space left on device")), full_disk(OSError("moved"))
     ('No space left', None)
@@ -303,13 +303,13 @@ def full_disk(error: Exception) -> str | None:
 
 
 def check_space(directory: str | Path, nbytes: int, copies: int, others: int = 0) -> None:
-    """Refuses, before anything is compiled, a run whose checkpoints will not fit.
+    """Checks that the checkpoints of a run will fit on the disk.
 
     Args:
-      directory: where they will lie; it need not exist yet.
-      nbytes: size of one, as `tree_bytes` gives it.
-      copies: how many will exist at once, besides those that are there.
-      others: bytes of the model directory that will be written beside them.
+      directory: their directory, which may not exist yet.
+      nbytes: size of one checkpoint, from `tree_bytes`.
+      copies: number that will exist at once, besides existing ones.
+      others: bytes of the model directory that will be written too.
     """
     free = shutil.disk_usage(_existing(Path(directory).absolute())).free
     need = nbytes * copies + others

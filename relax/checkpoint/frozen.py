@@ -1,7 +1,7 @@
-"""Checkpoints without the frozen weights, which can be had again: read from where they were read.
+"""Checkpoints without the frozen weights, which can be reloaded from their source.
 
-The checkpoints of an adapter are as small as the adapter. What they hold of the frozen weights is
-a checksum of each: a run that goes on over other weights is refused.
+Checkpoints of an adapter are as small as the adapter. They hold a checksum of each frozen weight,
+so that resuming with other weights is an error.
 """
 
 from pathlib import Path
@@ -11,14 +11,14 @@ from relax.checkpoint.storage import leaf_crc, named_leaves
 from relax.config.text import join_some
 from relax.errors import CheckpointError
 
-_KEY = "frozen"  # in the progress that is saved
+_KEY = "frozen"  # key in the saved progress
 
 
 class WithoutFrozen:
     """Saves states without `state.frozen`.
 
     Args:
-      checkpointer: that saves them.
+      checkpointer: saves the states.
       frozen: the frozen weights of the run.
     """
 
@@ -36,12 +36,12 @@ class WithoutFrozen:
         self.checkpointer.wait()
 
     def check(self, progress: dict) -> None:
-        """Refuses to go on from a checkpoint of other frozen weights, by its progress."""
+        """Checks that a checkpoint, given by its progress, has the same frozen weights."""
         before = progress.get(_KEY, {})
         changed = [n for n in before | self.checksums if before.get(n) != self.checksums.get(n)]
         if changed:
             raise CheckpointError(
-                "a resumed run must have the frozen weights that it began with, and of "
-                f"{len(self.checksums)} these are others now: {join_some(sorted(changed), 8)}. "
-                "Restore the model that it was started from."
+                "a resumed run must have the same frozen weights as before, but of "
+                f"{len(self.checksums)} these have changed: {join_some(sorted(changed), 8)}. "
+                "Restore the model that the run was started from."
             )

@@ -1,6 +1,6 @@
-"""One checkpoint on the disk: how its leaves and files are named, written, summed and read.
+"""Storage of a checkpoint: names, writing, checksums and reading of its leaves and files.
 
-`relax.checkpoint` says what the files are and which checkpoint is written or read when.
+`relax.checkpoint.checkpointer` documents the files and manages the checkpoints.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ FORMAT = 1
 
 _ARRAYS = "arrays"
 _CHECKSUMS = "checksums.json"
-# Orbax holds a second copy of the leaves that it is writing; this bounds it.
+# Limit of the second copy that orbax holds of the leaves it is writing.
 _IN_FLIGHT_BYTES = 200_000_000
-_HOST = "pinned_host"  # the kind of memory that outlives a donated array
+_HOST = "pinned_host"  # memory kind that outlives a donated array
 
 
 class DamagedError(CheckpointError):
-    """The bytes are not the ones that were written: an older checkpoint may still be good."""
+    """The bytes differ from the written ones; an older checkpoint may still be intact."""
 
 
 def named_leaves(tree) -> dict:
@@ -46,30 +46,30 @@ def named_leaves(tree) -> dict:
     if len(leaves) != len(paths):
         raise CheckpointError(
             "the leaves of a state must have distinct names when joined by '/', "
-            f"got {len(paths)} leaves under {len(leaves)} names. Take the '/' out of the keys."
+            f"got {len(paths)} leaves under {len(leaves)} names. Remove '/' from the keys."
         )
     return leaves
 
 
 def tree_bytes(tree) -> int:
-    """How many bytes the leaves of a pytree (or of its ShapeDtypeStructs) take."""
+    """Total bytes of the leaves of a pytree (or of its ShapeDtypeStructs)."""
     specs = map(_spec, named_leaves(tree).values())
     return sum(math.prod(s["shape"]) * jnp.dtype(s["dtype"]).itemsize for s in specs)
 
 
 def _spec(leaf) -> dict:
-    """What a leaf is stored as: shape, dtype and, for a typed key, its implementation."""
+    """The stored form of a leaf: shape, dtype and, for a typed key, its implementation."""
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        # The dtype reads key<fry>; the name of its implementation is what wrap_key_data takes.
+        # The dtype reads key<fry>; wrap_key_data takes the name of its implementation.
         return _spec(data) | {"key": str(jax.random.key_impl(jnp.empty((), leaf.dtype)))}
     return {"shape": list(leaf.shape), "dtype": str(np.dtype(leaf.dtype))}
 
 
 def _stored(leaf):
-    """The array that stands for a leaf on the disk."""
+    """The array that represents a leaf on disk."""
     if isinstance(leaf, jax.Array):
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return jax.random.key_data(leaf) if is_key else leaf
@@ -77,27 +77,27 @@ def _stored(leaf):
 
 
 def place(array: np.ndarray, like):
-    """Turns a stored array into what the template has: device, sharding, key, kind of number."""
+    """Converts a stored array to the template's device, sharding, key type and number type."""
     if isinstance(like, (bool, int, float, complex)):
         return type(like)(array.item())
     if isinstance(like, (np.ndarray, np.generic)):
         return array
-    # Only a committed array names its device; pinning the others would clash with a later mesh.
+    # Only a committed array has a device; committing others would conflict with a later mesh.
     sharding = like.sharding if getattr(like, "committed", True) else None
     if "key" in (spec := _spec(like)):
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=spec["key"])
         return key if sharding is None else parallel.device_put(key, sharding)
-    # The copy is not made yet, and holds on to the array until it is: wait, to hold one at a time.
+    # The copy is asynchronous and keeps the array alive: wait, to hold one at a time.
     return jax.block_until_ready(
         jax.device_put(array) if sharding is None else parallel.device_put(array, sharding)
     )
 
 
 def _leaf_sums(directory: Path, leaves: dict) -> dict[str, dict]:
-    """What tells each leaf's bytes: `crc32` of all, or, of a leaf that lies in several processes,
-    `parts`: of every part its bounds, `[[start, stop], ...]`, and its crc32.
+    """Checksums of each leaf: `crc32`, or for a leaf that spans processes `parts`: the bounds
+    `[[start, stop], ...]` and the crc32 of every part.
 
-    What a process knows of these it leaves in the directory; process 0 collects it.
+    Each process writes its own parts to the directory; process 0 collects them.
     """
     cut = {n: a for n, a in leaves.items() if isinstance(a, jax.Array)}
     cut = {n: a for n, a in cut.items() if not a.is_fully_addressable}
@@ -120,7 +120,7 @@ def _leaf_sums(directory: Path, leaves: dict) -> dict[str, dict]:
 
 
 def _firsts(array: jax.Array) -> list:
-    """The parts of an array that this process, of all that hold them, is the one to tell of."""
+    """The parts of an array for which this process, of all that hold them, is responsible."""
     return [shard for shard in array.addressable_shards if shard.replica_id == 0]
 
 
@@ -134,7 +134,7 @@ def leaf_crc(array) -> int:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = parallel.to_host(array)
     if isinstance(array, jax.Array) and not _on_host(array):
-        # A jax array keeps the host copy that it was read through: read through a passing one.
+        # A jax array keeps the host copy made by reading it: read through a temporary array.
         array = jnp.copy(array)
     flat = np.asarray(array, order="C").reshape(-1).view(np.uint8)
     return zlib.crc32(flat)  # type: ignore[arg-type]
@@ -146,12 +146,12 @@ def _on_host(array: jax.Array) -> bool:
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint will hold.
+    """The contents of a checkpoint before it is written.
 
     Attributes:
       step: optimizer updates done.
-      arrays: what is stored of each leaf, by its name.
-      specs: shape, dtype and kind of key of each leaf.
+      arrays: the stored array of each leaf by name.
+      specs: shape, dtype and key implementation of each leaf.
       info: the bytes of relax_state.json.
     """
 
@@ -162,7 +162,7 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(step: int, state, progress: dict, *, copied: bool) -> Snapshot:
-    """Takes what will be written; `copied` to the host, it outlives the state."""
+    """Collects the contents of a checkpoint; if `copied` to the host, they outlive the state."""
     leaves = named_leaves(state)
     info = {"format": FORMAT, "step": int(step), "progress": progress, "fingerprint": fingerprint()}
     try:
@@ -176,7 +176,7 @@ def snapshot(step: int, state, progress: dict, *, copied: bool) -> Snapshot:
 
 
 def copies_are_apart() -> bool:
-    """Whether a copy on the host takes none of the memory that a run computes in."""
+    """Whether host copies use other memory than computations."""
     device = jax.local_devices()[0]
     return device.platform != "cpu" and _HOST in {m.kind for m in device.addressable_memories()}
 
@@ -188,15 +188,15 @@ def _copied(array):
 
 
 def write(directory: Path, taken: Snapshot) -> None:
-    """Writes a whole checkpoint into a new directory and gets it onto the disk.
+    """Writes a checkpoint into a new directory and syncs it to disk.
 
-    Nothing is computed on devices, so this may go on in a thread while updates do.
+    Computes nothing on devices, so it can run in a thread beside updates.
     """
     if processes.is_main():
         directory.mkdir()
     processes.barrier(f"{where(directory)}: directory")
     sums = _leaf_sums(directory, taken.arrays)
-    # Orbax refuses arrays without elements; their shape, in the checksums, is all there is to them.
+    # Orbax rejects arrays without elements; the checksums hold their shape, which is all of them.
     full = {name: array for name, array in taken.arrays.items() if array.size}
     in_flight = max([_IN_FLIGHT_BYTES, *(array.nbytes for array in full.values())])
     together = _together(directory)
@@ -218,14 +218,14 @@ def write(directory: Path, taken: Snapshot) -> None:
 
 
 def where(directory: Path) -> str:
-    """What barriers of a checkpoint's writers begin with: another thread may write elsewhere."""
+    """Prefix of barrier names for a checkpoint, since another thread may write elsewhere."""
     return directory.parent.name
 
 
 def _together(directory: Path) -> ocp.options.MultiprocessingOptions:
-    """Orbax waits for the other processes over the network, not in a program on their devices.
+    """Options that make orbax wait for the other processes without using their devices.
 
-    It does so where it is told which processes there are, under a name that no other save has.
+    It does so if it is given the processes, under a name that no other save uses.
     """
     if processes.count() == 1:
         return ocp.options.MultiprocessingOptions()
@@ -237,7 +237,7 @@ def _together(directory: Path) -> ocp.options.MultiprocessingOptions:
 
 @contextlib.contextmanager
 def _quiet():
-    """Orbax logs a traceback per thread for an error that it raises as well: once is enough."""
+    """Silences orbax's log of a traceback per thread for an error that it raises anyway."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -248,7 +248,7 @@ def _quiet():
 
 
 def _seal(sums: dict) -> bytes:
-    """JSON whose first field is the crc32 of all the bytes after it."""
+    """JSON whose first field is the crc32 of all following bytes."""
     rest = json.dumps(sums)[1:].encode()
     return b'{"crc32": "%08x", ' % zlib.crc32(rest) + rest
 
@@ -280,7 +280,7 @@ def read_manifests(path: Path) -> tuple[dict, dict]:
 
 
 def read_arrays(path: Path, specs: dict) -> tuple[dict, list[str]]:
-    """Reads all leaves as numpy arrays; names those that are not what was written."""
+    """Reads all leaves as numpy arrays; also returns the names of damaged ones."""
     full = {name: spec for name, spec in specs.items() if math.prod(spec["shape"])}
     how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in full}
     try:
@@ -294,7 +294,7 @@ def read_arrays(path: Path, specs: dict) -> tuple[dict, list[str]]:
 
 
 def read_leaf(path: Path, name: str, spec: dict) -> np.ndarray | None:
-    """One leaf, below orbax, which reads all or none; None: it is not what was written."""
+    """Reads one leaf without orbax, which reads all or none; None if it is damaged."""
     if not math.prod(spec["shape"]):
         return np.empty(spec["shape"], jnp.dtype(spec["dtype"]))
     store = {"driver": "ocdbt", "base": f"file://{path / _ARRAYS}/", "path": name}
@@ -303,13 +303,13 @@ def read_leaf(path: Path, name: str, spec: dict) -> np.ndarray | None:
         if list(opened.shape) == spec["shape"]:
             array = opened.read().result()
             return array if _intact(array, spec) else None
-    except ValueError:  # what tensorstore raises for anything that it cannot make sense of
+    except ValueError:  # tensorstore's error for anything unreadable
         pass
     return None
 
 
 def damaged_leaves(path: Path, specs: dict) -> list[str]:
-    """Names the leaves that damaged files have hit, by reading one after the other."""
+    """Names of leaves in damaged files, found by reading one after another."""
     return [name for name, spec in specs.items() if read_leaf(path, name, spec) is None]
 
 
@@ -323,14 +323,14 @@ def _intact(array: np.ndarray | None, spec: dict) -> bool:
 
 
 def _summed(array: np.ndarray, spec: dict):
-    """Parts of a leaf, and what was the crc32 of each when it was written."""
+    """Parts of a leaf, and the stored crc32 of each."""
     if "parts" not in spec:
         return [(array, spec["crc32"])]
     return [(array[tuple(slice(*b) for b in bounds)], crc) for bounds, crc in spec["parts"]]
 
 
 def check_structure(path: Path, want: dict, have: dict) -> None:
-    """Refuses a template whose leaves are not those of the checkpoint."""
+    """Checks that a template has the same leaves as the checkpoint."""
     problems = [f"missing in the checkpoint: {name}" for name in want if name not in have]
     problems += [f"not in this state: {name}" for name in have if name not in want]
     for name in want.keys() & have.keys():
@@ -339,8 +339,8 @@ def check_structure(path: Path, want: dict, have: dict) -> None:
             problems.append(f"{name} is {there} in the checkpoint, {here} in this state")
     if problems:
         raise CheckpointError(
-            f"checkpoint '{path}' must hold the leaves of this state, and differs: "
-            f"{join_some(sorted(problems), 8)}. Is it of the same model and optimizer?"
+            f"checkpoint '{path}' must hold the leaves of this state, but differs: "
+            f"{join_some(sorted(problems), 8)}. Check that it has the same model and optimizer."
         )
 
 
@@ -355,7 +355,7 @@ def _versions() -> dict:
 
 
 def fingerprint() -> dict:
-    """What decides, besides the configuration, which bits a run computes."""
+    """Versions and settings that affect the bits of a run, besides the configuration."""
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return _versions() | {

@@ -1,9 +1,9 @@
-"""One program on many devices: a mesh, rules of what lies where, and arrays placed by them.
+"""Parallelism: a mesh of devices, sharding rules, and arrays sharded by them.
 
     with parallel.use(parallel.make_mesh("data=2,fsdp=4"), heads=model.config.num_key_value_heads):
         state = trainer.train(loader, key=jax.random.key(0))
 
-Without a mesh in use every function here leaves things as they are.
+Without an active mesh every function here leaves arrays unchanged.
 """
 
 from relax.parallel.arrays import (

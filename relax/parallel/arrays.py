@@ -1,6 +1,6 @@
-"""Arrays where the rules put them: weights, optimizer state, batches, and what comes back.
+"""Sharded arrays: weights, optimizer state and batches placed by the rules, and read back.
 
-Without a mesh in use every function returns its argument, and `init_sharded` calls its function.
+Without an active mesh every function returns its argument, and `init_sharded` calls its function.
 """
 
 import functools
@@ -17,7 +17,7 @@ from relax.parallel.rules import spec_of
 
 
 def sharding_of(path: str, shape) -> NamedSharding | None:
-    """Where the leaf of a state or of parameters lies; None without a mesh."""
+    """The sharding of a leaf of a state or of parameters; None without a mesh."""
     current = layout()
     return None if current is None else _sharding(current, path, shape)
 
@@ -28,7 +28,7 @@ def _sharding(current: Layout, path: str, shape) -> NamedSharding:
 
 
 def _map(f, tree):
-    """f(path, leaf) of every leaf, paths as `params/layers_0/q_proj/kernel`."""
+    """Maps f(path, leaf) over all leaves, with paths like `params/layers_0/q_proj/kernel`."""
 
     def one(path, leaf):
         return f(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
@@ -37,7 +37,7 @@ def _map(f, tree):
 
 
 def sharded_shapes(tree):
-    """The shapes of a state or of parameters, each with where it lies."""
+    """The shapes of a state or of parameters, with their shardings."""
     current = layout()
     if current is None:
         return tree
@@ -50,7 +50,7 @@ def sharded_shapes(tree):
 
 
 def init_sharded(f, *args):
-    """`f(*args)`, compiled so that every leaf of the result comes to be where it lies."""
+    """`f(*args)`, compiled so that every leaf is created with its final sharding."""
     current = layout()
     if current is None:
         return f(*args)
@@ -60,7 +60,7 @@ def init_sharded(f, *args):
 
 
 def shard(tree):
-    """Moves a state or parameters to where they lie; inside jit it is `constrain_tree`."""
+    """Shards a state or parameters by the rules; inside jit the same as `constrain_tree`."""
     current = layout()
     if current is None:
         return tree
@@ -75,7 +75,7 @@ def shard(tree):
 
 
 def device_put(leaf, where: NamedSharding):
-    """An array, the same in every process where there are several, cut as `where` says."""
+    """Puts an array, equal in every process, on the devices with sharding `where`."""
     if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(where, leaf.ndim):
         return leaf
     if where.is_fully_addressable:
@@ -90,7 +90,7 @@ def device_put(leaf, where: NamedSharding):
 
 
 def constrain_tree(tree):
-    """Within a compiled function: leaves stay where the rules put them."""
+    """Within a compiled function: constrains leaves to the shardings of the rules."""
     current = layout()
     if current is None:
         return tree
@@ -103,7 +103,7 @@ def constrain_tree(tree):
 
 
 def unshard_fsdp(tree):
-    """Within a compiled function: parameters cut along `tensor` alone, for many uses of each."""
+    """Within a compiled function: gathers parameters over all axes but `tensor`, for many uses."""
     current = layout()
     if current is None:
         return tree
@@ -116,7 +116,7 @@ def unshard_fsdp(tree):
 
 
 def unsharded_shapes(tree, dtype):
-    """What `unshard_fsdp` makes of parameters whose matrices are in a dtype, as shapes."""
+    """Shapes of the result of `unshard_fsdp` for parameters with matrices of a dtype."""
     current = _layout_in_use()
 
     def shape(path, leaf):
@@ -128,9 +128,9 @@ def unsharded_shapes(tree, dtype):
 
 
 def gather_for_use(weight, *path: str, dtype=None):
-    """A weight as a layer multiplies with it: gathered over `fsdp` and `data`.
+    """Gathers a weight over `fsdp` and `data` for the multiplication of a layer.
 
-    Its gradient is cut as the weight is stored. On a mesh it is cast to `dtype`, if one is given,
+    Its gradient is sharded as the weight is stored. On a mesh it is cast to `dtype`, if given,
     before it is gathered.
     """
     current = layout()
@@ -170,12 +170,12 @@ _used.defvjp(_used_forward, _used_backward)
 
 
 def constrain(x, *dims: str | None):
-    """Within a compiled function: how the dimensions of an activation are cut.
+    """Within a compiled function: constrains the sharding of an activation.
 
     Args:
       x: the activation.
-      dims: one for each dimension: `batch`, `tensor`, `whole`, or None: as XLA likes, which also
-        holds where the mesh does not divide the dimension.
+      dims: for each dimension `batch`, `tensor`, `replicated`, or None: chosen by XLA, also if the
+        mesh does not divide the dimension.
     """
     current = layout()
     if current is None:
@@ -201,9 +201,9 @@ def _rows(current: Layout, shape) -> NamedSharding:
 
 
 def shard_batch(batch):
-    """A batch of numpy arrays `[B, ...]`, all its rows in every process, shared out by rows.
+    """Shards the rows of a batch of numpy arrays `[B, ...]`, all rows in every process.
 
-    What is on the mesh already stays there.
+    Arrays that are on the mesh already stay there.
 
     Raises:
       ValueError: the mesh does not divide the rows.
@@ -222,12 +222,12 @@ def shard_batch(batch):
 
 def _layout_in_use() -> Layout:
     current = layout()
-    assert current is not None, "this needs a mesh in use"
+    assert current is not None, "this needs an active mesh"
     return current
 
 
 def shard_local_batch(batch, count: int):
-    """As `shard_batch`, of the rows of this process alone: those of `local_rows(count)`."""
+    """Shards a batch given only this process's rows, those of `local_rows(count)`."""
     current = _layout_in_use()
 
     def place(leaf):
@@ -238,7 +238,7 @@ def shard_local_batch(batch, count: int):
 
 
 def batch_shapes(batch):
-    """The shapes of a batch's arrays, each with where it lies."""
+    """The shapes of a batch's arrays, with their shardings."""
     current = layout()
     if current is None:
         return batch
@@ -251,7 +251,7 @@ def batch_shapes(batch):
 
 
 def local_rows(count: int) -> np.ndarray:
-    """Which of a batch's `count` rows lie on devices of this process, ascending."""
+    """Indices of a batch's `count` rows that are on devices of this process, ascending."""
     current = layout()
     if current is None:
         return np.arange(count)
@@ -261,7 +261,7 @@ def local_rows(count: int) -> np.ndarray:
 
 
 def to_host(array) -> np.ndarray:
-    """An array's numbers; where other processes hold parts, all of them must ask for it."""
+    """Copies an array to the host; if it spans processes, all of them must call this."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         if not array.is_fully_replicated:
             assert isinstance(array.sharding, NamedSharding)
@@ -272,7 +272,7 @@ def to_host(array) -> np.ndarray:
 
 
 def bytes_per_device(tree) -> int:
-    """Bytes that the leaves of a state (arrays or shapes) take on one device."""
+    """Bytes of a state's leaves (arrays or shapes) on one device."""
 
     def size(leaf):
         where = getattr(leaf, "sharding", None)

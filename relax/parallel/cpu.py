@@ -1,9 +1,9 @@
-"""Two settings under which XLA's CPU client trains a sixth faster and in a known amount of memory.
+"""Settings with which XLA on CPUs trains a sixth faster and with predictable memory.
 
-XLA allocates all temporaries of a step as one block and frees it at the step's end. glibc returns
-so large a block to the kernel, which then hands out and clears each page anew, step after step.
-And with asynchronous dispatch the next step may take its block before the last one gave its back:
-then there are two.
+XLA allocates all temporaries of a step as one block and frees it at the end of the step. glibc
+returns such a large block to the kernel, which then maps and clears every page again in each step.
+And with asynchronous dispatch the next step may allocate its block before the last one has freed
+its own, which doubles the memory.
 """
 
 import ctypes
@@ -14,9 +14,9 @@ _NEVER = -1
 
 
 def prepare_cpu() -> None:
-    """For scripts, before jax starts its threads. On other devices than CPUs it changes nothing.
+    """Applies the settings, before jax starts its threads. No effect on other devices than CPUs.
 
-    On a CPU a step runs on the cores that would dispatch the next one: waiting costs nothing.
+    On a CPU a step uses the cores that would dispatch the next one, so waiting costs nothing.
     """
     keep_freed_memory()
     import jax
@@ -25,22 +25,22 @@ def prepare_cpu() -> None:
 
 
 def release_freed_memory() -> None:
-    """Gives back what is free now: where small arrays came to lie in the place of a step's block,
-    the next block lands elsewhere, once, and the old place would stay for nothing."""
+    """Returns free memory to the kernel: once small arrays occupy part of a step's block, the
+    next block is allocated elsewhere, and the old one would stay unused."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep what is freed, and says whether it did; elsewhere nothing changes."""
+    """Makes glibc keep freed memory; returns whether it does, False without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
     settings = {
         _M_MMAP_MAX: 0,  # large blocks come from the heap, ...
-        _M_TRIM_THRESHOLD: _NEVER,  # ... whose top is not given back, ...
+        _M_TRIM_THRESHOLD: _NEVER,  # ... whose top is not returned to the kernel, ...
         _M_TOP_PAD: 64 << 20,
-        _M_ARENA_MAX: 1,  # ... and of which there is one for all threads.
+        _M_ARENA_MAX: 1,  # ... and all threads share one.
     }
     return all([mallopt(name, value) == 1 for name, value in settings.items()])

@@ -1,4 +1,4 @@
-"""The mesh in use: devices along `data`, `fsdp` and `tensor`, and the rules of what lies where."""
+"""The active mesh, with axes `data`, `fsdp` and `tensor`, and its sharding rules."""
 
 import contextlib
 import contextvars
@@ -11,17 +11,17 @@ from jax.sharding import AxisType, Mesh
 from relax.config.mesh import AXES, mesh_text, parse_mesh
 from relax.parallel.rules import RULES, Rule
 
-BATCH = ("data", "fsdp")  # the axes that rows are shared out along
+BATCH = ("data", "fsdp")  # axes over which rows are sharded
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What lies where.
+    """A mesh and its sharding rules.
 
     Attributes:
-      mesh: of devices, with the axes of `AXES`.
-      rules: of weights, see `relax.parallel.rules`.
-      heads: key-value heads of the model; None: not known, every matrix is cut where it can be.
+      mesh: a mesh of devices with the axes `AXES`.
+      rules: sharding rules of weights, see `relax.parallel.rules`.
+      heads: key-value heads of the model; None: unknown, so any divisible matrix is sharded.
     """
 
     mesh: Mesh
@@ -34,11 +34,11 @@ class Layout:
 
     @property
     def batch_shards(self) -> int:
-        """How many parts the rows of a batch are cut into."""
+        """Number of shards of a batch's rows."""
         return self.sizes["data"] * self.sizes["fsdp"]
 
     def describe(self) -> list[str]:
-        """Lines about the mesh, and about what it cannot cut."""
+        """Lines about the mesh, and about weights that it cannot shard."""
         platform = self.mesh.devices.flat[0].device_kind
         processes = len({device.process_index for device in self.mesh.devices.flat})
         lines = [
@@ -48,7 +48,7 @@ class Layout:
         tensor = self.sizes["tensor"]
         if self.heads and self.heads % tensor:
             lines.append(
-                f"mesh: {self.heads} key-value heads cannot be shared out among tensor={tensor}: "
+                f"mesh: {self.heads} key-value heads cannot be divided by tensor={tensor}: "
                 "attention and its weights are replicated along tensor"
             )
         return lines
@@ -58,11 +58,11 @@ _current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout
 
 
 def make_mesh(text: str, devices: Sequence | None = None) -> Mesh:
-    """The mesh that `data=2,fsdp=4,tensor=1` or `auto` describes.
+    """Makes the mesh described by `data=2,fsdp=4,tensor=1` or `auto`.
 
     Args:
       text: see `relax.config.mesh.parse_mesh`.
-      devices: which ones; None: all there are.
+      devices: the devices to use; None: all.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
@@ -77,12 +77,12 @@ def make_mesh(text: str, devices: Sequence | None = None) -> Mesh:
 def use(
     mesh: Mesh | None, rules: Sequence[Rule] = RULES, heads: int | None = None
 ) -> Iterator[Layout | None]:
-    """Lets all that is made and compiled within run on a mesh; None: on one device, as always.
+    """Context in which arrays and compiled functions use a mesh; None: one device.
 
     Args:
-      mesh: of `make_mesh`.
-      rules: of weights; the last one must fit everything.
-      heads: key-value heads of the model, so that only whole heads are shared out.
+      mesh: a result of `make_mesh`.
+      rules: sharding rules of weights; the last one must match everything.
+      heads: key-value heads of the model, so that only whole heads are sharded.
     """
     chosen = None if mesh is None else Layout(mesh, tuple(rules), heads)
     token = _current.set(chosen)
@@ -94,7 +94,7 @@ def use(
 
 
 def layout() -> Layout | None:
-    """The one in use; None: there is no mesh, or this is the code of one device of it."""
+    """The active layout; None without a mesh, and within `per_device`."""
     current = _current.get()
     if current is None or jax.sharding.get_abstract_mesh().manual_axes:
         return None

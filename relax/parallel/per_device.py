@@ -1,7 +1,7 @@
-"""Functions that every device runs on its own part, where rows and heads do not mix.
+"""Functions that every device runs on its own shard, for rows and heads that do not interact.
 
-XLA cuts matrix products along any axis by itself. What it cannot see through (a kernel, a sort of
-tokens, a product over merged axes) runs so.
+XLA partitions matrix products along any axis by itself. Operations that it cannot partition (a
+kernel, a sort of tokens, a product over merged axes) run this way.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ Dims = tuple[str | None, ...]
 def per_device(
     f: Callable, inputs: Sequence[Dims | None], outputs: Dims | tuple, *, auto: bool = False
 ) -> Callable:
-    """`f` over each device's part of its arguments; without a mesh `f` itself.
+    """Wraps `f` to run on each device's shard of its arguments; without a mesh returns `f`.
 
     Args:
-      f: of positional arguments, pytrees of arrays (or None).
-      inputs: per argument, which of its dimensions are `batch`, `heads` or `columns`; leaves of a
-        pytree share them. None: the argument is whole on every device.
-      outputs: of the result, or, nested as it is, of the arrays of a tuple.
+      f: a function of positional arguments, pytrees of arrays (or None).
+      inputs: for each argument its dimensions named `batch`, `heads` or `columns`, the same for all
+        leaves of a pytree. None: the argument is replicated.
+      outputs: the dimensions of the result, nested like it if it is a tuple.
       auto: leave the axis `tensor` to XLA, within `f` too.
 
-    A name is not cut at all where one of its dimensions is not divisible.
+    A name is not sharded if one of its dimensions is not divisible.
     """
     current = layout()
     if current is None:

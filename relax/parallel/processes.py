@@ -1,8 +1,8 @@
-"""Several processes that run one program over one mesh: who this one is, and what all agree on.
+"""Multi-process runs: joining, process index, and agreement on values.
 
 Every process runs the same Python code on the same values, so that all call the same compiled
-programs in the same order. What may differ from process to process (a signal, a file on the disk, a
-reward) is settled by `gather`, which all must call. One process alone takes part in nothing here.
+programs in the same order. Values that may differ between processes (a signal, a file on disk, a
+reward) are exchanged by `gather`, which all must call. A single process does nothing here.
 """
 
 import collections
@@ -25,22 +25,22 @@ import numpy as np
 from relax.errors import ConfigError, RelaxError
 
 _SAY_EVERY_S = 30.0
-_PATIENCE_S = 24 * 3600  # with a process that lives: of one that does not, the heartbeat tells
+_PATIENCE_S = 24 * 3600  # for a live process; the heartbeat detects a dead one
 _asked: collections.Counter[str] = collections.Counter()
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this is."""
+    """Index of this process."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes logs, configuration and exports."""
+    """Whether this process writes logs, configuration and exports."""
     return index() == 0
 
 
@@ -51,25 +51,25 @@ def start(
     heartbeat_s: int = 100,
     timeout_s: int = 300,
 ) -> None:
-    """Joins the other processes; before anything of jax is computed. Those that have stay joined.
+    """Joins the other processes, before any computation of jax. Repeated calls do nothing.
 
     Args:
-      coordinator: HOST:PORT of process 0, or `auto`: all of it from the environment of SLURM, MPI,
-        GKE or a TPU pod, as `jax.distributed.initialize` finds it.
-      num_processes, process_id: how many there are, and which this is.
-      heartbeat_s: after so many seconds without a sign of one, the others end.
-      timeout_s: how long to wait for all to come.
+      coordinator: HOST:PORT of process 0, or `auto`: everything from the environment of SLURM, MPI,
+        GKE or a TPU pod, as in `jax.distributed.initialize`.
+      num_processes, process_id: number of processes, and index of this one.
+      heartbeat_s: seconds without a heartbeat of one process after which the others end.
+      timeout_s: seconds to wait for all processes.
 
     Raises:
-      ConfigError: they did not come together.
+      ConfigError: not all processes joined in time.
     """
     if jax.distributed.is_initialized():
         return
     address = None if coordinator == "auto" else coordinator
-    where = f"at {address}" if address else "as the environment tells"
+    where = f"at {address}" if address else "given by the environment"
     who = "this process" if process_id is None else f"process {process_id}"
     who += "" if num_processes is None else f" of {num_processes}"
-    # That service takes SIGTERM for itself; `Interrupt` saves the run on it.
+    # That service would handle SIGTERM, on which `Interrupt` must save the run.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         with _saying_that_it_waits(f"{who} waits for the others {where}, up to {timeout_s} s"):
@@ -83,7 +83,7 @@ def start(
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"the processes of the run did not come together {where}: {reason}. Start all of them "
+            f"the processes of the run could not connect {where}: {reason}. Start all of them "
             "with the same coordinator (HOST:PORT) and num_processes, and each its own process_id; "
             "coordinator auto is for SLURM, MPI, GKE and TPU pods."
         ) from error
@@ -91,7 +91,7 @@ def start(
 
 @contextlib.contextmanager
 def _saying_that_it_waits(line: str) -> Iterator[None]:
-    """Says at once, and every half minute, that this process waits for the others."""
+    """Reports at once and every half minute that this process waits for the others."""
     over = threading.Event()
     start_s = time.monotonic()
 
@@ -112,7 +112,7 @@ def _saying_that_it_waits(line: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def abort_on_error() -> Iterator[None]:
-    """Ends this process at once when it fails, so that the others end, too, and none waits.
+    """Ends this process at once when it fails, so that the others end too instead of waiting.
 
     The exit code is that of the error, and never 0.
     """
@@ -136,17 +136,17 @@ def _last_words(error: BaseException) -> tuple[str, int]:
         return str(error) or "interrupted", getattr(error, "exit_code", 130)
     text = "".join(traceback.format_exception(error))
     if isinstance(error, jax.errors.JaxRuntimeError):
-        # Nothing in the error tells whether a peer or this process is at fault.
+        # The error does not show whether a peer or this process is at fault.
         text += (
-            f"error: process {index()} of {count()} failed in jax's runtime, as it does when "
-            "another process of the run has ended: see what the others say, then start all of "
-            "them again with --resume auto"
+            f"error: process {index()} of {count()} failed in jax's runtime, which happens when "
+            "another process of the run has ended: check the output of the others, then start "
+            "all of them again with --resume auto"
         )
     return text, 1
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order; JSON goes through."""
+    """Gathers a JSON value of every process, in order of their indices."""
     if count() == 1:
         return [value]
     from jax.experimental import multihost_utils
@@ -162,16 +162,16 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_array(values: np.ndarray) -> list[np.ndarray]:
-    """As `gather`, of one array of each process, of any shapes; bit for bit."""
+    """Gathers one array of every process, of any shapes, bit for bit."""
     parts = gather([str(values.dtype), list(values.shape), values.tobytes().hex()])
     return [np.frombuffer(bytes.fromhex(h), dtype).reshape(shape) for dtype, shape, h in parts]
 
 
 def barrier(name: str) -> None:
-    """Waits until all are here. It is no program on the devices, so another thread may wait, too.
+    """Waits for all processes. Runs nothing on the devices, so any thread may call it.
 
     Args:
-      name: one that is waited for by one thread at a time.
+      name: a name that only one thread waits for at a time.
     """
     if count() > 1:
         from orbax.checkpoint import multihost
@@ -180,27 +180,27 @@ def barrier(name: str) -> None:
 
 
 def unique_name(name: str) -> str:
-    """The name, and how often it was asked for: alike in all processes that ask in one order."""
+    """The name with a counter, equal in all processes that call this in the same order."""
     _asked[name] += 1
     return f"{name} {_asked[name]}"
 
 
 def broadcast_from_main(f: Callable[[], Any]) -> Any:
-    """What `f` gives in process 0, everywhere; JSON.
+    """Returns the JSON result of `f` in process 0, in all processes.
 
     Raises:
       RelaxError: that `f` raised, in every process.
     """
     if count() == 1:
         return f()
-    told: list[Any] = [None, None]
+    gathered: list[Any] = [None, None]
     error = None
     if is_main():
         try:
-            told = [f(), None]
+            gathered = [f(), None]
         except RelaxError as raised:
-            error, told = raised, [None, [type(raised).__name__, str(raised)]]
-    value, failed = gather(told)[0]
+            error, gathered = raised, [None, [type(raised).__name__, str(raised)]]
+    value, failed = gather(gathered)[0]
     if error is not None:
         raise error
     if failed:
@@ -209,22 +209,22 @@ def broadcast_from_main(f: Callable[[], Any]) -> Any:
 
 
 def check_same(values: dict[str, Any]) -> None:
-    """Refuses processes that were started with other options or files, or run other code.
+    """Checks that all processes have the same options, files and code.
 
     Args:
-      values: of this process, by name.
+      values: this process's values by name.
 
     Raises:
-      ConfigError: what differs, and in which process.
+      ConfigError: one differs; names it and the process.
     """
     mine = values | {"the code of relax": code_digest(), "jax": jax.__version__}
-    told = gather({name: json.dumps(value, sort_keys=True) for name, value in mine.items()})
-    for number, other in enumerate(told[1:], 1):
-        names = [n for n in told[0] | other if told[0].get(n) != other.get(n)]
+    parts = gather({name: json.dumps(value, sort_keys=True) for name, value in mine.items()})
+    for number, other in enumerate(parts[1:], 1):
+        names = [n for n in parts[0] | other if parts[0].get(n) != other.get(n)]
         if names:
             name = names[0]
             raise ConfigError(
-                f"all processes must run the same, and {name} is {told[0].get(name, 'absent')} in "
+                f"all processes must run the same, but {name} is {parts[0].get(name, 'absent')} in "
                 f"process 0 and {other.get(name, 'absent')} in process {number}. Start all of "
                 "them with the same code, options and files."
             )
@@ -232,7 +232,7 @@ def check_same(values: dict[str, Any]) -> None:
 
 @functools.cache
 def code_digest() -> str:
-    """A checksum of all of relax's source files."""
+    """A checksum of all source files of relax."""
     root, crc = Path(__file__).parents[1], 0
     for file in sorted(root.rglob("*.py")):
         crc = zlib.crc32(str(file.relative_to(root)).encode() + file.read_bytes(), crc)

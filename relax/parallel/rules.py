@@ -1,6 +1,6 @@
-"""Which axes of the mesh a weight is cut along: a table from its path to a partition spec.
+"""Sharding rules: a table from a weight's path to a partition spec.
 
-The optimizer's state of a weight has the weight's path at the end of its own, and lies as it does.
+Optimizer state of a weight ends in the weight's path, so it is sharded like the weight.
 
 Axes of weights: V vocabulary, D model, F outputs, E experts, r rank of an adapter.
 """
@@ -18,14 +18,14 @@ from relax.errors import ConfigError
 
 
 class Rule(NamedTuple):
-    """Paths that end in `pattern`, a regular expression, are cut so."""
+    """The spec of paths that end in `pattern`, a regular expression."""
 
     pattern: str
     spec: P
 
 
-# The first that fits holds. Weights are gathered over fsdp where they are used, a layer at a time;
-# over tensor each device keeps its columns (or rows, where the columns before were cut).
+# The first match applies. Weights are gathered over fsdp when they are used, a layer at a time;
+# along tensor each device keeps its columns (or rows, if the preceding columns are sharded).
 RULES = (
     Rule("embed_tokens|lm_head", P("tensor", "fsdp")),  # [V, D]
     Rule("experts/(gate|up)_proj", P(None, "fsdp", "tensor")),  # [E, D, F]
@@ -37,7 +37,7 @@ RULES = (
     Rule("(q|k|v|gate|up)_proj/lora_b", P(None, "tensor")),  # [r, F]
     Rule("(o|down)_proj/lora_a", P("tensor", None)),  # [F, r]
     Rule("score/kernel", P("fsdp", None)),  # [D, 1]
-    Rule(".*", P()),  # norms and all else: whole on every device
+    Rule(".*", P()),  # norms and the rest: replicated
 )
 
 _HEADS = re.compile(r"(^|/)[qkvo]_proj/")
@@ -50,18 +50,18 @@ def spec_of(
     sizes: Mapping[str, int],
     heads: int | None = None,
 ) -> P:
-    """How a leaf lies.
+    """The partition spec of a leaf.
 
     Args:
-      path: such as `params/layers_0/q_proj/kernel`.
-      shape: of the leaf; one of other rank than the rule's spec lies whole on every device.
-      rules: see `RULES`; the last one must fit everything.
-      sizes: of the mesh's axes.
-      heads: key-value heads; where `tensor` does not divide them, attention's weights are not cut.
+      path: a path such as `params/layers_0/q_proj/kernel`.
+      shape: shape of the leaf, which is replicated if its rank differs from the rule's.
+      rules: see `RULES`; the last one must match everything.
+      sizes: sizes of the mesh's axes.
+      heads: key-value heads; if `tensor` does not divide them, attention weights are not sharded.
 
     Returns:
-      One entry per dimension up to the last that is cut, as XLA writes it; an axis of one device,
-      or that does not divide its dimension, is left out.
+      One entry per dimension up to the last sharded one, as XLA writes it; an axis of size 1 or one
+      that does not divide its dimension is omitted.
 
     >>> sizes = {"data": 1, "fsdp": 2, "tensor": 4}
     >>> tuple(spec_of("opt/0/mu/layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=4))
@@ -88,21 +88,21 @@ def spec_of(
 
 
 def fits(rule: Rule, path: str) -> bool:
-    """Whether a path ends in the rule's pattern, whole names only."""
+    """Whether a path ends in the rule's pattern, matching whole names."""
     return re.search(rf"(^|/)({rule.pattern})$", path) is not None
 
 
 def read_rules(file: str | Path) -> tuple[Rule, ...]:
-    """Rules from a file, before the built-in ones.
+    """Reads rules from a file, which precede the built-in ones.
 
-    A line is a pattern and an axis for each dimension, `-` for none and `data+fsdp` for two; what
-    follows a `#` is a comment:
+    A line is a pattern and an axis for each dimension, `-` for none and `data+fsdp` for two; a `#`
+    starts a comment:
 
         layers_0/.*_proj/kernel   -     tensor
         lm_head                   fsdp  -
 
     Raises:
-      ConfigError: the file cannot be read, or a line is no rule; with its number.
+      ConfigError: the file cannot be read, or a line (named by number) is not a rule.
     """
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Generation with a key-value cache: many prompts at once, in one compiled loop."""
+"""Batched generation with a key-value cache, in one compiled loop."""
 
 from relax.sampling.config import SamplingConfig
 from relax.sampling.generate import generate

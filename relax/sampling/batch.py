@@ -1,13 +1,14 @@
-"""The slots of a generation, and the rows that pass through them.
+"""Continuous batching: the slots of a generation and the rows that pass through them.
 
-1. Prompts are cut into batches of about as many tokens each and prefilled once, when the first of
-   their samples is due; every sample copies its prompt's keys and values into its slot.
-2. A compiled segment decodes all slots until so many of them have ended, or for so many tokens.
-3. The host takes what was drawn, looks for stop strings, and gives the slots of ended rows to
-   waiting ones; when none wait and few rows go on, these move to a smaller cache.
-4. The cache grows twofold when a row comes to its end.
+1. Prompts are split into batches of similar numbers of tokens and prefilled once, when the first of
+   their samples starts; every sample copies its prompt's keys and values into its slot.
+2. A compiled segment decodes all slots until enough of them have finished, or for a number of
+tokens. 3. The host reads the new tokens, searches for stop strings, and gives the slots of finished
+rows to
+   waiting ones; when none wait and few rows are left, these move to a smaller cache.
+4. The cache doubles when a row reaches its end.
 
-Which rows run together changes no row: its key is its own, and so are its columns.
+A row does not depend on the rows beside it: it has its own key and its own columns.
 """
 
 import collections
@@ -26,15 +27,15 @@ from relax.sampling.config import SamplingConfig, max_positions
 from relax.sampling.distribution import Rules
 from relax.sampling.stops import Decode, find_stop
 
-COLUMNS = 64  # of the smallest cache
+COLUMNS = 64  # columns of the smallest cache
 PROMPT = 16  # tokens of the smallest prefill
-PREFILL_TOKENS = 1024  # of one prefill, padding included, unless one prompt is longer
-SHRINK = 4  # a cache shrinks when at most one in so many of its slots is in use
+PREFILL_TOKENS = 1024  # tokens per prefill with padding, unless one prompt is longer
+SHRINK = 4  # a cache shrinks when at most one in SHRINK slots is in use
 
 
 @dataclasses.dataclass
 class Row:
-    """A completion under way."""
+    """A completion in progress."""
 
     number: int
     prompt_index: int
@@ -46,23 +47,23 @@ class Row:
 
     @property
     def position(self) -> int:
-        """Where the next token to be decoded stands: the last one drawn, or the prompt's last."""
+        """Position of the next token to decode: the last sampled one, or the prompt's last."""
         return len(self.prompt) - 1 + len(self.tokens)
 
 
 class Plan(NamedTuple):
     """The bounds of a segment."""
 
-    steps: int  # tokens of each row, at most
-    columns: int  # of the cache that the rows need
-    stop_when: int  # ended or free slots at which it ends early
+    steps: int  # maximum tokens per row
+    columns: int  # columns of the cache that the rows need
+    stop_when: int  # number of finished or free slots at which it ends early
 
 
 def plan_segment(running: Sequence[Row], *, slots: int, waiting: bool, most: int) -> Plan:
-    """Plans a segment of at most `most` tokens for the rows under way.
+    """Plans a segment of at most `most` tokens for the rows in progress.
 
-    With rows in wait it ends as soon as a few slots more are free than now, which then go to them.
-    Without, when all have ended, or so many that the rest fits a smaller cache.
+    If rows are waiting, it ends as soon as a few more slots are free, which they then get.
+    Otherwise it ends when all have finished, or when the rest fits a smaller cache.
     """
     steps = min(most, max(row.limit - len(row.tokens) for row in running))
     columns = max(row.position for row in running) + steps
@@ -75,7 +76,7 @@ def plan_segment(running: Sequence[Row], *, slots: int, waiting: bool, most: int
 
 
 class Batch:
-    """The slots on the device, and the rows in them and in wait."""
+    """The slots on the device, the rows in them, and the waiting rows."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class Batch:
         rows: Sequence[Row],
         decode: Decode | None,
     ):
-        """keys: from the numbers of rows to their keys."""
+        """keys: a function from row numbers to their keys."""
         self.model, self.params, self.config = model, params, config
         self.keys, self.decode = keys, decode
         self.room = max_positions(model.config)[0]
@@ -94,11 +95,11 @@ class Batch:
         self.ends = step.StopRules(
             jnp.asarray(config.eos_token_ids, jnp.int32), jnp.int32(config.min_new_tokens)
         )
-        # Prompts of like length share a prefill, and short ones, which need few columns, go first.
+        # Prompts of similar length share a prefill; short ones, which need few columns, go first.
         self.waiting = collections.deque(sorted(rows, key=lambda row: self._padded(row.prompt)))
         self.prefilled: dict[int, tuple] = {}  # prompt -> (keys and values, prompts, row of these)
         self.S = COLUMNS
-        self.fewest = parallel.batch_shards()  # slots
+        self.fewest = parallel.batch_shards()  # minimum number of slots
         slots = _bucket(min(config.slots, len(rows)), self.fewest)
         self.slots: list[Row | None] = [None] * slots
         self.cache, self.state = step.empty(
@@ -126,7 +127,7 @@ class Batch:
             self._shrink()
 
     def advance(self) -> list[tuple[Row, list[int]]]:
-        """Decodes one segment: the rows that were under way, with their new tokens."""
+        """Decodes one segment; returns the rows in progress with their new tokens."""
         running = [row for row in self.slots if row is not None]
         plan = plan_segment(
             running, slots=len(self.slots), waiting=bool(self.waiting), most=self.config.segment
@@ -136,7 +137,7 @@ class Batch:
         return self._take(self._decode(plan))
 
     def _decode(self, plan: Plan) -> step.Segment:
-        """Runs a segment on the device, and brings what it drew to the host."""
+        """Runs a segment on the device and copies its tokens to the host."""
         free = np.array([row is None for row in self.slots])
         self.cache, self.state, segment = step.run_segment(
             self.model,
@@ -154,7 +155,7 @@ class Batch:
         return jax.device_get(segment)
 
     def _take(self, segment: step.Segment) -> list[tuple[Row, list[int]]]:
-        """Gives rows what a segment drew for them, and frees the slots of those that have ended."""
+        """Adds a segment's tokens to their rows, and frees the slots of finished rows."""
         taken = []
         for place, row in enumerate(self.slots):
             if row is None:
@@ -189,7 +190,7 @@ class Batch:
         return self.config.repetition_penalty != 1.0
 
     def _prefilled(self, prompt_index: int) -> tuple:
-        """The prefill that holds a prompt, and the following prompts in wait as far as they fit."""
+        """The prefill of a prompt, together with as many following waiting prompts as fit."""
         if prompt_index in self.prefilled:
             return self.prefilled[prompt_index]
         prompts = dict.fromkeys(row.prompt_index for row in self.waiting)
@@ -219,7 +220,7 @@ class Batch:
             tokens[i], positions[i], limits[i] = row.prompt[-1], row.position, row.limit
         zeros = np.zeros((B,), np.int32)
         ended, keys = np.zeros((B,), bool), self.keys(numbers)
-        # As they are on the host: the compiled program takes them to the device.
+        # Numpy arrays: the compiled program moves them to the device.
         rows = step.Slots._make([tokens, positions, zeros, limits, ended, keys, None])
         self.cache, self.state = step.admit(
             self.cache,
@@ -233,7 +234,7 @@ class Batch:
         )
 
     def _shrink(self) -> None:
-        """Moves the rows under way to a smaller cache, where few are."""
+        """Moves the rows in progress to a smaller cache if there are few."""
         running = [place for place, row in enumerate(self.slots) if row is not None]
         B = _bucket(len(running), self.fewest)
         if B * SHRINK <= len(self.slots):
@@ -247,7 +248,7 @@ class Batch:
 
 
 def _check_finite(row: Row, logprobs: np.ndarray) -> None:
-    """Refuses the last tokens of a row where they were drawn from logits that are no numbers."""
+    """Raises an error if a row's last tokens were sampled from NaN or infinite logits."""
     wrong = np.flatnonzero(~np.isfinite(logprobs))
     if wrong.size:
         place = len(row.tokens) - len(logprobs) + wrong[0]
@@ -278,7 +279,7 @@ def _rules(config: SamplingConfig, V: int) -> Rules:
 
 
 def _bucket(n: int, smallest: int, *, halves: bool = False) -> int:
-    """The power of two, times `smallest`, that n fits; `halves`: or one and a half such.
+    """Rounds n up to `smallest` times a power of two, or with `halves` 1.5 times that.
 
     >>> [_bucket(n, 16, halves=True) for n in (0, 16, 17, 25, 33)]
     [16, 16, 24, 32, 48]

@@ -1,4 +1,4 @@
-"""Sampling options, and checks of a request. Names are those of transformers and TRL."""
+"""Sampling options and checks of a request. Names are those of transformers and TRL."""
 
 import dataclasses
 import math
@@ -13,27 +13,27 @@ from relax.models.config import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Options of drawing completions.
+    """Options for sampling completions.
 
-    Those about logits change the logits in the order of this list, which is that of transformers.
+    Options that change the logits apply in the order of this list, which is that of transformers.
 
     Attributes:
-      max_new_tokens: tokens of the longest completion (TRL's `max_completion_length`).
-      logit_bias: token id -> what is added to its logit; -inf bans it.
-      repetition_penalty: divides the positive logits of tokens in the prompt or the completion by
-        it, and multiplies the negative ones; 1: off. Keskar et al., CTRL, 2019, section 4.1.
-      min_new_tokens: no end-of-sequence token and no stop string ends a completion before it.
-      temperature: divides the logits; 0: the most likely token, always.
-      top_k: only so many of the most likely tokens are drawn from; 0: off.
-      top_p: only the smallest set of most likely tokens that holds this share; 1: off. Holtzman et
-        al., The Curious Case of Neural Text Degeneration, 2020, section 3.1.
-      min_p: only tokens at least this share as likely as the most likely one; 0: off.
-      eos_token_ids: any of them ends a completion, of which it is the last token.
-      stop: texts that end a completion, of which the token that completes one is the last; see
+      max_new_tokens: maximum tokens per completion (TRL's `max_completion_length`).
+      logit_bias: value added to a logit, by token id; -inf bans the token.
+      repetition_penalty: divides positive logits of tokens in the prompt or completion, and
+        multiplies negative ones; 1: off. Keskar et al., CTRL, 2019, section 4.1.
+      min_new_tokens: minimum tokens before an EOS token or a stop string ends a completion.
+      temperature: divides the logits; 0: greedy decoding.
+      top_k: samples from this number of most likely tokens; 0: off.
+      top_p: samples from the smallest set of most likely tokens with this total probability; 1:
+        off. Holtzman et al., The Curious Case of Neural Text Degeneration, 2020, section 3.1.
+      min_p: samples from tokens at least this fraction as likely as the most likely one; 0: off.
+      eos_token_ids: tokens that end a completion, as its last token.
+      stop: texts that end a completion, with the token that completes one as its last; see
         `relax.sampling.stops`.
       n: completions per prompt.
-      slots: rows that decode at a time; more rows wait until some have ended.
-      segment: tokens of a row between two looks of the host at what has ended.
+      slots: rows decoded at the same time; further rows wait until some have finished.
+      segment: tokens per row between two checks by the host for finished rows.
     """
 
     max_new_tokens: int = 256
@@ -68,8 +68,8 @@ class SamplingConfig:
         drawn = [name for name, off in _DRAWN.items() if getattr(self, name) != off]
         yield (
             t == 0 and drawn,
-            f"temperature 0 always takes the most likely token, so that {' and '.join(drawn)} "
-            "would have no effect. Set a temperature, or leave out the rest.",
+            f"temperature 0 always takes the most likely token, so {' and '.join(drawn)} would "
+            "have no effect. Set a temperature, or remove the other options.",
         )
         least, most = self.min_new_tokens, self.max_new_tokens
         yield least > most, f"min_new_tokens {least} is more than max_new_tokens {most}."
@@ -86,10 +86,10 @@ _DRAWN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "n": 1}
 
 
 def checked_prompts(prompts: Sequence[Sequence[int]], model: TransformerConfig) -> list[np.ndarray]:
-    """The prompts as int32 arrays.
+    """Checks prompts and returns them as int32 arrays.
 
     Raises:
-      ConfigError: there is none, or one is empty or holds something that is no id of the model.
+      ConfigError: there is no prompt, or one is empty or has a token that the model lacks.
     """
     _raise_first([(not len(prompts), "there must be at least one prompt, got none.")])
     arrays = []
@@ -115,15 +115,15 @@ def check_request(
     *,
     decodes: bool,
 ) -> None:
-    """Refuses what does not fit the model.
+    """Checks that a request fits the model.
 
     Args:
-      limits: `[N]`, the most new tokens of any row of each prompt.
-      decodes: whether there is a function from ids to text.
+      limits: `[N]`, maximum new tokens over the rows of each prompt.
+      decodes: whether there is a decoder, from ids to text.
 
     Raises:
-      ConfigError: an option is about an id past the vocabulary, or a prompt and its completion do
-        not fit the model's positions, or a stop string has no decoder.
+      ConfigError: an option has an id outside the vocabulary, a prompt and its completion do not
+        fit the model's positions, or there is no decoder for stop strings.
     """
     bias = config.logit_bias or {}
     room, why = max_positions(model)
@@ -146,7 +146,7 @@ def check_request(
             (config.top_k > V, f"top_k {config.top_k} is more than the {V} tokens of the model."),
             (
                 config.stop and not decodes,
-                f"stop strings {config.stop} need a function from ids to text: pass decode=.",
+                f"stop strings {config.stop} need a decoder from ids to text: pass decode=.",
             ),
             (
                 lengths[worst] + limits[worst] > room,
@@ -158,10 +158,10 @@ def check_request(
 
 
 def max_positions(model: TransformerConfig) -> tuple[int, str]:
-    """Tokens of the longest row that can be decoded, and what sets this limit.
+    """The maximum number of tokens per row, and the reason for this limit.
 
-    Where rotary frequencies depend on a row's length, keys in the cache would have to turn again
-    once the row grows past the original length; such models decode up to there.
+    If rotary frequencies depend on a row's length, cached keys would have to be rotated again once
+    the row exceeds the original length, so that is the limit of such models.
     """
     room, why = model.max_position_embeddings, "of the model"
     for scaling in {kind.rope.scaling for kind in model.layers if kind.rope}:
@@ -177,7 +177,7 @@ def _id_problem(name: str, ids: np.ndarray, model: TransformerConfig) -> tuple[b
     shown = outside[0] if outside.size else None
     return bool(outside.size), (
         f"{name} must hold ids from 0 to {model.vocab_size - 1}, got {shown}. "
-        "Is the tokenizer that of the model?"
+        "Check that the tokenizer belongs to the model."
     )
 
 

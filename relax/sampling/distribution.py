@@ -1,4 +1,4 @@
-"""From logits to a token: bias, penalty, temperature, truncation and the draw.
+"""Sampling of a token from logits: bias, penalty, temperature, truncation and the draw.
 
 Axes: B rows, V vocabulary.
 """
@@ -16,11 +16,11 @@ Scalar = jax.Array | np.float32
 
 
 class Rules(NamedTuple):
-    """Changes of the logits, in their order; None: off, and compiled away."""
+    """Changes of the logits, in order; None: off, and compiled away."""
 
     logit_bias: Array | None = None  # [V]
     repetition_penalty: Scalar | None = None
-    eos_token_ids: Array | None = None  # [E] int, banned while a row is too short to end
+    eos_token_ids: Array | None = None  # [E] int, banned until the minimum length
     temperature: Scalar | None = None  # None: greedy
     top_p: Scalar | None = None
     min_p: Scalar | None = None
@@ -35,15 +35,15 @@ def sample_token(
     seen: jax.Array | None = None,
     too_short: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token per row, and its log-probability.
+    """Samples one token per row, with its log-probability.
 
     Args:
-      keys: `[B]`, one per row; without a temperature (greedy) they are not used.
+      keys: `[B]`, one per row; unused without a temperature (greedy).
       logits, rules, top_k, seen, too_short: as for `process_logits`.
 
     Returns:
-      Tokens `[B]` int32 and log-probabilities `[B]` float32, of the distribution that was drawn
-      from; greedy ones are at temperature 1.
+      Tokens `[B]` int32 and log-probabilities `[B]` float32 under the distribution that was sampled
+      from; under temperature 1 if greedy.
     """
     processed = process_logits(logits, rules, top_k=top_k, seen=seen, too_short=too_short)
     return greedy(processed) if rules.temperature is None else draw(keys, processed)
@@ -57,14 +57,14 @@ def process_logits(
     seen: jax.Array | None = None,
     too_short: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits of the distribution to draw from; -inf for tokens that cannot be sampled.
+    """Logits of the sampling distribution; -inf for tokens that cannot be sampled.
 
     Args:
       logits: `[B, V]` float32.
       rules: the changes.
-      top_k: how many of the largest stay; 0: all.
-      seen: `[B, V]` bool, the tokens in prompt and completion; for the repetition penalty.
-      too_short: `[B]` bool, the rows that must not end yet.
+      top_k: number of largest logits to keep; 0: all.
+      seen: `[B, V]` bool, tokens in prompt and completion, for the repetition penalty.
+      too_short: `[B]` bool, rows that must not end yet.
     """
     if rules.logit_bias is not None:
         logits = logits + rules.logit_bias[None, :]
@@ -82,9 +82,9 @@ def process_logits(
 
 
 def truncate(logits: jax.Array, rules: Rules, top_k: int) -> jax.Array:
-    """Bans the tokens below the thresholds of top-k, top-p and min-p; those on them stay.
+    """Bans tokens below the thresholds of top-k, top-p and min-p; ties at a threshold stay.
 
-    Each option sees what the one before it has left, as in transformers.
+    Each option applies to the tokens left by the previous one, as in transformers.
     """
     top = logits.max(axis=-1)
     lowest, head = jnp.full_like(top, BANNED), logits

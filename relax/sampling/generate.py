@@ -1,4 +1,4 @@
-"""Generation: checks a request, and runs it through `relax.sampling.batch`."""
+"""Generation: checks a request and runs it through `relax.sampling.batch`."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,23 +27,23 @@ def generate(
     on_tokens: Callable[[int, list[int]], None] | None = None,
     limits: Sequence[int] | None = None,
 ) -> SampleOutput:
-    """Draws `config.n` completions of every prompt.
+    """Samples `config.n` completions of every prompt.
 
     Args:
       model, params: as `load_pretrained` gives them.
       prompts: lists of token ids, of any lengths.
-      key: one key, of which row i * n + j gets fold_in(fold_in(key, i), j); or an array of keys,
-        one per row. A row depends on its prompt and its key alone, not on the rows beside it.
-      config: how to draw.
-      decode: ids to text, for stop strings: `relax.sampling.stops.stop_decoder(tokenizer)`.
-      on_tokens: called with a row's number and its new tokens as they come.
-      limits: at most so many new tokens per row, each up to `config.max_new_tokens`.
+      key: one key, from which row i * n + j gets fold_in(fold_in(key, i), j); or an array with one
+        key per row. A row depends only on its prompt and its key, not on the rows beside it.
+      config: sampling options.
+      decode: turns ids into text for stop strings: `relax.sampling.stops.stop_decoder(tokenizer)`.
+      on_tokens: called with a row's number and its new tokens as they are sampled.
+      limits: maximum new tokens of each row, up to `config.max_new_tokens`; None: that for all.
 
     Returns:
       The completions, in the order of the prompts.
 
     Raises:
-      ConfigError: a prompt or an option cannot be meant; one sentence says which and why.
+      ConfigError: a prompt or an option is invalid.
       NonFiniteError: the model's logits are NaN or infinite.
     """
     arrays = checked_prompts(prompts, model.config)
@@ -65,7 +65,7 @@ def generate(
 
 
 class _Keys:
-    """The keys of rows."""
+    """Makes the keys of rows."""
 
     def __init__(self, key: jax.Array, prompts: int, n: int):
         rows = prompts * n
@@ -105,13 +105,13 @@ def _cast(leaves, like):
 
 @jax.jit
 def _gathered(params, like):
-    """As `_narrowed`, and whole along fsdp: a step that gathered them would do little else."""
+    """As `_narrowed`, and gathered along fsdp, which would dominate the time of every step."""
     cast = jax.tree.map(lambda x: x.astype(like.dtype) if x.ndim > 1 else x, params)
     return parallel.unshard_fsdp(cast)
 
 
 def _narrowed(params, dtype):
-    """Matrices in the dtype of the computation, once for all steps; norms and biases stay."""
+    """Casts matrices to the computation's dtype once for all steps; not norms and biases."""
     if parallel.layout() is not None:
         return _gathered(params, np.zeros((), dtype))
     leaves, structure = jax.tree.flatten(params)

@@ -8,17 +8,17 @@ import numpy as np
 class SampleOutput(NamedTuple):
     """Completions in the order of the prompts: row i * n + j is sample j of prompt i.
 
-    Log-probabilities are those of the distribution that the token was drawn from: after penalties,
-    bias, temperature and truncation. Where only the temperature is set, they equal what
-    `relax.losses.logprobs.linear_logprobs` gives for the same tokens at that temperature. With
-    top_k, top_p or min_p they are those of the tokens left, renormalised, and so larger: a policy
-    gradient whose ratio compares a trainer's full softmax with them is biased. Leave those options
-    off in reinforcement learning, or let the trainer compute the old log-probabilities. With
-    temperature 0 they are those at temperature 1.
+    Log-probabilities are those of the distribution that the token was sampled from: after
+    penalties, bias, temperature and truncation. With a temperature only, they equal those of
+    `relax.losses.logprobs.linear_logprobs` for the same tokens at that temperature. With top_k,
+    top_p or min_p they are renormalised over the remaining tokens, and so larger: a policy-gradient
+    ratio of a full softmax to them is biased. In reinforcement learning turn those options off, or
+    let the trainer compute the old log-probabilities. With temperature 0 they are those at
+    temperature 1.
 
     Attributes:
-      tokens: `[R, T]` int32, T the longest completion; the end-of-sequence token is a part of its
-        completion. 0 after the end.
+      tokens: `[R, T]` int32, T the longest completion; a completion includes its EOS token. 0 after
+        the end.
       logprobs: `[R, T]` float32, nats; 0 after the end.
       mask: `[R, T]` bool, true on the completion.
       lengths: `[R]` int32, at least 1 each.
@@ -33,7 +33,7 @@ class SampleOutput(NamedTuple):
 
     @property
     def completions(self) -> list[list[int]]:
-        """The tokens of each row alone."""
+        """The tokens of each row without padding."""
         return [row[:n].tolist() for row, n in zip(self.tokens, self.lengths, strict=True)]
 
 

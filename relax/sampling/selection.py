@@ -1,8 +1,8 @@
-"""Searches over a vocabulary without a sort: the largest logits, the nucleus, and the draw.
+"""Selection over a vocabulary without sorting: largest logits, nucleus, sampling, argmax.
 
-XLA sorts, selects and takes the argmax of 50,000 numbers slowly on CPUs; these take a 6th to a
-30th of the time, and give the same values. A row is cut into `CELLS` cells, and what is searched
-for lies in few of them.
+On CPUs XLA's sort, selection and argmax of 50,000 numbers are slow; these functions take a 6th to a
+30th of the time and give the same values. A row is split into `CELLS` cells, only a few of which
+need to be searched.
 
 Axes: B rows, V vocabulary, C cells of V / C tokens each.
 """
@@ -16,9 +16,9 @@ BANNED = -jnp.inf
 
 
 def largest(logits: jax.Array, k: int) -> jax.Array:
-    """The k largest logits of each row, `[B, k]`, in falling order.
+    """The k largest logits of each row, `[B, k]`, in descending order.
 
-    They lie in the k cells with the largest maxima, and no other cell is looked at again.
+    They are in the k cells with the largest maxima; no other cell is searched.
     """
     cells = _cells(logits)
     chosen = jax.lax.top_k(cells.max(axis=2), min(k, cells.shape[1]))[1]
@@ -27,10 +27,10 @@ def largest(logits: jax.Array, k: int) -> jax.Array:
 
 
 def nucleus(logits: jax.Array, p: jax.Array | np.float32) -> jax.Array:
-    """`[B]`: the smallest logit in the smallest set of largest ones that holds a share p.
+    """`[B]`: the smallest logit in the smallest set of largest ones with total probability p.
 
-    By bisection between the largest logit and one that is e⁻⁶⁰ times as likely: a token belongs to
-    the set if and only if the more likely ones hold less than p.
+    Uses bisection between the largest logit and one that is e⁻⁶⁰ times as likely: a token belongs
+    to the set if and only if the more likely ones have total probability less than p.
     """
     top = logits.max(axis=-1)
     weights = jnp.exp(logits - top[:, None])
@@ -54,7 +54,7 @@ def nucleus(logits: jax.Array, p: jax.Array | np.float32) -> jax.Array:
         return i + 1, high, few, low, many
 
     none, everything = jnp.zeros(top.shape, int), jnp.full(top.shape, logits.shape[1])
-    # Nothing is as likely as `high`, and `low` lets in all that counts.
+    # No token is as likely as `high`; `low` includes all relevant tokens.
     high, low = jnp.full_like(top, 1.0 + 1e-6), jnp.full_like(top, 1e-26)
     low = jax.lax.while_loop(unsure, halve, (0, high, none, low, everything))[3]
     inside = jnp.where(weights >= low[:, None], logits, jnp.inf)
@@ -62,15 +62,15 @@ def nucleus(logits: jax.Array, p: jax.Array | np.float32) -> jax.Array:
 
 
 def draw(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One token per row from softmax(logits), and its log-probability.
+    """Samples one token per row from softmax(logits), with its log-probability.
 
-    Draws a cell by the cells' weights, then a token of that cell by its weight: two uniform numbers
-    and one exponential per token, where the largest sum of logit and Gumbel noise takes V random
-    numbers and two logarithms for each.
+    Samples a cell by the cells' weights, then a token in it by its weight. This takes two uniform
+    numbers and one exponential per token; Gumbel noise would take V random numbers and two
+    logarithms per token.
 
     Args:
       keys: `[B]`, one per row.
-      logits: `[B, V]`, at least one of each row above −inf.
+      logits: `[B, V]`, with at least one per row above −inf.
 
     Returns:
       tokens `[B]` int32 and log-probabilities `[B]`.
@@ -87,17 +87,17 @@ def draw(keys: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest logit's token per row, the first of equals, and its log-probability."""
+    """The token of the largest logit per row (the first on ties), with its log-probability."""
     top = logits.max(axis=-1)
     cells = _cells(logits)
-    # A search in two steps: XLA's argmax over a vocabulary takes ten times as long on CPUs.
+    # Two steps, since XLA's argmax over a vocabulary takes ten times as long on CPUs.
     cell = jnp.argmax(cells.max(axis=2), axis=1)
     place = jnp.argmax(jnp.take_along_axis(cells, cell[:, None, None], axis=1)[:, 0], axis=1)
     return _token(cells, cell, place), -jnp.log(jnp.exp(logits - top[:, None]).sum(axis=-1))
 
 
 def _cells(logits: jax.Array) -> jax.Array:
-    """`[B, V]` -> `[B, C, V / C]`, filled up with −inf."""
+    """Splits `[B, V]` into cells `[B, C, V / C]`, padded with −inf."""
     B, V = logits.shape
     if V % CELLS:
         logits = jnp.pad(logits, ((0, 0), (0, -V % CELLS)), constant_values=BANNED)
@@ -111,5 +111,5 @@ def _token(cells: jax.Array, cell: jax.Array, place: jax.Array) -> jax.Array:
 def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """`[B]`: index i with probability weights[i] / Σ weights, from one uniform number in [0, 1)."""
     sums = jnp.cumsum(weights, axis=-1)
-    # The product rounds to less than the last sum, so that no index of weight 0 is taken.
+    # The product rounds below the last sum, so that no index of weight 0 is picked.
     return (sums <= (uniform * sums[:, -1])[:, None]).sum(axis=-1)

@@ -1,11 +1,11 @@
-"""The compiled parts of generation, each compiled once per model, bucket and set of options.
+"""Compiled parts of generation, each compiled once per model, bucket and set of options.
 
-A slot holds one row under way. Its last token is not yet in the cache: a step decodes that token
-and draws the next one. So a prompt's last token is the first that a slot decodes, and no step is
-wasted on the end of a row.
+A slot holds one row in progress. Its last token is not in the cache yet: a step decodes that token
+and samples the next one. So a slot first decodes the prompt's last token, and no step is wasted at
+the end of a row.
 
 Axes: B slots, S columns of the cache, C prompts of one prefill, P tokens of a padded prompt,
-V vocabulary, N tokens of a segment at most.
+V vocabulary, N maximum tokens of a segment.
 """
 
 import functools
@@ -24,26 +24,26 @@ from relax.sampling.distribution import Rules, sample_token
 class Slots(NamedTuple):
     """The state of each row on the device."""
 
-    tokens: jax.Array  # [B] int32: the last token, to be decoded next
-    positions: jax.Array  # [B] int32: where it stands
-    drawn: jax.Array  # [B] int32: how many tokens the completion has
-    limits: jax.Array  # [B] int32: how many it may have
-    ended: jax.Array  # [B] bool; true of an empty slot
-    keys: jax.Array  # [B] keys; token t is drawn with fold_in(key, t)
+    tokens: jax.Array  # [B] int32: the last token, which is decoded next
+    positions: jax.Array  # [B] int32: its position
+    drawn: jax.Array  # [B] int32: tokens of the completion so far
+    limits: jax.Array  # [B] int32: maximum tokens of the completion
+    ended: jax.Array  # [B] bool; true for an empty slot
+    keys: jax.Array  # [B] keys; token t is sampled with fold_in(key, t)
     seen: jax.Array | None  # [B, V] bool: tokens of prompt and completion
 
 
 class StopRules(NamedTuple):
-    """The ends of a row, apart from its limit."""
+    """The conditions that end a row, except its limit."""
 
     eos_token_ids: jax.Array  # [E] int32
     min_new_tokens: jax.Array  # scalar
 
 
 class Segment(NamedTuple):
-    """The tokens that a segment has drawn."""
+    """The tokens sampled by a segment."""
 
-    tokens: jax.Array  # [N, B] int32; a row's own are the first `drawn`, the rest means nothing
+    tokens: jax.Array  # [N, B] int32; the first `drawn` of a row are valid
     logprobs: jax.Array  # [N, B] float32
     drawn: jax.Array  # [B] int32
     ended: jax.Array  # [B] bool
@@ -51,13 +51,13 @@ class Segment(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def prefill(model: Transformer, params, prompts: jax.Array):
-    """Keys and values of prompts `[C, P]`, padded on the right with anything."""
+    """Computes keys and values of prompts `[C, P]`, padded on the right with any token."""
     return model.apply({"params": params}, prompts, method="prefill")[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "B", "S", "with_seen"))
 def empty(model: Transformer, keys: jax.Array, B: int, S: int, with_seen: bool):
-    """A cache and its slots, all of them free. keys: `[B]`, of any value."""
+    """Makes an empty cache and its free slots. keys: `[B]`, of any value."""
     config, zeros = model.config, jnp.zeros((B,), jnp.int32)
     seen = jnp.zeros((B, config.vocab_size), bool) if with_seen else None
     slots = Slots(zeros, zeros, zeros, zeros, jnp.ones((B,), bool), keys, seen)
@@ -65,7 +65,7 @@ def empty(model: Transformer, keys: jax.Array, B: int, S: int, with_seen: bool):
 
 
 def _pinned(cache: Cache, slots: Slots) -> tuple[Cache, Slots]:
-    """Slots are shared out among the devices of a mesh, and stay where they are."""
+    """Shards the slots over the devices of a mesh."""
     cache = jax.tree.map(lambda x: parallel.constrain(x, "batch", "tensor", None, None), cache)
     rows = jax.tree.map(lambda x: parallel.constrain(x, "batch", *(None,) * (x.ndim - 1)), slots)
     return cache, rows
@@ -73,20 +73,20 @@ def _pinned(cache: Cache, slots: Slots) -> tuple[Cache, Slots]:
 
 @functools.partial(jax.jit, static_argnames=("S",))
 def resize(cache: Cache, slots: Slots, index: jax.Array, S: int) -> tuple[Cache, Slots]:
-    """Slots `index` alone, in a cache of S columns."""
+    """Selects slots `index` and resizes the cache to S columns."""
     return _pinned(resized(cache, index, S), jax.tree.map(lambda x: x[index], slots))
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "slots"))
 def admit(cache: Cache, slots: Slots, prefilled, prompts, count, places, sources, rows: Slots):
-    """Puts rows into slots, in the memory of the cache and slots that are given.
+    """Puts rows into slots, reusing the memory of the given cache and slots.
 
     Args:
       prefilled: the result of `prefill`.
-      prompts: `[C, P]` with V where padded, or None where `slots.seen` is.
-      count: how many rows there are; the rest of the arrays below means nothing.
+      prompts: `[C, P]` with V for padding, or None if `slots.seen` is None.
+      count: number of valid rows in the following arrays.
       places: `[B]` int, their slots.
-      sources: `[B]` int, the rows of `prefilled` that hold their prompts.
+      sources: `[B]` int, the rows of `prefilled` with their prompts.
       rows: `[B]` each; `seen` is None.
     """
     if parallel.layout() is None:
@@ -100,7 +100,7 @@ def admit(cache: Cache, slots: Slots, prefilled, prompts, count, places, sources
 
 
 def _admit_mine(cache, slots, prefilled, prompts, count, places, sources, rows, mine):
-    """Puts those of the rows into slots whose slots are here: `mine`, of all."""
+    """Puts the rows into slots whose slots are on this device: `mine`, out of all."""
     places = places - mine[0]
     here = (jnp.arange(len(places)) < count) & (places >= 0) & (places < len(mine))
     order = jnp.argsort(~here, stable=True)
@@ -140,25 +140,25 @@ def run_segment(
     top_k: int,
     N: int,
 ) -> tuple[Cache, Slots, Segment]:
-    """Decodes until `steps` tokens are drawn for each row, or `stop_when` slots have ended.
+    """Decodes until each row has `steps` new tokens or `stop_when` slots have ended.
 
     Args:
       stopped: `[B]` bool, rows that the host has ended.
-      rules, top_k: how to draw.
-      ends: when a row ends.
-      steps: from 1 to N.
-      stop_when: from 1 to B.
-      N: tokens of the longest segment, for which there is room in the result.
+      rules, top_k: sampling options.
+      ends: conditions that end a row.
+      steps: number of steps, 1 to N.
+      stop_when: number of slots, 1 to B.
+      N: maximum tokens of a segment, the size of the result.
 
     Returns:
-      The cache and the slots, in the memory of those that were given, and what was drawn.
+      The cache and the slots, in the memory of the given ones, and the sampled tokens.
     """
     B = slots.tokens.shape[0]
     slots = slots._replace(ended=slots.ended | stopped)
     buffers = (jnp.zeros((N, B), jnp.int32), jnp.zeros((N, B), jnp.float32))
     before = slots.drawn
 
-    def goes_on(state):
+    def continues(state):
         i, _, slots, _ = state
         return (i < steps) & (slots.ended.sum() < stop_when)
 
@@ -170,7 +170,7 @@ def run_segment(
         logits = token_logits(
             hidden, model.output_matrix(params), softcap=model.config.final_logit_softcapping
         )
-        # First cut as the matrix is: to gather logits is little, to gather the matrix is much.
+        # Shard like the matrix first: gathering logits is cheap, gathering the matrix is not.
         logits = parallel.constrain(logits, "batch", "tensor")
         logits = parallel.constrain(logits, "batch", "replicated")
         drawn, logprob = sample_token(
@@ -185,15 +185,15 @@ def run_segment(
         return i + 1, cache, slots, (tokens.at[i].set(drawn), logprobs.at[i].set(logprob))
 
     state = (jnp.int32(0), cache, slots, buffers)
-    _, cache, slots, (tokens, logprobs) = jax.lax.while_loop(goes_on, step, state)
+    _, cache, slots, (tokens, logprobs) = jax.lax.while_loop(continues, step, state)
     cache, slots = _pinned(cache, slots)
     drawn = Segment(tokens, logprobs, slots.drawn - before, slots.ended)
     whole = (parallel.constrain(x, *("replicated",) * x.ndim) for x in drawn)
-    return cache, slots, Segment(*whole)  # every process reads all of it
+    return cache, slots, Segment(*whole)  # every process reads all tokens
 
 
 def _advance(slots: Slots, drawn: jax.Array, ends: StopRules) -> Slots:
-    """Slots one token further, but for those that have ended."""
+    """Advances the slots by one token, except finished ones."""
     moves = ~slots.ended
     is_end = (drawn[:, None] == ends.eos_token_ids[None, :]).any(axis=1)
     count = slots.drawn + moves
@@ -203,7 +203,7 @@ def _advance(slots: Slots, drawn: jax.Array, ends: StopRules) -> Slots:
         seen = seen.at[jnp.arange(drawn.shape[0]), drawn].max(moves)
     return slots._replace(
         tokens=jnp.where(moves, drawn, slots.tokens),
-        positions=slots.positions + ~ended,  # a row that has ended stays within its columns
+        positions=slots.positions + ~ended,  # finished rows keep their position
         drawn=count,
         ended=ended,
         seen=seen,

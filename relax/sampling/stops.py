@@ -1,14 +1,13 @@
 """The end of a completion: one rule for every algorithm and program.
 
 A completion ends at the first of
-1. an end token, one of `eos_token_ids`: it is the completion's last token;
-2. a stop string in its text: the token that completes the string is its last token. The text is
-   that of all tokens, special ones included, so that a stop string may be, or contain, a special
-   token of the tokenizer, and one that is ends the completion at that token;
+1. an EOS token, one of `eos_token_ids`, which is the completion's last token;
+2. a stop string in its text: the token that completes the string is its last token. The text
+   includes special tokens, so a stop string may be or contain a special token;
 3. its limit of tokens.
 
-Neither of the first two counts before `min_new_tokens`. Stop strings are looked for on the host,
-after each segment; what a row has drawn past the end is dropped.
+The first two do not apply before `min_new_tokens`. The host searches for stop strings after each
+segment; tokens sampled after the end are dropped.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +16,9 @@ Decode = Callable[[list[int]], str]
 
 
 def stop_decoder(tokenizer) -> Decode:
-    """The function from ids to the text that stop strings are looked for in.
+    """Makes the function from ids to the text that is searched for stop strings.
 
-    Special tokens are a part of it. A completion that is shown or scored is decoded elsewhere,
+    The text includes special tokens. Completions for display or scoring are decoded elsewhere,
     mostly without them.
     """
 
@@ -32,17 +31,17 @@ def stop_decoder(tokenizer) -> Decode:
 def find_stop(
     tokens: Sequence[int], known: int, stop: tuple[str, ...], least: int, decode: Decode
 ) -> int | None:
-    """How many tokens there are up to the one that completes a stop string; None: there is none.
+    """Number of tokens up to the one that completes a stop string; None: no stop string.
 
-    A stop string may begin and end within tokens. Text is decoded from the completion's start, as
-    tokenizers treat the first token of a text in their own way.
+    A stop string may start and end within tokens. Text is decoded from the completion's start,
+    since tokenizers treat the first token of a text specially.
 
     Args:
       tokens: the completion so far.
-      known: no stop string ends within so many first tokens.
-      stop: the strings.
-      least: the fewest tokens of a completion.
-      decode: ids to text.
+      known: number of first tokens known to contain no stop string.
+      stop: the stop strings.
+      least: minimum tokens of a completion.
+      decode: turns ids into text.
     """
     first = max(known + 1, least, 1)
     if len(tokens) < first or not _holds(tokens, stop, decode):
