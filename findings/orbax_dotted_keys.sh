@@ -4,7 +4,7 @@
 # Packages: orbax-checkpoint 0.12.8, jax 0.10.2
 # Guess: The keys "a.b" and "a" -> "b" are two leaves of the tree, each saved and restored.
 # Observed: Arrays are stored under the dotted name. The save succeeds, the restored tree has
-#   the right structure, and both leaves hold the array that was written last.
+#   the right structure, and both leaves hold one of the two arrays.
 # Matters: Trees that mix flat names as PyTorch has them with nested ones lose weights silently.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -4,10 +4,10 @@
 # Packages: reasoning-gym 0.1.25
 # Guess: 1.0 for the answer, 0 for another; white space at the ends does not count.
 # Observed: Where the right answer is a substring, the score is its length divided by the length
-#   of the given text. The text is not stripped first, so a right answer with a newline costs
-#   half, and a list of all digits earns a little on every item.
-# Matters: A wrong sign or an extra digit is paid half the reward, and a chat model that ends in
-#   a newline can never reach 1.0: strip before scoring and test for 1.0 where the task has one
+#   of the given text. The text is not stripped first, so a newline behind a right answer of one
+#   digit costs half, and a list of all digits earns a little on every item.
+# Matters: A wrong sign or an extra digit is paid half the reward, and a completion that ends in
+#   a newline cannot reach 1.0: strip before scoring and test for 1.0 where the task has one
 #   answer.
 set -euo pipefail
 folder=$(mktemp -d)

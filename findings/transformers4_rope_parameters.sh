@@ -4,7 +4,7 @@
 # Packages: transformers 4.57.1
 # Guess: An unknown field of such weight is understood, or refused, or at least warned about.
 # Observed: `rope_parameters` is kept as an attribute that no code reads; `rope_theta` has its
-#   default. The model loads and writes text that gets worse with every position.
+#   default. The model loads, and every position but the first is rotated by the wrong angle.
 # Matters: A checkpoint exported by a transformers-5 stack and served by a 4.x stack is silently
 #   another model. Write `rope_theta` and `rope_scaling` as well.
 set -euo pipefail

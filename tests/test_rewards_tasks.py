@@ -263,6 +263,7 @@ def test_a_scorer_that_takes_wrong_answers_is_named_with_its_version():
     for name, what in (
         ("game_of_life_halting", "takes any answer"),
         ("gsm_symbolic", "takes the negative of a number"),
+        ("coin_flip", "takes 0 for any number below 1"),
     ):
         with pytest.warns(UserWarning, match=rf"reasoning_gym/{name} \(reasoning-gym .*{what}"):
             task_rows(name, options=sizes)

@@ -127,17 +127,19 @@ def make_rows(name: str, split: str, options: dict) -> list[dict]:
 def scorer_faults(name: str, rows: list[dict]) -> list[str]:
     """Kinds of wrong answers to which the task's scorer gives full marks.
 
-    The scorer is given, for the first rows, an answer without content and the negative of each
-    number. A kind counts if it gets full marks in every row.
+    The scorer is given, for the first rows, an answer without content, the negative of each number
+    and 0 for each fraction. A kind counts if it gets full marks in every row.
     """
     from relax.rewards.tasks import gym_version, reasoning_gym
 
     rows = rows[:_PROBED]
     numbers = [row for row in rows if _NUMBER.fullmatch(row["answer"]) and float(row["answer"])]
     negated = [str(-float(row["answer"])).removesuffix(".0") for row in numbers]
+    fractions = [row for row in numbers if abs(float(row["answer"])) < 1]
     probes = {
         "any answer, as 'I do not know'": (rows, ["I do not know"] * len(rows)),
         "the negative of a number for the number": (numbers, negated),
+        "0 for any number below 1": (fractions, ["0"] * len(fractions)),
     }
     faults = []
     for what, (asked, answers) in probes.items():

@@ -13,10 +13,10 @@ from relax.rewards.protocol import text_of
 def accuracy_reward(completions, solution, log_extra=None, **kwargs) -> list[float | None]:
     r"""1 if the answer of a completion equals the solution, else 0.
 
-    The answer is the LaTeX in `\boxed{}` if there is one, else after words such as "the answer is"
-    or between dollar signs. Solutions may be LaTeX or plain expressions; one that cannot be parsed
-    means not applicable. math-verify's own time limit, which turns a slow comparison into a wrong
-    answer, is off; the time limit of reward functions applies.
+    The answer is the LaTeX in `\boxed{}` if there is one, else behind words such as "the answer
+    is"; a bare number, or LaTeX elsewhere, is none. Solutions may be LaTeX or plain expressions;
+    one that cannot be parsed means not applicable. math-verify's own time limit, which turns a slow
+    comparison into a wrong answer, is off; the time limit of reward functions applies.
 
     Args:
       completions: texts or conversations.
