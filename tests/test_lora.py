@@ -589,7 +589,7 @@ def test_every_field_of_peft_is_known_and_one_of_the_future_is_refused(copy):
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert fields <= {*REQUIRED_VALUES, *IGNORED_FIELDS, *READ}
     assert set(REQUIRED_VALUES) <= set(CHANGES)
-    with pytest.raises(ModelLoadError, match="fields that ReLax does not know.*: use_tomorrow"):
+    with pytest.raises(ModelLoadError, match="fields that ReLax does not support.*: use_tomorrow"):
         base_of(rewrite(copy, use_tomorrow=True))
 
 

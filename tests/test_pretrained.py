@@ -376,7 +376,7 @@ BAD_FIELDS = [
     ({"model_type": None}, "model_type is None"),
     ({"model_type": ["llama"]}, "model_type is ['llama']"),
     ({"qk_norm": True, "clip_qkv": 8}, "does not know, and so cannot honour: clip_qkv, qk_norm"),
-    ({"model_type": "gemma3"}, "a model of images and text. Give a text model"),
+    ({"model_type": "gemma3"}, "a model of images and text. Use a text model"),
     ({"hidden_act": "relu"}, "hidden_act must be silu, gelu or gelu_pytorch_tanh, got 'relu'"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1, which is not implemented; only 0 is"),
     ({"sliding_window": 512}, "sliding_window is 512, which is not implemented; only its absence"),

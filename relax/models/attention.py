@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from relax import parallel
 
-SAVED = "attention"  # the name under which a checkpoint policy finds what attention keeps
-BLOCK = 256  # queries and keys whose scores exist at once, in rows that are longer
-MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # far from −inf, so that no row becomes NaN
+SAVED = "attention"  # name for checkpoint policies of the values that attention saves
+BLOCK = 256  # queries and keys per block of scores, for longer rows
+MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: no NaN in masked rows
 
 
 def attention_mask(
@@ -48,14 +48,14 @@ def attend(
       mask: `[B, T, S]` bool.
       multiplier: None: 1 / sqrt(H).
       softcap: c; None: no cap.
-      block: queries and keys whose scores exist at once, where a row is longer. Blocks in which
-        no query may see any key (the future, a passed window, other documents) cost nothing.
+      block: queries and keys per block of scores, for longer rows. Blocks without any visible key
+        (the future, outside the window, other documents) are skipped.
 
     Returns:
       `[B, T, K, G, H]`.
     """
     heads = ("batch", None, "heads")
-    # Rows and heads are merged below, which XLA cannot cut along both: each device has its own.
+    # Rows and heads are merged below, and XLA cannot shard the merged axis: run per device.
     run = parallel.per_device(
         functools.partial(_attend_part, multiplier=multiplier, softcap=softcap, block=block),
         (heads, heads, heads, ("batch",)),
@@ -82,7 +82,7 @@ def _attend(softcap, block, q, k, v, mask):
 
 
 def _forward(softcap, block, q, k, v, mask):
-    """Keeps the output and one number per query for the backward pass, never a [T, S] array.
+    """Saves the output and one number per query for the backward pass, never a [T, S] array.
 
     Dao et al., FlashAttention, 2022, section 3.1 and appendix B.2.
     """
@@ -137,7 +137,7 @@ def _gradients(softcap, q, k, v, mask, log_total, mean, d_out):
 
 
 def _scores(softcap, q, k, mask):
-    """`[X, G * T, S]` float32, MASK_VALUE where a query may not see a key; and the cap's slope."""
+    """Scores `[X, G * T, S]` float32, MASK_VALUE where masked, and the slope of the cap."""
     q = q.reshape(q.shape[0], -1, q.shape[3])
     scores = jnp.einsum("XTH,XSH->XTS", q, k, preferred_element_type=jnp.float32)
     slope = jnp.float32(1.0)
@@ -150,7 +150,7 @@ def _scores(softcap, q, k, mask):
 
 
 class _Blocks:
-    """A mask cut into n x m blocks of queries and keys; `seen[n, m]`: any query sees any key."""
+    """A mask split into n x m blocks; `seen[n, m]`: whether any query sees any key."""
 
     def __init__(self, mask, block):
         self.T, self.S = mask.shape[1:]
@@ -160,7 +160,7 @@ class _Blocks:
 
 
 def _forward_blocks(softcap, q, k, v, blocks):
-    """As `_weighted`, a block of scores at a time; blocks that nobody sees are skipped."""
+    """As `_weighted`, one block of scores at a time; skips fully masked blocks."""
     keys = (_cut(k, 1, blocks.m), _cut(v, 1, blocks.m))
 
     def over_queries(_, row):
@@ -188,7 +188,7 @@ def _merge(one, other):
 
 
 def _backward_blocks(softcap, rows, k, v, blocks):
-    """As `_gradients`, a block of scores at a time."""
+    """As `_gradients`, one block of scores at a time."""
     keys = (_cut(k, 1, blocks.m), _cut(v, 1, blocks.m))
 
     def over_queries(d_keys, row):
@@ -215,7 +215,7 @@ def _backward_blocks(softcap, rows, k, v, blocks):
 
 
 def _cut(x, axis, n):
-    """Splits an axis into n equal blocks, which go first; zeros fill the last one."""
+    """Splits an axis into n equal blocks along a new first axis; pads the last one with zeros."""
     length = x.shape[axis]
     size = -(-length // n)
     pad = [(0, 0)] * x.ndim

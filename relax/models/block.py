@@ -1,7 +1,7 @@
 """One layer of the transformer: norms, projections and the feed-forward block around attention.
 
 Axes: B batch, T token of a row, D model, F feed-forward, N query heads, K key-value heads,
-G = N / K query heads per key-value head, H head; M tokens of all rows, one after the other.
+G = N / K query heads per key-value head, H head; M tokens of all rows, flattened.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from relax.models.rotary import Angles, rotate
 
 
 class Context(NamedTuple):
-    """Facts about the tokens that a layer needs beside their states: arrays, without gradients.
+    """Properties of the tokens that a layer needs besides their states; no gradients.
 
     Attributes:
       angles: cosines and sines of the rotary positions, each `[M, 1, 1, R/2]`; None: no positions.
       real: `[M]` bool, false for padding.
       mask: which keys each query sees, in the form that the layer's `Attend` takes.
-      segment_ids: `[B, T]` int, which document each token of a row belongs to; None: one a row.
+      segment_ids: `[B, T]` int, the document of each token of a row; None: one per row.
     """
 
     angles: Angles | None
@@ -34,16 +34,16 @@ class Context(NamedTuple):
     segment_ids: jax.Array | None = None
 
 
-# Attention over whatever keys there are: of whole rows, of groups of completions, of a cache.
+# Attention over the keys of whole rows, of groups of completions, or of a cache.
 #     attend(q [M, K, G, H], k [M, K, H], v [M, K, H], context) -> (out [M, N * H], kept)
-# q and k have been turned to their positions. `kept` is the keys and values for a cache, or None.
+# q and k are rotated to their positions. `kept` is the keys and values for a cache, or None.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Context], tuple[jax.Array, Any]]
 
 
 class Block(nn.Module):
     """One layer: x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    The norms stand before the two blocks, behind them, or both (`pre_norm`, `post_norm`).
+    Norms are before the two blocks, after them, or both (`pre_norm`, `post_norm`).
     """
 
     config: TransformerConfig
@@ -87,7 +87,7 @@ class Block(nn.Module):
         )
 
     def __call__(self, x: jax.Array, context: Context, attend: Attend):
-        """The layer over all tokens at once.
+        """Applies the layer to all tokens at once.
 
         Args:
           x: `[M, D]`.
@@ -95,7 +95,7 @@ class Block(nn.Module):
           attend: see `Attend`.
 
         Returns:
-          `[M, D]`, what `attend` keeps, and the router's sums (None without experts).
+          `[M, D]`, the values that `attend` keeps, and the router's sums (None without experts).
         """
         c = self.config
         h = self.attention_norm(x) if c.pre_norm else x
@@ -109,7 +109,7 @@ class Block(nn.Module):
         return parallel.constrain(x, "batch", None), kept, router
 
     def queries_keys_values(self, x, angles):
-        """`[M, D]` -> q `[M, K, G, H]`, k and v `[M, K, H]`, q and k turned."""
+        """`[M, D]` -> rotated q `[M, K, G, H]`, rotated k and v `[M, K, H]`."""
         c = self.config
         M, K, H = x.shape[0], c.num_key_value_heads, c.head_dim
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)

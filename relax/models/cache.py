@@ -1,10 +1,11 @@
 """The key-value cache of generation.
 
-A slot's token t sits in column t: columns are positions, and a query at position p sees the columns
-up to p. What an earlier, longer row left in later columns is overwritten before it becomes visible.
+Columns are positions: token t of a slot is in column t, and a query at position p sees the columns
+  up
+to p. Later columns left by an earlier, longer row are overwritten before they become visible.
 
-Keys are held with the columns last: the products of a query with all keys then read memory in its
-order, which is half again as fast on CPUs as with the columns before the entries of a head.
+Keys are stored with the columns last, so that products of a query with all keys read memory
+sequentially, which is 1.5 times as fast on CPUs as with the columns before the entries of a head.
 
 Axes: B slots, S columns, K key-value heads, G query heads per key-value head, H head, P columns of
 prefilled prompts.
@@ -46,7 +47,7 @@ def empty_cache(config: TransformerConfig, B: int, S: int, dtype) -> Cache:
 
 
 def write(columns: Columns, new: jax.Array, positions: jax.Array) -> Columns:
-    """Puts `new[b]` `[K, H]`, of one token per slot, into column `positions[b]` of slot b."""
+    """Writes `new[b]` `[K, H]`, of one token per slot, to column `positions[b]` of slot b."""
     old = columns.entries
     B, K = old.shape[:2]
     slot, head = jnp.arange(B)[:, None], jnp.arange(K)[None, :]
@@ -55,7 +56,7 @@ def write(columns: Columns, new: jax.Array, positions: jax.Array) -> Columns:
     if isinstance(columns, Keys):
         place = (slot, head, slice(None), column)
     new = new.astype(old.dtype)
-    if old.dtype == jnp.bfloat16:  # as bits: on CPUs XLA would widen the whole cache, and back
+    if old.dtype == jnp.bfloat16:  # as bits: XLA on CPUs would widen the whole cache
         old_bits, new_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
         written = jax.lax.bitcast_convert_type(_set(old_bits, new_bits, place), old.dtype)
     else:
@@ -67,8 +68,8 @@ def _set(old, new, place):
     return old.at[place].set(new, unique_indices=True, mode="promise_in_bounds")
 
 
-def put(cache: Cache, prefilled, slot: jax.Array, source: jax.Array) -> Cache:
-    """Copies row `source` of what `Transformer.prefill` gave into the first columns of a slot."""
+def insert(cache: Cache, prefilled, slot: jax.Array, source: jax.Array) -> Cache:
+    """Copies row `source` of a result of `Transformer.prefill` to the first columns of a slot."""
 
     def layer(columns, new):
         keys, values = (x.entries for x in columns)
@@ -83,7 +84,7 @@ def put(cache: Cache, prefilled, slot: jax.Array, source: jax.Array) -> Cache:
 
 
 def resized(cache: Cache, slots: jax.Array, S: int) -> Cache:
-    """The cache of some slots, with room for S columns (not fewer than there are)."""
+    """Selects slots of a cache and extends it to S columns (at least the present number)."""
 
     def layer(columns):
         keys, values = (x.entries for x in columns)

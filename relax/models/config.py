@@ -1,21 +1,22 @@
-"""The shape of a decoder-only transformer, as one frozen value that a compiled step can hold."""
+"""Configuration of a decoder-only transformer, frozen and hashable for compiled functions."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Stretching of rotary frequencies past the length a model was first trained on.
+    """Scaling of rotary frequencies beyond the original training length of a model.
 
     Attributes:
       kind: `linear` divides every frequency by `factor`; `llama3` divides the low ones only and
         blends between `low_freq_factor` and `high_freq_factor` (wavelengths in units of
-        `original_max_position_embeddings`); `yarn` blends between the planes that turn `beta_fast`
-        and `beta_slow` times; `dynamic` raises the base, and `longrope` takes `long_factor` in
-        place of `short_factor`, in documents longer than `original_max_position_embeddings`.
+        `original_max_position_embeddings`); `yarn` blends between the planes that rotate
+        `beta_fast` and `beta_slow` times; in documents longer than
+        `original_max_position_embeddings`, `dynamic` raises the base, and `longrope` uses
+        `long_factor` instead of `short_factor`.
       attention_factor: multiplies cosines and sines (yarn, longrope).
       short_factor, long_factor: one divisor per plane (longrope).
-      truncate: the blend of yarn begins and ends at whole planes.
+      truncate: whether the blend of yarn starts and ends at whole planes.
     """
 
     kind: str
@@ -32,13 +33,13 @@ class RopeScaling:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether a token's rotation depends on how long its document becomes."""
+        """Whether a token's rotation depends on the length of its document."""
         return self.kind in ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: frequencies theta^(-2i/R), stretched by `scaling`."""
+    """Rotary positions: frequencies theta^(-2i/R), scaled by `scaling`."""
 
     theta: float = 10000.0
     scaling: RopeScaling | None = None
@@ -53,7 +54,7 @@ class LoRA:
     Attributes:
       r: rank of A [in, r] and B [r, out].
       alpha: the adapters' output is scaled by alpha / r.
-      dropout: share of the adapters' inputs that are dropped while training.
+      dropout: dropout rate of the adapters' inputs in training.
       target_modules: names of the linear layers that have adapters, such as `q_proj`.
     """
 
@@ -65,12 +66,12 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """The settings in which a layer may differ from its neighbours.
+    """Settings that may differ from layer to layer.
 
     Attributes:
-      window: a token sees itself and `window - 1` tokens before it; None: all before it.
-      rope: None where the layer has no positions.
-      experts: a mixture of experts takes the place of the feed-forward block.
+      window: a token sees itself and `window - 1` earlier tokens; None: all earlier ones.
+      rope: rotary positions; None: no positions.
+      experts: whether a mixture of experts replaces the feed-forward block.
     """
 
     window: int | None
@@ -80,7 +81,7 @@ class LayerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and switches of `relax.models.Transformer`, with Hugging Face's names where it has one.
+    """Configuration of `relax.models.Transformer`, with Hugging Face's names where they exist.
 
     Attributes:
       vocab_size: rows of the embedding.
@@ -88,32 +89,32 @@ class TransformerConfig:
       intermediate_size: width of the gated feed-forward block.
       num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim: the attention stack;
         `num_key_value_heads` divides `num_attention_heads`.
-      max_position_embeddings: the longest sequence the model was made for.
-      rope_theta, rope_scaling: base and stretching of the rotary positions.
-      rotary_dim: how many entries of a head turn, the first ones; None: all.
-      tie_word_embeddings: the output matrix is the embedding.
+      max_position_embeddings: maximum sequence length of the model.
+      rope_theta, rope_scaling: base and scaling of the rotary positions.
+      rotary_dim: number of first entries of a head that are rotated; None: all.
+      tie_word_embeddings: whether the output matrix is the embedding.
       attention_bias, output_bias, mlp_bias: biases of the projections to queries, keys and values,
-        of the one back, and of the feed-forward block.
-      initializer_range: standard deviation of fresh matrices.
-      model_type: the family, of `relax.models.families`, whose files hold such a model.
+        of the output projection, and of the feed-forward block.
+      initializer_range: standard deviation of initial matrices.
+      model_type: the family in `relax.models.families` that defines the file format.
       hidden_act: activation of the gate, `silu`, `gelu` or `gelu_pytorch_tanh`.
       norm_plus_one: norms multiply by 1 + scale.
       pre_norm, post_norm: norms before and after the two blocks of a layer.
-      qk_norm: norm of queries and keys before they turn: `head` normalises each head, `all` all
-        heads together; None: none.
+      qk_norm: norm of queries and keys before rotation: `head` normalises each head, `all` all
+        heads together; None: no norm.
       embedding_multiplier: factor of the embeddings.
       attention_multiplier: factor of q · k; None: head_dim^-0.5.
-      attn_logit_softcapping, final_logit_softcapping: c in x -> c tanh(x / c), of q · k and of the
-        logits; None: none.
-      sliding_window, layer_types: layers of type `sliding_attention` see a window of the past, and
+      attn_logit_softcapping, final_logit_softcapping: c in x -> c tanh(x / c), for q · k and the
+        logits; None: no cap.
+      sliding_window, layer_types: layers of type `sliding_attention` see a window of the past,
         those of type `full_attention` all of it. Empty: all are full.
-      local_rope_theta: base of the rotary positions, unstretched, in sliding layers; None: the same
-        as in the others.
-      no_rope_layers: indices of the layers without positions.
-      num_experts, num_experts_per_tok, moe_intermediate_size: each token goes to the experts that
-        its router likes best; 0: no mixture of experts.
-      norm_topk_prob: the chosen experts' weights are normalised to a sum of 1.
-      dense_layers: indices of layers with a feed-forward block among those with experts.
+      local_rope_theta: base of the unscaled rotary positions in sliding layers; None: as in the
+        others.
+      no_rope_layers: indices of layers without positions.
+      num_experts, num_experts_per_tok, moe_intermediate_size: mixture of experts, where each token
+        goes to the experts with the highest router probability; 0: none.
+      norm_topk_prob: whether the chosen experts' weights are normalised to a sum of 1.
+      dense_layers: indices of layers with a feed-forward block instead of experts.
       router_aux_loss_coef: coefficient of the load-balancing loss in training.
     """
 
@@ -205,5 +206,5 @@ class TransformerConfig:
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        """The layers, one after the other."""
+        """The settings of all layers, in order."""
         return tuple(map(self.layer, range(self.num_hidden_layers)))

@@ -1,4 +1,4 @@
-"""The forward passes of losses: every algorithm asks the model through one of these.
+"""Forward passes for losses, used by every algorithm.
 
 Each takes all parameters (`merge(params, frozen)` of `relax.models.trainable`; the frozen base
 alone, `frozen["base"]`, is the model without its adapters) and gives hidden states, for a loss that
@@ -24,7 +24,7 @@ GROUP = ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths")
 def hidden_states(
     model: Transformer, params, batch: Mapping, *, rng: jax.Array | None = None
 ) -> States:
-    """The states of rows, `[B, T, D]`.
+    """Hidden states of rows, `[B, T, D]`.
 
     Args:
       batch: `input_ids` `[B, T]` and, optionally, `positions` and `segment_ids`.
@@ -36,7 +36,7 @@ def hidden_states(
 def completion_states(
     model: Transformer, params, batch: Mapping, rng: jax.Array | None = None
 ) -> States:
-    """The states *before* each token of groups of completions, `[P, G, C, D]`: they predict it.
+    """Hidden states *before* each completion token, which predict it: `[P, G, C, D]`.
 
     Args:
       batch: `prompt_ids` `[P, L]`, `prompt_lengths` `[P]`, `completion_ids` `[P, G, C]` and

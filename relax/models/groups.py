@@ -1,4 +1,4 @@
-"""Groups of completions of one prompt, whose prompt is computed once.
+"""Groups of completions that share their prompt's computation.
 
 The prompt attends to itself; each completion attends to the prompt and to itself, and its positions
 go on from the prompt's. What comes out is what rows of prompt and completion each would give, for
@@ -90,18 +90,18 @@ def group_outputs(
 
 
 def _joined(prompt, completion):
-    """`[P, L]` and `[P, G, C]` -> `[M]`."""
+    """Flattens `[P, L]` and `[P, G, C]` to `[M]`."""
     return jnp.concatenate([prompt, completion.reshape(len(prompt), -1)], axis=1).reshape(-1)
 
 
 def _parted(x, P, L):
-    """`[M, ...]` -> `[P, L, ...]` and `[P, G * C, ...]`."""
+    """Splits `[M, ...]` into `[P, L, ...]` and `[P, G * C, ...]`."""
     x = x.reshape(P, -1, *x.shape[1:])
     return x[:, :L], x[:, L:]
 
 
 def _completion_mask(prompt_lengths, L, G, C, window):
-    """`[P * G, C, L + C]`: what each token of a completion sees of the prompt and of itself."""
+    """`[P * G, C, L + C]`: the tokens of prompt and completion visible to each completion token."""
     t, s, u = jnp.arange(C)[None, :, None], jnp.arange(L)[None, None, :], jnp.arange(C)
     lengths = jnp.repeat(prompt_lengths, G)[:, None, None]
     prompt = jnp.broadcast_to(s < lengths, (len(lengths), C, L))

@@ -1,4 +1,4 @@
-"""One number per token in place of logits: the head of a critic or a reward model.
+"""Score heads of critics and reward models: one number per token instead of logits.
 
     v_t = h_t w,   h_t the trunk's last normalised hidden state, w [D, 1] the leaf `score/kernel`
 
@@ -22,14 +22,14 @@ HEAD = "score"
 
 
 def trunk(model: Transformer) -> Transformer:
-    """The model without an output matrix of its own: what a head stands on."""
+    """The model without a separate output matrix, as the trunk of a head."""
     return model.clone(config=dataclasses.replace(model.config, tie_word_embeddings=True))
 
 
 def init_head(
     key: jax.Array, config: TransformerConfig, std: float | None = None, dtype=jnp.float32
 ) -> dict:
-    """A fresh head, N(0, std²).
+    """Initialises a head from N(0, std²).
 
     Args:
       key: the head's own key follows from this one.
@@ -44,7 +44,7 @@ def init_head(
 
 
 def with_head(params, head: dict) -> dict:
-    """A language model's parameters with a head in place of the output matrix.
+    """Replaces the output matrix in a language model's parameters by a head.
 
     >>> with_head({"embed_tokens": 1, "lm_head": 2}, {"kernel": 3})
     {'embed_tokens': 1, 'score': {'kernel': 3}}

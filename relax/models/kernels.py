@@ -1,4 +1,4 @@
-"""The attention that a layer runs: cuDNN's on NVIDIA, splash on TPUs, ours in XLA everywhere.
+"""Choice of attention kernels: cuDNN on NVIDIA, splash on TPUs, XLA everywhere.
 
 A kernel is chosen for what it is documented to do. The slow tests of attention compare the kernel
 of a device with XLA's, forward and backward; where one fails all the same (an older driver, say),

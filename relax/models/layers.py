@@ -1,4 +1,4 @@
-"""The parts of a block that have parameters of their own.
+"""Layers with parameters: RMS norms and linear layers with adapters.
 
 Axes: M tokens, D inputs, F outputs, r rank of an adapter.
 """

@@ -1,4 +1,4 @@
-"""Low-rank adapters of linear layers: made, and merged into the layers' kernels.
+"""Low-rank adapters of linear layers: initialisation and merging.
 
     y = x W + dropout(x) A B · alpha / r
 
@@ -23,7 +23,7 @@ ALL_LINEAR = "all-linear"  # all linear layers of the blocks; the output matrix 
 
 
 def is_adapter(path: tuple[str, ...]) -> bool:
-    """Whether the leaf at a path is a part of an adapter."""
+    """Whether the leaf at a path belongs to an adapter."""
     return path[-1] in ADAPTER
 
 

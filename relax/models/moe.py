@@ -1,4 +1,4 @@
-"""A mixture of experts: every token goes to the few that its router likes best.
+"""Mixture of experts: every token goes to the experts of highest router probability.
 
 Axes: M tokens, D model, F feed-forward, E experts, C experts chosen per token.
 """

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that keeps its promise on CPUs too."""
+"""Gradient checkpointing that also saves memory on CPUs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rotary positions and the ways they are stretched.
+"""Rotary positions and their scaling.
 
 Axes: B batch, T token, M = B * T tokens, K key-value heads, G query heads per key-value head,
 H head, R the part of a head that turns, in R/2 planes.
@@ -98,7 +98,7 @@ def rotate(x: jax.Array, angles: Angles | None) -> jax.Array:
 
 
 def _blend(plain, factor: float, keep) -> jax.Array:
-    """Frequencies as they are where `keep` is 1, divided by the factor where it is 0."""
+    """Blends frequencies: unchanged where `keep` is 1, divided by the factor where it is 0."""
     keep = np.float32(keep)
     return jnp.asarray(keep * plain + (1 - keep) * plain / np.float32(factor))
 

@@ -1,4 +1,4 @@
-"""Splitting weights into trained and frozen ones.
+"""Partition of weights into trained and frozen ones.
 
 Parameters are nested dicts, and a weight is named by its path in them: `embed_tokens`, `lm_head`,
 `norm/scale`, `layers_3/q_proj/kernel`, `layers_3/mlp_norm/scale`, `layers_3/experts/router`.
@@ -39,7 +39,7 @@ def _merged(one, other):
 def partition(
     model: Transformer, params, key: jax.Array, freeze: str | None = None
 ) -> tuple[dict, dict]:
-    """Cuts all parameters of a model into trained and frozen ones.
+    """Splits all parameters of a model into trained and frozen ones.
 
     Args:
       model: with `lora`, its adapters and a head are trained and all else is frozen.

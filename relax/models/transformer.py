@@ -1,4 +1,4 @@
-"""A decoder-only transformer; one block serves every family, as `TransformerConfig` tells it.
+"""A decoder-only transformer; one block serves every family, configured by `TransformerConfig`.
 
 Notable features:
 - grouped-query attention, in full or in a sliding window, layer by layer; soft caps
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
         return self.hidden_states_and_aux_loss(input_ids, positions, segment_ids)[0]
 
     def hidden_states_and_aux_loss(self, input_ids, positions=None, segment_ids=None):
-        """As `hidden_states`, and the routers' load-balancing loss over all layers.
+        """Hidden states, and the routers' load-balancing loss over all layers.
 
         Returns:
           `[B, T, D]`, and a float32 scalar, or None for a model without experts.
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         return self.norm(x).reshape(B, T, -1), tuple(filled)
 
     def decode(self, tokens, positions, cache):
-        """One token more for every slot of a cache (see `relax.models.cache`).
+        """Decodes one token for every slot of a cache (see `relax.models.cache`).
 
         Args:
           tokens: `[B]`, the last token of each slot.
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         return all_angles(self.config, positions, segment_ids)
 
     def attention_choice(self, layer, T, segments, device=None):
-        """The path of a layer's attention over rows of T tokens, and why: see `kernels.choose`."""
+        """The attention implementation of a layer for rows of T tokens, see `kernels.choose`."""
         c = self.config
         need = kernels.AttentionSpec(
             jnp.dtype(self.dtype).name,
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         return functools.partial(_within_rows, path=path, window=layer.window, **options)
 
     def run(self, layer: Block, x: jax.Array, context: Context, attend: Attend):
-        """A layer, `(x, router)`, computed again in the backward pass where that is asked for."""
+        """Runs a layer, `(x, router)`, recomputed in the backward pass with checkpointing."""
         if not self.gradient_checkpointing or self.is_initializing():
             x, _, router = layer(x, context, attend)
             return x, router
@@ -225,7 +225,7 @@ def all_angles(
 
 
 def attention_options(config: TransformerConfig) -> dict[str, Any]:
-    """The options by which queries and keys become scores."""
+    """Options for computing scores from queries and keys."""
     return {"multiplier": config.attention_multiplier, "softcap": config.attn_logit_softcapping}
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from relax import parallel
 from relax.losses.logprobs import token_logits
-from relax.models.cache import Cache, empty_cache, put, resized
+from relax.models.cache import Cache, empty_cache, insert, resized
 from relax.models.transformer import Transformer
 from relax.sampling.distribution import Rules, sample_token
 
@@ -112,7 +112,7 @@ def _admit(cache, slots, prefilled, prompts, count, places, sources, rows):
     def one(i, state):
         cache, slots = state
         place = places[i]
-        cache = put(cache, prefilled, place, sources[i])
+        cache = insert(cache, prefilled, place, sources[i])
         seen = slots.seen
         if seen is not None:
             row = jnp.zeros((seen.shape[1],), bool).at[prompts[sources[i]]].set(True, mode="drop")

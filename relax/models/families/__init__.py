@@ -1,4 +1,4 @@
-"""One file per family of models: how its config.json and its tensor names map to ours, as data."""
+"""Model families, one file each: mappings of config.json and tensor names to ours, as data."""
 
 from relax.errors import ModelLoadError
 from relax.models.families import (
@@ -24,7 +24,7 @@ def family_of(model_type, where: str = "config.json") -> Family:
     """The family of a `model_type`."""
     if model_type == "gemma3":
         raise ModelLoadError(
-            f"{where}: model_type is 'gemma3', a model of images and text. Give a text model, of "
+            f"{where}: model_type is 'gemma3', a model of images and text. Use a text model, of "
             "model_type 'gemma3_text'."
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:

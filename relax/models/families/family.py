@@ -1,4 +1,4 @@
-"""A family of models as data: how its config.json and its tensor names map to ours."""
+"""A model family as data: mappings of its config.json and tensor names to ours."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from relax.models.config import TransformerConfig
 from relax.models.families.fields import Field, read_values
 from relax.models.families.rope import RopeFields
 
-# Fields that would change the computation in a way we do not have, and the values we do have.
+# Fields that would change the computation in unsupported ways, and their supported values.
 REQUIRED_VALUES: dict[str, tuple] = {
     "attention_dropout": (0,),
     "is_encoder_decoder": (False,),
@@ -18,11 +18,11 @@ REQUIRED_VALUES: dict[str, tuple] = {
     "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
     "pruned_heads": ({},),
-    "auto_map": (),  # the model's own code, which is never run
+    "auto_map": (),  # the model's own code, which ReLax never runs
 }
 
-# Fields that do not change what the weights compute for given tokens: bookkeeping, and how
-# transformers 4 wrote the settings of generation.
+# Fields that do not change the computation: bookkeeping, and the generation settings that
+# transformers 4 wrote to config.json.
 IGNORED_FIELDS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
@@ -43,8 +43,8 @@ IGNORED_FIELDS = frozenset(
     """.split()
 )
 
-# Where the leaves of a layer are in a file: module here -> module there. Modules of one name there
-# are one tensor, in the order here; `{}` is the number of an expert, each of which is a tensor.
+# Where the leaves of a layer are in a file: our module -> the file's. Modules with one name there
+# share one tensor, in this order; `{}` is the number of an expert, each of which is a tensor.
 LAYER = {
     "attention_norm": "input_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -62,7 +62,7 @@ LAYER = {
     "experts/up_proj": "mlp.experts.{}.up_proj.weight",
     "experts/down_proj": "mlp.experts.{}.down_proj.weight",
 }
-# The form of experts in the memory of transformers 5, which it writes when told so.
+# The in-memory form of experts in transformers 5, which it writes on request.
 STACKED_EXPERTS = {
     "experts/router": "mlp.gate.weight",
     "experts/gate_proj": "mlp.experts.gate_up_proj",
@@ -76,28 +76,29 @@ TOP = {
 }
 LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
-# How the tensors end that files from before transformers 4.32 hold though they follow from
+# Suffixes of tensors in files from before transformers 4.32 that are redundant with
 # config.json; they are not read.
 FOLLOWING = ".self_attn.rotary_emb.inv_freq"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model_type of transformers.
+    """A model family, defined by a model_type of transformers.
 
     Attributes:
       model_type, architecture: its names in config.json.
-      fields: what config.json holds and we compute with.
+      fields: the supported fields of config.json.
       fixed: fields of `TransformerConfig` that are the same in all models of the family.
-      derive: `values of fields -> fields of TransformerConfig`, for those that map to none alone.
-      restore: back from a TransformerConfig.
-      rope: what it says about rotary positions.
-      only: fields that are refused unless they have one of these values, beside `REQUIRED_VALUES`.
-      harmless: fields that change nothing, beside `IGNORED_FIELDS`.
+      derive: `values of fields -> fields of TransformerConfig`, for fields without a direct
+        mapping.
+      restore: the inverse of `derive`.
+      rope: the fields about rotary positions.
+      only: fields that must have one of these values, besides `REQUIRED_VALUES`.
+      harmless: fields that are ignored, besides `IGNORED_FIELDS`.
       aliases: second name of a field -> its name.
-      repeats: a field that says the same as another -> the other.
-      names: where its leaves are, beside `LAYER`.
-      also_named: other places that are read where the files have them, and never written.
+      repeats: a field that must equal another -> the other.
+      names: names of leaves in the files, besides `LAYER`.
+      also_named: alternative names that are read but never written.
     """
 
     model_type: str
@@ -115,12 +116,12 @@ class Family:
     also_named: tuple[Mapping[str, str], ...] = ()
 
     def from_hugging_face(self, fields: dict, where: str = "config.json") -> TransformerConfig:
-        """Reads config.json; an unknown field, or one whose value we do not compute, is refused.
+        """Reads config.json; an unknown field or an unsupported value is an error.
 
-        A field that is null counts as absent, unless null is a value of it.
+        A null field counts as absent, unless null is one of its values.
 
         Raises:
-          ModelLoadError: a sentence about the field.
+          ModelLoadError: a field is unknown or unsupported.
         """
         try:
             return self._read(fields)
@@ -128,10 +129,10 @@ class Family:
             raise ModelLoadError(f"{where}: {error}") from None
 
     def to_hugging_face(self, config: TransformerConfig) -> dict:
-        """The contents of config.json for a model of this family.
+        """Makes the contents of config.json for a model of this family.
 
         Raises:
-          ValueError: no config.json of the family says what the configuration does.
+          ValueError: the family cannot represent the configuration.
         """
         fields = {
             "architectures": [self.architecture],
@@ -150,7 +151,7 @@ class Family:
         return fields
 
     def tensor_name(self, path: tuple[str, ...], also: Mapping[str, str] | None = None) -> str:
-        """Path in our params -> name in the file, with `{}` for the number of an expert.
+        """The name in the file of a path in our params, with `{}` for the number of an expert.
 
         Args:
           path: the keys of a leaf.
@@ -167,9 +168,7 @@ class Family:
         only = {n: values for n, values in required.items() if n not in self._known()}
         unknown = sorted(set(fields) - self._known() - only.keys() - IGNORED_FIELDS - self.harmless)
         if unknown:
-            raise ValueError(
-                f"fields that ReLax does not know, and so cannot honour: {', '.join(unknown)}."
-            )
+            raise ValueError(f"fields that ReLax does not support: {', '.join(unknown)}.")
         fields = self._plain_names(fields)
         present = {name: value for name, value in fields.items() if value is not None}
         for name in sorted(only.keys() & present.keys()):
@@ -221,7 +220,7 @@ class Family:
 
 
 def module_of(path: tuple[str, ...]) -> str:
-    """The key in `LAYER` of a leaf of a layer."""
+    """The key in `LAYER` for a leaf of a layer."""
     return "/".join(path[1:]) if path[1] == "experts" else path[1]
 
 
@@ -230,7 +229,7 @@ def _ours(name: str, field: Field) -> tuple[str, ...]:
 
 
 def _comparable(config: TransformerConfig) -> dict:
-    """The meaning of a configuration, equal for equal models."""
+    """A normal form of a configuration, equal for equal models."""
     values = dataclasses.asdict(config)
     for name in ("sliding_window", "layer_types", "local_rope_theta", "no_rope_layers"):
         values.pop(name)

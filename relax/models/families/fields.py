@@ -1,4 +1,4 @@
-"""The values that the fields of a config.json may hold."""
+"""Types and defaults of the fields of a config.json."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,12 +7,12 @@ from typing import TypeGuard
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A sort of values.
+    """A type of values.
 
     Attributes:
-      wanted: what it is, in words.
-      fits: whether a value of a JSON file is of this kind.
-      convert: the value as `TransformerConfig` holds it.
+      wanted: description of the type for messages.
+      fits: whether a JSON value is of this type.
+      convert: converts the value for `TransformerConfig`.
     """
 
     wanted: str
@@ -30,7 +30,7 @@ def integers(low: int, high: int) -> Kind:
 
 
 def words(*known: str, **aliases: str) -> Kind:
-    """One of some words, or another name for one of them."""
+    """One of several words, or an alias of one."""
     *others, last = known
     return Kind(
         f"{', '.join(others)} or {last}",
@@ -40,7 +40,7 @@ def words(*known: str, **aliases: str) -> Kind:
 
 
 def lists(kind: Kind) -> Kind:
-    """Lists of values of one kind."""
+    """Lists of values of one type."""
     return Kind(
         f"a list of which each is {kind.wanted}",
         lambda value: isinstance(value, list) and all(map(kind.fits, value)),
@@ -56,7 +56,7 @@ def is_number(value) -> TypeGuard[float]:
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 POSITIVE = Kind("a finite number above 0", lambda v: is_number(v) and 0 < v < 1e38, float)
 NOT_NEGATIVE = Kind("a finite number from 0 up", lambda v: is_number(v) and 0 <= v < 1e38, float)
-SIZE = integers(1, 2**24 - 1)  # what real models stay below and no sum of sizes overflows at
+SIZE = integers(1, 2**24 - 1)  # above all real models, and no sum of sizes overflows
 LAYERS = integers(1, 2**12 - 1)
 EXPERTS = integers(1, 2**10)
 GATES = words("silu", "gelu", "gelu_pytorch_tanh", swish="silu")
@@ -70,11 +70,11 @@ class Field:
     """A field of config.json.
 
     Attributes:
-      kind: what it may hold.
-      default: its value where the file has none.
-      ours: the fields of `TransformerConfig` that it sets; None: the one of the same name; empty:
-        none by itself, its family derives something from it.
-      null: null says that there is none, and is not the same as absence.
+      kind: type of its values.
+      default: value if the file has none.
+      ours: fields of `TransformerConfig` that it sets; None: the one of the same name; empty: none,
+        but its family derives others from it.
+      null: whether null is a value, different from absence.
     """
 
     kind: Kind
@@ -84,7 +84,7 @@ class Field:
 
 
 def derived(kind: Kind, default=REQUIRED, null: bool = False) -> Field:
-    """A field of which a family makes something itself."""
+    """A field from which a family derives others."""
     return Field(kind, default, (), null)
 
 
@@ -96,10 +96,10 @@ def common(
     head_dim: int | None = None,
     tie_word_embeddings: bool = False,
 ) -> dict[str, Field]:
-    """The fields that every family has, with its own defaults.
+    """The common fields of all families, with a family's defaults.
 
-    Without `num_key_value_heads` there are as many as heads, and without `head_dim` the heads share
-    `hidden_size`.
+    `num_key_value_heads` defaults to the number of heads, `head_dim` to `hidden_size` divided by
+    it.
     """
     return {
         "vocab_size": Field(SIZE),
@@ -121,7 +121,7 @@ ATTENTION_BIAS = Field(FLAG, False, ("attention_bias", "output_bias"))
 
 
 def read_value(fields: Mapping, name: str, kind: Kind, default=None):
-    """A field that is there, or else has a default, and is of a kind."""
+    """Reads a field, or its default, and checks its type."""
     value = fields.get(name, default)
     if not kind.fits(value):
         got = "none" if value is None else repr(value)
@@ -130,10 +130,10 @@ def read_value(fields: Mapping, name: str, kind: Kind, default=None):
 
 
 def read_values(fields: Mapping, table: Mapping[str, Field]) -> dict:
-    """The value of every field of a table.
+    """Reads the values of all fields of a table.
 
     Raises:
-      ValueError: one is missing or of another kind.
+      ValueError: one is missing or of a wrong type.
     """
     missing = [n for n, f in table.items() if f.default is REQUIRED and fields.get(n) is None]
     if missing:

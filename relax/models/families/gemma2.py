@@ -52,7 +52,7 @@ def derive(values: dict) -> dict:
 
 
 def restore(config: TransformerConfig) -> dict:
-    """Back from `derive`."""
+    """The inverse of `derive`."""
     multiplier = config.attention_multiplier or config.head_dim**-0.5
     return {
         "query_pre_attn_scalar": round(multiplier**-2),

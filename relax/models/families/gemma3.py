@@ -1,6 +1,6 @@
-"""The text models of Gemma 3: Gemma 2 with norms of queries and keys in place of soft caps.
+"""Gemma 3 text models: Gemma 2 with norms of queries and keys instead of soft caps.
 
-Five of six layers have a window, and a rotary base of their own.
+Five of six layers have a window and a separate rotary base.
 """
 
 from relax.models.families import gemma2, windows
@@ -39,7 +39,7 @@ FAMILY = Family(
     derive=derive,
     restore=gemma2.restore,
     rope=RopeFields(theta=1e6, local_theta=1e4),
-    # transformers knows the cap of q · k and does not apply it: what such a model does is open.
+    # transformers reads the cap of q · k but does not apply it, so such a model is ambiguous.
     only={"use_bidirectional_attention": (False,), "attn_logit_softcapping": ()},
     names=gemma2.NAMES,
 )

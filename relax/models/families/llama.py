@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2 and kin."""
+"""Llama 2 and 3, SmolLM2 and other models of this architecture."""
 
 from relax.models.families.family import Family
 from relax.models.families.fields import ATTENTION_BIAS, FLAG, HIDDEN_ACT, Field, common

@@ -1,11 +1,11 @@
-"""Phi 3, 3.5, 4 and 4 mini: fused matrices, a window, and a part of each head that turns."""
+"""Phi 3, 3.5, 4 and 4 mini: fused matrices, a window, and partial rotary positions."""
 
 from relax.models.families import windows
 from relax.models.families.family import Family
 from relax.models.families.fields import HIDDEN_ACT, SIZE, Kind, common, derived
 from relax.models.families.rope import RopeFields
 
-# The code that came with the files before transformers had its own; it computes the same.
+# Code shipped with the files before transformers supported Phi 3; it computes the same.
 _CODE = {
     "AutoConfig": "configuration_phi3.Phi3Config",
     "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
@@ -14,7 +14,7 @@ _CODE = {
 
 
 def _is_phi3(auto_map) -> bool:
-    """Whether it names that code only; models trained further name the repository as well."""
+    """Whether it names only that code; fine-tuned models name the repository too."""
     if not isinstance(auto_map, dict) or not auto_map.keys() <= _CODE.keys():
         return False
     ends = [str(value).split("--") for value in auto_map.values()]

@@ -35,7 +35,7 @@ def derive(values: dict) -> dict:
 
 
 def restore(config: TransformerConfig) -> dict:
-    """Back from `derive`."""
+    """The inverse of `derive`."""
     return {
         "decoder_sparse_step": 1,
         "mlp_only_layers": sorted(config.dense_layers),

@@ -10,7 +10,7 @@ ORIGINAL = "original_max_position_embeddings"
 FACTORS = lists(POSITIVE)
 SHARE = Kind("a number above 0, at most 1", lambda v: is_number(v) and 0 < v <= 1, float)
 
-# What each kind of rope settings may hold besides its kind and theta.
+# Fields of each kind of rope settings besides its kind and theta.
 SETTINGS: dict[str, dict[str, Kind]] = {
     "default": {},
     "linear": {"factor": POSITIVE},
@@ -46,14 +46,13 @@ class RopeFields:
     """The fields of a family's config.json about rotary positions.
 
     Attributes:
-      theta: the base where the file has none.
-      kinds: kinds of rope settings, where not all that we compute.
+      theta: default base.
+      kinds: supported kinds of rope settings, if not all of ours.
       aliases: other names of kinds.
-      partial: `partial_rotary_factor` says which share of a head turns.
-      original: `original_max_position_embeddings` stands outside of the rope settings, with this
-        default.
-      local_theta: sliding layers have a base of their own, with this default: rope settings are per
-        type of layer, or, of before, `rope_local_base_freq` is the other base.
+      partial: whether `partial_rotary_factor` sets the rotated share of a head.
+      original: default of `original_max_position_embeddings` outside the rope settings, if there.
+      local_theta: default base of sliding layers, if separate: rope settings are then per layer
+        type, or in older files `rope_local_base_freq` is that base.
     """
 
     theta: float = 10000.0
@@ -65,14 +64,14 @@ class RopeFields:
 
     @property
     def names(self) -> set[str]:
-        """The fields that are read here."""
+        """Names of the fields read here."""
         names = {"rope_theta", "rope_scaling", "rope_parameters"}
         names |= {"partial_rotary_factor"} if self.partial else set()
         names |= {ORIGINAL} if self.original else set()
         return names | ({"rope_local_base_freq"} if self.local_theta else set())
 
     def read(self, fields: dict, head_dim: int, max_position_embeddings: int) -> dict:
-        """The fields of `TransformerConfig` about rotary positions; fields hold no null."""
+        """Reads the fields of `TransformerConfig` about rotary positions; `fields` has no nulls."""
         parameters, ours = _object(fields, "rope_parameters"), {}
         if self.local_theta:
             parameters, ours["local_rope_theta"] = self._split(fields, parameters)
@@ -98,7 +97,7 @@ class RopeFields:
         unknown = sorted(rope.keys() - {"rope_type", "rope_theta", name, *SETTINGS[kind]})
         if unknown:
             raise ValueError(
-                f"rope settings that ReLax does not know for rope_type {kind!r}: "
+                f"rope settings that ReLax does not support for rope_type {kind!r}: "
                 f"{', '.join(unknown)}."
             )
         if self.original:
@@ -115,7 +114,7 @@ class RopeFields:
         }
 
     def _split(self, fields: dict, parameters: dict) -> tuple[dict, float]:
-        """The settings of full layers, and the base of sliding ones."""
+        """Splits off the settings of full layers and the base of sliding ones."""
         full, local = (_object(parameters, n) for n in ("full_attention", "sliding_attention"))
         unknown = sorted(parameters.keys() - {"full_attention", "sliding_attention"})
         if unknown:
@@ -136,16 +135,15 @@ class RopeFields:
         return full, read_value(local, "rope_theta", POSITIVE, self.local_theta)
 
     def write(self, config: TransformerConfig) -> dict:
-        """The fields of config.json, in the forms of transformers 4 and of 5.
+        """Makes the fields of config.json, in the forms of transformers 4 and 5.
 
-        transformers 4 reads `rope_theta` and `rope_scaling`, and takes its own defaults where they
-        are missing; 5 reads both forms.
+        transformers 4 reads `rope_theta` and `rope_scaling`, with its own defaults; 5 reads both.
         """
         scaling = config.rope_scaling
         kind = "default" if scaling is None else scaling.kind
         stretch: dict[str, object] = {}
         for name in SETTINGS[kind]:
-            # transformers takes the longest sequence for the original length of `dynamic`.
+            # transformers uses the maximum length as the original length of `dynamic`.
             if hasattr(scaling, name) and (kind, name) != ("dynamic", ORIGINAL):
                 value = getattr(scaling, name)
                 stretch[name] = list(value) if isinstance(value, tuple) else value
@@ -154,7 +152,7 @@ class RopeFields:
         if scaling is not None:
             fields["rope_scaling"] = {"rope_type": kind, **stretch}
             if self.original and _follows(scaling, config.max_position_embeddings):
-                # transformers 4 takes nothing else here for Phi-3, and computes the rest.
+                # transformers 4 accepts nothing else here for Phi-3, and computes the rest.
                 names = ("short_factor", "long_factor")
                 fields["rope_scaling"] = {"type": kind, **{n: stretch[n] for n in names}}
         if self.partial:
@@ -170,7 +168,7 @@ class RopeFields:
 
 
 def _follows(scaling: RopeScaling, longest: int) -> bool:
-    """Whether the factors of `longrope` are those that follow from its two lengths."""
+    """Whether the factors of `longrope` follow from its two lengths."""
     original = scaling.original_max_position_embeddings
     if scaling.kind != "longrope" or not original or scaling.factor != longest / original:
         return False
@@ -178,7 +176,7 @@ def _follows(scaling: RopeScaling, longest: int) -> bool:
 
 
 def _share(turning: int | None, head_dim: int) -> float:
-    """The share that gives `turning` again when it is multiplied and cut to an integer.
+    """A share that gives `turning` when multiplied by `head_dim` and truncated.
 
     >>> 30 / 44 * 44, int(_share(30, 44) * 44)
     (29.999999999999996, 30)
@@ -199,14 +197,14 @@ def _object(fields: dict, name: str) -> dict:
 
 
 def _normal(rope: dict) -> dict:
-    """`type` was the name of `rope_type` before transformers 4.43."""
+    """Renames `type`, the name of `rope_type` before transformers 4.43."""
     kind = rope.get("rope_type", rope.get("type"))
     rope = {name: value for name, value in rope.items() if name not in ("type", "rope_type")}
     return rope if kind is None else rope | {"rope_type": kind}
 
 
 def _merged(*places: dict) -> dict:
-    """One set of rope settings from the several places of config.json that may hold some."""
+    """Merges the rope settings of several places in config.json."""
     rope: dict = {}
     for place in places:
         differing = sorted(n for n in place.keys() & rope.keys() if place[n] != rope[n])
@@ -255,7 +253,7 @@ def _scaling(kind: str, rope: dict, turning: int, longest: int) -> RopeScaling |
 
 
 def _yarn_attention_factor(factor: float, above: float | None, below: float | None) -> float:
-    """Peng et al., YaRN, 2023, eq. 22; the quotient of two of them where there are two scales."""
+    """Peng et al., YaRN, 2023, eq. 22; the quotient of two such factors with two scales."""
     if factor <= 1:
         return 1.0
     if above is None or below is None:
@@ -264,7 +262,7 @@ def _yarn_attention_factor(factor: float, above: float | None, below: float | No
 
 
 def _longrope_attention_factor(factor: float, original: int) -> float:
-    """Ding et al., LongRoPE, 2024, section 3.3, as Phi-3 has it."""
+    """Ding et al., LongRoPE, 2024, section 3.3, as in Phi-3."""
     if factor <= 1:
         return 1.0
     if original == 1:

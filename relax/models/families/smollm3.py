@@ -1,4 +1,4 @@
-"""SmolLM 3: Llama of which some layers have no positions."""
+"""SmolLM 3: Llama with some layers without positions."""
 
 from relax.models.config import TransformerConfig
 from relax.models.families import windows
@@ -19,7 +19,7 @@ from relax.models.families.rope import RopeFields
 
 
 def derive(values: dict) -> dict:
-    """Where there are no positions, and a window with `use_sliding_window` just there."""
+    """Layers without positions; with `use_sliding_window` the same layers have a window."""
     count, step = values["num_hidden_layers"], values["no_rope_layer_interval"]
     ropes = values["no_rope_layers"]
     if ropes is None:
@@ -35,7 +35,7 @@ def derive(values: dict) -> dict:
 
 
 def restore(config: TransformerConfig) -> dict:
-    """Back from `derive`."""
+    """The inverse of `derive`."""
     layers = range(config.num_hidden_layers)
     return {
         "no_rope_layers": [int(i not in config.no_rope_layers) for i in layers],

@@ -1,4 +1,4 @@
-"""The layers that see a window only, as families say it."""
+"""Layers with sliding windows, in the forms used by families."""
 
 from relax.models.config import TransformerConfig
 
@@ -6,9 +6,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def of_types(values: dict, types: tuple[str, ...], window: int | None) -> dict:
-    """The fields of `TransformerConfig`; a window that no layer has is none.
+    """Makes the fields of `TransformerConfig`; drops a window that no layer has.
 
-    `layer_types` of config.json, if it is there, goes before `types`.
+    `layer_types` of config.json, if present, overrides `types`.
     """
     given, count = values.get("layer_types"), values["num_hidden_layers"]
     types = types if given is None else given
@@ -27,14 +27,14 @@ def of_types(values: dict, types: tuple[str, ...], window: int | None) -> dict:
 
 
 def everywhere(values: dict) -> dict:
-    """All layers have `sliding_window`, if there is one."""
+    """All layers have `sliding_window`, if set."""
     window = values["sliding_window"]
     kind = FULL if window is None else SLIDING
     return of_types(values, (kind,) * values["num_hidden_layers"], window)
 
 
 def from_layer(values: dict) -> dict:
-    """With `use_sliding_window`, layers from `max_window_layers` on, or those of `layer_types`."""
+    """With `use_sliding_window`, windows from layer `max_window_layers` on, or by `layer_types`."""
     window = values["sliding_window"] if values["use_sliding_window"] else None
     count, first = values["num_hidden_layers"], values["max_window_layers"]
     types = (FULL if window is None or i < first else SLIDING for i in range(count))
@@ -42,7 +42,7 @@ def from_layer(values: dict) -> dict:
 
 
 def to_layer(config: TransformerConfig) -> dict:
-    """Back from `from_layer`."""
+    """The inverse of `from_layer`."""
     types = types_of(config)
     return {
         "layer_types": list(types),
@@ -53,7 +53,7 @@ def to_layer(config: TransformerConfig) -> dict:
 
 
 def in_turns(values: dict, step: int) -> dict:
-    """Each `step`-th layer is full, unless `layer_types` says otherwise."""
+    """Every `step`-th layer is full, unless `layer_types` is set."""
     types = (SLIDING if (i + 1) % step else FULL for i in range(values["num_hidden_layers"]))
     return of_types(values, tuple(types), values["sliding_window"])
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories of sequence classifiers with one label, which reward models are.
+"""Hugging Face directories of reward models: sequence classifiers with one label.
 
 transformers reads the score at the last token that is not `pad_token_id`. A text's own last token
 must not be that one, or the score would be read before it.
@@ -32,7 +32,7 @@ from relax.models.huggingface.tensors import Part, Tensors, expected_tensors, sh
 from relax.models.transformer import Transformer
 
 TENSOR = "score.weight"
-# Where the class is not named after that of the language model.
+# Classes that are not named after that of the language model.
 CLASSES = {"gemma3_text": "Gemma3TextForSequenceClassification"}
 
 
@@ -93,13 +93,13 @@ def save_classifier(
 
 
 def class_of(family: Family) -> str:
-    """The class of transformers that such a directory is of."""
+    """The class of transformers for such a directory."""
     name = family.architecture.removesuffix("ForCausalLM") + CLASSIFIER
     return CLASSES.get(family.model_type, name)
 
 
 def padded(tokenizer):
-    """The tokenizer, padding with a token that ends no text.
+    """The tokenizer with a padding token that does not end texts.
 
     Where its own pads with the end token, or with none, it is a copy that pads with another of its
     special tokens; where it has no other, with none.

@@ -13,11 +13,11 @@ from relax.files import MODEL_FILES, check_directory
 
 
 def find_directory(path: str | os.PathLike) -> Path:
-    """A local directory as it is; a hub name downloaded where there is a network.
+    """Resolves a local directory, or downloads a hub name.
 
     Raises:
-      ModelLoadError: there is no such directory, or a file in it is not fit to be read (see
-        `relax.files.check_directory`); a GGUF file is named with the command that converts it.
+      ModelLoadError: there is no such directory, or a file in it must not be read (see
+        `relax.files.check_directory`); for a GGUF file it names the command that converts it.
     """
     name = str(path)
     directory = os.path.expanduser(name)
@@ -52,10 +52,10 @@ def write_json(path: Path, value) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
-    """A directory that appears whole, when the context ends well, or not at all.
+    """Context for writing a directory, which appears only if the context succeeds.
 
     Yields:
-      Where to write the files, and where they will be: the absolute path.
+      The directory to write to, and the final absolute path.
 
     Raises:
       RelaxError: `path` is a file, or a directory with more in it than a model.
@@ -73,7 +73,7 @@ def new_directory(path: str | os.PathLike) -> Iterator[tuple[Path, Path]]:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Refuses to replace anything but a model, since what is at `path` will be deleted."""
+    """Checks that `path` holds nothing but a model, since it will be deleted."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -87,7 +87,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Puts a finished directory in its place; what was there is out of the way until then."""
+    """Moves a finished directory to its final path, replacing an existing one."""
     old = path.with_name(f".{path.name}.old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Adapters in PEFT's layout: a directory with adapter_config.json and adapter_model.safetensors.
 
-A field of the configuration that would change what the adapter computes is honoured or refused.
+A field of the configuration that would change the computation is supported or an error.
 Linear layers that are one tensor in the files of a family (Phi-3's queries, keys and values) have
 one adapter there: read, its A goes to each of ours and its B is cut into their rows; written, its
 rank is the sum of ours, and rank_pattern and alpha_pattern say so.
@@ -36,7 +36,7 @@ Modules = dict[str, list[tuple[str, ...]]]
 
 
 def is_adapter_directory(directory: str | os.PathLike) -> bool:
-    """Whether a directory holds an adapter in place of a model.
+    """Whether a directory holds an adapter instead of a model.
 
     Raises:
       ModelLoadError: it holds both.
@@ -80,7 +80,7 @@ def load_adapter(path: str | os.PathLike, model: Transformer, params) -> tuple[T
       The model with `lora` set, and the adapters alone, float32, in the nesting of `params`.
 
     Raises:
-      ModelLoadError: the adapter computes what we do not, or does not fit the model.
+      ModelLoadError: the adapter is unsupported or does not fit the model.
     """
     directory = Path(path)
     config = read_adapter_config(directory)

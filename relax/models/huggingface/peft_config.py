@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: which modules have adapters, of which rank and scale.
+"""PEFT's adapter_config.json: modules with adapters, their ranks and scales.
 
 A field that would change what the adapter computes is honoured or refused. Patterns of names are
 matched as `peft.utils.other.get_pattern_key` does (0.21): the first key of which
@@ -20,8 +20,8 @@ from relax.models.lora import ALL_LINEAR
 CONFIG = "adapter_config.json"
 WEIGHT = ".weight"
 
-# Fields that would change the computation in a way we do not have, and the values we do have; null
-# is one of them everywhere.
+# Fields that would change the computation in unsupported ways, and their supported values; null is
+# always supported.
 REQUIRED_VALUES: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
@@ -91,7 +91,7 @@ class AdapterConfig:
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def is_target(self, module: str) -> bool | None:
-        """Whether a module has an adapter; None: the fields do not tell."""
+        """Whether a module has an adapter; None: the fields do not say."""
         if _is_named(module, self.parameters):
             return True
         if self.modules is None:
@@ -112,9 +112,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     fields = read_json(directory, CONFIG)
     unknown = sorted(fields.keys() - REQUIRED_VALUES.keys() - IGNORED_FIELDS - READ)
     if unknown:
-        raise ModelLoadError(
-            f"{where}: fields that ReLax does not know, and so cannot honour: {', '.join(unknown)}."
-        )
+        raise ModelLoadError(f"{where}: fields that ReLax does not support: {', '.join(unknown)}.")
     fields = {name: value for name, value in fields.items() if value is not None}
     for name in REQUIRED_VALUES.keys() & fields.keys():
         if fields[name] not in REQUIRED_VALUES[name]:

@@ -53,8 +53,8 @@ def load_pretrained(
       The model and its parameters; `model.apply({"params": params}, input_ids)` gives logits.
 
     Raises:
-      ModelLoadError: the architecture is unknown, a field of config.json asks for what we do not
-        compute, or a tensor is missing, extra, misshapen or unreadable.
+      ModelLoadError: the architecture is unknown, a field of config.json is unsupported, or a
+        tensor is missing, extra, misshapen or unreadable.
     """
     config, params = _load_directory(find_directory(path), param_dtype)
     model = Transformer(config, jnp.dtype(dtype), jnp.dtype(param_dtype), gradient_checkpointing)
@@ -180,7 +180,7 @@ def write_directory(
 
 
 def read_pretrained_config(path: str | os.PathLike) -> TransformerConfig:
-    """The sizes of a model that `load_pretrained` reads, without its weights."""
+    """Reads the configuration of a model without its weights."""
     return read_config(find_directory(path))[1]
 
 

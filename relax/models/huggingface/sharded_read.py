@@ -1,6 +1,6 @@
-"""Weights from the files of a directory to where they lie: on a mesh each part is read by itself.
+"""Reading of weights onto a mesh: each process reads only the parts of its devices.
 
-A process reads what its own devices hold, and no weight is ever whole on a host.
+No weight is ever whole on a host.
 """
 
 import collections
@@ -61,7 +61,7 @@ def _leaf_shape(found: list[tuple[str, Part, int]]) -> tuple[int, ...]:
 
 
 def _piece(read: Read, found: list[tuple[str, Part, int]], dtype, bounds: Bounds) -> np.ndarray:
-    """A part of a leaf, from the tensors that hold it."""
+    """Reads a part of a leaf from the tensors that hold it."""
     if found[0][1].expert is None:
         return _of_tensor(read, *found[0], bounds).astype(dtype)
     first, *rest = bounds

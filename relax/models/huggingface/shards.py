@@ -58,7 +58,7 @@ def tensor_files(directory: Path, ignored: str) -> dict[str, str]:
 def check_tensors(
     directory: Path, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, str]
 ) -> None:
-    """Refuses tensors that are missing, extra, misshapen or no numbers.
+    """Checks that no tensor is missing, extra, misshapen or not numeric.
 
     Args:
       directory: the model's directory.
@@ -192,7 +192,7 @@ def write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def open_tensors(directory: Path, name: str):
-    """A safetensors file; what goes wrong while it is open is told with its name."""
+    """Opens a safetensors file; errors while it is open name the file."""
     path = file_of(directory, name)
     try:
         with safe_open(path, framework="numpy") as tensors:
