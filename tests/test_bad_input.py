@@ -305,7 +305,7 @@ def test_an_output_directory_in_use_is_refused_and_not_touched(run, refused, mod
     assert model_bytes(tmp_path / "run") == before
 
     said = refused(dataset_name=file, output_dir=model_dir)
-    assert f"'{model_dir}' holds config.json that no run of ReLax wrote" in said
+    assert f"'{model_dir}' holds config.json, not written by ReLax" in said
     assert not (model_dir / ".lock").exists()
     said = refused(dataset_name=file, output_dir=file)
     assert said.startswith(f"output_dir must be a writable directory, got '{file}'")

@@ -227,7 +227,7 @@ def test_a_run_that_went_back_removes_later_steps_and_replaces_its_own(tmp_path)
     checkpointer.save(10, {"w": jnp.float32(11)}, {})
     assert checkpointer.steps() == [10] and os.listdir(tmp_path) == ["10"]
     assert float(checkpointer.restore({"w": jnp.float32(0)})[0]["w"]) == 11
-    assert said == ["saving step 10: removed [20], of a run that went further"]
+    assert said == ["saving step 10: removed [20], of a run that had continued further"]
 
 
 def test_only_stale_temporary_directories_of_ours_are_swept(tmp_path):

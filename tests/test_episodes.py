@@ -163,7 +163,7 @@ def test_beginnings_that_differ_within_a_group_are_refused(model_and_params):
             return "k" * len(self.log)
 
     log = []
-    with pytest.raises(ValueError, match="the same beginning, and Fickle.reset does not"):
+    with pytest.raises(ValueError, match="the same text, but Fickle.reset does not"):
         rollout_episodes(
             *model_and_params,
             ITEM,

@@ -537,7 +537,7 @@ BAD = [
         {"use_sliding_window": True, "max_window_layers": 3},
         "max_window_layers is 3 beside use_sliding_window",
     ),
-    ("mistral", {"layer_types": [FULL] * 8}, "does not know, and so cannot honour: layer_types"),
+    ("mistral", {"layer_types": [FULL] * 8}, "does not support: layer_types"),
 ]
 
 

@@ -131,7 +131,7 @@ def test_a_run_over_another_base_is_refused(train, run, model_dir, tmp_path):
     save_pretrained(other / "weights", model, params)
     shutil.move(other / "weights" / "model.safetensors", other / "model.safetensors")
     shutil.rmtree(other / "weights")
-    with pytest.raises(CheckpointError, match="others now: base/layers_1/k_proj/kernel. Restore"):
+    with pytest.raises(CheckpointError, match="have changed: base/layers_1/k_proj/kernel. Restore"):
         train(
             again,
             **LORA,

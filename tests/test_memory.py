@@ -205,7 +205,7 @@ def test_more_than_there_is_is_refused_and_more_than_is_free_is_warned_of():
     with pytest.raises(ConfigError, match=r"needs 1 kB, and cpu has 0.9 kB. These lower it, in"):
         advice.check(SIZES, Capacity(900, 900, "cpu"), config)
     warning = advice.check(SIZES, Capacity(2000, 900, "cpu"), config)
-    assert "0.9 kB are free. Should memory run out: These lower it" in warning
+    assert "0.9 kB are free. If memory runs out: These lower it" in warning
     assert advice.check(SIZES, Capacity(2000, 1100, "cpu"), config) is None
 
 
@@ -325,7 +325,7 @@ def test_a_job_tells_its_attention_and_the_memory_of_an_update(big_update, monke
     assert "attention: xla (cpu)\n" in said
     assert re.search(r"^memory of an update of 2 x \d+ tokens\n  parameters ", said, re.M)
     assert "  together            5.00 GB of 9.00 GB on cpu, 3.00 GB free\n" in said
-    assert "warning: an update needs 5.00 GB, and 3.00 GB are free. Should memory run out: " in said
+    assert "warning: an update needs 5.00 GB, and 3.00 GB are free. If memory runs out: " in said
 
 
 def test_a_kernel_that_is_asked_for_on_another_device_is_refused(tmp_path):

@@ -375,7 +375,7 @@ BAD_FIELDS = [
     ({"model_type": "gpt2"}, "unknown architecture: model_type is 'gpt2'. Known: gemma2, "),
     ({"model_type": None}, "model_type is None"),
     ({"model_type": ["llama"]}, "model_type is ['llama']"),
-    ({"qk_norm": True, "clip_qkv": 8}, "does not know, and so cannot honour: clip_qkv, qk_norm"),
+    ({"qk_norm": True, "clip_qkv": 8}, "does not support: clip_qkv, qk_norm"),
     ({"model_type": "gemma3"}, "a model of images and text. Use a text model"),
     ({"hidden_act": "relu"}, "hidden_act must be silu, gelu or gelu_pytorch_tanh, got 'relu'"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1, which is not implemented; only 0 is"),
@@ -416,7 +416,7 @@ BAD_FIELDS = [
     ({"rope_parameters": None, "rope_scaling": {"type": "dyn"}}, "rope_type is 'dyn'"),
     ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be a finite number above 0"),
     ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta must be a finite number above 0"),
-    ({"rope_parameters": {"factor": 2.0}}, "not know for rope_type 'default': factor"),
+    ({"rope_parameters": {"factor": 2.0}}, "not support for rope_type 'default': factor"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     (
         {"rope_parameters": {"rope_type": "linear"}},
@@ -425,7 +425,7 @@ BAD_FIELDS = [
     ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor must be a finite number"),
     (
         {"rope_parameters": {"rope_type": "linear", "factor": 2, "attention_factor": 2}},
-        "not know for rope_type 'linear': attention_factor",
+        "not support for rope_type 'linear': attention_factor",
     ),
     (
         {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}},

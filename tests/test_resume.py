@@ -364,7 +364,9 @@ def test_a_changed_field_is_refused_with_the_difference_until_it_is_allowed(
     assert "--allow_config_change learning_rate" in said
     assert outcome(run) == outcome(short_run)
     assert call(*arguments, "--allow_config_change=learning_rate") == 0
-    assert "changed since the run began: learning_rate: 0.001 -> 0.0005" in capsys.readouterr().out
+    assert (
+        "changed since the run started: learning_rate: 0.001 -> 0.0005" in capsys.readouterr().out
+    )
 
 
 def test_changed_data_is_refused(short_job, short_run, tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_columns_messages_and_ids_reach_the_functions():
 
 def test_a_runner_has_its_weights_and_takes_no_others():
     runner = RewardRunner([lambda completions: [0.0] * len(completions)])
-    with pytest.raises(ValueError, match="leave reward_weights out"):
+    with pytest.raises(ValueError, match="remove reward_weights"):
         TableTrainer(reward_funcs=runner, reward_weights=[0.5])
 
 
