@@ -1,10 +1,10 @@
 """Forward passes for losses, used by every algorithm.
 
 Each takes all parameters (`merge(params, frozen)` of `relax.models.trainable`; the frozen base
-alone, `frozen["base"]`, is the model without its adapters) and gives hidden states, for a loss that
-goes on with `model.output_matrix(params)`, and the routers' load-balancing loss: added to the loss
-`config.router_aux_loss_coef` times and logged as `aux_loss`; None without experts. `rng` is the key
-of the adapters' dropout; None: no dropout.
+alone, `frozen["base"]`, is the model without its adapters) and returns hidden states, for a loss
+that continues with `model.output_matrix(params)`, and the routers' load-balancing loss: added to
+the loss `config.router_aux_loss_coef` times and logged as `aux_loss`; None without experts. `rng`
+is the key of the adapters' dropout; None: no dropout.
 
 Axes: B batch, T tokens of a row, P prompts, L tokens of a prompt, G completions of a prompt,
 C tokens of a completion, D model.

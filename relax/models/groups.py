@@ -1,7 +1,7 @@
 """Groups of completions that share their prompt's computation.
 
 The prompt attends to itself; each completion attends to the prompt and to itself, and its positions
-go on from the prompt's. What comes out is what rows of prompt and completion each would give, for
+continue from the prompt's. The result equals that of rows of prompt and completion each, for
 P prompts of L tokens and G completions of C tokens in P · (L + G · C) tokens of work in place of
 P · G · (L + C).
 

@@ -103,7 +103,7 @@ def choose(asked: str, need: AttentionSpec, device: Device) -> tuple[str, str]:
     """The path of a layer, and why it is not the platform's kernel (or which platform it is).
 
     Args:
-      asked: `auto`, or the one path that is to be taken.
+      asked: `auto`, or the required implementation.
 
     Raises:
       ConfigError: the path that is asked for cannot do what the layer needs.
@@ -183,7 +183,7 @@ def attend_rows(
 def _cudnn(q, k, v, mask, window, multiplier, implementation="cudnn"):
     """`mask` is for rows of segments: cuDNN adds it to the scores, one [T, T] for all heads.
 
-    Without one, cuDNN knows the past and the window, and skips what lies outside.
+    Without one, cuDNN handles causality and the window itself, and skips masked blocks.
     """
     options = {"is_causal": True, "scale": multiplier, "implementation": implementation}
     if mask is not None:

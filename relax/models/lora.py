@@ -3,7 +3,7 @@
     y = x W + dropout(x) A B · alpha / r
 
 A and B are leaves `lora_a` [D, r] and `lora_b` [r, F] beside `kernel` [D, F] in the parameters;
-`relax.models.layers.Linear` adds what they give. Hu et al., LoRA: Low-Rank Adaptation of Large
+`relax.models.layers.Linear` adds their output. Hu et al., LoRA: Low-Rank Adaptation of Large
 Language Models, 2021, section 4.1.
 """
 
@@ -53,7 +53,7 @@ def init_adapters(key: jax.Array, params, lora: LoRA) -> dict:
 
     Args:
       key: an adapter's own key follows from this one and its path.
-      params: the kernels that they stand beside.
+      params: the parameters with the adapted kernels.
       lora: which layers, and the rank.
 
     Returns:

@@ -13,7 +13,7 @@ Notable features:
 
 Axes: B batch, T query, S key, D model, K key-value heads, H head, L layer, V vocabulary;
 M = B * T tokens. Layers see their tokens flattened, `[M, D]`: XLA's backward pass for CPUs is about
-twice as fast on them as on `[B, T, D]`, and accelerators do not tell the two apart.
+twice as fast on them as on `[B, T, D]`, and equally fast on accelerators.
 """
 
 import functools
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
 
         Args:
           tokens: `[B]`, the last token of each slot.
-          positions: `[B]`, where it stands.
+          positions: `[B]`, its position.
           cache: a cache of `relax.models.cache`, with more columns than any position.
 
         Returns:

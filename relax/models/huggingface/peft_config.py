@@ -1,6 +1,6 @@
 """PEFT's adapter_config.json: modules with adapters, their ranks and scales.
 
-A field that would change what the adapter computes is honoured or refused. Patterns of names are
+A field that would change the computation is supported or an error. Patterns of names are
 matched as `peft.utils.other.get_pattern_key` does (0.21): the first key of which
 `(.*\\.)?(KEY)$` matches the module's name, so that a dot stands for any character.
 """
@@ -27,7 +27,7 @@ REQUIRED_VALUES: dict[str, tuple] = {
     "task_type": ("CAUSAL_LM",),
     "bias": ("none",),
     "revision": ("main",),
-    # The others change the base's weights as well, or stand for another computation.
+    # The others also change the base's weights, or mean another computation.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     **dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), (False,)),
     **dict.fromkeys(("modules_to_save", "layer_replication"), ([],)),
@@ -64,7 +64,7 @@ class AdapterConfig:
       dropout: share of the adapters' inputs that training drops.
       use_rslora: the scale is alpha / sqrt(r) in place of alpha / r.
       ranks, alphas: compiled key of a pattern -> value, in the order of the file.
-      modules: names of modules or ends of them, `all-linear`, or None: only the tensors tell.
+      modules: names of modules or ends of them, `all-linear`, or None: the tensors decide.
       parameters: the same of modules whose weights are named, by `target_parameters`.
       layers: indices of the layers in which ends of names count; None: in all.
     """

@@ -141,7 +141,7 @@ def write_model(
     if dtype is None:  # one that holds every leaf exactly: transformers loads all in this one
         dtype = jnp.result_type(*(leaf.dtype for leaf in flat.values()))
     dtype = np.dtype(dtype)
-    if not processes.is_main():  # takes part in gathering what lies in several processes
+    if not processes.is_main():  # takes part in gathering arrays that span processes
         for parts in expected.values():
             from_params(parts, flat, dtype)
         return Path(path)
@@ -249,7 +249,7 @@ def _check_leaves(expected: Tensors, flat: Mapping) -> None:
             if part.transposed:
                 shape = (*shape[:-2], shape[-1], shape[-2])
             stacked = () if part.expert is None else (part.expert + 1,)
-            shapes[part.path] = (*stacked, *shape)  # the last expert tells how many there are
+            shapes[part.path] = (*stacked, *shape)  # the last expert gives their number
     wrong = [f"no {'/'.join(path)}" for path in shapes.keys() - flat.keys()]
     wrong += [f"unknown {'/'.join(path)}" for path in flat.keys() - shapes.keys()]
     wrong += [

@@ -81,7 +81,7 @@ def leaf_shapes(config: TransformerConfig) -> dict[tuple[str, ...], tuple[int, .
 
 
 def shape_of(parts: tuple[Part, ...]) -> tuple[int, ...]:
-    """The shape of a tensor: its parts stand one below the other, along the outputs."""
+    """The shape of a tensor, whose parts are concatenated along the outputs."""
     first = parts[0].shape
     axis = output_axis(first)
     total = sum(part.shape[axis] for part in parts)
@@ -138,5 +138,5 @@ def _pieces(parts: tuple[Part, ...], array: np.ndarray) -> Iterator[tuple[Part, 
 
 
 def output_axis(shape: tuple[int, ...]) -> int:
-    """Along which the parts of a tensor stand one below the other."""
+    """The axis along which the parts of a tensor are concatenated."""
     return max(len(shape) - 2, 0)
