@@ -81,8 +81,8 @@ class ErrorList:
 
     def note(self, error: RelaxError) -> None:
         """Adds an error, unless all its sentences are known."""
-        told = {problem for known in self.errors for problem in _sentences(known)}
-        if not set(_sentences(error)) <= told:
+        noted = {problem for known in self.errors for problem in _sentences(known)}
+        if not set(_sentences(error)) <= noted:
             self.errors.append(error)
 
     def raise_all(self) -> None:

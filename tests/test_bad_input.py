@@ -113,7 +113,7 @@ BROKEN_FILES = {
     "list": (GOOD + "[1]\n", ":5: a row must be a JSON object, this is a list."),
     "cut off": (
         GOOD + '{"prompt": "1+1=", "comp',
-        ":5: broken JSON in the last line, which has no line end: the file looks cut off",
+        ":5: broken JSON in the last line, which has no line end: the file looks truncated",
     ),
     "messages that are texts": (
         line({"messages": ["1+1=", "2"]}),

@@ -343,7 +343,7 @@ def test_a_text_prompt_beside_whole_conversations_is_taken_from_them(tokenizer):
     assert texts([{"messages": chat["messages"]}], tokenizer) == [
         tokenizer.decode(examples[0].input_ids.tolist())
     ]
-    assert "messages are used, the prompt beside is not" in report.notes
+    assert "messages are used, the prompt next to them is not" in report.notes
 
 
 def test_tools_and_masks_that_begin_in_a_later_row_are_used(tokenizer):

@@ -263,7 +263,7 @@ def test_a_column_that_no_row_has_is_refused_with_those_that_exist():
     with pytest.raises(ConfigError) as error:
         check_columns([info], ["prompt", "solutions"])
     assert str(error.value) == (
-        "reward 'f' asks for the column 'solution', which the rows do not have. "
+        "reward 'f' needs the column 'solution', which the rows do not have. "
         "They have 'solutions'. Did you mean solutions?"
     )
     with pytest.raises(ConfigError, match="'trainer_state', which is the name of what every"):

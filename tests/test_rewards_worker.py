@@ -278,7 +278,7 @@ def test_a_run_stops_past_the_allowed_share_of_errors(file):
 
 def test_rows_are_refused_before_anything_runs(make):
     runner = make("returns")
-    with pytest.raises(ConfigError, match="asks for the column 'what'.*have 'answer'"):
+    with pytest.raises(ConfigError, match="needs the column 'what'.*have 'answer'"):
         runner.check_rows([{"prompt": "p", "answer": 1}])
     with pytest.raises(DataError, match="row 1: column 'what' holds a datetime"):
         import datetime

@@ -44,7 +44,7 @@ class _Typed(NamedTuple):
 
     spelling: str
     name: str  # as typed, with underscores and without dashes in front
-    text: str | None  # None where it stands alone
+    text: str | None  # None for a flag without a value
 
 
 def run(

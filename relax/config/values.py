@@ -27,7 +27,7 @@ def split_optional(annotation: Any) -> tuple[Any, bool]:
 
 
 def is_switch(annotation: Any) -> bool:
-    """Whether a flag of this type may stand alone (`--packing`) and be negated (`--no_packing`)."""
+    """Whether a flag of this type needs no value (`--packing`) and has a negation."""
     return split_optional(annotation)[0] is bool
 
 

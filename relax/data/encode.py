@@ -27,7 +27,7 @@ class Encoder:
     Args:
       tokenizer: a Hugging Face tokenizer.
       found: the format of the rows.
-      options: how rows become tokens.
+      options: options for encoding.
 
     Raises:
       ConfigError, DataError: if the tokenizer cannot do what the format and the options need.

@@ -26,7 +26,7 @@ _MASKS = ("labels", "completion_mask", "assistant_masks")
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """How rows become tokens.
+    """Options for encoding rows as tokens.
 
     Args:
       text_field: the column of plain texts.
@@ -93,7 +93,7 @@ def find_format(
 
     Args:
       row: the first row, at `where`.
-      options: how rows become tokens.
+      options: options for encoding.
       columns: those of all rows; `tools` and masks may first occur in a later one.
 
     >>> find_format({"prompt": "2+2=", "completion": "4"}, "a.jsonl:1", FormatOptions()).name

@@ -35,7 +35,7 @@ def prepare(
     Args:
       rows: a result or an argument of `read_rows`.
       tokenizer: a Hugging Face tokenizer.
-      options: how rows become tokens.
+      options: options for encoding.
       vocab_size: rows of the model's embedding; None: not checked.
 
     Returns:
@@ -160,9 +160,11 @@ def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examp
     last = examples[0].labels[examples[0].labels != IGNORE][-1]
     used = set(found.columns)
     notes = [*rows.notes, *encoder.renderer.notes()]
-    beside = {"prompt", "completion"} & set(columns_of(rows.rows))
-    if found.name in ("messages", "conversations") and beside:
-        notes.append(f"{found.name} are used, the {' and '.join(sorted(beside))} beside is not")
+    ignored = {"prompt", "completion"} & set(columns_of(rows.rows))
+    if found.name in ("messages", "conversations") and ignored:
+        notes.append(
+            f"{found.name} are used, the {' and '.join(sorted(ignored))} next to them is not"
+        )
     if found.name == "conversations":
         notes.append("conversations (from, value) are read as messages (role, content)")
     if fate.endless:
@@ -171,7 +173,7 @@ def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examp
             "to stop there"
         )
     if "labels" in used and len(used & {"completion_mask", "assistant_masks"}):
-        notes.append("labels are used, the masks beside them are not")
+        notes.append("labels are used, the masks next to them are not")
     return DataReport(
         format=found.name
         + (

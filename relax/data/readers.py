@@ -129,7 +129,7 @@ def _parse_line(text: str, where: str):
         if not text.endswith("\n"):
             raise DataError(
                 f"{where}: broken JSON in the last line, which has no line end: the file looks "
-                f"cut off ({json_reason(error)})."
+                f"truncated ({json_reason(error)})."
             ) from error
         raise DataError(f"{where}: broken JSON: {json_reason(error)}.") from error
 

@@ -156,7 +156,10 @@ def _lines(report: DataReport):
         packed = f"{report.num_packed_rows:,} rows, {report.packing_fill:.1%} full"
         yield "packing", f"{report.packing}: {packed}"
     if report.num_dropped_packed_rows:
-        yield "left out", f"{report.num_dropped_packed_rows:,} packed rows without a trained token"
+        yield (
+            "dropped rows",
+            f"{report.num_dropped_packed_rows:,} packed rows without a trained token",
+        )
     end = "end token trained" if report.ends_trained else "end token NOT trained"
     yield "last trained", f"{report.last_trained_token!r} ({end})"
     for note in report.notes:

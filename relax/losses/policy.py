@@ -319,7 +319,7 @@ def policy_loss(
       (-0.3333, 3, [[1.0, 1.0], [1.0, 1.0]])
 
     References:
-      Yu et al., DAPO, 2025, https://arxiv.org/abs/2503.14476, eq. 8; the others beside their parts.
+      Yu et al., DAPO, 2025, https://arxiv.org/abs/2503.14476, eq. 8; others: see the parts.
     """
     objective, aggregation = LOSS_TYPES[loss_type]
     log_ratio = log_ratios(logprobs, old_logprobs, mask)
@@ -361,7 +361,7 @@ def clip_fractions(ratio: jax.Array, advantages: jax.Array, mask: jax.Array, cli
 
 
 def _per_token(advantages, mask):
-    """`[B]` -> `[B, 1]`; what stands in masked places of `[B, T]` becomes 0."""
+    """`[B]` -> `[B, 1]`; masked entries of `[B, T]` become 0."""
     if advantages.ndim == 1:
         require_same_shape(1, advantages=advantages, completions=mask[:, 0])
         return advantages[:, None]

@@ -79,18 +79,18 @@ def calculate(expression: str) -> str:
 def _sum(tokens: list[str]) -> tuple[Fraction, list[str]]:
     value, rest = _product(tokens)
     while rest[:1] in (["+"], ["-"]):
-        other, behind = _product(rest[1:])
-        value, rest = (value + other if rest[0] == "+" else value - other), behind
+        other, tail = _product(rest[1:])
+        value, rest = (value + other if rest[0] == "+" else value - other), tail
     return value, rest
 
 
 def _product(tokens: list[str]) -> tuple[Fraction, list[str]]:
     value, rest = _factor(tokens)
     while rest[:1] in (["*"], ["/"]):
-        other, behind = _factor(rest[1:])
+        other, tail = _factor(rest[1:])
         if rest[0] == "/" and not other:
             raise ValueError("division by zero")
-        value, rest = (value * other if rest[0] == "*" else value / other), behind
+        value, rest = (value * other if rest[0] == "*" else value / other), tail
     return value, rest
 
 

@@ -92,7 +92,7 @@ class Episode:
           ValueError: the episode is over, or the turn is empty.
         """
         if self.done or not ids:
-            state = "is over" if self.done else "goes on"
+            state = "is over" if self.done else "is not over"
             raise ValueError(
                 f"a turn needs tokens and an episode that is not over, got {len(ids)} tokens and "
                 f"an episode that {state}. Sample only where `done` is False."

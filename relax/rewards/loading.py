@@ -146,7 +146,7 @@ def _find(spec: str, what: str = "reward"):
     path, colon, name = spec.rpartition(":")
     if spec.startswith("model:"):
         raise ConfigError(
-            f"{what} {spec!r} is a model, which runs beside the policy: name it on the command "
+            f"{what} {spec!r} is a model, which runs with the policy: name it on the command "
             "line, or give relax.engine.reward_model.ModelReward(DIR, tokenizer)."
         )
     if colon or "." in spec:

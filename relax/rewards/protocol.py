@@ -137,7 +137,7 @@ def check_columns(infos: Iterable[RewardInfo], columns: Iterable[str]) -> None:
             if argument not in GIVEN and argument not in present:
                 shown = ", ".join(map(repr, present)) or "none besides the prompt and completion"
                 raise ConfigError(
-                    f"reward {info.name!r} asks for the column {argument!r}, which the rows do not "
+                    f"reward {info.name!r} needs the column {argument!r}, which the rows do not "
                     f"have. They have {shown}.{suggestion(argument, present)}"
                 )
 

@@ -25,7 +25,7 @@ class CombinedProfile(DataProfile):
                     if other != name and stop.strip() and stop in asking.instruction:
                         raise ConfigError(
                             f"profiles {name} and {other} cannot be combined: {stop!r} ends the "
-                            f"completions of {name}, and {other} asks for it. Take one of them."
+                            f"completions of {name}, and {other} writes it. Use one of them."
                         )
         self.columns = tuple(dict.fromkeys(c for p in self.profiles for c in p.columns))
         self.instruction = "\n\n".join(p.instruction for p in self.profiles if p.instruction)

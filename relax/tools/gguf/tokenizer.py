@@ -22,7 +22,7 @@ _CASED = rf"{_BEGIN}{_UPPER}*{_LOWER}+|{_BEGIN}{_UPPER}+{_LOWER}*|"
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How a text is split into words, within which byte pairs are merged.
+    """A rule for splitting text into words, within which byte pairs are merged.
 
     Attributes:
       pattern: regular expression of a word; None: GPT-2's.

@@ -91,8 +91,8 @@ def _walk(bodies, name: str, times: int, totals, seen: set[str]) -> None:
 
 def _trips(bodies, line: str) -> int:
     """The trip count of a loop: the compiler's, else the single number it counts to, else 1."""
-    if told := _TRIPS.search(line):
-        return int(told[1])
+    if found := _TRIPS.search(line):
+        return int(found[1])
     found = _CONDITION.search(line)
     condition = bodies.get(found[1], ()) if found else ()
     numbers = [found[1] for line in condition if (found := _NUMBER.search(line))]

@@ -155,8 +155,8 @@ def attempt(compiled) -> Program | str:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        told = re.search(r"Used \S+ of \S+", str(error))
-        return told[0] if told else str(error).strip().splitlines()[0]
+        found = re.search(r"Used \S+ of \S+", str(error))
+        return found[0] if found else str(error).strip().splitlines()[0]
 
 
 def extrapolated(compiled, shape: TransformerConfig, full: bool) -> Program:
@@ -339,8 +339,8 @@ def described(program: Program | str, topology: str, flops: float) -> list[str]:
         lines.append(f"  {kind:16} {format_bytes(nbytes):>10} in {count}")
     lines.append(f"  {'memory traffic':16} {format_bytes(program.accessed):>10} by XLA's count")
     if chip is not None:
-        # All held memory is read at least once. XLA's count is no use here: it counts a whole
-        # buffer where a part of it is read.
+        # All allocated memory is read at least once. XLA's count is useless here: it counts a whole
+        # buffer if a part of it is read.
         times = {
             "arithmetic": flops / chip.flops,
             "memory": program.total / chip.bandwidth,
