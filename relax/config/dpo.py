@@ -77,14 +77,10 @@ class DPOSection(ReferenceSection):
     desirable_weight: float = option(1.0, "Weight of desirable completions in kto.", above=0)
     undesirable_weight: float = option(1.0, "Weight of undesirable completions in kto.", above=0)
     precompute_ref_log_probs: bool = option(
-        False,
-        "Compute the reference log-probabilities once, before training, and keep no reference "
-        "model in memory.",
+        False, "Compute reference logprobs before training, and keep no reference model in memory."
     )
     ref_log_probs_dir: str | None = option(
-        None,
-        "Directory of precomputed reference log-probabilities, shared by runs; none = in "
-        "output_dir.",
+        None, "Directory of precomputed reference logprobs, shared by runs; none = in output_dir."
     )
     loss_chunk_size: int = option(
         256, "Tokens per chunk of logits; smaller saves memory.", at_least=1

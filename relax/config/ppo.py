@@ -42,10 +42,7 @@ class PPOSection:
     )
     kl_estimator: Literal["k1", "k3"] = option("k1", "Estimator of the KL divergence per token.")
     kl_target: float | None = option(
-        None,
-        "Target KL divergence per completion in nats, for adaptive kl_coef; none = constant "
-        "kl_coef.",
-        above=0,
+        None, "Target KL per completion, nats, for adaptive kl_coef; none = constant.", above=0
     )
     kl_horizon: float = option(
         10000.0, "Completions over which an adaptive kl_coef changes by at most a fifth.", above=0
@@ -65,15 +62,11 @@ class PPOSection:
         0.2, "Clipping range of the ratio: 1 - cliprange to 1 + cliprange.", above=0
     )
     dual_clip: float | None = option(
-        None,
-        "Upper bound of the ratio where the advantage is negative, such as 3; none = no bound.",
-        above=1,
+        None, "Upper bound of the ratio for negative advantages, such as 3; none = off.", above=1
     )
     entropy_coef: float = option(0.0, "Entropy bonus coefficient.", at_least=0)
     target_kl: float | None = option(
-        None,
-        "KL divergence from the rollout at which its remaining steps are skipped; none = off.",
-        above=0,
+        None, "KL to the rollout that skips its remaining steps; none = off.", above=0
     )
     loss_chunk_size: int = option(
         256, "Tokens per chunk of logits; smaller saves memory.", at_least=1

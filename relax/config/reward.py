@@ -15,9 +15,7 @@ class RewardModelSection:
     """Loss of the reward model."""
 
     center_rewards_coefficient: float | None = option(
-        None,
-        "Coefficient of the squared sum of a pair's scores, such as 0.01; none = off.",
-        above=0,
+        None, "Coefficient of the squared sum of both scores, such as 0.01; none = off.", above=0
     )
 
 

@@ -106,26 +106,19 @@ class GRPOSection(ReferenceSection):
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "cispo_absolute"] = option(
         "dapo", "Objective and its aggregation over tokens."
     )
-    epsilon: float = option(
-        0.2, "Lower clipping range: ratios below 1 - epsilon are clipped.", above=0
-    )
+    epsilon: float = option(0.2, "Lower clipping range, below 1 - epsilon.", above=0)
     epsilon_high: float | None = option(
-        None,
-        "Upper clipping range: ratios above 1 + epsilon_high are clipped; none = epsilon.",
-        above=0,
+        None, "Upper clipping range, above 1 + epsilon_high; none = epsilon.", above=0
     )
     delta: float | None = option(
         None, "Upper bound of the ratio where the advantage is negative; none = no bound.", above=1
     )
     importance_sampling_level: Literal["token", "sequence", "trajectory"] = option(
-        "token",
-        "Importance ratio per token, geometric mean of the sequence (GSPO), or product of the "
-        "sequence (RLOO).",
+        "token", "Ratio per token, its geometric mean per sequence (GSPO), or its product (RLOO)."
     )
     scale_rewards: Literal["group", "batch", "none", "rloo"] = option(
         "group",
-        "Normalisation of advantages: by the std of the group or the batch, none, or leave-one-"
-        "out (rloo).",
+        "Normalisation of advantages: std of the group or the batch, none, or leave-one-out.",
     )
     mask_truncated_completions: bool = option(
         False, "Exclude completions that reached max_completion_length from the loss."

@@ -45,10 +45,7 @@ class Hyperparams:
         0.0, "Linear warm-up in steps; below 1: a fraction of the run.", steps=True, at_least=0
     )
     min_lr_rate: float = option(
-        0.0,
-        "Final learning rate of cosine_with_min_lr and wsd, as a fraction of the peak.",
-        at_least=0,
-        below=1,
+        0.0, "Final fraction of the peak in cosine_with_min_lr and wsd.", at_least=0, below=1
     )
     num_decay_steps: float = option(
         0.1, "Decay phase of wsd in steps; below 1: a fraction of the run.", steps=True, above=0
@@ -68,9 +65,7 @@ class Hyperparams:
         True, "Recompute activations in the backward pass to save memory."
     )
     gradient_checkpointing_policy: Literal["matmuls", "attention", "nothing"] = option(
-        "matmuls",
-        "Activations kept by gradient checkpointing: outputs of all matrix products, of "
-        "attention only, or none.",
+        "matmuls", "Activations kept: outputs of all matrix products, of attention only, or none."
     )
 
 
@@ -100,9 +95,7 @@ class PeftConfig:
         ["all-linear"], "Linear layers with adapters, such as q_proj,v_proj; or all-linear."
     )
     merge_lora: bool = option(
-        False,
-        "Save the merged model instead of the adapter; always on where the base model is not a "
-        "directory or hub name.",
+        False, "Save the merged model, not the adapter; always on for a base without a directory."
     )
     freeze: str | None = option(
         None, "Regular expression; weights whose path matches it are frozen."
@@ -124,10 +117,7 @@ class RowsConfig:
         None, "Evaluation data, as in dataset_name; several sets: name=FILE,..."
     )
     test_size: float = option(
-        0.0,
-        "Training rows held out for evaluation; below 1: a fraction of them.",
-        steps=True,
-        at_least=0,
+        0.0, "Training rows held out for evaluation; below 1: a fraction.", steps=True, at_least=0
     )
     shuffle_dataset: bool = option(True, "Reshuffle the rows in every epoch.")
     eos_token: str | None = option(None, "End-of-sequence token; none = the tokenizer's.")
@@ -206,7 +196,7 @@ class InferenceConfig:
     eval_strategy: Literal["no", "steps", "epoch"] = option("no", "When to evaluate.")
     eval_steps: float | None = option(
         None,
-        "Steps between evaluations; below 1: a fraction of the run; none = logging_steps.",
+        "Steps between evaluations; below 1: a fraction; none = logging_steps.",
         steps=True,
         above=0,
     )
@@ -283,9 +273,7 @@ class SystemConfig:
     )
     grace_s: float = option(25.0, "Seconds within which a run ends after SIGTERM.", above=0)
     mesh: str | None = option(
-        None,
-        "Devices per mesh axis, such as data=2,fsdp=4,tensor=1; auto = all along fsdp; none = "
-        "one device.",
+        None, "Devices per mesh axis, such as data=2,fsdp=4; auto = all on fsdp; none = one device."
     )
     sharding_rules: str | None = option(
         None, "File of sharding rules that precede the built-in ones; see docs/scale.md."
@@ -317,8 +305,7 @@ class DebugConfig:
     debug_nans: bool = option(False, "Stop at the operation that produces a NaN (slow).")
     dry_run: bool = option(
         False,
-        "Check everything, compile, take one step, print the memory and time that the run "
-        "needs, and end.",
+        "Check everything, take one step, print the memory and time that the run needs, and end.",
     )
     profile_steps: str | None = option(
         None, "Steps to profile, such as 10:15, for TensorBoard and Perfetto."
