@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Finding: `apply_chat_template(messages)` returns a mapping of two entries, so `len()` of it is
 #   2 for every conversation.
-# Packages: transformers 5.24.0
+# Packages: transformers 5.24.0, jinja2 3.1.6
 # Guess: A list of token ids, as in transformers 4: `len()` is the number of tokens and slices
 #   cut it.
 # Observed: A `BatchEncoding` with input_ids and attention_mask comes back unless
@@ -13,7 +13,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3.11}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet transformers==5.24.0
+"$folder/venv/bin/pip" install --quiet transformers==5.24.0 jinja2==3.1.6
 cd "$folder"
 "$folder/venv/bin/python" - <<'PROGRAM'
 import sys
