@@ -367,7 +367,11 @@ def test_what_is_under_way_is_shown_with_its_seconds(monkeypatch):
 
 def test_a_second_batch_shape_is_counted_when_it_compiles():
     text = shown(False)
-    assert re.search(r"compiled for 2 x 3, .* s, batch shape 2 of this run$", text, re.MULTILINE)
+    assert re.search(
+        r"compiled for 2 x 3 and made one step in .* s, batch shape 2 of this run$",
+        text,
+        re.MULTILINE,
+    )
     assert "batch shape 1" not in text
 
 

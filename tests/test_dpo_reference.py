@@ -74,7 +74,7 @@ def test_what_a_kill_left_undone_is_done_and_nothing_else(dpo, tmp_path, monkeyp
 
 
 def test_a_run_that_has_moved_cannot_go_on_without_the_file(dpo, tmp_path):
-    with pytest.raises(CheckpointError, match="5 of 5 are not there. Restore the file"):
+    with pytest.raises(CheckpointError, match="5 of 5 are missing. Restore the file"):
         begin(dpo, tmp_path, step=3, weights="12345678")
 
 

@@ -388,7 +388,7 @@ def test_what_cannot_be_meant_is_refused_when_the_trainer_is_made():
 def test_an_item_of_another_size_is_refused():
     trainer = TableTrainer(prompts_per_item=4, completions_per_update=8)
     found = collected()
-    with pytest.raises(ValueError, match="must hold 4 prompts .*, got 3. Drop the last"):
+    with pytest.raises(ValueError, match="must have 4 prompts .*, got 3. Drop the last"):
         list(trainer._split(found.take([0, 1, 0]).rollout, {}, KEY))
 
 
@@ -551,7 +551,9 @@ def test_loss_and_gradient_with_a_shared_prompt_are_those_of_dense_separate_rows
 def test_the_subclass_of_the_documentation_learns_from_a_plain_list(tiny_model):
     """Six lines, a lambda for a reward, a list of items; three seeds, for a token the model has
     no liking for."""
-    source = grpo_trainer.__doc__.partition("only the advantage:\n")[2].partition("\n\nWhere")[0]
+    source = grpo_trainer.__doc__.partition("only the advantage:\n")[2].partition(
+        "\n\nDifferences"
+    )[0]
     namespace = {"GRPOTrainer": GRPOTrainer, "np": np}
     exec(textwrap.dedent(source), namespace)
     assert len(source.strip().splitlines()) <= 6

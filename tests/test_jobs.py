@@ -162,7 +162,7 @@ def test_a_file_says_of_which_algorithm_it_is(tmp_path):
     file.write_text('{"algorithm": "none"}')
     with pytest.raises(ConfigError, match="unknown algorithm 'none'. There are dpo, "):
         ConfigLoader(file).load()
-    with pytest.raises(ConfigError, match="batch_size is not a name here"):
+    with pytest.raises(ConfigError, match="batch_size is not a field here"):
         create_default_config(batch_size=4)
 
 
@@ -212,7 +212,7 @@ def test_a_profile_reaches_the_tokens_that_are_trained(fields, tmp_path):
         [{"prompt": "1+1=", "completion": "Step 1: Add.\n\nAnswer: 2"}] * 4,
     )[1]
     assert "profile auto takes regime3: 4 of 4 rows have answers in steps" in said
-    assert r"note: 4 of 4 completions hold the stop sequence '\n\n' before their end" in said
+    assert r"note: 4 of 4 completions contain the stop sequence '\n\n' before their end" in said
 
 
 def test_a_profile_is_refused_on_the_embedded_task(tmp_path):

@@ -101,11 +101,11 @@ def test_the_policies_give_the_same_gradients(batch):
             assert float(jnp.abs(ours - theirs).max()) <= 1e-5 * scale, policy
 
 
-def test_a_policy_without_checkpointing_is_refused():
+def test_a_policy_without_checkpointing_is_warned_of():
     config = SFTConfig().replace(
         gradient_checkpointing=False, gradient_checkpointing_policy="nothing"
     )
-    with pytest.raises(ConfigError, match="gradient_checkpointing_policy has no effect"):
+    with pytest.warns(UserWarning, match="gradient_checkpointing_policy has no effect"):
         config.validate()
 
 
@@ -250,7 +250,7 @@ def test_what_a_run_does_already_is_not_advised():
 def test_the_optimizers_that_are_advised_hold_less(optim):
     of = {name: template(trainer(optim=name)) for name in ("adamw", optim)}
     sizes = {name: memory.state_sizes(state, 1).optimizer for name, state in of.items()}
-    assert sizes[optim] < sizes["adamw"] / 2
+    assert sizes[optim] < 0.6 * sizes["adamw"]
 
 
 def test_a_state_that_cannot_fit_is_refused_before_it_is_made():

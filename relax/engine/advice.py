@@ -63,12 +63,11 @@ def advice(config: TrainerConfig) -> str:
     'These lower it, in this order: --param_dtype bfloat16; --dry_run shows the table.'
     """
     values = config.flat()
-    small = {"optim": ("adafactor", "sgd"), "use_peft": (True, values.get("freeze") is not None)}
-    left = [
-        flag
-        for flag, field, reached in FLAGS
-        if field in values and values[field] not in (reached, *small.get(field, ()))
-    ]
+    left = [flag for flag, field, reached in FLAGS if values.get(field, reached) != reached]
+    if values["optim"] == "sgd":  # its state is smaller still
+        left.remove("--optim adafactor")
+    if values["freeze"] is not None:  # adapters and frozen weights exclude each other
+        left.remove("--use_peft")
     if not left:
         return "No flag lowers it: use a smaller model or a larger device."
     return f"These lower it, in this order: {', '.join(left)}; --dry_run shows the table."

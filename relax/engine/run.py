@@ -115,8 +115,7 @@ class Run(RunContext[C_co]):
             model, params = self.attempt(lambda: make(self.source)) or (None, None)
         if model is not None:
             length = self.config.flat().get("pad_to_multiple_of") or 8
-            attention = kernels.describe_attention(model, length)
-            self.console.print(f"attention: {attention}", markup=False)
+            self._attention = kernels.describe_attention(model, length)
         return model, params
 
     def load_data(
@@ -146,6 +145,7 @@ class Run(RunContext[C_co]):
                 data = checks.read_data(make, model.config, self.problems)
         self.problems.raise_all()
         assert data is not None  # where it is None there was a problem
+        self.console.print(f"attention: {self._attention}", markup=False)
         data.show(self.console)
         asked, steps = self.config.hyperparams.max_steps, self.steps(data)
         if 0 < asked != steps:
