@@ -74,7 +74,7 @@ REFUSED = [
     ({"value_model": "OTHER"}, "value_model must have the policy's tokens"),
     ({"max_completion_length": 60}, "there is room for 4"),
     ({"per_device_train_batch_size": 32}, "a rollout needs 16 prompts and the data set has 10"),
-    ({"critic_warmup_steps": 12}, "critic_warmup_steps must leave updates for the policy"),
+    ({"critic_warmup_steps": 12}, "critic_warmup_steps must leave steps for the policy"),
     ({"cliprange_value": 0}, "cliprange_value must be above 0"),
     ({"reward_funcs": "exact_mach", "reward_weights": None}, "Did you mean exact_match"),
 ]

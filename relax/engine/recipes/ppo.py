@@ -110,7 +110,7 @@ def optimizers(config: PPOConfig, steps: int) -> tuple:
     rate, warmup = config.ppo.critic_learning_rate, config.ppo.critic_warmup_steps
     if warmup >= steps:
         raise ConfigError(
-            f"critic_warmup_steps must leave updates for the policy, got {warmup} of {steps}. "
+            f"critic_warmup_steps must leave steps for the policy, got {warmup} of {steps}. "
             "Lower it."
         )
     critic = config if rate is None else config.replace(learning_rate=rate)
