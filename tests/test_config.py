@@ -21,6 +21,7 @@ from relax.config import (
     resolve_steps,
     section,
 )
+from relax.config.settings import ALGORITHMS
 from relax.errors import ConfigError
 
 DATA = {"dataset_name": "rows.jsonl"}
@@ -69,7 +70,16 @@ def test_two_fields_with_one_name_are_refused():
         options(TwinConfig)
 
 
-def test_an_algorithm_adds_a_section_and_its_own_defaults():
+@pytest.fixture
+def registry():
+    """Forgets the algorithms that a test has added."""
+    before = dict(ALGORITHMS)
+    yield
+    ALGORITHMS.clear()
+    ALGORITHMS.update(before)
+
+
+def test_an_algorithm_adds_a_section_and_its_own_defaults(registry):
     @dataclasses.dataclass(slots=True, kw_only=True)
     class Group:
         num_generations: int = option(8, "Completions per prompt.", at_least=2)
