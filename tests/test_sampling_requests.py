@@ -27,8 +27,8 @@ BAD_OPTIONS = [
     ({"top_p": 1.1}, "top_p must be above 0"),
     ({"min_p": 1.5}, "min_p must be from 0 to 1"),
     ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-    ({"temperature": 0.0, "top_p": 0.9}, "so that top_p would have no effect"),
-    ({"temperature": 0.0, "top_k": 5, "n": 2}, "so that top_k and n would have no effect"),
+    ({"temperature": 0.0, "top_p": 0.9}, "so top_p would have no effect"),
+    ({"temperature": 0.0, "top_k": 5, "n": 2}, "so top_k and n would have no effect"),
     (
         {"min_new_tokens": 9, "max_new_tokens": 8, "eos_token_ids": (1,)},
         "min_new_tokens 9 is more than max_new_tokens 8.",
