@@ -75,7 +75,7 @@ GOOD = '{"text": "a"}\n'
     "name, content, message",
     [
         ("a.jsonl", GOOD + '{"text": "a",}\n' + GOOD, r"a.jsonl:2: broken JSON: .* at column 1\d"),
-        ("a.jsonl", GOOD + '{"text": "a', r"a.jsonl:2: broken JSON in the last line.*cut off"),
+        ("a.jsonl", GOOD + '{"text": "a', r"a.jsonl:2: broken JSON in the last line.*truncated"),
         ("a.jsonl", GOOD + '{"text": "\0"}\n', r"a.jsonl:2: byte 11 is NUL: the file is damaged"),
         ("a.jsonl", GOOD.encode() + b'{"t": "\xff"}\n', r"a.jsonl:2: not UTF-8: byte 8 is 0xff"),
         ("a.jsonl", GOOD.encode("utf-16"), r"a.jsonl:1: not UTF-8"),

@@ -218,7 +218,7 @@ def conversation(row: dict, column: str, options: FormatOptions) -> list[dict]:
 
 
 def from_alpaca(row: dict, where: str, *, conversational: bool) -> dict:
-    """A row with Alpaca's columns as a prompt and a completion.
+    r"""A row with Alpaca's columns as a prompt and a completion.
 
     >>> from_alpaca({"instruction": "Add", "input": "2, 3", "output": "5"}, "row 0",
     ...             conversational=False)
