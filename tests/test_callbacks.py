@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import re
 from types import SimpleNamespace
@@ -322,9 +323,15 @@ RECORDS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("step_s", [0.001, 0.00085, 1.0, 60.0])
 @pytest.mark.parametrize("algorithm", RECORDS)
-def test_what_matters_fits_a_terminal_of_80_columns(algorithm, monkeypatch):
-    """Long runs of every algorithm: bar, time left, loss and reward are whole, lines are one."""
+def test_what_matters_fits_a_terminal_of_80_columns(algorithm, step_s, monkeypatch):
+    """Long runs of every algorithm: bar, time left, loss and reward are whole, lines are one.
+
+    The time left changes between two reads of the clock, and so does its width.
+    """
+    ticks = itertools.count(step=step_s)
+    monkeypatch.setattr("relax.callbacks.progress.time.monotonic", lambda: next(ticks))
     monkeypatch.setenv("TERM", "xterm-256color")
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     progress = Progress(console)

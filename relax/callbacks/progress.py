@@ -111,7 +111,6 @@ class Progress(Callback):
                 _Cell(self._where),
                 BarColumn(bar_width=_BAR_WIDTH),
                 _Cell(self._status),
-                _Cell(self._time_left),
                 console=self.console,
             )
             self._task = self._bar.add_task("", total=event.total_steps, completed=event.step)
@@ -235,14 +234,17 @@ class Progress(Callback):
         return "" if seconds is None else f"{format_seconds(seconds)} left"
 
     def _status(self) -> str:
-        """The last metrics that fit, and the activity if it has lasted a second."""
-        taken = len(self._where()) + _BAR_WIDTH + len(self._time_left()) + 3
-        room = max(self.console.width - taken, 0)
+        """The last metrics that fit, the activity if it has lasted a second, and the time left."""
+        # The clock is read once: the text of the time left has the width that the others leave it.
+        left = self._time_left()
+        room = max(self.console.width - len(self._where()) - _BAR_WIDTH - len(left) - 4, 0)
         seconds = time.monotonic() - self._since_s
         if not self._activity or seconds < 1:
-            return "  ".join(fitting(self._values, room))
-        activity = f"{self._activity} ({seconds:.0f} s)"[:room]
-        return "  ".join([*fitting(self._values, room - len(activity) - 2), activity])
+            parts = fitting(self._values, room)
+        else:
+            activity = f"{self._activity} ({seconds:.0f} s)"[:room]
+            parts = [*fitting(self._values, room - len(activity) - 2), activity]
+        return "  ".join(filter(None, [*parts, left]))
 
 
 class _Cell(ProgressColumn):
