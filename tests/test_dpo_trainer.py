@@ -114,11 +114,18 @@ def test_loss_and_metrics_equal_each_answer_by_itself(
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
-def test_the_loss_before_the_first_update_is_ln_2_and_no_pair_is_right(tiny_model, tiny_params):
+def test_the_loss_before_the_first_update_is_ln_2(tiny_model, tiny_params):
     dpo = trainer(tiny_model, tiny_params)
     _, metrics = dpo.train_step(dpo.create_train_state(jax.random.key(0)), *loader())
     assert abs(float(metrics["loss"]) - 0.6931471805599453) < 1e-6
-    assert metrics["rewards/accuracies"] == 0  # ties are wrong
+
+
+def test_a_pair_of_equal_scores_is_wrong_and_a_row_without_a_pair_does_not_count(tiny_model):
+    """Scores by hand: before the first update they are equal but for rounding."""
+    scores = jnp.array([[1.5, 1.5], [2.0, 1.0], [-1.0, -1.0], [0.0, 3.0], [9.0, 0.0]])
+    mask = jnp.array([True, True, True, True, False])
+    metrics = trainer(tiny_model, None)._reward_metrics({}, scores, scores, mask)
+    assert metrics["rewards/accuracies"] == 0.25
 
 
 def test_micro_batches_and_layouts_make_the_same_update(tiny_model, tiny_params, other_params):

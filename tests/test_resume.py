@@ -260,11 +260,11 @@ def test_two_ctrl_c_end_at_once_and_a_second_run_is_refused_meanwhile(short_job,
 
 
 def compiling_in_xla():
-    """As for a large model: before the first update, for many seconds."""
+    """As for a large model: before the first update, for longer than until the signal."""
 
     def update_sizes(trainer, state, batch):
         def unrolled(x):
-            for i in range(3000):
+            for i in range(200):
                 x = jnp.sin(x) @ x + i
             return x
 
