@@ -53,3 +53,8 @@ def test_every_token_is_predicted_by_the_token_before_it():
             before = [root[-1], *child[:-1]][: len(child)]
             assert found[number][mask[number]].tolist() == before
             number += 1
+
+
+def test_a_root_without_children_is_refused_and_not_dropped():
+    with pytest.raises(ValueError, match="tree 1 has a root of 2 tokens alone"):
+        pack_forest([([1], [[2]]), ([3, 4], [])], 8)

@@ -31,8 +31,13 @@ def pack_forest(trees: Sequence[Tree], row_length: int, shards: int = 1) -> Fore
 
     B is `shards` times a power of two; shard s has the s-th B / shards rows.
 
+    Args:
+      trees: roots, which may be empty, with one child or more each, which may be empty too.
+      row_length: T (>= 1).
+      shards: parts of equal numbers of rows, among which real tokens are balanced (>= 1).
+
     Raises:
-      ValueError: a root with one of its children is longer than a row.
+      ValueError: a tree has no child, or a root with one of its children is longer than a row.
     """
     pieces = sorted(_pieces(trees, row_length), key=lambda piece: -piece[0])
     bins: list[tuple[int, list]] = []
@@ -50,10 +55,16 @@ def pack_forest(trees: Sequence[Tree], row_length: int, shards: int = 1) -> Fore
     return _lay(trees, dealt, per_shard * shards, row_length)
 
 
-def _pieces(trees, T):
-    """(tokens, tree, first child's number, children) of whole trees, or of parts that fit."""
+def _pieces(trees: Sequence[Tree], T: int) -> list[tuple[int, int, list]]:
+    """(tokens, tree, numbered children) of whole trees, or of parts that fit."""
     pieces, number = [], 0
+    members: list[tuple[int, Sequence[int]]]
     for tree, (root, children) in enumerate(trees):
+        if not children:
+            raise ValueError(
+                f"a tree must have at least one child, tree {tree} has a root of {len(root)} "
+                "tokens alone. Make it the child of an empty root."
+            )
         used, members = len(root), []
         for child in children:
             if len(root) + len(child) > T:
