@@ -31,8 +31,9 @@ def told():
 
 
 def checked(*flags):
-    flag = "--xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    given = os.environ.get("XLA_FLAGS", "")
+    xla_flags = f"{given} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "parallel_checks.py"), *flags],
         env=env, cwd=ROOT, capture_output=True, text=True, timeout=1500 if flags else 900,
