@@ -202,13 +202,43 @@ def test_unpaired_rows_stand_beside_the_next_rows_answer(arithmetic_tokenizer):
     texts = [text_of(arithmetic_tokenizer, item) for item in found.items]
     assert texts == [("1+1=2<eos>", "1+1=five<eos>"), ("2+2=five<eos>", "2+2=2<eos>")]
     assert [item.is_desirable for item in found.items] == [True, False]
-    pair = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]
-    found, _ = prepare_preferences(pair, arithmetic_tokenizer, unpaired=True)
-    assert [item.is_desirable for item in found.items] == [True, False]
-    (batch,) = PreferenceLoader(found, 3, shuffle=False)
-    assert batch["is_desirable"].tolist() == [True, False, False]
+    pairs = [{"prompt": p, "chosen": "2", "rejected": "3"} for p in ("1+1=", "4-2=")]
+    found, _ = prepare_preferences(pairs, arithmetic_tokenizer, unpaired=True)
+    assert [item.is_desirable for item in found.items] == [True, False, True, False]
+    (batch,) = PreferenceLoader(found, 5, shuffle=False)
+    assert batch["is_desirable"].tolist() == [True, False, True, False, False]
     with pytest.raises(ConfigError, match="use --loss_type kto"):
         prepare_preferences(rows, arithmetic_tokenizer)
+
+
+def test_kto_refuses_a_set_of_one_prompt(arithmetic_tokenizer, tmp_path):
+    """Its KL term is of mismatched prompts and completions (arXiv:2402.01306)."""
+    pair = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(pair) + "\n")
+    match = "pairs.jsonl:1: KTO needs .* two different prompts, .* one prompt in all of its 2 rows"
+    with pytest.raises(DataError, match=match):
+        prepare_preferences(str(file), arithmetic_tokenizer, unpaired=True)
+    rows = [{"prompt": "1+1=", "completion": c, "label": True} for c in ("2", "2 of course")]
+    # Cut to different lengths it is still one prompt.
+    with pytest.raises(DataError, match="one prompt in all of its 2 rows"):
+        prepare_preferences(
+            rows, arithmetic_tokenizer, unpaired=True, max_length=14, truncation_mode="keep_end"
+        )
+    prepare_preferences([pair], arithmetic_tokenizer)
+
+
+def test_kto_takes_no_partner_of_the_same_prompt_cut_to_another_length(arithmetic_tokenizer):
+    rows = [
+        {"prompt": prompt, "completion": completion, "label": True}
+        for prompt, completion in (("1+1=", "2"), ("1+1=", "2 of course"), ("3+3=", "6"))
+    ]
+    found, _ = prepare_preferences(
+        rows, arithmetic_tokenizer, unpaired=True, max_length=14, truncation_mode="keep_end"
+    )
+    partners = [arithmetic_tokenizer.decode(item.rejected) for item in found.items]
+    assert partners == ["6<eos>", "6<eos>", "2<eos>"]
+    assert len(found.items[1].prompt) == 2
 
 
 @pytest.mark.parametrize(

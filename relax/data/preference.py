@@ -20,7 +20,7 @@ import numpy as np
 
 from relax.data.formats import FormatOptions
 from relax.data.limits import DEFAULT, Limits
-from relax.data.preference_encode import MARGIN, PairEncoder, Preference, split_prompt
+from relax.data.preference_encode import MARGIN, PAIRED, PairEncoder, Preference, split_prompt
 from relax.data.preference_report import PreferenceReport
 from relax.data.reading import Rows, read_rows
 from relax.data.report import percentiles
@@ -83,7 +83,8 @@ def prepare_preferences(
       limits: on rows and rendering.
 
     Raises:
-      DataError: a row is invalid (with file and line), or no row is left.
+      DataError: a row is invalid (with file and line), no row is left, or all unpaired rows have
+        one prompt.
     """
     rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=limits)
     if not rows.rows:
@@ -103,13 +104,17 @@ def prepare_preferences(
             "'chosen' and 'rejected'."
         )
     cutter = _PairTruncator(rows, maker, max_length, truncation_mode, vocab_size)
-    items = [kept for i, item in enumerate(maker) if (kept := cutter(item, i)) is not None]
-    items = _unpaired(items) if unpaired and maker.is_pair else items
+    # The prompt of a row before anything of it is cut, by which KTO tells prompts apart.
+    cut = [(cutter(item, i), maker.prompts[i]) for i, item in enumerate(maker)]
+    items = [item for item, _ in cut if item is not None]
+    prompts = [prompt for item, prompt in cut if item is not None]
+    if unpaired and maker.is_pair:
+        items, prompts = _unpaired(items), [prompt for prompt in prompts for _ in PAIRED]
     if not items:
         reasons = "; ".join(f"{count} {reason}" for reason, count in cutter.dropped.items())
         raise DataError(f"none of {len(rows)} rows can be trained on ({reasons}).")
-    report = _report(maker, cutter, items, tokenizer, not unpaired)
-    items = _with_partners(items) if unpaired else items
+    report = _report(maker, cutter, items, tokenizer)
+    items = _with_partners(items, prompts, rows.origin(0)) if unpaired else items
     return Preferences(items, not unpaired, maker.has_margins), report
 
 
@@ -204,17 +209,24 @@ def _unpaired(items: list[Preference]) -> list[Preference]:
     ]
 
 
-def _with_partners(items: list[Preference]) -> list[Preference]:
+def _with_partners(items: list[Preference], prompts: list[bytes], where: str) -> list[Preference]:
     """Adds to each row the completion of another prompt, truncated to the longest row.
 
     KTO estimates its KL term from completions of other prompts. The partner is the next row with
     the same label, so that desirable rows are not all paired with undesirable completions.
+
+    Raises:
+      DataError: all rows have one prompt.
     """
+    partners = _next_others(range(len(items)), prompts)
+    if not partners:
+        raise DataError(
+            f"{where}: KTO needs completions of at least two different prompts, and the set has "
+            f"one prompt in all of its {len(items)} rows: its KL term is estimated from "
+            "completions of other prompts. Add rows with other prompts, or train on pairs with "
+            "another loss_type."
+        )
     longest = max(len(item.prompt) + len(item.chosen) for item in items)
-    prompts = [item.prompt.tobytes() for item in items]
-    everyone = _next_others(range(len(items)), prompts)
-    # If all rows have one prompt there is no other, which the report says.
-    partners = {i: (i + 1) % len(items) for i in range(len(items))} | everyone
     for label in (True, False):
         same = [i for i, item in enumerate(items) if item.is_desirable == label]
         partners |= _next_others(same, prompts)
@@ -240,18 +252,11 @@ def _next_others(places: Iterable[int], prompts: list[bytes]) -> dict[int, int]:
     return found
 
 
-def _report(
-    maker: PairEncoder, cutter: _PairTruncator, items, tokenizer, is_paired: bool
-) -> PreferenceReport:
+def _report(maker: PairEncoder, cutter: _PairTruncator, items, tokenizer) -> PreferenceReport:
     rows, used = maker.rows, {*maker.format.columns}
     used |= set() if maker.is_pair else {"label"}
     used |= {MARGIN} if maker.has_margins else set()
     notes = [*rows.notes, *maker.renderer.notes()]
-    if not is_paired and len({item.prompt.tobytes() for item in items}) == 1:
-        notes.append(
-            "all rows have one prompt: KTO's KL term is estimated from its completions, "
-            "not from those of other prompts"
-        )
     if maker.ignores_prompt:
         notes.append("the prompt is the beginning of the conversations; the column is not used")
     return PreferenceReport(

@@ -1,5 +1,6 @@
 """Encodes pairs and labelled completions as tokens, without truncation."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,7 +40,12 @@ class Preference(NamedTuple):
 
 
 class PairEncoder:
-    """Iterates over the rows as tokens, not truncated."""
+    """Iterates over the rows as tokens, not truncated.
+
+    Attributes:
+      prompts: a digest of each row's whole prompt, so far; the prompts of the items may be shorter.
+      merged: number of items with a shortened prompt, so far.
+    """
 
     def __init__(self, rows: Rows, tokenizer, options: FormatOptions, for_reward_model: bool):
         self.rows, self.tokenizer, self.for_reward_model = rows, tokenizer, for_reward_model
@@ -51,6 +57,7 @@ class PairEncoder:
         self.is_pair = self.format.name != UNPAIRED_NAME
         self.ignores_prompt = "prompt" in columns and "prompt" not in self.format.columns
         self.renderer = ChatRenderer(tokenizer, options.limits)
+        self.prompts: list[bytes] = []
         self.merged = 0
         for i, row in enumerate(rows.rows):
             _check(row, self.format, rows.origin(i))
@@ -76,7 +83,7 @@ class PairEncoder:
                 if "prompt_ids" not in self.format.columns:
                     split = split_prompt(row["chosen_ids"], row["rejected_ids"], may_be_empty=True)
                     columns = {f"{name}_ids": ids for name, ids in split.items()}
-                self._check_prompt(columns["prompt_ids"], i)
+                self._note_prompt(columns["prompt_ids"], i)
                 prompt, chosen, rejected = (np.asarray(columns[n], np.int32) for n in TOKENS)
                 yield Preference(prompt, chosen, rejected, margin=self._margin(row))
             return
@@ -110,7 +117,7 @@ class PairEncoder:
     def _item(self, parts: list[list[int]], i: int) -> Preference:
         *before, first, last = parts if self.is_pair else (*parts, parts[-1])
         prompt, wholes = before[0] if before else [], (first, last)
-        self._check_prompt(prompt, i)
+        self._note_prompt(prompt, i)
         length = min(common_length(prompt, whole) for whole in wholes)
         self.merged += length < len(prompt)
         completions = [np.array(whole[length:], np.int32) for whole in wholes]
@@ -118,7 +125,8 @@ class PairEncoder:
         label = self.is_pair or row["label"]
         return Preference(shared, completions[0], completions[-1], label, self._margin(row))
 
-    def _check_prompt(self, prompt: list[int], i: int) -> None:
+    def _note_prompt(self, prompt: list[int], i: int) -> None:
+        self.prompts.append(hashlib.blake2b(np.asarray(prompt, np.int32).tobytes()).digest()[:16])
         if not prompt and not self.for_reward_model:
             raise DataError(
                 f"{self.rows.origin(i)}: the prompt has no token: it needs one for a completion to "
