@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from relax.data import read_rows
-from relax.data.tasks import make_rows, task_rows
+from relax.data import prepare, read_rows
+from relax.data.tasks import make_rows, scorer_faults, task_rows
 from relax.errors import ConfigError, DataError
 from relax.rewards import Episode, RewardRunner
 from relax.rewards.calculator import Calculator, calculate
@@ -75,6 +75,57 @@ def test_an_answer_that_a_scorer_raises_on_is_wrong_and_counted():
     logged = {}
     got = reasoning_gym(["no idea", row["answer"]], [row["task"]] * 2, logged.__setitem__)
     assert got == [0.0, 1.0] and logged == {"reasoning_gym/unreadable": 0.5}
+
+
+NO_ANSWER = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
+
+
+@pytest.mark.parametrize("name", NO_ANSWER)
+def test_a_task_without_answers_has_none_and_is_scored_by_its_rules(name, arithmetic_tokenizer):
+    """reasoning-gym 0.1.25: the column is None in every item of these tasks."""
+    pytest.importorskip("reasoning_gym")
+    from relax.rewards.tasks import reasoning_gym
+
+    rows = make_rows(name, "train", {"size": 3, "test_size": 2})
+    assert [row["answer"] for row in rows] == [None] * 3
+    assert json.loads(json.dumps(rows)) == rows
+    assert scorer_faults(name, rows) == []
+    wrong = reasoning_gym(["None"] * 3, [row["task"] for row in rows])
+    assert all(score is not None and score < 1 for score in wrong)
+    with pytest.raises(DataError, match="row 0: column 'completion' is missing"):
+        prepare(rows, arithmetic_tokenizer)
+    answered = [row | {"completion": row["answer"]} for row in rows]
+    with pytest.raises(DataError, match="row 0: column 'completion' is missing"):
+        prepare(answered, arithmetic_tokenizer)
+    with RewardRunner(["exact_match"]) as runner:
+        with pytest.raises(ConfigError, match="needs the column 'answer', which is None in all 3"):
+            runner.check_rows(rows)
+        runner.check_rows([*rows, {"prompt": "1+1=", "answer": "2"}])
+
+
+def test_a_solution_by_the_rules_of_a_task_without_answers_gets_full_marks():
+    pytest.importorskip("reasoning_gym")
+    from relax.rewards.tasks import reasoning_gym, unpack
+
+    [row] = make_rows("graph_color", "train", {"size": 1, "test_size": 1})
+    puzzle = unpack(row["task"]["entry"])["metadata"]["puzzle"]
+    neighbours = {v: set() for v in puzzle["vertices"]}
+    for one, other in puzzle["edges"]:
+        neighbours[one].add(other)
+        neighbours[other].add(one)
+
+    def colour(given: dict) -> dict | None:
+        if len(given) == len(neighbours):
+            return given
+        vertex = next(v for v in neighbours if v not in given)
+        for option in puzzle["color_options"]:
+            if all(given.get(n) != option for n in neighbours[vertex]):
+                if (found := colour(given | {vertex: option})) is not None:
+                    return found
+        return None
+
+    solution = json.dumps({str(vertex): option for vertex, option in colour({}).items()})
+    assert reasoning_gym([solution, "{}"], [row["task"]] * 2) == [1.0, 0.01]
 
 
 def test_rows_do_not_depend_on_how_strings_hash():

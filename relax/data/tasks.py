@@ -41,6 +41,8 @@ def is_task(dataset) -> bool:
 def task_rows(name: str, split: str = "train", options: Mapping | None = None) -> list[dict]:
     """Rows of a task: `prompt`, `answer`, and `task`, which the reward `reasoning_gym` reads.
 
+    `answer` is a text, or None if the task has none and its scorer checks a solution by rules.
+
     The `test` split holds the first distinct questions of the task, and `train` none of them. A
     task with too few distinct questions is refused.
 
@@ -133,7 +135,8 @@ def scorer_faults(name: str, rows: list[dict]) -> list[str]:
     from relax.rewards.tasks import gym_version, reasoning_gym
 
     rows = rows[:_PROBED]
-    numbers = [row for row in rows if _NUMBER.fullmatch(row["answer"]) and float(row["answer"])]
+    answered = [row for row in rows if row["answer"] is not None]
+    numbers = [r for r in answered if _NUMBER.fullmatch(r["answer"]) and float(r["answer"])]
     negated = [str(-float(row["answer"])).removesuffix(".0") for row in numbers]
     fractions = [row for row in numbers if abs(float(row["answer"])) < 1]
     probes = {
@@ -227,6 +230,7 @@ def _row(name: str, entry: dict, of_task: dict, own: dict) -> dict:
     options = of_task | {"size": own["size"], "seed": own["seed"]}
     return {
         "prompt": [{"role": "user", "content": text}] if own["conversational"] else text,
-        "answer": str(entry["answer"]),
+        # Tasks that check solutions by rules have no answer.
+        "answer": None if entry["answer"] is None else str(entry["answer"]),
         "task": {"name": name, "options": pack(options), "entry": pack(entry)},
     }

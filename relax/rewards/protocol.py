@@ -142,6 +142,24 @@ def check_columns(infos: Iterable[RewardInfo], columns: Iterable[str]) -> None:
                 )
 
 
+def check_values(infos: Iterable[RewardInfo], columns: Mapping[str, list]) -> None:
+    """Refuses functions that need a column without a single value, on which none would apply.
+
+    Raises:
+      ConfigError: names the function, the column and the columns with values.
+    """
+    empty = {name for name, values in columns.items() if all(v is None for v in values)}
+    for info in infos:
+        for argument in info.required:
+            if argument in empty:
+                shown = ", ".join(repr(n) for n in columns if n not in empty) or "none"
+                raise ConfigError(
+                    f"reward {info.name!r} needs the column {argument!r}, which is None in all "
+                    f"{len(columns[argument])} rows. Columns with values: {shown}. Use a reward "
+                    "that reads one of them, or add the values."
+                )
+
+
 def collect_columns(rows: Sequence[Mapping]) -> dict[str, list]:
     """The columns for reward functions, one value per row; None where a row has none.
 

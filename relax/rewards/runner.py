@@ -18,6 +18,7 @@ from relax.rewards.protocol import (
     RewardInfo,
     check_columns,
     check_plain,
+    check_values,
     collect_columns,
     describe,
     distinct,
@@ -124,11 +125,12 @@ class RewardRunner:
         """Refuses rows on which the functions cannot run, before anything runs.
 
         Raises:
-          ConfigError: a function needs a column that no row has.
+          ConfigError: a function needs a column that no row has, or that is None in all rows.
           DataError: a column for a worker holds a value that JSON does not preserve.
         """
         columns = collect_columns(rows)
         check_columns(self.infos, columns)
+        check_values(self.infos, columns)
         for name in self._sent(columns):
             for i, value in enumerate(columns[name]):
                 check_plain(value, f"row {i}: column {name!r}")
