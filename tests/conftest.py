@@ -37,6 +37,9 @@ from relax.trainers import LossOutput, Sum, Trainer, TrainState
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Needs packages that the suite does without, and has a command of its own: see docs/parity.md.
+collect_ignore = ["parity"]
+
 
 def pytest_configure(config):
     # A child that a test killed may leave half an entry, which jax then compiles again.
