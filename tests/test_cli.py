@@ -390,8 +390,8 @@ def test_help_is_grouped_by_section_and_bold_on_request():
     text = help_text(SFTConfig, "relax sft", width=100, colour=True)
     titles = re.findall(r"^\x1b\[1m(.+?)\x1b\[0m", text, re.MULTILINE)
     assert titles == [
-        "examples", "command line", "hyperparams", "model", "peft", "data", "profile", "inference",
-        "output", "system", "debug", "sft",
+        "examples", "command line", "hyperparams", "model", "peft", "data", "profile", "limits",
+        "inference", "output", "system", "debug", "sft",
     ]  # fmt: skip
 
 

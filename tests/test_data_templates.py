@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from relax.data import FormatOptions, Limits, prepare, prepare_preferences
 from relax.data.prompts import prepare_prompts
 from relax.data.templates import ChatRenderer, Job
-from relax.errors import DataError
+from relax.errors import ConfigError, DataError
 
 CHAT = [user("Hi"), bot("Yo")]
 SMALL = Limits(template_timeout_s=0.5, template_memory_mib=64)
@@ -36,6 +36,18 @@ def test_rendering_ends_at_its_limits_for_every_algorithm(template, reason):
     pair = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [bot("No")]}
     with pytest.raises(DataError, match="row 0: the chat template " + reason):
         prepare_preferences([pair], tokenizer, limits=SMALL)
+
+
+def test_an_end_token_of_preferences_is_checked_as_in_sft():
+    tokenizer = byte_tokenizer()
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    chat = {name: [user("Hi"), bot(name)] for name in ("chosen", "rejected")}
+    for rows, eos, error, reason in (
+        ([pair], "<stop>", DataError, "eos_token '<stop>' is not a token of the tokenizer"),
+        ([chat], "<|im_start|>", ConfigError, "eos_token ends plain texts; conversations end as"),
+    ):
+        with pytest.raises(error, match=reason):
+            prepare_preferences(rows, tokenizer, eos_token=eos)
 
 
 def test_limits_hold_in_other_threads_and_the_next_conversation_is_rendered():

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.data import load_tokenizer
+from relax.data import Limits, load_tokenizer, prepare_preferences
 from relax.engine.reward_model import ModelReward, reward_functions
-from relax.errors import ConfigError, ModelLoadError
+from relax.errors import ConfigError, DataError, ModelLoadError
 from relax.models import Transformer, load_pretrained, save_pretrained
 from relax.models.families import FAMILIES
 from relax.models.heads import init_head, scores, trunk, with_head
@@ -223,6 +223,31 @@ def test_text_of_a_policy_with_other_tokens_is_tokenised_again(reward_model, tmp
         found = judge.encode(prompt, completion, ids)
         assert found == tokenizer(text)["input_ids"]
     assert judge.encode("1+1=", "2", (77,)) == tokenizer("1+1=2")["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["2", "2<eos>"])
+def test_a_text_is_scored_as_the_rows_that_reward_models_are_trained_on(
+    text, reward_model, arithmetic_tokenizer
+):
+    """With its end token once, whether the text has one or not."""
+    judge = ModelReward(reward_model[2], arithmetic_tokenizer)
+    row = {"prompt": "1+1=", "chosen": text, "rejected": "3"}
+    [item] = prepare_preferences([row], arithmetic_tokenizer, for_reward_model=True)[0].items
+    trained = [*item.prompt, *item.chosen]
+    assert arithmetic_tokenizer.decode(trained) == "1+1=2<eos>"
+    assert judge.encode("1+1=", text) == trained
+    judge.reads_tokens = False
+    assert judge.encode("1+1=", text, [24, 1]) == trained
+
+
+def test_a_reward_model_renders_within_the_limits_of_the_run(reward_model, arithmetic_tokenizer):
+    limits = Limits(template_output_ratio=1)
+    [judge] = reward_functions(
+        [f"model:{reward_model[2]}"], arithmetic_tokenizer, (1,), limits=limits
+    )
+    judge.tokenizer.chat_template = "{% for a in range(2000) %}0123456789{% endfor %}"
+    with pytest.raises(DataError, match="template_output_ratio=1 times"):
+        judge(*([m] for m in messages("1+1=|2")))
 
 
 def test_what_a_template_puts_behind_an_end_follows_an_ended_completion(

@@ -121,25 +121,6 @@ class RowsConfig:
     )
     shuffle_dataset: bool = option(True, "Reshuffle the rows in every epoch.")
     eos_token: str | None = option(None, "End-of-sequence token; none = the tokenizer's.")
-    max_row_bytes: int = option(8 * 2**20, "Maximum bytes of a row; see docs/data.md.", above=0)
-    max_json_depth: int = option(64, "Maximum nesting of lists and objects in a row.", above=0)
-    max_file_gib: float = option(32.0, "Maximum GiB of the files of a split together.", above=0)
-    template_timeout_s: float = option(
-        5.0, "Maximum seconds to render one conversation with the chat template.", above=0
-    )
-    template_output_ratio: int = option(
-        64, "Maximum characters that a chat template writes per character of input.", above=0
-    )
-    template_memory_mib: int = option(
-        512, "Maximum MiB that rendering a conversation may allocate.", above=0
-    )
-
-    @property
-    def limits(self) -> dict[str, Any]:
-        """The arguments of `relax.data.Limits`."""
-        names = "max_row_bytes max_json_depth max_file_gib"
-        names += " template_timeout_s template_output_ratio template_memory_mib"
-        return {name: getattr(self, name) for name in names.split()}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -186,6 +167,24 @@ class ProfileConfig(RenderingConfig):
 
     stop_sequences: list[str] | None = option(
         None, "Texts that end a sampled completion; none = those of the profile."
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class LimitsConfig:
+    """Limits on rows and chat templates, the arguments of `relax.data.Limits`."""
+
+    max_row_bytes: int = option(8 * 2**20, "Maximum bytes of a row; see docs/data.md.", above=0)
+    max_json_depth: int = option(64, "Maximum nesting of lists and objects in a row.", above=0)
+    max_file_gib: float = option(32.0, "Maximum GiB of the files of a split together.", above=0)
+    template_timeout_s: float = option(
+        5.0, "Maximum seconds to render one conversation with the chat template.", above=0
+    )
+    template_output_ratio: int = option(
+        64, "Maximum characters that a chat template writes per character of input.", above=0
+    )
+    template_memory_mib: int = option(
+        512, "Maximum MiB that rendering a conversation may allocate.", above=0
     )
 
 
@@ -337,6 +336,7 @@ class TrainerConfig(Settings):
     peft: PeftConfig = section(PeftConfig)
     data: RowsConfig = section(RowsConfig)
     profile: ProfileConfig = section(ProfileConfig)
+    limits: LimitsConfig = section(LimitsConfig)
     inference: InferenceConfig = section(InferenceConfig)
     output: OutputConfig = section(OutputConfig)
     system: SystemConfig = section(SystemConfig)

@@ -8,8 +8,8 @@ import numpy as np
 
 from relax.data.examples import IGNORE, Encoded
 from relax.data.formats import Format, FormatOptions, conversation
-from relax.data.templates import ChatRenderer, Job
-from relax.data.tokens import common_length, token_mask, tokenize
+from relax.data.templates import ChatRenderer, Job, require_template
+from relax.data.tokens import common_length, end_token, token_mask, tokenize, with_end_token
 from relax.errors import ConfigError, DataError
 
 CHUNK = 1000  # rows per call, which fast tokenizers process in parallel
@@ -41,7 +41,7 @@ class Encoder:
         if found.conversational:
             self._check_template()
         elif found.name != "tokens":
-            self._check_eos()
+            self.eos = end_token(tokenizer, options.eos_token)
         with_prompt = found.name == "prompt-completion" or "completion_mask" in found.columns
         asked = options.completion_only_loss
         self.completion_only = with_prompt if asked is None else asked
@@ -58,16 +58,8 @@ class Encoder:
             yield from encode_chunk(chunk, [origin(first + i) for i in range(len(chunk))])
 
     def _check_template(self) -> None:
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"rows of format {self.format.name} need a chat template and the tokenizer has "
-                "none: give one with --chat_template_path (a .jinja file or a tokenizer directory)."
-            )
-        if self.options.eos_token and self.options.eos_token != self.tokenizer.eos_token:
-            raise ConfigError(
-                "eos_token ends plain texts; conversations end as the chat template says: "
-                "give another one with --chat_template_path."
-            )
+        what = f"rows of format {self.format.name}"
+        require_template(self.tokenizer, what, self.options.eos_token)
         templates = self.tokenizer.chat_template
         templates = templates.values() if isinstance(templates, dict) else [templates]
         if self.options.assistant_only_loss and not any(map(_GENERATION.search, templates)):
@@ -76,15 +68,6 @@ class Encoder:
                 "{% generation %} ... {% endgeneration %}, and the tokenizer's does not: give one "
                 "with --chat_template_path, or use prompt and completion columns."
             )
-
-    def _check_eos(self) -> None:
-        if not self.eos:
-            raise DataError(
-                "plain texts need an end token to learn where to stop and the tokenizer has none: "
-                "name one with --eos_token."
-            )
-        if self.eos not in self.tokenizer.get_vocab():
-            raise DataError(f"eos_token {self.eos!r} is not a token of the tokenizer.")
 
     def _given_tokens(self, rows, where) -> Iterator[Encoded]:
         for row in rows:
@@ -101,7 +84,7 @@ class Encoder:
             yield Encoded(ids, labels)
 
     def _texts(self, rows, where) -> Iterator[Encoded]:
-        texts = [self._end(row[self.format.columns[0]]) for row in rows]
+        texts = [with_end_token(row[self.format.columns[0]], self.eos) for row in rows]
         for ids in self._tokenize(texts, special=True):
             yield Encoded(np.asarray(ids, np.int64), np.asarray(ids, np.int64))
 
@@ -149,10 +132,7 @@ class Encoder:
         return self._messages(row, self.format.columns[0])
 
     def _joined(self, row: dict) -> str:
-        return row["prompt"] + self._end(row["completion"])
-
-    def _end(self, text: str) -> str:
-        return text if text.endswith(self.eos) else text + self.eos
+        return row["prompt"] + with_end_token(row["completion"], self.eos)
 
     def _tokenize(self, texts: list[str], special: bool) -> list[list[int]]:
         return tokenize(self.tokenizer, texts, special=special)

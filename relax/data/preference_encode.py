@@ -16,8 +16,8 @@ from relax.data.formats import (
     conversation,
 )
 from relax.data.reading import Rows
-from relax.data.templates import ChatRenderer, Job
-from relax.data.tokens import common_length, tokenize
+from relax.data.templates import ChatRenderer, Job, require_template
+from relax.data.tokens import common_length, end_token, tokenize, with_end_token
 from relax.errors import ConfigError, DataError
 
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -53,7 +53,6 @@ class PairEncoder:
         self.format = find_format(rows.rows[0], rows.origin(0), for_reward_model, columns)
         self.has_margins = for_reward_model and MARGIN in columns
         self.options = options
-        self.eos = options.eos_token or tokenizer.eos_token
         self.is_pair = self.format.name != UNPAIRED_NAME
         self.ignores_prompt = "prompt" in columns and "prompt" not in self.format.columns
         self.renderer = ChatRenderer(tokenizer, options.limits)
@@ -63,18 +62,12 @@ class PairEncoder:
             _check(row, self.format, rows.origin(i))
             if self.has_margins:
                 _check_margin(row, rows.origin(i))
-        if self.format.conversational and not tokenizer.chat_template:
-            raise DataError(
-                "messages need a chat template and the tokenizer has none: give one with "
-                "--chat_template_path (a .jinja file or a tokenizer directory)."
-            )
+        if self.format.conversational:
+            require_template(tokenizer, "messages", options.eos_token)
         if options.system_prompt and not self.format.conversational:
             raise ConfigError("system_prompt needs conversations, and the rows are texts.")
-        if self.format.name != "tokens" and not self.format.conversational and not self.eos:
-            raise DataError(
-                "plain texts need an end token to learn where to stop and the tokenizer has none: "
-                "name one with --eos_token."
-            )
+        if self.format.name != "tokens" and not self.format.conversational:
+            self.eos = end_token(tokenizer, options.eos_token)
 
     def __iter__(self) -> Iterator[Preference]:
         if self.format.name == "tokens":
@@ -106,7 +99,7 @@ class PairEncoder:
             row = row | split_prompt(row["chosen"], row["rejected"], where, self.for_reward_model)
         if not self.format.conversational:
             completions = [row[name] for name in columns]
-            completions = [a if a.endswith(self.eos) else a + self.eos for a in completions]
+            completions = [with_end_token(completion, self.eos) for completion in completions]
             return [row["prompt"], *(row["prompt"] + completion for completion in completions)]
         if not row["prompt"]:  # a reward model's pair, whose conversations share no beginning
             return [Job(conversation(row, n, self.options), row, where) for n in columns]

@@ -46,7 +46,7 @@ def prepare(
       ConfigError: if an option does not fit the data.
     """
     options = options or FormatOptions()
-    rows = rows if isinstance(rows, Rows) else read_rows(rows)
+    rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=options.limits)
     if not rows.rows:
         raise DataError("the data set has no rows.")
     rows = _with_known_columns(rows, tokenizer, options)

@@ -8,7 +8,7 @@ from relax.data.limits import DEFAULT, Limits
 from relax.data.loader import epoch_order
 from relax.data.reading import Rows, read_rows
 from relax.data.report import percentiles
-from relax.data.templates import ChatRenderer, Job
+from relax.data.templates import ChatRenderer, Job, require_template
 from relax.data.tokens import tokenize
 from relax.errors import DataError
 
@@ -82,11 +82,8 @@ def prepare_prompts(
         check_row(row, found, rows.origin(i))
     if system_prompt and not conversational:
         raise DataError("system_prompt needs conversations, and the prompts are texts.")
-    if conversational and not tokenizer.chat_template:
-        raise DataError(
-            "prompts of messages need a chat template and the tokenizer has none: give one with "
-            "--chat_template_path (a .jinja file or a tokenizer directory)."
-        )
+    if conversational:
+        require_template(tokenizer, "prompts of messages")
     options = FormatOptions(system_prompt=system_prompt, limits=limits)
     renderer = ChatRenderer(tokenizer, limits)
     if conversational:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relax.data.limits import DEFAULT, Limits
-from relax.errors import DataError
+from relax.errors import ConfigError, DataError
 
 _BATCH = 64  # conversations per request
 # Arguments that a row's chat_template_kwargs may not set, since they follow from the data.
@@ -31,6 +31,29 @@ _OWN = (
     "return_assistant_tokens_mask",
 )
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def require_template(tokenizer, what: str, eos_token: str | None = None) -> None:
+    """Refuses conversations without a chat template, or with an end token that it does not write.
+
+    Args:
+      what: the rows, for the message.
+      eos_token: the end token that is asked for.
+
+    Raises:
+      DataError: the tokenizer has no template.
+      ConfigError: `eos_token` is not the tokenizer's.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{what} need a chat template and the tokenizer has none: give one with "
+            "--chat_template_path (a .jinja file or a tokenizer directory)."
+        )
+    if eos_token and eos_token != tokenizer.eos_token:
+        raise ConfigError(
+            "eos_token ends plain texts; conversations end as the chat template says: "
+            "give another one with --chat_template_path."
+        )
 
 
 class Job(NamedTuple):

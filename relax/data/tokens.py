@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from relax.errors import DataError
+
 _CHUNK_CHARACTERS = 2**20  # characters per call: a tokenizer's result takes 100 bytes per character
 
 
@@ -22,6 +24,32 @@ def tokenize(tokenizer, texts: Sequence[str], *, special: bool) -> list[list[int
         all_ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         made += [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in all_ids]
     return made
+
+
+def end_token(tokenizer, asked: str | None = None) -> str:
+    """The token that ends plain texts: the one that is asked for, or else the tokenizer's EOS.
+
+    Raises:
+      DataError: there is none, or it is no token of the tokenizer.
+    """
+    eos = asked or tokenizer.eos_token
+    if not eos:
+        raise DataError(
+            "plain texts need an end token to learn where to stop and the tokenizer has none: "
+            "name one with --eos_token."
+        )
+    if eos not in tokenizer.get_vocab():
+        raise DataError(f"eos_token {eos!r} is not a token of the tokenizer.")
+    return eos
+
+
+def with_end_token(text: str, eos: str | None) -> str:
+    """A completion with its end token exactly once; unchanged if there is no such token.
+
+    >>> with_end_token("4", "<eos>"), with_end_token("4<eos>", "<eos>"), with_end_token("4", None)
+    ('4<eos>', '4<eos>', '4')
+    """
+    return text if not eos or text.endswith(eos) else text + eos
 
 
 def leading_tokens(tokenizer) -> list[int]:

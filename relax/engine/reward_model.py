@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax.data import load_tokenizer
+from relax.data.limits import DEFAULT, Limits
 from relax.data.templates import render_template
-from relax.data.tokens import tokenize
+from relax.data.tokens import tokenize, with_end_token
 from relax.errors import ConfigError
 from relax.models.heads import scores
 from relax.models.huggingface.classifiers import load_classifier
@@ -40,6 +41,7 @@ class ModelReward:
       tokenizer: the policy's tokenizer.
       end_ids: ids that end a turn of the policy; None: the end token of `tokenizer`.
       dtype, param_dtype: types of the computation and of the parameters.
+      limits: limits on rendering conversations.
 
     Attributes:
       note: a remark for the user on how completions are tokenised, or None.
@@ -55,6 +57,7 @@ class ModelReward:
         *,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
+        limits: Limits = DEFAULT,
     ):
         directory = find_directory(path)
         self.__name__ = Path(path).name or directory.resolve().name
@@ -68,6 +71,7 @@ class ModelReward:
                 f"reward model {self.__name__!r} has other tokens than the policy: it tokenises "
                 "the text of prompts and completions again."
             )
+        self._limits = limits
         self._suffix: list[int] | None = None
         self._score_batch = jax.jit(self._scores)
 
@@ -126,8 +130,10 @@ class ModelReward:
             ids = self._ids(self._render(prompt, row, add_generation_prompt=True))
             return [*ids, *completion_ids, *(self._after_end() if ended else ())]
         if not isinstance(prompt, list):
-            end = (self.tokenizer.eos_token or "") if ended else ""
-            return self._ids(prompt + text_of(completion) + end, special=True)
+            text = text_of(completion)
+            if ended:  # as in the rows on which reward models are trained
+                text = with_end_token(text, self.tokenizer.eos_token)
+            return self._ids(prompt + text, special=True)
         if ended:
             return self._ids(self._render([*prompt, *completion], row))
         before = self._render(prompt, row, add_generation_prompt=True)
@@ -138,7 +144,7 @@ class ModelReward:
 
     def _render(self, messages: list[dict], row: dict, **how) -> str:
         where = f"reward model {self.__name__!r}"
-        return render_template(self.tokenizer, messages, row, where, **how)
+        return render_template(self.tokenizer, messages, row, where, limits=self._limits, **how)
 
     def _after_end(self) -> list[int]:
         """The tokens that the template adds after a completion, such as a line break."""
@@ -158,10 +164,10 @@ class ModelReward:
         return scores(params, last)[:, 0]
 
 
-def reward_functions(specs: list, tokenizer, end_ids, **dtypes) -> list:
-    """Replaces each `model:DIR` by a `ModelReward`; other names stay."""
+def reward_functions(specs: list, tokenizer, end_ids, **options) -> list:
+    """Replaces each `model:DIR` by a `ModelReward` with these options; other names stay."""
     return [
-        ModelReward(_directory(spec), tokenizer, end_ids, **dtypes)
+        ModelReward(_directory(spec), tokenizer, end_ids, **options)
         if isinstance(spec, str) and spec.startswith(PREFIX)
         else spec
         for spec in specs

@@ -24,7 +24,7 @@ def source_rows(config: TrainerConfig, given=None):
         return data.arithmetic_rows("train"), data.arithmetic_rows("test")
     train_source, eval_source = given or (d.dataset_name, d.eval_dataset_name)
     options, split = d.dataset_kwargs, d.dataset_test_split
-    limits = data.Limits(**d.limits)
+    limits = limits_of(config)
     found, train, sets = ErrorList(), None, {}
     with found.catch():
         name = d.dataset_train_split
@@ -94,6 +94,11 @@ def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]
         return data.Rows([rows.rows[i] for i in indices], origins.__getitem__, rows.notes)
 
     return part(kept), part(held_out)
+
+
+def limits_of(config) -> data.Limits:
+    """The limits on rows and chat templates of any configuration that has them."""
+    return data.Limits(**dataclasses.asdict(config.limits))
 
 
 def data_seed(config: TrainerConfig) -> int:

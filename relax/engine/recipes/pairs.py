@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from relax.data import Limits, PreferenceLoader, Preferences, prepare_preferences
-from relax.engine.rows import Data, Sources, data_seed, rows_plan
+from relax.data import PreferenceLoader, Preferences, prepare_preferences
+from relax.engine.rows import Data, Sources, data_seed, limits_of, rows_plan
 from relax.errors import DataError, ErrorList
 from relax.models import TransformerConfig
 
@@ -52,7 +52,7 @@ def read_pairs(
                 max_length=d.max_length,
                 truncation_mode=d.truncation_mode,
                 vocab_size=model_config.vocab_size,
-                limits=Limits(**d.limits),
+                limits=limits_of(config),
             )
             loader = _loader(config, preferences, training=name == sources.training)
             if loader.longest_row > model_config.max_position_embeddings:

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from relax.callbacks.completions import Completions, RewardCounters
 from relax.config import GRPOConfig, PPOConfig
-from relax.data.limits import Limits
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.engine.model_source import ModelSource
 from relax.engine.reward_model import PREFIX, ModelReward, reward_functions
-from relax.engine.rows import Data, Sources, data_seed
+from relax.engine.rows import Data, Sources, data_seed, limits_of
 from relax.engine.run import Run
 from relax.errors import DataError, ErrorList
 from relax.models import TransformerConfig
@@ -44,7 +43,8 @@ def load_rewards(run: RLRun, tokenizer) -> Any:
             functions = [spec for spec in specs if not spec.startswith(PREFIX)]
         else:
             ends = run.source.end_tokens(tokenizer)
-            functions = reward_functions(specs, tokenizer, ends, **dtypes)
+            limits = limits_of(run.config)
+            functions = reward_functions(specs, tokenizer, ends, limits=limits, **dtypes)
         return RewardRunner(
             functions,
             r.reward_weights if len(functions) == len(specs) else None,
@@ -146,7 +146,7 @@ def read_prompts(
                 system_prompt=sources.system_prompt,
                 vocab_size=model_config.vocab_size,
                 max_prompt_length=room,
-                limits=Limits(**config.data.limits),
+                limits=limits_of(config),
             )
             rewards.check_rows(prompts.rows)
             training = name == sources.training

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from relax.config import SFTConfig
-from relax.data import DataLoader, FormatOptions, Limits, prepare, render
-from relax.engine.rows import Data, Sources, data_seed, rows_plan
+from relax.data import DataLoader, FormatOptions, prepare, render
+from relax.engine.rows import Data, Sources, data_seed, limits_of, rows_plan
 from relax.engine.run import Run, RunResult
 from relax.errors import DataError, ErrorList
 from relax.models import TransformerConfig
@@ -134,7 +134,7 @@ def _format_options(config: SFTConfig, sources: Sources, strategy: str | None) -
         eos_token=d.eos_token,
         max_length=None if splits else d.max_length,
         truncation_mode=d.truncation_mode,
-        limits=Limits(**d.limits),
+        limits=limits_of(config),
     )
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from relax.config.options import option, section
 from relax.config.rl import SamplingOptions
 from relax.config.rules import NoEffect, Rule, Values
-from relax.config.schema import Dtype, RenderingConfig
+from relax.config.schema import Dtype, LimitsConfig, RenderingConfig
 from relax.config.settings import Settings
 
 
@@ -96,5 +96,6 @@ class SampleConfig(Settings):
 
     model: SampleModelConfig = section(SampleModelConfig)
     profile: RenderingConfig = section(RenderingConfig)
+    limits: LimitsConfig = section(LimitsConfig)
     prompts: PromptConfig = section(PromptConfig)
     sampling: SamplingSection = section(SamplingSection)

@@ -1,7 +1,6 @@
 """Completions of prompts, printed or written to a file."""
 
 import json
-import os
 import secrets
 import sys
 import time
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from relax import data
 from relax.data.profiles import apply_profile, remaining_system_prompt, resolve_profile
 from relax.engine.model_source import ModelSource
+from relax.engine.rows import limits_of
 from relax.errors import ConfigError
 from relax.files import atomic_write
 from relax.sampling import SamplingConfig, generate, stop_decoder
@@ -29,15 +29,18 @@ def sample(config: SampleConfig) -> None:
         raise ConfigError(f"output_file must be in a directory that exists, got '{output}'.")
     source = ModelSource.find(name)
     tokenizer = source.tokenizer(config.profile.chat_template_path)
-    profile, rows = _profiled(config, _rows(p, tokenizer))
-    dtypes = {"param_dtype": jnp.dtype(m.param_dtype)}
-    model, params = source.load(jnp.dtype(m.dtype), **dtypes)
+    limits = limits_of(config)
+    profile, rows = _profiled(config, _rows(p, tokenizer, limits))
     prompts = data.prepare_prompts(
         rows,
         tokenizer,
         system_prompt=remaining_system_prompt(profile, config.profile.system_prompt),
-        vocab_size=model.config.vocab_size,
+        vocab_size=source.model_config.vocab_size,
+        limits=limits,
     )
+    for note in prompts.notes:
+        print(f"note: {note}", file=sys.stderr)
+    model, params = source.load(jnp.dtype(m.dtype), param_dtype=jnp.dtype(m.param_dtype))
     end = source.end_tokens(tokenizer)
     sampling = _sampling(config, end, profile.get_stop_sequences())
     seed = config.sampling.seed
@@ -88,31 +91,29 @@ class _Stream:
         return self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
 
-def _rows(p, tokenizer) -> list[dict]:
+def _rows(p, tokenizer, limits: data.Limits) -> data.Rows:
     chat = bool(tokenizer.chat_template) if p.chat is None else p.chat
-    if p.prompt is not None:
-        rows = [{"prompt": p.prompt}]
-    else:
-        rows = data.read_rows(os.path.expanduser(p.prompts_file)).rows
-        if p.prompts_file.endswith(".txt"):
-            rows = [{"prompt": row["text"]} for row in rows]
-    if not chat:
-        return rows
-    return [
-        row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
-        if isinstance(row.get("prompt"), str)
-        else row
-        for row in rows
-    ]
+    source = [{"prompt": p.prompt}] if p.prompts_file is None else Path(p.prompts_file).expanduser()
+    found = data.read_rows(source, limits=limits)
+    rows = found.rows
+    if p.prompts_file is not None and p.prompts_file.endswith(".txt"):
+        rows = [{"prompt": row["text"]} for row in rows]
+    if chat:
+        rows = [
+            row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+            if isinstance(row.get("prompt"), str)
+            else row
+            for row in rows
+        ]
+    return data.Rows(rows, found.origin, found.notes)
 
 
-def _profiled(config: SampleConfig, rows: list[dict]):
+def _profiled(config: SampleConfig, rows: data.Rows):
     """The profile, and the rows in its format."""
-    found = data.read_rows(rows)
-    profile, note = resolve_profile(config.profile.name, found.rows)
+    profile, note = resolve_profile(config.profile.name, rows.rows)
     if note is not None:
         print(note, file=sys.stderr)
-    return profile, apply_profile(profile, found, "prompts", config.profile.system_prompt)
+    return profile, apply_profile(profile, rows, "prompts", config.profile.system_prompt)
 
 
 def _sampling(
