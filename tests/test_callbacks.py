@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,8 +15,21 @@ import pytest
 from conftest import Regression, regression_batches
 from rich.console import Console
 
-from relax.callbacks import Callback, Event, MetricsLog, Progress
+from relax.callbacks import (
+    BestCheckpoint,
+    Callback,
+    EarlyStopping,
+    Event,
+    MetricsLog,
+    Progress,
+)
+from relax.callbacks.completions import RewardCounters
+from relax.callbacks.guards import NonFiniteGuard
 from relax.callbacks.metrics import CLOCK_FIELDS, exclude_from_timing
+from relax.callbacks.reference import ReferenceLogprobs
+from relax.callbacks.warnings import LearningMonitor
+from relax.errors import CheckpointError
+from relax.rewards.batch import Tally
 from relax.trainers.callback import load_state_dicts, state_dicts
 
 KEY = jax.random.key(5)
@@ -238,6 +252,34 @@ def test_states_of_callbacks_go_to_their_own_kind_and_place():
     again = [Callback(), Count(), Count(), Count()]
     load_state_dicts(again, states)
     assert [callback.n for callback in again[1:]] == [1, 2, 0]
+    with pytest.warns(UserWarning, match="callbacks that this run lacks: Count.1. They are"):
+        load_state_dicts([Count()], states)
+
+
+STATEFUL = {
+    MetricsLog: lambda: MetricsLog(None),
+    NonFiniteGuard: NonFiniteGuard,
+    LearningMonitor: lambda: LearningMonitor(print),
+    EarlyStopping: EarlyStopping,
+    BestCheckpoint: lambda: BestCheckpoint("best", saver=object()),
+    ReferenceLogprobs: lambda: ReferenceLogprobs({}, Path("reference"), Console()),
+    RewardCounters: lambda: RewardCounters(SimpleNamespace(tally=Tally(0.1))),
+}
+
+
+def test_these_are_all_callbacks_with_a_state():
+    found = {c for c in Callback.__subclasses__() if c.__module__.startswith("relax.")}
+    assert {c for c in found if "load_state_dict" in vars(c)} == STATEFUL.keys()
+
+
+@pytest.mark.parametrize("make", STATEFUL.values(), ids=lambda make: make().__class__.__name__)
+def test_a_state_of_another_version_is_refused_with_what_to_do(make):
+    """As of a log that kept all lines, under "history", where this one counts them."""
+    name = f"{type(make()).__name__}.0"
+    match = rf"state of the callback {name} cannot be read .*: resume with the version that wrote"
+    for state in ({"history": [], "counts": {}, "window": []}, {}, [], None, "text"):
+        with pytest.raises(CheckpointError, match=match):
+            load_state_dicts([make()], {name: state})
 
 
 # Progress.

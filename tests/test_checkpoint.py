@@ -188,10 +188,12 @@ def test_another_machine_or_version_is_told_when_restoring(tmp_path):
     assert said[0].endswith(f"is not promised: cpu_threads 999 -> {threads}")
 
 
-def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
+@pytest.mark.parametrize("other", [1, 99])
+def test_another_format_is_refused_with_what_to_do(other, tmp_path):
     Checkpointer(tmp_path).save(1, make_state(), {})
-    change_info(tmp_path / "1", format=99)
-    with pytest.raises(CheckpointError, match="has format 99, this version of ReLax reads 1"):
+    change_info(tmp_path / "1", format=other)
+    match = f"has format {other}, this version of ReLax reads 2. Resume it with the version that"
+    with pytest.raises(CheckpointError, match=match):
         Checkpointer(tmp_path).restore(make_state())
 
 

@@ -335,8 +335,8 @@ def test_saved_configuration_reproduces_itself(tmp_path):
 def test_saved_json_is_sectioned_and_names_the_algorithm():
     saved = json.loads(changed().to_json())
     assert list(saved) == [
-        "algorithm", "hyperparams", "model", "peft", "data", "profile", "limits", "inference", "output",
-        "system", "debug", "sft",
+        "algorithm", "hyperparams", "model", "peft", "data", "profile", "limits", "inference",
+        "output", "system", "debug", "sft",
     ]  # fmt: skip
     assert saved["algorithm"] == "sft"
     assert saved["hyperparams"]["max_steps"] == 7

@@ -26,7 +26,7 @@ from relax.errors import CheckpointError
 from relax.files import STATE_FILE, file_crc, fsync_path
 from relax.parallel import processes
 
-FORMAT = 1
+FORMAT = 2  # 1: ReLax 0.1, whose callbacks had other states
 
 _ARRAYS = "arrays"
 _CHECKSUMS = "checksums.json"
@@ -274,7 +274,8 @@ def read_manifests(path: Path) -> tuple[dict, dict]:
     if info["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint '{path}' has format {info['format']}, this version of ReLax reads "
-            f"{FORMAT}. Resume it with the version that wrote it."
+            f"{FORMAT}. Resume it with the version that wrote it, or start a new run from the "
+            "exported model."
         )
     return sums, info
 

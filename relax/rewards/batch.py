@@ -143,8 +143,8 @@ class Tally:
 
     def restore(self, state: Mapping[str, Mapping[str, int]]) -> None:
         """Restores the counts that `state` returned."""
-        for name, counts in state.items():
-            setattr(self, name, Counter(counts))
+        for name in ("scored", "failed", "kinds"):
+            setattr(self, name, Counter(state[name]))
 
 
 def failures_of(name: str, scores: Scores, prompts: list, completions: list) -> list[RewardFailure]:

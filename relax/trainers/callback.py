@@ -1,7 +1,10 @@
 """Callbacks: hooks called during training, for progress, metrics and early stopping."""
 
 import dataclasses
+import warnings
 from typing import Any
+
+from relax.errors import CheckpointError
 
 
 class StopTraining(Exception):
@@ -108,9 +111,29 @@ def state_dicts(callbacks) -> dict[str, dict]:
 
 
 def load_state_dicts(callbacks, states: dict[str, dict]) -> None:
+    """Restores the states that `state_dicts` returned; warns of those that no callback has.
+
+    Raises:
+      CheckpointError: a callback cannot read its state, as that of another version.
+    """
+    left = dict(states)
     for name, callback in _named(callbacks):
-        if name in states:
-            callback.load_state_dict(states[name])
+        if name not in left:
+            continue
+        try:
+            callback.load_state_dict(left.pop(name))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(
+                f"the checkpoint's state of the callback {name} cannot be read ({reason}): resume "
+                "with the version that wrote it, or start a new run from the exported model."
+            ) from error
+    if left:
+        warnings.warn(
+            f"the checkpoint has states of callbacks that this run lacks: {', '.join(left)}. "
+            "They are dropped.",
+            stacklevel=2,
+        )
 
 
 def _named(callbacks):
