@@ -64,6 +64,22 @@ GEMMA3_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
 }
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+TWO_LAYERS = {"num_hidden_layers": 2}
+YARN = {  # of the five planes one is kept, one blended and three divided
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 8.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    **ORIGINAL,
+}
+FACTORS = {
+    "embedding_multiplier": 3.5,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 0.45,
+}
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 
 # Name -> (model_type, what is special about it, fields of config.json beside SIZES).
 ROWS = {
@@ -195,6 +211,134 @@ ROWS = {
         "norms after the blocks, one norm for all queries; biases",
         BIASED | UNTIED,
     ),
+    "olmo3": (
+        "olmo3",
+        "OLMo 2 with windows; rope yarn in full layers alone; biases",
+        {
+            "sliding_window": 5,
+            "layer_types": [SLIDING, FULL],
+            "rope_parameters": {FULL: YARN, SLIDING: {"rope_type": "default", "rope_theta": 50.0}},
+        }
+        | BIASED
+        | TWO_LAYERS,
+    ),
+    "olmo3-unscaled": (
+        "olmo3",
+        "unscaled rope; tied",
+        {"sliding_window": 6, "layer_types": [FULL, SLIDING]} | TIED | ONE_EACH | TWO_LAYERS,
+    ),
+    "ministral3": (
+        "ministral3",
+        "queries that grow with positions; rope yarn; a window",
+        {
+            "sliding_window": 8,
+            "rope_parameters": {"llama_4_scaling_beta": 0.7, "mscale": 0.6, "mscale_all_dim": 0.9}
+            | YARN
+            | {"original_max_position_embeddings": 4},
+        }
+        | TWO_LAYERS,
+    ),
+    "ministral3-unscaled": (
+        "ministral3",
+        "rope default; no window; tied",
+        {"sliding_window": None}
+        | rope("default", llama_4_scaling_beta=0.3, original_max_position_embeddings=3)
+        | TIED
+        | THREE_HEADS
+        | TWO_LAYERS,
+    ),
+    "exaone4": (
+        "exaone4",
+        "norms after the blocks, a window, no positions in full layers; rope llama3",
+        {"sliding_window": 5, "layer_types": [SLIDING, FULL]}
+        | rope("llama3", 5000.0, **LLAMA3)
+        | TWO_LAYERS,
+    ),
+    "exaone4-full": (
+        "exaone4",
+        "no window, positions in every layer; tied",
+        {"sliding_window": None, "layer_types": [FULL, FULL]} | TIED | THREE_HEADS | TWO_LAYERS,
+    ),
+    "granite": (
+        "granite",
+        "factors of embeddings, attention, residual branches and logits; biases",
+        FACTORS | BIASED | {"mlp_bias": True} | TWO_LAYERS,
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        "Granite 4 dense: Granite with fused matrices; biases",
+        FACTORS
+        | {
+            "num_local_experts": 0,
+            "layer_types": ["full_attention"] * 2,
+            "shared_intermediate_size": 20,
+            "mamba_n_heads": 8,
+            "position_embedding_type": "rope",
+        }
+        | BIASED
+        | TWO_LAYERS,
+    ),
+    "granitemoehybrid-nope": (
+        "granitemoehybrid",
+        "no positions; tied",
+        {
+            "num_local_experts": 0,
+            "layer_types": ["full_attention"] * 2,
+            "shared_intermediate_size": 20,
+            "mamba_n_heads": 8,
+            "position_embedding_type": None,
+        }
+        | TIED
+        | THIRDS
+        | TWO_LAYERS,
+    ),
+    "glm4": (
+        "glm4",
+        "four norms, fused matrices, half of a head turns, neighbours as planes; biases",
+        rope("default", 200.0) | THIRDS | TWO_LAYERS,
+    ),
+    "glm4-linear": (
+        "glm4",
+        "another part of a head turns; rope linear; no biases; tied",
+        rope("linear", 200.0, factor=2.5, partial_rotary_factor=0.8)
+        | {"attention_bias": False}
+        | TIED
+        | TWO_LAYERS,
+    ),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        "norms of queries and keys after rotation; rope with alpha; biases",
+        rope("dynamic", factor=1.0, alpha=7.0) | BIASED | TWO_LAYERS,
+    ),
+    "hunyuan_v1_dense-unscaled": (
+        "hunyuan_v1_dense",
+        "unscaled rope; tied",
+        rope("default", 200.0) | TIED | THREE_HEADS | TWO_LAYERS,
+    ),
+    "seed_oss": (
+        "seed_oss",
+        "biases of queries, keys and values; untied",
+        NO_DROPOUT | rope("default", 200.0) | TWO_LAYERS,
+    ),
+    "seed_oss-outputs": (
+        "seed_oss",
+        "biases of outputs and feed-forward blocks; tied",
+        NO_DROPOUT
+        | {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}
+        | TIED
+        | THREE_HEADS
+        | TWO_LAYERS,
+    ),
+    "ernie4_5": (
+        "ernie4_5",
+        "neighbours as planes; biases; untied",
+        {"use_bias": True} | rope("linear", 200.0, factor=2.5) | UNTIED | TWO_LAYERS,
+    ),
+    "arcee": (
+        "arcee",
+        "squared rectifiers without a gate; biases; rope yarn",
+        BIASED | {"mlp_bias": True, "rope_parameters": YARN} | TWO_LAYERS,
+    ),
     "mixtral": (
         "mixtral",
         "5 experts, 2 per token; a window",
@@ -229,6 +373,19 @@ ROWS = {
         | THREE_HEADS,
     ),
 }
+# Families whose generated text is compared with that of transformers.
+NEWER = (
+    "olmo3",
+    "ministral3",
+    "exaone4",
+    "granite",
+    "granitemoehybrid",
+    "glm4",
+    "hunyuan_v1_dense",
+    "seed_oss",
+    "ernie4_5",
+    "arcee",
+)
 FAMILY_NAMES = tuple(name for name, (model_type, *_) in ROWS.items() if name == model_type)
 
 
@@ -310,7 +467,7 @@ def reference_logits(theirs) -> np.ndarray:
     """
     logits = np.zeros((4, T, V), np.float32)
     documents = [(3, slice(0, 6)), (3, slice(6, 11))]
-    if theirs.config.rope_parameters.get("rope_type") in ("dynamic", "longrope"):
+    if (theirs.config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
         documents += [(0, slice(0, 14)), (1, slice(5, 14)), (2, slice(0, 9))]
     else:
         mask = SEGMENTS[:3]
@@ -358,14 +515,18 @@ Models with experts have the load-balancing loss of transformers.
   is NaN or infinite. One extra tensor is allowed: an output matrix
   identical to tied embeddings, as in the files of Qwen 3.
 - Experts as one tensor each, which is also how they are written, or stacked, as in transformers 5.
-- Rope settings `default`, `linear`, `dynamic`, `llama3`, `yarn` and `longrope`. If the rotation
+- Rope settings `default`, `linear`, `dynamic`, `llama3`, `yarn` and `longrope`, and Hunyuan's
+  `alpha`. If the rotation
   depends on the length, as with `dynamic` and `longrope`, the length is that of each document, not
   the longest of the batch as in transformers, so the output for a text depends on nothing else.
 
 - End tokens: `eos_token_id` of `generation_config.json`, an id or a list; without
   that file, of `config.json`; and the tokenizer's. All are kept on export.
 
-Of Gemma 3, only the text models (`gemma3_text`) are supported, not `gemma3` (images and text).
+- Dropout that files of Seed-OSS ask for is not applied; a warning says so.
+
+Of Gemma 3, only the text models (`gemma3_text`) are supported, not `gemma3` (images and text); of
+Granite 4 (`granitemoehybrid`), the dense ones without Mamba layers.
 
 ## Limits
 

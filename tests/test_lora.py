@@ -462,6 +462,7 @@ def test_our_adapters_load_in_peft(directories, tmp_path):
         ("phi3", ("all-linear",)),
         ("phi3", ("k_proj",)),
         ("llama", ("up_proj",)),
+        ("granitemoehybrid", ("all-linear",)),
         ("qwen3_moe", ("all-linear",)),  # with a dense layer, which PEFT takes for experts
         ("qwen3_moe", ("down_proj",)),
     )

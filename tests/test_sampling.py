@@ -15,12 +15,13 @@ from relax.losses.logprobs import linear_logprobs
 from relax.models import load_pretrained
 from relax.sampling import SamplingConfig, generate, stop_decoder
 from relax.sampling.batch import Row, plan_segment
-from tests.families import FAMILY_NAMES, tiny_family
+from tests.families import FAMILY_NAMES, NEWER, tiny_family
 
 V = 23  # of the tiny model
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [7], [2, 7, 1]]
 CONFIG = SamplingConfig(max_new_tokens=8)
-FAMILIES = (*FAMILY_NAMES, "llama-dynamic", "phi3-longrope")
+# Of the newer families `test_families` compares greedy text with that of transformers.
+FAMILIES = (*(n for n in FAMILY_NAMES if n not in NEWER), "llama-dynamic", "phi3-longrope")
 
 
 @pytest.fixture(scope="module")

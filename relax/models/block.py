@@ -15,14 +15,14 @@ from relax import parallel
 from relax.models.config import LayerSpec, LoRA, TransformerConfig
 from relax.models.layers import Linear, RMSNorm
 from relax.models.moe import Experts, activation
-from relax.models.rotary import Angles, rotate
+from relax.models.rotary import Angles, rotate, scale_queries
 
 
 class Context(NamedTuple):
     """Properties of the tokens that a layer needs besides their states; no gradients.
 
     Attributes:
-      angles: cosines and sines of the rotary positions, each `[M, 1, 1, R/2]`; None: no positions.
+      angles: of the rotary positions; None: no positions.
       real: `[M]` bool, false for padding.
       mask: which keys each query sees, in the form that the layer's `Attend` takes.
       segment_ids: `[B, T]` int, the document of each token of a row; None: one per row.
@@ -68,7 +68,8 @@ class Block(nn.Module):
         if self.layer.experts:
             self.experts = Experts(c, self.dtype, self.param_dtype)
         else:
-            self.gate_proj = self._linear(c.intermediate_size, c.mlp_bias)
+            if c.gated_mlp:
+                self.gate_proj = self._linear(c.intermediate_size, c.mlp_bias)
             self.up_proj = self._linear(c.intermediate_size, c.mlp_bias)
             self.down_proj = self._linear(c.hidden_size, c.mlp_bias)
 
@@ -102,10 +103,10 @@ class Block(nn.Module):
         q, k, v = self.queries_keys_values(h, context.angles)
         h, kept = attend(q, k, v, context)
         h = self.o_proj(h)
-        x = x + (self.post_attention_norm(h) if c.post_norm else h)
+        x = x + c.residual_multiplier * (self.post_attention_norm(h) if c.post_norm else h)
         h = self.mlp_norm(x) if c.pre_norm else x
         h, router = self.feed_forward(h, context.real)
-        x = x + (self.post_mlp_norm(h) if c.post_norm else h)
+        x = x + c.residual_multiplier * (self.post_mlp_norm(h) if c.post_norm else h)
         return parallel.constrain(x, "batch", None), kept, router
 
     def queries_keys_values(self, x, angles):
@@ -118,11 +119,19 @@ class Block(nn.Module):
         q, k, v = q.reshape(M, K, -1, H), k.reshape(M, K, 1, H), v.reshape(M, K, H)
         if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles), rotate(k, angles)[:, :, 0], v
+        q, k = (rotate(x, angles, c.rope_interleaved) for x in (q, k))
+        if c.qk_norm == "rotated":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return scale_queries(q, angles), k[:, :, 0], v
 
     def feed_forward(self, x, real):
-        """`[M, D]` -> `[M, D]`, and the router's sums: gated as act(x W_gate) * (x W_up) W_down."""
+        """`[M, D]` -> `[M, D]`, and the router's sums.
+
+        (act(x W_gate) * (x W_up)) W_down, or act(x W_up) W_down without a gate.
+        """
         if self.layer.experts:
             return self.experts(x, real)
-        gate = activation(self.config.hidden_act)(self.gate_proj(x))
-        return self.down_proj(gate * self.up_proj(x)), None
+        act, up = activation(self.config.hidden_act), self.up_proj(x)
+        return self.down_proj(
+            act(self.gate_proj(x)) * up if self.config.gated_mlp else act(up)
+        ), None

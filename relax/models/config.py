@@ -8,8 +8,9 @@ class RopeScaling:
     """Scaling of rotary frequencies beyond the original training length of a model.
 
     Attributes:
-      kind: `linear` divides every frequency by `factor`; `llama3` divides the low ones only and
-        blends between `low_freq_factor` and `high_freq_factor` (wavelengths in units of
+      kind: `linear` divides every frequency by `factor`; `ntk` multiplies the base by
+        factor^(R / (R - 2)), R the rotated entries of a head; `llama3` divides the low frequencies
+        only and blends between `low_freq_factor` and `high_freq_factor` (wavelengths in units of
         `original_max_position_embeddings`); `yarn` blends between the planes that rotate
         `beta_fast` and `beta_slow` times; in documents longer than
         `original_max_position_embeddings`, `dynamic` raises the base, and `longrope` uses
@@ -39,10 +40,15 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: frequencies theta^(-2i/R), scaled by `scaling`."""
+    """Rotary positions: frequencies theta^(-2i/R), scaled by `scaling`.
+
+    Queries are also multiplied by 1 + query_beta log(1 + floor(position / query_length)).
+    """
 
     theta: float = 10000.0
     scaling: RopeScaling | None = None
+    query_beta: float = 0.0
+    query_length: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +92,7 @@ class TransformerConfig:
     Attributes:
       vocab_size: rows of the embedding.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the gated feed-forward block.
+      intermediate_size: width of the feed-forward block.
       num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim: the attention stack;
         `num_key_value_heads` divides `num_attention_heads`.
       max_position_embeddings: maximum sequence length of the model.
@@ -97,12 +103,16 @@ class TransformerConfig:
         of the output projection, and of the feed-forward block.
       initializer_range: standard deviation of initial matrices.
       model_type: the family in `relax.models.families` that defines the file format.
-      hidden_act: activation of the gate, `silu`, `gelu` or `gelu_pytorch_tanh`.
+      hidden_act: activation of the gate, `silu`, `gelu`, `gelu_pytorch_tanh` or `relu2`.
+      gated_mlp: whether the feed-forward block has a gate; else the activation is that of
+        `up_proj`.
       norm_plus_one: norms multiply by 1 + scale.
       pre_norm, post_norm: norms before and after the two blocks of a layer.
-      qk_norm: norm of queries and keys before rotation: `head` normalises each head, `all` all
-        heads together; None: no norm.
-      embedding_multiplier: factor of the embeddings.
+      qk_norm: norm of queries and keys: `head` normalises each head, `all` all heads together,
+        both before rotation; `rotated` normalises each head after it; None: no norm.
+      embedding_multiplier, residual_multiplier: factors of the embeddings, and of the outputs of
+        both blocks of a layer.
+      logits_scaling: divisor of the logits.
       attention_multiplier: factor of q · k; None: head_dim^-0.5.
       attn_logit_softcapping, final_logit_softcapping: c in x -> c tanh(x / c), for q · k and the
         logits; None: no cap.
@@ -111,6 +121,10 @@ class TransformerConfig:
       local_rope_theta: base of the unscaled rotary positions in sliding layers; None: as in the
         others.
       no_rope_layers: indices of layers without positions.
+      rope_interleaved: whether a rotated plane is two neighbours (x[2i], x[2i + 1]) instead of
+        (x[i], x[i + R/2]).
+      query_beta, query_length: rotated queries are multiplied by
+        1 + query_beta log(1 + floor(position / query_length)).
       num_experts, num_experts_per_tok, moe_intermediate_size: mixture of experts, where each token
         goes to the experts with the highest router probability; 0: none.
       norm_topk_prob: whether the chosen experts' weights are normalised to a sum of 1.
@@ -136,12 +150,15 @@ class TransformerConfig:
     initializer_range: float = 0.02
     model_type: str = "llama"
     hidden_act: str = "silu"
+    gated_mlp: bool = True
     rotary_dim: int | None = None
     norm_plus_one: bool = False
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm: str | None = None
     embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -149,6 +166,9 @@ class TransformerConfig:
     layer_types: tuple[str, ...] = ()
     local_rope_theta: float | None = None
     no_rope_layers: tuple[int, ...] = ()
+    rope_interleaved: bool = False
+    query_beta: float = 0.0
+    query_length: int = 1
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -195,9 +215,9 @@ class TransformerConfig:
     def layer(self, index: int) -> LayerSpec:
         """The settings of layer `index`, from 0."""
         sliding = bool(self.layer_types) and self.layer_types[index] == "sliding_attention"
-        rope = Rope(self.rope_theta, self.rope_scaling)
+        rope = Rope(self.rope_theta, self.rope_scaling, self.query_beta, self.query_length)
         if sliding and self.local_rope_theta is not None:
-            rope = Rope(self.local_rope_theta)
+            rope = dataclasses.replace(rope, theta=self.local_rope_theta, scaling=None)
         return LayerSpec(
             window=self.sliding_window if sliding else None,
             rope=None if index in self.no_rope_layers else rope,

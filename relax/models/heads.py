@@ -23,7 +23,12 @@ HEAD = "score"
 
 def trunk(model: Transformer) -> Transformer:
     """The model without a separate output matrix, as the trunk of a head."""
-    return model.clone(config=dataclasses.replace(model.config, tie_word_embeddings=True))
+    return model.clone(config=trunk_config(model.config))
+
+
+def trunk_config(config: TransformerConfig) -> TransformerConfig:
+    """The configuration of a trunk, whose states are not divided by `logits_scaling`."""
+    return dataclasses.replace(config, tie_word_embeddings=True, logits_scaling=1.0)
 
 
 def init_head(

@@ -93,4 +93,6 @@ def activation(name: str):
         return nn.silu
     if name in ("gelu", "gelu_pytorch_tanh"):
         return lambda x: nn.gelu(x, approximate=name != "gelu")
-    raise ValueError(f"unknown hidden_act {name!r}. Known: silu, gelu, gelu_pytorch_tanh.")
+    if name == "relu2":
+        return lambda x: jnp.square(nn.relu(x))
+    raise ValueError(f"unknown hidden_act {name!r}. Known: silu, gelu, gelu_pytorch_tanh, relu2.")

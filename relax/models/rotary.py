@@ -5,6 +5,7 @@ H head, R the part of a head that turns, in R/2 planes.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,13 @@ import numpy as np
 
 from relax.models.config import Rope, RopeScaling
 
-Angles = tuple[jax.Array, jax.Array]  # cos and sin, each [M, 1, 1, R/2] float32
+
+class Angles(NamedTuple):
+    """Rotary positions of tokens, float32."""
+
+    cos: jax.Array  # [M, 1, 1, R/2]
+    sin: jax.Array  # [M, 1, 1, R/2]
+    query_scale: jax.Array | None = None  # [M, 1, 1, 1], factor of the queries
 
 
 def frequencies(rope: Rope, R: int, lengths: jax.Array | None = None) -> jax.Array:
@@ -37,6 +44,9 @@ def frequencies(rope: Rope, R: int, lengths: jax.Array | None = None) -> jax.Arr
         return jnp.asarray(plain)
     if scaling.kind == "linear":
         return jnp.asarray(plain / np.float32(scaling.factor))
+    if scaling.kind == "ntk":
+        raised = rope.theta * scaling.factor ** (R / (R - 2))
+        return jnp.asarray(1.0 / np.float32(raised) ** exponents)
     if scaling.kind == "llama3":
         return _blend(plain, scaling.factor, _llama3_share(plain, scaling))
     if scaling.kind == "yarn":
@@ -55,14 +65,15 @@ def frequencies(rope: Rope, R: int, lengths: jax.Array | None = None) -> jax.Arr
         is_long = (lengths > scaling.original_max_position_embeddings)[:, None]
         return jnp.where(is_long, (plain / long)[None, :], (plain / short)[None, :])
     raise ValueError(
-        f"unknown rope scaling {scaling.kind!r}. Known: linear, llama3, yarn, dynamic, longrope."
+        f"unknown rope scaling {scaling.kind!r}. Known: linear, ntk, llama3, yarn, dynamic, "
+        "longrope."
     )
 
 
 def rotary_angles(
     positions: jax.Array, rope: Rope, R: int, segment_ids: jax.Array | None = None
 ) -> Angles:
-    """cos and sin of position times frequency.
+    """cos and sin of position times frequency, and the factor of the queries.
 
     Args:
       positions: `[B, T]` int.
@@ -79,22 +90,47 @@ def rotary_angles(
     angles = positions.reshape(-1, 1).astype(jnp.float32) * turns  # [M, R/2]
     angles = angles[:, None, None, :]
     factor = 1.0 if scaling is None else scaling.attention_factor
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return Angles(jnp.cos(angles) * factor, jnp.sin(angles) * factor, _query_scale(positions, rope))
 
 
-def rotate(x: jax.Array, angles: Angles | None) -> jax.Array:
-    """Turns each plane (x[i], x[i + R/2]) by its angle; the entries from R on stay.
+def _query_scale(positions: jax.Array, rope: Rope) -> jax.Array | None:
+    """1 + β log(1 + floor(position / length)), as Llama 4 has it; None: 1 everywhere."""
+    if not rope.query_beta:
+        return None
+    lengths = (positions.reshape(-1, 1, 1, 1) // rope.query_length).astype(jnp.float32)
+    return 1 + rope.query_beta * jnp.log1p(lengths)
 
-    x: `[M, K, G, H]`. Without angles nothing turns.
+
+def rotate(x: jax.Array, angles: Angles | None, interleaved: bool = False) -> jax.Array:
+    """Turns each plane by its angle; the entries from R on stay.
+
+    Args:
+      x: `[M, K, G, H]`.
+      angles: None: nothing turns.
+      interleaved: planes are (x[2i], x[2i + 1]); else (x[i], x[i + R/2]).
     """
     if angles is None:
         return x
-    cos, sin = angles
+    cos, sin = angles.cos, angles.sin
     half = cos.shape[-1]
-    x32 = x.astype(jnp.float32)
-    first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    x32, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    if interleaved:
+        first, second = x32[..., 0::2], x32[..., 1::2]
+    else:
+        first, second = x32[..., :half], x32[..., half:]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    if interleaved:
+        planes = jnp.stack(turned, axis=-1).reshape(x32.shape)
+    else:
+        planes = jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([planes.astype(x.dtype), rest], axis=-1)
+
+
+def scale_queries(q: jax.Array, angles: Angles | None) -> jax.Array:
+    """Queries `[M, K, G, H]` times the factors of their positions, if there are any."""
+    if angles is None or angles.query_scale is None:
+        return q
+    return q * angles.query_scale.astype(q.dtype)
 
 
 def _blend(plain, factor: float, keep) -> jax.Array:

@@ -2,9 +2,9 @@
 
 Notable features:
 - grouped-query attention, in full or in a sliding window, layer by layer; soft caps
-- rotary positions on all of a head, a part of it, or in no layer; stretched in five ways
+- rotary positions on all of a head, a part of it, or in no layer; stretched in six ways
 - RMS norms before the blocks, behind them, or both, and of queries and keys
-- gated feed-forward blocks, or a mixture of experts that drops no token
+- feed-forward blocks with a gate or without, or a mixture of experts that drops no token
 - tied or untied embeddings; the logits of a whole batch never exist in training
 - rows of several documents (`segment_ids`), groups of completions (`relax.models.groups`), and a
   key-value cache (`prefill`, `decode`) run through the same layers, with another `Attend` each
@@ -72,13 +72,16 @@ class Transformer(nn.Module):
                 "lm_head", init, (c.vocab_size, c.hidden_size), self.param_dtype
             )
         self.layers = [self._block(layer) for layer in c.layers]
-        self.norm = RMSNorm(c.rms_norm_eps, c.norm_plus_one, self.dtype, self.param_dtype)
+        # The divisor of the logits is applied here: a loss multiplies by the output matrix alone.
+        self.norm = RMSNorm(
+            c.rms_norm_eps, c.norm_plus_one, self.dtype, self.param_dtype, 1 / c.logits_scaling
+        )
 
     def _block(self, layer, **options):
         return Block(self.config, layer, self.dtype, self.param_dtype, self.lora, **options)
 
     def hidden_states(self, input_ids, positions=None, segment_ids=None):
-        """The last layer's normalised outputs, `[B, T, D]` in `dtype`.
+        """The last layer's normalised outputs, divided by `logits_scaling`: `[B, T, D]` in `dtype`.
 
         Args:
           input_ids: `[B, T]` int, each in [0, vocab_size).

@@ -2,21 +2,53 @@
 
 from relax.errors import ModelLoadError
 from relax.models.families import (
+    arcee,
+    ernie4_5,
+    exaone4,
     gemma2,
     gemma3,
+    glm4,
+    granite,
+    granitemoehybrid,
+    hunyuan,
     llama,
+    ministral3,
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 from relax.models.families.family import Family
 
-_MODULES = (llama, smollm3, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, mixtral, qwen3_moe)
+_MODULES = (
+    llama,
+    smollm3,
+    mistral,
+    ministral3,
+    qwen2,
+    qwen3,
+    gemma2,
+    gemma3,
+    phi3,
+    olmo2,
+    olmo3,
+    exaone4,
+    granite,
+    granitemoehybrid,
+    glm4,
+    hunyuan,
+    seed_oss,
+    ernie4_5,
+    arcee,
+    mixtral,
+    qwen3_moe,
+)
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 

@@ -178,11 +178,6 @@ class Family:
                     f"{' or '.join(map(repr, only[name])) or 'its absence'} is."
                 )
         values = read_values(fields, self.fields)
-        for name, other in self.repeats.items():
-            if name in present and present[name] != values[other]:
-                raise ValueError(
-                    f"{name} must be {other}, {values[other]!r}, got {repr(present[name])[:80]}."
-                )
         heads, width = values["num_attention_heads"], values["hidden_size"]
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = heads
@@ -192,6 +187,11 @@ class Family:
                 raise ValueError(
                     "num_attention_heads must divide hidden_size where there is no head_dim, got "
                     f"{heads} and {width}."
+                )
+        for name, other in self.repeats.items():
+            if name in present and present[name] != values[other]:
+                raise ValueError(
+                    f"{name} must be {other}, {values[other]!r}, got {repr(present[name])[:80]}."
                 )
         ours = {o: values[n] for n, field in self.fields.items() for o in _ours(n, field)}
         ours.update(self.fixed)

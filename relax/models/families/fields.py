@@ -59,7 +59,7 @@ NOT_NEGATIVE = Kind("a finite number from 0 up", lambda v: is_number(v) and 0 <=
 SIZE = integers(1, 2**24 - 1)  # above all real models, and no sum of sizes overflows
 LAYERS = integers(1, 2**12 - 1)
 EXPERTS = integers(1, 2**10)
-GATES = words("silu", "gelu", "gelu_pytorch_tanh", swish="silu")
+GATES = words("silu", "gelu", "gelu_pytorch_tanh", "relu2", swish="silu")
 LAYER_TYPES = lists(words("full_attention", "sliding_attention"))
 
 REQUIRED = object()

@@ -38,7 +38,7 @@ FAMILY = Family(
     fixed=gemma2.FIXED | {"qk_norm": "head"},
     derive=derive,
     restore=gemma2.restore,
-    rope=RopeFields(theta=1e6, local_theta=1e4),
+    rope=RopeFields(theta=1e6, by_type=True, local_theta=1e4),
     # transformers reads the cap of q · k but does not apply it, so such a model is ambiguous.
     only={"use_bidirectional_attention": (False,), "attn_logit_softcapping": ()},
     names=gemma2.NAMES,

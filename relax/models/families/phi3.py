@@ -38,7 +38,7 @@ FAMILY = Family(
     rope=RopeFields(
         kinds=("default", "longrope"),
         aliases=(("su", "longrope"), ("yarn", "longrope")),
-        partial=True,
+        partial=1.0,
         original=4096,
     ),
     only={

@@ -4,9 +4,29 @@ import dataclasses
 import math
 
 from relax.models.config import RopeScaling, TransformerConfig
-from relax.models.families.fields import FLAG, POSITIVE, SIZE, Kind, is_number, lists, read_value
+from relax.models.families.fields import (
+    FLAG,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SIZE,
+    Kind,
+    is_number,
+    lists,
+    read_value,
+)
+from relax.models.families.windows import FULL, SLIDING
 
 ORIGINAL = "original_max_position_embeddings"
+PARTIAL = "partial_rotary_factor"
+BETA = "llama_4_scaling_beta"
+# What stands beside `alpha` in the files of Hunyuan, and is not read there.
+BESIDE_ALPHA = {
+    "factor": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 FACTORS = lists(POSITIVE)
 SHARE = Kind("a number above 0, at most 1", lambda v: is_number(v) and 0 < v <= 1, float)
 
@@ -14,6 +34,7 @@ SHARE = Kind("a number above 0, at most 1", lambda v: is_number(v) and 0 < v <= 
 SETTINGS: dict[str, dict[str, Kind]] = {
     "default": {},
     "linear": {"factor": POSITIVE},
+    "ntk": {"factor": POSITIVE},
     "dynamic": {"factor": POSITIVE, ORIGINAL: SIZE},
     "llama3": {
         "factor": POSITIVE,
@@ -27,8 +48,8 @@ SETTINGS: dict[str, dict[str, Kind]] = {
         "attention_factor": POSITIVE,
         "beta_fast": POSITIVE,
         "beta_slow": POSITIVE,
-        "mscale": POSITIVE,
-        "mscale_all_dim": POSITIVE,
+        "mscale": NOT_NEGATIVE,
+        "mscale_all_dim": NOT_NEGATIVE,
         "truncate": FLAG,
     },
     "longrope": {
@@ -49,18 +70,25 @@ class RopeFields:
       theta: default base.
       kinds: supported kinds of rope settings, if not all of ours.
       aliases: other names of kinds.
-      partial: whether `partial_rotary_factor` sets the rotated share of a head.
+      partial: default of `partial_rotary_factor`, the rotated share of a head, where it may be set.
       original: default of `original_max_position_embeddings` outside the rope settings, if there.
-      local_theta: default base of sliding layers, if separate: rope settings are then per layer
-        type, or in older files `rope_local_base_freq` is that base.
+      by_type: whether rope settings are per layer type. Those of sliding layers are then never
+        scaled; their base is that of full layers, unless there is `local_theta`.
+      local_theta: default base of sliding layers, if separate; in older files
+        `rope_local_base_freq` is that base.
+      query_scaling: whether `llama_4_scaling_beta` of the rope settings scales queries.
+      absent: rope settings of a file without any.
     """
 
     theta: float = 10000.0
-    kinds: tuple[str, ...] = tuple(SETTINGS)
+    kinds: tuple[str, ...] = tuple(kind for kind in SETTINGS if kind != "ntk")
     aliases: tuple[tuple[str, str], ...] = ()
-    partial: bool = False
+    partial: float | None = None
     original: int | None = None
+    by_type: bool = False
     local_theta: float | None = None
+    query_scaling: bool = False
+    absent: tuple[tuple[str, object], ...] = ()
 
     @property
     def names(self) -> set[str]:
@@ -72,34 +100,34 @@ class RopeFields:
 
     def read(self, fields: dict, head_dim: int, max_position_embeddings: int) -> dict:
         """Reads the fields of `TransformerConfig` about rotary positions; `fields` has no nulls."""
-        parameters, ours = _object(fields, "rope_parameters"), {}
-        if self.local_theta:
-            parameters, ours["local_rope_theta"] = self._split(fields, parameters)
-        outer = {"rope_theta"} | ({"partial_rotary_factor"} if self.partial else set())
-        rope = _merged(
+        parameters, local = _object(fields, "rope_parameters"), {}
+        if self.by_type:
+            parameters, local = _by_type(parameters)
+        outer = {"rope_theta"} | ({PARTIAL} if self.partial else set())
+        places = [
             {name: fields[name] for name in outer & fields.keys()},
             _normal(_object(fields, "rope_scaling")),
             _normal(parameters),
-        )
-        kind = rope.get("rope_type", "default")
-        kind = next((ours for theirs, ours in self.aliases if theirs == kind), kind)
-        if not isinstance(kind, str) or kind not in self.kinds:
+        ]
+        if not {"rope_scaling", "rope_parameters"} & fields.keys():
+            places.append(dict(self.absent))
+        rope = _merged(*places)
+        ours = self._read_query_scaling(rope, max_position_embeddings)
+        kind = self._read_kind(rope)
+        if not self.partial and rope.get(PARTIAL, 1) != 1:
             raise ValueError(
-                f"rope_type is {repr(kind)[:80]}, which is not implemented; only "
-                f"{', '.join(self.kinds)} are."
+                f"{PARTIAL} is {repr(rope[PARTIAL])[:80]}, which is not implemented; only 1 is."
             )
-        name = "partial_rotary_factor"
-        if not self.partial and rope.get(name, 1) != 1:
-            raise ValueError(
-                f"{name} is {repr(rope[name])[:80]}, which is not implemented; only 1 is."
-            )
-        turning = int(head_dim * read_value(rope, name, SHARE, 1))
-        unknown = sorted(rope.keys() - {"rope_type", "rope_theta", name, *SETTINGS[kind]})
+        turning = int(head_dim * read_value(rope, PARTIAL, SHARE, self.partial or 1))
+        unknown = sorted(rope.keys() - {"rope_type", "rope_theta", PARTIAL, *SETTINGS[kind]})
         if unknown:
             raise ValueError(
                 f"rope settings that ReLax does not support for rope_type {kind!r}: "
                 f"{', '.join(unknown)}."
             )
+        if self.by_type and rope.get("truncate") is False:
+            # transformers 5 looks for it beside the layer types, and so does not apply it.
+            raise ValueError("truncate is False, which is not implemented; only True is.")
         if self.original:
             original = read_value(fields, ORIGINAL, SIZE, self.original)
             if rope.setdefault(ORIGINAL, original) != original:
@@ -107,22 +135,54 @@ class RopeFields:
                     f"{ORIGINAL} must be the same in the rope settings and outside, got "
                     f"{repr(rope[ORIGINAL])[:80]} and {original}."
                 )
+        theta = read_value(rope, "rope_theta", POSITIVE, self.theta)
+        if self.by_type:
+            ours["local_rope_theta"] = self._read_local_theta(fields, local, theta)
         return ours | {
-            "rope_theta": read_value(rope, "rope_theta", POSITIVE, self.theta),
+            "rope_theta": theta,
             "rope_scaling": _scaling(kind, rope, turning, max_position_embeddings),
             "rotary_dim": None if turning == head_dim else turning,
         }
 
-    def _split(self, fields: dict, parameters: dict) -> tuple[dict, float]:
-        """Splits off the settings of full layers and the base of sliding ones."""
-        full, local = (_object(parameters, n) for n in ("full_attention", "sliding_attention"))
-        unknown = sorted(parameters.keys() - {"full_attention", "sliding_attention"})
-        if unknown:
+    def _read_kind(self, rope: dict) -> str:
+        """The kind of rope settings; the `alpha` of `dynamic` ones makes them `ntk`."""
+        kind = rope.get("rope_type", "default")
+        kind = next((ours for theirs, ours in self.aliases if theirs == kind), kind)
+        if "ntk" in self.kinds and kind == "dynamic" and rope.get("alpha"):
+            for name, value in BESIDE_ALPHA.items():
+                if rope.pop(name, value) != value:
+                    raise ValueError(
+                        f"{name} of rope settings with alpha has no effect unless it is {value}, "
+                        "which is not implemented."
+                    )
+            rope["factor"] = rope.pop("alpha")
+            return "ntk"
+        if not isinstance(kind, str) or kind not in set(self.kinds) - {"ntk"}:
             raise ValueError(
-                "rope_parameters must hold full_attention and sliding_attention, got "
-                f"{', '.join(unknown)}."
+                f"rope_type is {repr(kind)[:80]}, which is not implemented; only "
+                f"{', '.join(self.kinds)} are."
             )
-        base = fields.get("rope_local_base_freq")
+        return kind
+
+    def _read_query_scaling(self, rope: dict, longest: int) -> dict:
+        """Takes the settings that scale queries out of the rope settings."""
+        if not self.query_scaling:
+            return {}
+        if rope.pop("max_position_embeddings", longest) != longest:
+            raise ValueError(
+                "max_position_embeddings must be the same in the rope settings and outside."
+            )
+        length = read_value(rope, ORIGINAL, SIZE, longest)
+        if rope.get("rope_type", "default") == "default":
+            rope.pop(ORIGINAL, None)
+        return {
+            "query_beta": read_value({BETA: rope.pop(BETA, None)}, BETA, NOT_NEGATIVE),
+            "query_length": length,
+        }
+
+    def _read_local_theta(self, fields: dict, local: dict, theta: float) -> float:
+        """The base of sliding layers, whose settings are `local`."""
+        base = fields.get("rope_local_base_freq") if self.local_theta else theta
         local = _merged({} if base is None else {"rope_theta": base}, _normal(local))
         if (
             local.keys() - {"rope_theta", "rope_type"}
@@ -132,7 +192,7 @@ class RopeFields:
                 f"rope_parameters of sliding_attention are {repr(local)[:80]}, which is not "
                 "implemented; only rope_type 'default' is."
             )
-        return full, read_value(local, "rope_theta", POSITIVE, self.local_theta)
+        return read_value(local, "rope_theta", POSITIVE, self.local_theta)
 
     def write(self, config: TransformerConfig) -> dict:
         """Makes the fields of config.json, in the forms of transformers 4 and 5.
@@ -141,34 +201,49 @@ class RopeFields:
         """
         scaling = config.rope_scaling
         kind = "default" if scaling is None else scaling.kind
-        stretch: dict[str, object] = {}
-        for name in SETTINGS[kind]:
-            # transformers uses the maximum length as the original length of `dynamic`.
-            if hasattr(scaling, name) and (kind, name) != ("dynamic", ORIGINAL):
-                value = getattr(scaling, name)
-                stretch[name] = list(value) if isinstance(value, tuple) else value
-        rope = {"rope_type": kind, "rope_theta": config.rope_theta, **stretch}
+        stretch = self._write_scaling(config)
+        name = "dynamic" if kind == "ntk" else kind
+        rope = {"rope_type": name, "rope_theta": config.rope_theta, **stretch}
         fields: dict[str, object] = {"rope_theta": config.rope_theta}
-        if scaling is not None:
-            fields["rope_scaling"] = {"rope_type": kind, **stretch}
+        if scaling is not None or self.absent:
+            fields["rope_scaling"] = {"rope_type": name, **stretch}
             if self.original and _follows(scaling, config.max_position_embeddings):
                 # transformers 4 accepts nothing else here for Phi-3, and computes the rest.
                 names = ("short_factor", "long_factor")
                 fields["rope_scaling"] = {"type": kind, **{n: stretch[n] for n in names}}
         if self.partial:
             share = _share(config.rotary_dim, config.head_dim)
-            rope["partial_rotary_factor"] = fields["partial_rotary_factor"] = share
+            rope[PARTIAL] = fields[PARTIAL] = share
         if self.original:
             fields[ORIGINAL] = rope.get(ORIGINAL, self.original)
-        if not self.local_theta:
+        if not self.by_type:
             return fields | {"rope_parameters": rope}
         local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
-        fields["rope_local_base_freq"] = config.local_rope_theta
-        return fields | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+        if self.local_theta:
+            fields["rope_local_base_freq"] = config.local_rope_theta
+        return fields | {"rope_parameters": {FULL: rope, SLIDING: local}}
+
+    def _write_scaling(self, config: TransformerConfig) -> dict[str, object]:
+        """The rope settings besides their kind and theta."""
+        scaling = config.rope_scaling
+        kind = "default" if scaling is None else scaling.kind
+        stretch: dict[str, object] = {}
+        for name in SETTINGS[kind]:
+            # transformers uses the maximum length as the original length of `dynamic`.
+            if hasattr(scaling, name) and (kind, name) != ("dynamic", ORIGINAL):
+                value = getattr(scaling, name)
+                stretch[name] = list(value) if isinstance(value, tuple) else value
+        if kind == "ntk":
+            stretch = {"alpha": stretch["factor"], "factor": BESIDE_ALPHA["factor"]}
+        if self.query_scaling:
+            stretch |= {ORIGINAL: config.query_length, BETA: config.query_beta}
+        return stretch
 
 
-def _follows(scaling: RopeScaling, longest: int) -> bool:
+def _follows(scaling: RopeScaling | None, longest: int) -> bool:
     """Whether the factors of `longrope` follow from its two lengths."""
+    if scaling is None:
+        return False
     original = scaling.original_max_position_embeddings
     if scaling.kind != "longrope" or not original or scaling.factor != longest / original:
         return False
@@ -185,6 +260,17 @@ def _share(turning: int | None, head_dim: int) -> float:
     return (
         share if turning is None or int(head_dim * share) == turning else math.nextafter(share, 2)
     )
+
+
+def _by_type(parameters: dict) -> tuple[dict, dict]:
+    """The rope settings of full and of sliding layers."""
+    unknown = sorted(parameters.keys() - {FULL, SLIDING})
+    if unknown:
+        raise ValueError(
+            "rope_parameters must hold full_attention and sliding_attention, got "
+            f"{', '.join(unknown)}."
+        )
+    return _object(parameters, FULL), _object(parameters, SLIDING)
 
 
 def _object(fields: dict, name: str) -> dict:
@@ -227,6 +313,8 @@ def _scaling(kind: str, rope: dict, turning: int, longest: int) -> RopeScaling |
     if kind in ("yarn", "longrope") and ORIGINAL in rope:
         given.setdefault("factor", longest / original)
     factor = read_value(given, "factor", POSITIVE)
+    if kind == "ntk" and turning <= 2:
+        raise ValueError(f"alpha needs more than 2 entries of a head that turn, got {turning}.")
     if kind == "dynamic" and (original != longest or turning <= 2):
         raise ValueError(
             f"rope_type 'dynamic' needs {ORIGINAL} equal to max_position_embeddings and more than "
@@ -256,7 +344,7 @@ def _yarn_attention_factor(factor: float, above: float | None, below: float | No
     """Peng et al., YaRN, 2023, eq. 22; the quotient of two such factors with two scales."""
     if factor <= 1:
         return 1.0
-    if above is None or below is None:
+    if not above or not below:  # none, or 0 as in Devstral 2
         return 0.1 * math.log(factor) + 1.0
     return (0.1 * above * math.log(factor) + 1.0) / (0.1 * below * math.log(factor) + 1.0)
 

@@ -5,7 +5,6 @@ must not be that one, or the score would be read before it.
 """
 
 import copy
-import dataclasses
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from relax.files import read_json
 from relax.models.config import TransformerConfig
 from relax.models.families import Family, family_of
 from relax.models.families.family import FOLLOWING
-from relax.models.heads import HEAD
+from relax.models.heads import HEAD, trunk_config
 from relax.models.huggingface.directories import find_directory
 from relax.models.huggingface.pretrained import (
     CLASSIFIER,
@@ -61,7 +60,7 @@ def load_classifier(
         )
     family, config = read_config(directory)
     _check_labels(directory)
-    config = dataclasses.replace(config, tie_word_embeddings=True)  # no output matrix of its own
+    config = trunk_config(config)
     files = tensor_files(directory, ignored=FOLLOWING)
     body = {name: file for name, file in files.items() if name != TENSOR}
     expected = {**expected_in(body, family, config), **_head(config)}
@@ -79,7 +78,7 @@ def save_classifier(
     Arguments, result and what is raised are those of `save_pretrained`. The tokenizer is written
     with the padding that `padded` gives it.
     """
-    config = dataclasses.replace(model.config, tie_word_embeddings=True)
+    config = trunk_config(model.config)
     family = family_of(config.model_type)
     tokenizer = padded(tokenizer)
     fields = family.to_hugging_face(config) | {
