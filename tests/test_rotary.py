@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from relax.models.config import Rope, RopeScaling
-from relax.models.rotary import frequencies, rotary_angles, rotate
+from relax.models.rotary import frequencies, rotary_angles, rotate, scale_queries
 
 THETA, R = 100.0, 8
 PLAIN = [1.0, 0.31622776601683794, 0.1, 0.03162277660168379]  # 100^(-2i/8)
@@ -75,7 +75,7 @@ def test_yarn_blends_between_the_planes_that_turn_often_and_rarely(truncate):
     expected = yarn(PLAIN, scaling)
     assert 1 < len(set(np.round(np.divide(expected, PLAIN), 6))) <= 4
     np.testing.assert_allclose(frequencies(Rope(THETA, scaling), R), expected, rtol=1e-6)
-    cos, sin = rotary_angles(jnp.array([[0, 3]]), Rope(THETA, scaling), R)
+    cos, sin, _ = rotary_angles(jnp.array([[0, 3]]), Rope(THETA, scaling), R)
     np.testing.assert_allclose(cos[0, 0, 0], [1.25] * 4, rtol=1e-6)
     np.testing.assert_allclose(sin[1, 0, 0], [1.25 * math.sin(3 * f) for f in expected], rtol=1e-5)
 
@@ -88,7 +88,7 @@ def dynamic(length, factor, original):
 def angles_of(positions, scaling, segments=None):
     """Angles `[B, T, R/2]` of a row."""
     positions = jnp.asarray(positions)
-    cos, sin = rotary_angles(positions, Rope(THETA, scaling), R, segments)
+    cos, sin, _ = rotary_angles(positions, Rope(THETA, scaling), R, segments)
     return np.arctan2(sin, cos).reshape(*positions.shape, -1)
 
 
@@ -149,6 +149,33 @@ def test_rotation_turns_pairs_half_a_head_apart_and_leaves_the_rest():
     np.testing.assert_array_equal(rotate(jnp.asarray(x), None), x)
 
 
+def test_interleaved_rotation_turns_pairs_of_neighbours():
+    """As the other rotation of the entries in another order."""
+    x = np.random.default_rng(0).normal(size=(3, 2, 1, 12)).astype(np.float32)
+    angles = rotary_angles(jnp.array([[0, 2, 5]]), Rope(THETA), R)
+    order = [0, 4, 1, 5, 2, 6, 3, 7, 8, 9, 10, 11]
+    out = rotate(jnp.asarray(x[..., order]), angles, interleaved=True)
+    np.testing.assert_allclose(out, rotate(jnp.asarray(x), angles)[..., order], atol=1e-6)
+
+
+def test_ntk_raises_the_base_whatever_the_length():
+    """Base 4 · 9^(8 / 6) with R = 8."""
+    found = frequencies(Rope(4.0, RopeScaling("ntk", 9.0)), 8)
+    base = 4.0 * 9.0 ** (8 / 6)
+    np.testing.assert_allclose(found, [base ** (-i / 4) for i in range(4)], rtol=1e-6)
+
+
+def test_queries_grow_with_the_logarithm_of_how_often_the_length_fits_into_their_position():
+    """1 + 0.5 log(1 + floor(p / 4)): 1 below 4, then one step every 4 positions."""
+    rope = Rope(THETA, query_beta=0.5, query_length=4)
+    angles = rotary_angles(jnp.array([[0, 3, 4, 7, 13]]), rope, R)
+    q = jnp.ones((5, 2, 3, 8))
+    expected = [1.0, 1.0, 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(4)]
+    np.testing.assert_allclose(scale_queries(q, angles)[:, 1, 2, 7], expected, rtol=1e-6)
+    assert scale_queries(q, rotary_angles(jnp.array([[9]]), Rope(THETA), R)) is q
+    assert scale_queries(q, None) is q
+
+
 def test_rotation_computes_in_float32_and_gives_the_dtype_it_was_given():
     x = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
     far = rotary_angles(jnp.array([[4001]]), Rope(THETA), R)
@@ -159,7 +186,9 @@ def test_rotation_computes_in_float32_and_gives_the_dtype_it_was_given():
 
 
 def test_an_unknown_scaling_is_an_error():
-    with pytest.raises(ValueError, match="unknown rope scaling 'spiral'. Known: linear, llama3"):
+    with pytest.raises(
+        ValueError, match="unknown rope scaling 'spiral'. Known: linear, ntk, llama3"
+    ):
         frequencies(Rope(THETA, RopeScaling("spiral")), R)
 
 
@@ -167,7 +196,5 @@ def test_an_unknown_scaling_is_an_error():
 def test_lengths_are_read_in_compiled_code(scaling):
     positions = jnp.arange(7)[None]
     compiled = jax.jit(lambda p: rotary_angles(p, Rope(THETA, scaling), R))(positions)
-    for ours, expected in zip(
-        compiled, rotary_angles(positions, Rope(THETA, scaling), R), strict=True
-    ):
-        np.testing.assert_allclose(ours, expected, atol=1e-6)
+    expected = rotary_angles(positions, Rope(THETA, scaling), R)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), compiled, expected)
