@@ -101,7 +101,7 @@ def check_adafactor(parity):
     )
 
 
-def check_muon(parity):
+def check_muon(parity, monkeypatch):
     """torch's Muon takes matrices only; its `match_rms_adamw` is the scale of ReLax."""
     matrix = {"kernel": PARAMS["kernel"]}
     steps = [{"kernel": step["kernel"]} for step in GRADIENTS]
@@ -112,10 +112,17 @@ def check_muon(parity):
 
     mine = ours(muon, steps, matrix, weight_decay=0.1)
     other = theirs(make, steps, matrix, weight_decay=0.1)
-    change = {"kernel": np.asarray(mine["kernel"]) - PARAMS["kernel"]}
-    wanted = {"kernel": other["kernel"].detach().numpy() - PARAMS["kernel"]}
-    parity.equal(
-        "`muon`, a matrix", "torch", "change in 25 updates", change, wanted, tolerance=0.02
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    parity.departs(
+        "`muon`, a matrix",
+        "torch",
+        "weights after 25 updates",
+        mine,
+        other,
+        "ReLax orthogonalises in float32, torch in bfloat16; ReLax also corrects the bias of the "
+        "momentum, as optax does, which changes these weights by less than 1e-3.",
+        explained=theirs(make, steps, matrix, weight_decay=0.1),
+        tolerance=1e-3,
     )
 
 

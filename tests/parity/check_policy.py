@@ -104,17 +104,16 @@ def ours(rows=slice(None), **changed):
     return np.asarray(value), np.asarray(gradient), float(weight)
 
 
-def compare(parity, subject, mine, other):
-    parity.equal(subject, "trl", "value", mine[0], other[0])
-    parity.equal(subject, "trl", "gradient", mine[1], other[1])
+def compare(parity, subject, mine, other, more=""):
+    parity.equal(subject, "trl", f"value and gradient{more}", mine[:2], other[:2])
 
 
 VARIANTS = {
     "": {},
-    ", `epsilon_high` 0.28": {"epsilon_high": 0.28},
-    ", `delta` 1.4": {"delta": 1.4},
-    ", `beta` 0.04": {"beta": 0.04},
-    ", `beta` 0.04, `use_bias_correction_kl`": {"beta": 0.04, "use_bias_correction_kl": True},
+    " with `epsilon_high` 0.28": {"epsilon_high": 0.28},
+    " with `delta` 1.4": {"delta": 1.4},
+    " with `beta` 0.04": {"beta": 0.04},
+    " with `beta` 0.04, `use_bias_correction_kl`": {"beta": 0.04, "use_bias_correction_kl": True},
 }
 
 
@@ -123,7 +122,7 @@ VARIANTS = {
 def check_clipped_losses(parity, loss_type, level):
     for name, changed in VARIANTS.items():
         changed = {"loss_type": loss_type, "importance_sampling_level": level} | changed
-        compare(parity, f"`{loss_type}`, {level} level{name}", ours(**changed), theirs(**changed))
+        compare(parity, f"`{loss_type}`, {level} level", ours(**changed), theirs(**changed), name)
 
 
 def check_cispo(parity):

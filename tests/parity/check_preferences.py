@@ -105,8 +105,7 @@ def check_pairs(parity, name):
     smoothing = {"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {}
     ours, theirs = our_dpo(name, **smoothing), their_dpo(name, **smoothing)
     subject = f"DPO, `{name}`" + (" with `label_smoothing`" if smoothing else "")
-    parity.equal(subject, "trl", "value", ours[0], theirs[0])
-    parity.equal(subject, "trl", "gradient", ours[1], theirs[1])
+    parity.equal(subject, "trl", "value and gradient", ours, theirs)
 
 
 def check_label_smoothing_of_the_sigmoid_loss(parity):
@@ -131,8 +130,7 @@ def check_several_losses(parity):
     theirs = their_dpo(names, loss_weights=weights)
     parts = [our_dpo(name) for name in names]
     ours = [sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in (0, 1)]
-    parity.equal("DPO, weighted sum of 3 losses", "trl", "value", ours[0], theirs[0])
-    parity.equal("DPO, weighted sum of 3 losses", "trl", "gradient", ours[1], theirs[1])
+    parity.equal("DPO, weighted sum of 3 losses", "trl", "value and gradient", ours, theirs)
 
 
 def check_which_losses_are_not_there(parity):
@@ -186,8 +184,8 @@ def check_kto(parity, desirable):
 
     value, gradient = jax.value_and_grad(ours)(jnp.asarray(LOGPS))
     subject = f"KTO, {desirable.sum()} of {N} desirable"
-    parity.equal(subject, "trl", "value", value, loss)
-    parity.equal(subject, "trl", "gradient", gradient[:N], model.logps.grad)
+    found, wanted = (value, gradient[:N]), (loss, model.logps.grad)
+    parity.equal(subject, "trl", "value and gradient", found, wanted)
     assert kl_model.logps.grad is None
     assert not np.asarray(gradient[N:]).any()
 
@@ -213,5 +211,5 @@ def check_reward_model(parity, margin, coefficient):
     value, gradient = jax.value_and_grad(ours)(jnp.asarray(scores))
     subject = "Bradley-Terry" + (", `margin`" if margin else "")
     subject += ", `center_rewards_coefficient`" if coefficient else ""
-    parity.equal(subject, "trl", "value", value, loss)
-    parity.equal(subject, "trl", "gradient", gradient, logits.grad[:, 0])
+    wanted = loss, logits.grad[:, 0]
+    parity.equal(subject, "trl", "value and gradient", (value, gradient), wanted)

@@ -77,7 +77,7 @@ def _table(last: str, rows: list[dict]) -> str:
         groups.setdefault(key, []).append(row)
     lines = [["Subject", "Package", "Compared", last], ["---"] * 4]
     for (subject, peer, why), group in groups.items():
-        compared = ", ".join(dict.fromkeys(row["compared"] for row in group))
+        compared = "; ".join(dict.fromkeys(row["compared"] for row in group))
         ending = why or _bound(max(row["difference"] for row in group))
         lines.append([cell.replace("|", "\\|") for cell in (subject, peer, compared, ending)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
