@@ -51,6 +51,12 @@ class CheckpointError(RelaxError, ValueError):
     """A checkpoint cannot be written, or is damaged."""
 
 
+class ResumeError(CheckpointError):
+    """A checkpoint cannot be resumed from: it is missing, damaged, or of another run or version."""
+
+    exit_code = 2
+
+
 class RewardError(RelaxError, RuntimeError):
     """Reward functions fail too often, or cannot run."""
 

@@ -176,6 +176,21 @@ def check_size(file: Path, most: int | None) -> None:
         raise ModelLoadError(f"{file}: {size:,} bytes are too many; at most {most:,}.")
 
 
+def json_object(text: str | bytes) -> dict:
+    """The object in a JSON text.
+
+    Raises:
+      ValueError: the text is no JSON, is nested too deeply, or holds no object; says which.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("objects and lists are nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"must hold an object, got {type(value).__name__}")
+    return value
+
+
 def read_json(directory: Path, name: str) -> dict:
     """Reads the object in a JSON file of a model directory.
 
@@ -186,11 +201,9 @@ def read_json(directory: Path, name: str) -> dict:
     where = directory / name
     check_size(where, JSON_BYTES)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelLoadError(f"{where}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{where}: must hold an object, got {type(value).__name__}.")
+        value = json_object(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelLoadError(f"{where}: not readable as JSON: {error}.") from error
     if json_depth(value) > JSON_DEPTH:
         raise ModelLoadError(f"{where}: objects and lists are nested more than {JSON_DEPTH} deep.")
     return value

@@ -403,7 +403,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_compiling(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     file = write_rows(tmp_path / "rows.jsonl", ROWS)
     code, out, err = run(dataset_name=file, **SAVING)
-    assert code == 1 and "compiling" not in out
+    assert code == 2 and "compiling" not in out
     assert err.startswith(
         "error: 4 checkpoints of 9.85 MB and a model of 3.28 MB need 42.7 MB, and "
         f"'{tmp_path / 'run'}' has 20 MB free. Free some space, lower save_total_limit, or"

@@ -28,7 +28,7 @@ from relax.callbacks.guards import NonFiniteGuard
 from relax.callbacks.metrics import CLOCK_FIELDS, exclude_from_timing
 from relax.callbacks.reference import ReferenceLogprobs
 from relax.callbacks.warnings import LearningMonitor
-from relax.errors import CheckpointError
+from relax.errors import ResumeError
 from relax.rewards.batch import Tally
 from relax.trainers.callback import load_state_dicts, state_dicts
 
@@ -278,7 +278,7 @@ def test_a_state_of_another_version_is_refused_with_what_to_do(make):
     name = f"{type(make()).__name__}.0"
     match = rf"state of the callback {name} cannot be read .*: resume with the version that wrote"
     for state in ({"history": [], "counts": {}, "window": []}, {}, [], None, "text"):
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(ResumeError, match=match):
             load_state_dicts([make()], {name: state})
 
 

@@ -25,7 +25,7 @@ from relax.checkpoint.checkpointer import (
     tree_bytes,
 )
 from relax.checkpoint.storage import _seal
-from relax.errors import CheckpointError
+from relax.errors import CheckpointError, ConfigError
 
 
 @flax.struct.dataclass
@@ -330,7 +330,7 @@ def test_another_model_is_not_taken_for_damage(tmp_path):
 
 def test_space_is_refused_before_the_run_and_with_the_numbers(tmp_path):
     check_space(tmp_path / "not" / "made", nbytes=1000, copies=3)
-    with pytest.raises(CheckpointError, match=r"3 checkpoints of 1000000000.00 GB need 3000000000"):
+    with pytest.raises(ConfigError, match=r"3 checkpoints of 1000000000.00 GB need 3000000000"):
         check_space(tmp_path / "not" / "made", nbytes=10**18, copies=3)
 
 

@@ -382,6 +382,86 @@ def test_changed_data_is_refused(short_job, short_run, tmp_path, capsys):
     assert "compiling" not in said.out
 
 
+DAMAGES = {
+    "empty": b"",
+    "cut": b'{"digest": "0',
+    "list": b"[1]",
+    "number": b"7",
+    "no key": b"{}",
+    "wrong value": b'{"digest": 7, "seed": [], "crc32": 1, "files": 3, "leaves": "x"}',
+    "deep": b"[" * 100_000,
+    "deep object": b'{"a":' * 100_000,
+    "no text": b"\xff\xfe\0",
+    "directory": None,
+}
+
+
+@pytest.mark.filterwarnings("always")  # as outside of tests
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do(
+    how, short_job, short_run, tmp_path, capsys
+):
+    """data.json and config.json refuse, a checkpoint falls back to the one before it."""
+    run = copy(short_run, tmp_path)
+    arguments = flags(**short_job, output_dir=run, resume="auto")
+
+    def damage(name: str) -> None:
+        (run / name).unlink()
+        if DAMAGES[how] is None:
+            (run / name).mkdir()
+        else:
+            (run / name).write_bytes(DAMAGES[how])
+
+    def resumed(code: int, *more: str) -> str:
+        assert call(*arguments, *more) == code
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err and "compiling" not in said.out
+        return " ".join((said.out + said.err).split())
+
+    damage("data.json")
+    said = resumed(2)
+    assert f"'{run}/data.json' cannot be read" in said
+    assert f"--config {run}/config.json --resume auto --allow_config_change dataset_name" in said
+    if how == "directory":
+        (run / "data.json").rmdir()
+    assert "resuming after step 2" in resumed(0, "--allow_config_change=dataset_name")
+
+    damage("config.json")
+    if how not in ("no key", "directory"):  # {} is a configuration of defaults
+        said = resumed(2)
+        assert "the configuration of the run to resume cannot be read" in said
+        assert f"{run}/config.json: " in said and "--resume auto" in said
+    shutil.rmtree(run)
+    copy(short_run, tmp_path)
+    damage("checkpoints/2/checksums.json")
+    damage("checkpoints/1/relax_state.json")
+    said = resumed(2)
+    assert f"checkpoint '{run}/checkpoints/2' is damaged: file checksums.json" in said
+    assert f"checkpoint '{run}/checkpoints/1' is damaged: file relax_state.json" in said
+    assert "no intact checkpoint" in said and "Start a new run" in said
+
+
+@pytest.mark.filterwarnings("always")
+def test_missing_files_of_a_run_are_reported_and_damaged_metrics_and_status_lose_no_run(
+    short_job, short_run, tmp_path, capsys
+):
+    run = copy(short_run, tmp_path)
+    (run / "data.json").unlink()
+    (run / "config.json").unlink()
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([b"[1\xff\n", *lines[1:]]))
+    for damage in (b"{", b"[" * 100_000, b'{"warnings": 1, "results": [], "seconds": {"a": "b"}}'):
+        (run / "status.json").write_bytes(damage)
+        assert call(*flags(**short_job, output_dir=run, resume="auto")) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "status.json' cannot be read" in said or b"seconds" in damage
+        assert "metrics.jsonl' is damaged in line 1, which reports leave out" in said
+        if damage == b"{":
+            assert "config.json' is missing: it is not checked that the run resumes with" in said
+            assert "data.json' is missing: it is not checked that the run resumes with" in said
+    assert model_bytes(run) == model_bytes(short_run)
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(short_job, short_run, tmp_path, capsys):
     run = copy(short_run, tmp_path)
     assert call(*flags(**short_job, output_dir=run, resume="auto")) == 0

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from relax.config.text import nan_to_null
-from relax.files import fsync_path
+from relax.config.text import join_some, nan_to_null
+from relax.files import fsync_path, json_object
 from relax.trainers.callback import Callback, Event
 
 # Fields that depend on the clock; all others are the same in every run of a configuration.
@@ -188,6 +188,12 @@ class MetricsLog(Callback):
                     "wrote before its checkpoint; the others are lost, and new ones follow.",
                     stacklevel=2,
                 )
+            if damaged := [i for i, line in enumerate(kept, 1) if not _is_object(line)]:
+                warnings.warn(
+                    f"'{self.path}' is damaged in {join_some([f'line {i}' for i in damaged], 3)}, "
+                    "which reports leave out.",
+                    stacklevel=2,
+                )
             self._lines, self._offset = len(kept), sum(map(len, kept))
         self._write(b"")
 
@@ -204,6 +210,14 @@ class MetricsLog(Callback):
                 self._offset = file.tell()
         except OSError as error:  # errors of a full disk do not name the file
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        json_object(line)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

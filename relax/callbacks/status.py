@@ -1,8 +1,9 @@
 """Status callback: updates the status files of a run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,6 +45,14 @@ class Status(Callback):
         """Adds metrics measured once, such as those before and after training."""
         self.results |= metrics
         self.update(force=True, results=self.results)
+
+    def take_over(self, old: Mapping[str, Any]) -> None:
+        """Adds the results and the times of the earlier part of a resumed run, from its file."""
+        results, seconds = old.get("results"), old.get("seconds")
+        self.results = dict(results) if isinstance(results, Mapping) else {}
+        for phase, value in seconds.items() if isinstance(seconds, Mapping) else ():
+            if isinstance(value, int | float):
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + value
 
     def enter(self, phase: str, **fields) -> None:
         """Ends the current phase, adds its time, and starts another."""

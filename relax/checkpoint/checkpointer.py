@@ -42,7 +42,7 @@ from relax.checkpoint.storage import (
     write,
 )
 from relax.config.text import format_bytes, join_some
-from relax.errors import CheckpointError
+from relax.errors import CheckpointError, ConfigError, ResumeError
 from relax.files import file_crc, fsync_path, list_steps
 from relax.parallel import processes
 
@@ -188,7 +188,7 @@ class Checkpointer:
           `(state, progress, step)`.
 
         Raises:
-          CheckpointError: no intact checkpoint, or its leaves differ from the template's.
+          ResumeError: no intact checkpoint, or its leaves differ from the template's.
         """
         if step is not None:
             return restore_checkpoint(self.path(step), template, warn=self._warn)
@@ -198,7 +198,7 @@ class Checkpointer:
                 return restore_checkpoint(self.path(candidate), template, warn=self._warn)
             except DamagedError as damage:
                 self._warn(f"{damage} Trying an older one.")
-        raise CheckpointError(
+        raise ResumeError(
             f"no intact checkpoint in '{self.directory}' (checked: {found or 'none'}). Start a "
             "new run."
         )
@@ -253,7 +253,7 @@ def restore_checkpoint(
     path = Path(path).absolute()
     if not path.is_dir():
         there = list_steps(path.parent)
-        raise CheckpointError(f"there is no checkpoint '{path}'. Saved steps: {there or 'none'}.")
+        raise ResumeError(f"there is no checkpoint '{path}'. Saved steps: {there or 'none'}.")
     sums, info = read_manifests(path)
     want = named_leaves(template)
     check_structure(path, want, sums["leaves"])
@@ -310,13 +310,16 @@ def check_space(directory: str | Path, nbytes: int, copies: int, others: int = 0
       nbytes: size of one checkpoint, from `tree_bytes`.
       copies: number that will exist at once, besides existing ones.
       others: bytes of the model directory that will be written too.
+
+    Raises:
+      ConfigError: there is not enough space.
     """
     free = shutil.disk_usage(_existing(Path(directory).absolute())).free
     need = nbytes * copies + others
     if free < need:
         what = [f"{copies} checkpoints of {format_bytes(nbytes)}"] if copies else []
         what += [f"a model of {format_bytes(others)}"] if others else []
-        raise CheckpointError(
+        raise ConfigError(
             f"{' and '.join(what)} need {format_bytes(need)}, and '{directory}' has "
             f"{format_bytes(free)} free. Free some space, lower save_total_limit, "
             "or choose another output_dir."

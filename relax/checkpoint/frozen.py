@@ -9,7 +9,7 @@ from pathlib import Path
 from relax.checkpoint.checkpointer import Checkpointer
 from relax.checkpoint.storage import leaf_crc, named_leaves
 from relax.config.text import join_some
-from relax.errors import CheckpointError
+from relax.errors import ResumeError
 
 _KEY = "frozen"  # key in the saved progress
 
@@ -40,7 +40,7 @@ class WithoutFrozen:
         before = progress.get(_KEY, {})
         changed = [n for n in before | self.checksums if before.get(n) != self.checksums.get(n)]
         if changed:
-            raise CheckpointError(
+            raise ResumeError(
                 "a resumed run must have the same frozen weights as before, but of "
                 f"{len(self.checksums)} these have changed: {join_some(sorted(changed), 8)}. "
                 "Restore the model that the run was started from."

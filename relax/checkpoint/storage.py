@@ -22,7 +22,7 @@ import tensorstore as ts
 
 from relax import parallel
 from relax.config.text import join_some
-from relax.errors import CheckpointError
+from relax.errors import CheckpointError, ResumeError
 from relax.files import STATE_FILE, file_crc, fsync_path
 from relax.parallel import processes
 
@@ -35,7 +35,7 @@ _IN_FLIGHT_BYTES = 200_000_000
 _HOST = "pinned_host"  # memory kind that outlives a donated array
 
 
-class DamagedError(CheckpointError):
+class DamagedError(ResumeError):
     """The bytes differ from the written ones; an older checkpoint may still be intact."""
 
 
@@ -262,17 +262,18 @@ def read_manifests(path: Path) -> tuple[dict, dict]:
         if _seal(sums) != raw:
             raise ValueError("not the bytes that were written")
         info_bytes = (path / STATE_FILE).read_bytes()
-    except FileNotFoundError as error:
+    except OSError as error:
+        name, missing = Path(error.filename).name, isinstance(error, FileNotFoundError)
         raise DamagedError(
-            f"checkpoint '{path}' is damaged: file {Path(error.filename).name} is missing."
+            f"checkpoint '{path}' is damaged: file {name}{' is missing' * missing}."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"checkpoint '{path}' is damaged: file {_CHECKSUMS}.") from error
     if zlib.crc32(info_bytes) != sums["files"][STATE_FILE]:
         raise DamagedError(f"checkpoint '{path}' is damaged: file {STATE_FILE}.")
     info = json.loads(info_bytes)
     if info["format"] != FORMAT:
-        raise CheckpointError(
+        raise ResumeError(
             f"checkpoint '{path}' has format {info['format']}, this version of ReLax reads "
             f"{FORMAT}. Resume it with the version that wrote it, or start a new run from the "
             "exported model."
@@ -288,7 +289,7 @@ def read_arrays(path: Path, specs: dict) -> tuple[dict, list[str]]:
         with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
             arrays = orbax.restore(path / _ARRAYS, restore_args=how)
     except Exception as error:
-        raise CheckpointError(f"checkpoint '{path}' cannot be read: {error}") from error
+        raise ResumeError(f"checkpoint '{path}' cannot be read: {error}") from error
     for name in specs.keys() - full.keys():
         arrays[name] = np.empty(specs[name]["shape"], jnp.dtype(specs[name]["dtype"]))
     return arrays, [name for name, spec in specs.items() if not _intact(arrays.get(name), spec)]
@@ -339,7 +340,7 @@ def check_structure(path: Path, want: dict, have: dict) -> None:
         if here != there:
             problems.append(f"{name} is {there} in the checkpoint, {here} in this state")
     if problems:
-        raise CheckpointError(
+        raise ResumeError(
             f"checkpoint '{path}' must hold the leaves of this state, but differs: "
             f"{join_some(sorted(problems), 8)}. Check that it has the same model and optimizer."
         )

@@ -12,8 +12,9 @@ from relax.checkpoint.checkpointer import check_space, tree_bytes
 from relax.config import ConfigLoader, TrainerConfig
 from relax.config.watch_rules import keeps_best
 from relax.engine import advice, devices, memory
+from relax.engine.output import warn_unchecked
 from relax.engine.resume import check_same_config
-from relax.errors import ErrorList, RelaxError
+from relax.errors import ConfigError, ErrorList, RelaxError
 from relax.models import TransformerConfig
 from relax.models.trainable import merge
 
@@ -22,12 +23,19 @@ def changed_fields(config: TrainerConfig, old_run: Path) -> list[str]:
     """Lists the permitted differences from the configuration of the resumed run.
 
     Raises:
-      ConfigError: a field differs that must not.
+      ConfigError: a field differs that must not, or the configuration cannot be read.
     """
     file = old_run / "config.json"
     if not file.exists():
+        warn_unchecked(file, "configuration")
         return []
-    old = ConfigLoader(file, type(config)).load().flat()
+    try:
+        old = ConfigLoader(file, type(config)).load().flat()
+    except ConfigError as error:
+        raise ConfigError(
+            f"the configuration of the run to resume cannot be read: {error}. Restore the file, or "
+            "remove it and pass the flags of the run with --resume auto."
+        ) from error
     old, new = (devices.global_batch_fields(fields) for fields in (old, config.flat()))
     return check_same_config(old, new, config.output.allow_config_change)
 
@@ -108,7 +116,7 @@ def check_disk(
       Number of checkpoints that exist at once, bytes of one, bytes of the model directory.
 
     Raises:
-      CheckpointError: there is not enough space.
+      ConfigError: there is not enough space.
     """
     output, copies = config.output, 0
     if output.save_strategy != "no":

@@ -1,7 +1,7 @@
 """Messages of a run, and the files that it writes besides checkpoints and metrics."""
 
-import json
 import shlex
+import warnings
 from pathlib import Path
 
 import jax
@@ -10,7 +10,8 @@ from relax.config import TrainerConfig
 from relax.config.cli import program_words
 from relax.config.watch_rules import best_metric, is_greater_better
 from relax.errors import ConfigError
-from relax.files import atomic_write, list_steps, write_json
+from relax.files import atomic_write, json_object, list_steps, write_json
+from relax.monitor.run_files import read_lines
 
 
 def resume_command(config: TrainerConfig, directory: Path) -> str:
@@ -60,10 +61,9 @@ def show_summary(console, seconds: float, metrics: dict, headline, paths: dict[s
 
 def last_evaluation(metrics_file: Path) -> dict[str, float]:
     """Metrics of the last evaluation, from the file, since a resumed run may not repeat it."""
-    records = map(json.loads, metrics_file.read_text().splitlines())
     evaluations = [
         found
-        for record in records
+        for record in read_lines(metrics_file)
         if (found := {n: v for n, v in record.items() if n.startswith("eval_")})
     ]
     return evaluations[-1] if evaluations else {}
@@ -88,12 +88,10 @@ def best_checkpoint(config: TrainerConfig, directory: Path) -> Path | None:
     saved = list_steps(directory / "checkpoints")
     values = config.flat()
     metric = best_metric(values, config.algorithm)
-    file = directory / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
     found = {
         record["step"]: record[metric]
-        for record in map(json.loads, lines)
-        if record.get(metric) is not None and record["step"] in saved
+        for record in read_lines(directory / "metrics.jsonl")
+        if record.get(metric) is not None and record.get("step") in saved
     }
     if found:
         pick = max if is_greater_better(values, metric) else min
@@ -105,17 +103,50 @@ def check_same_data(config: TrainerConfig, digest: str, old_run: Path) -> None:
     """Checks that a resumed run trains on the same tokens as before.
 
     Raises:
-      ConfigError: they differ; names both digests.
+      ConfigError: they differ, with both digests; or the digest of before cannot be read.
     """
-    old = old_run / "data.json"
-    before = json.loads(old.read_text())["digest"] if old.exists() else digest
-    if digest != before and "dataset_name" not in config.output.allow_config_change:
+    file = old_run / "data.json"
+    if "dataset_name" in config.output.allow_config_change:
+        return
+    if not file.exists():
+        warn_unchecked(file, "data")
+        return
+    before = _old_digest(config, file)
+    if digest != before:
         raise ConfigError(
             "a resumed run must train on the same data as before, but the tokens of "
             f"'{config.data.dataset_name or 'the demo set'}' have changed "
             f"(digest {before} -> {digest}). Restore the files, or pass "
             "--allow_config_change dataset_name to continue anyway."
         )
+
+
+def _old_digest(config: TrainerConfig, file: Path) -> str:
+    try:
+        found = json_object(file.read_bytes())
+        if isinstance(digest := found.get("digest"), str):
+            return digest
+        reason = "it has no digest"
+    except OSError as error:
+        reason = str(error.strerror or error)
+    except ValueError as error:
+        reason = str(error)
+    directory = Path(config.output.output_dir)
+    flag = "--allow_config_change dataset_name"
+    resumable = (directory / "config.json").is_file()
+    command = f": {resume_command(config, directory)} {flag}" if resumable else f" with {flag}."
+    raise ConfigError(
+        f"'{file}' cannot be read ({reason}), so it is unknown whether the run resumes on the same "
+        f"data. Restore the file, or resume without this check{command}"
+    )
+
+
+def warn_unchecked(file: Path, what: str) -> None:
+    """Warns that a file of a resumed run is missing, which says what must not change."""
+    warnings.warn(
+        f"'{file}' is missing: it is not checked that the run resumes with the same {what}.",
+        stacklevel=3,
+    )
 
 
 def write_config(config: TrainerConfig, directory: Path, data) -> None:

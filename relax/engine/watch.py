@@ -125,12 +125,15 @@ class RunMonitor:
         self.begun = True
         writer = TrainingStatusWriter(self.directory / STATUS_FILE)
         old = read_status(writer.path) if resumed else None
+        if resumed and old is None and writer.path.exists():
+            self.warn(
+                f"'{writer.path}' cannot be read: warnings and times of the run so far are lost."
+            )
         writer.begin(**self._circumstances())
         if old:
-            writer.fields["warnings"] = old.get("warnings") or []
-            self.status.results = old.get("results") or {}
-            for phase, seconds in (old.get("seconds") or {}).items():
-                self.status.seconds[phase] = self.status.seconds.get(phase, 0.0) + seconds
+            self.status.take_over(old)
+            warned = old.get("warnings")
+            writer.fields["warnings"] = warned if isinstance(warned, list) else []
         self.status.writers.append(writer)
         self.status.enter("compiling")
 

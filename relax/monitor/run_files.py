@@ -1,13 +1,14 @@
 """Reads the directory of a run: configuration, data report, status, metrics and texts."""
 
+import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from relax.errors import DataError
+from relax.files import json_object
 from relax.monitor.status import read_status
 
 TIME = "time/"
@@ -78,7 +79,7 @@ def read_run(directory: str | Path, previews: int = 50, completions: int = 8) ->
 def read_series(path: str | Path) -> dict[str, tuple[list[float], list[float]]]:
     """Steps and values of each metric in a metrics.jsonl; malformed lines are skipped."""
     series: dict[str, tuple[list[float], list[float]]] = {}
-    for record in _lines(Path(path)):
+    for record in read_lines(Path(path)):
         step = record.pop("step", None)
         if not _is_number(step):
             continue
@@ -111,20 +112,17 @@ def _texts(directory: Path, most: int) -> dict[int, list[dict]]:
     if len(steps) > most:
         chosen = {round(i * (len(steps) - 1) / (most - 1)) for i in range(most)}
         steps = [steps[i] for i in sorted(chosen)]
-    return {step: _lines(files[step]) for step in steps}
+    return {step: read_lines(files[step]) for step in steps}
 
 
-def _lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines; malformed lines are skipped, a missing file has none."""
     records = []
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict):
-                    records.append(record)
+                with contextlib.suppress(ValueError):
+                    records.append(json_object(line))
     except OSError:
         pass
     return records

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from relax.config.text import nan_to_null
-from relax.files import atomic_write
+from relax.files import atomic_write, json_object
 
 VERSION = 1
 MOST_WARNINGS = 20
@@ -91,10 +91,9 @@ class TrainingStatusWriter:
 def read_status(path: str | Path) -> dict[str, Any] | None:
     """The fields of a status file; None if it is missing or unreadable."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json_object(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def is_alive(status: dict[str, Any]) -> bool | None:

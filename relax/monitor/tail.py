@@ -1,8 +1,9 @@
 """Reader for the new lines of a growing metrics file."""
 
-import json
 import math
 from pathlib import Path
+
+from relax.files import json_object
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -42,10 +43,10 @@ class Tail:
 
     def _take(self, line: bytes) -> None:
         try:
-            record = json.loads(line)
+            record = json_object(line)
         except ValueError:
             return
-        for name, value in record.items() if isinstance(record, dict) else ():
+        for name, value in record.items():
             if value is None or isinstance(value, int | float):
                 values = self.series.setdefault(name, [])
                 values.append(math.nan if value is None else value)

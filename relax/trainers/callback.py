@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 from typing import Any
 
-from relax.errors import CheckpointError
+from relax.errors import ResumeError
 
 
 class StopTraining(Exception):
@@ -114,7 +114,7 @@ def load_state_dicts(callbacks, states: dict[str, dict]) -> None:
     """Restores the states that `state_dicts` returned; warns of those that no callback has.
 
     Raises:
-      CheckpointError: a callback cannot read its state, as that of another version.
+      ResumeError: a callback cannot read its state, as that of another version.
     """
     left = dict(states)
     for name, callback in _named(callbacks):
@@ -124,7 +124,7 @@ def load_state_dicts(callbacks, states: dict[str, dict]) -> None:
             callback.load_state_dict(left.pop(name))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(
+            raise ResumeError(
                 f"the checkpoint's state of the callback {name} cannot be read ({reason}): resume "
                 "with the version that wrote it, or start a new run from the exported model."
             ) from error

@@ -7,7 +7,6 @@ Axes: B rows or slots, T tokens of a row, L layers.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from relax import parallel
 from relax.config.text import format_bytes
 from relax.engine import memory
 from relax.errors import ConfigError
+from relax.files import json_object
 from relax.models import Transformer, TransformerConfig, kernels, read_pretrained_config
 from relax.models.families import family_of
 from relax.optimizers import OPTIMIZERS
@@ -119,7 +119,7 @@ def read_shape(path: str) -> TransformerConfig:
     if not file.is_file():
         return read_pretrained_config(path)
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json_object(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"'{file}' is no config.json of a model: {error}.") from error
     return family_of(fields.get("model_type"), str(file)).from_hugging_face(fields, str(file))
