@@ -40,7 +40,10 @@ class Table:
         } | options
         super().__init__(
             SimpleNamespace(
-                lora=None, config=SimpleNamespace(hidden_size=V), param_dtype=np.float32
+                lora=None,
+                attn_implementation="auto",
+                config=SimpleNamespace(hidden_size=V, layers=()),
+                param_dtype=np.float32,
             ),
             optimizer or optax.sgd(1.0),
             reward_funcs=reward_funcs or [lambda completions: [float(len(c)) for c in completions]],

@@ -281,8 +281,8 @@ def test_later_updates_of_a_rollout_compare_with_the_policy_that_drew_it():
     trainer = TableTrainer(num_iterations=3)
     given = batches(trainer)
     for batch in given[1:]:
-        order = [np.flatnonzero((given[0]["prompt_ids"] == row).all(1))[0]
-                 for row in batch["prompt_ids"]]  # fmt: skip
+        order = [np.flatnonzero((given[0]["completion_ids"] == row).all((1, 2)))[0]
+                 for row in batch["completion_ids"]]  # fmt: skip
         np.testing.assert_array_equal(batch["old_logprobs"], given[0]["old_logprobs"][order])
 
 

@@ -18,6 +18,7 @@ from relax.models.heads import init_head, with_head
 from relax.optimizers import adamw
 from relax.sampling import SamplingConfig
 from relax.trainers import PPOTrainer
+from relax.trainers.groups import pack_groups
 from relax.trainers.rl.experience import Experience
 from relax.trainers.rl.rollout import with_slot_after_eos
 from relax.trainers.rl_trainer import ScoredRollout
@@ -285,8 +286,6 @@ def test_epochs_times_mini_batches_are_optimizer_steps_each_epoch_in_another_ord
     again = [tuple(np.asarray(b.old_logprobs).ravel().round(5).tolist())
              for b in batches(trainer, state)]  # fmt: skip
     assert str(again) == str(rows)
-    for batch in given:
-        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
         state, metrics = trainer.train_step(state, batch)
     assert int(state.step) == 12
     for part in ("policy", "value"):
@@ -452,17 +451,19 @@ def test_a_critic_of_any_kind_values_the_states_before_tokens_and_learns(model, 
     assert set(state.params) == {"policy", "value"} and "lm_head" not in state.params["value"]
     kernel = np.random.default_rng(0).normal(size=(8, 1)).astype(np.float32)
     state.params["value"]["score"]["kernel"] = jnp.asarray(kernel)
-    (given,) = trainer.make_batches(state, items_of(1)[0])
+    (item,) = items_of(1)
+    (given,) = trainer.make_batches(state, item)
     batch = given.batch
     weights = trainer.model_params(state.params, state.frozen)
     trunk_model, trunk = (model, weights)
     if kind == "policy":
         trunk_model, trunk = trainer.value_model, state.params["value"]
     tokens = {name: np.asarray(value) for name, value in batch.tokens.items()}
-    ends = list(zip(tokens["prompt_lengths"], tokens["completion_lengths"][:, 0], strict=True))
+    prompts = item["prompt_ids"]
+    ends = list(zip(map(len, prompts), tokens["completion_lengths"][:, 0], strict=True))
     rows = np.zeros((2, 16), np.int32)
     for row, (n, m) in enumerate(ends):
-        rows[row, :n] = tokens["prompt_ids"][row, :n]
+        rows[row, :n] = prompts[row]
         rows[row, n : n + m] = tokens["completion_ids"][row, 0, :m]
     states = jax.jit(functools.partial(trunk_model.apply, method="hidden_states"))
     expected = (np.asarray(states({"params": trunk}, rows)) @ kernel)[:, :, 0]
@@ -491,8 +492,8 @@ def test_critics_begin_at_zero_and_with_what_they_are_given(model):
     assert set(state.frozen) == {"ref"}
 
 
-# Two rows of one completion each.
-TOKENS = {
+# Two prompts with one completion each.
+GROUPS = {
     "prompt_ids": np.array([[1, 2, 3], [4, 5, 0]], np.int32),
     "prompt_lengths": np.array([3, 2], np.int32),
     "completion_ids": np.array([[[6, 7, 8, 22]], [[9, 22, 0, 0]]], np.int32),
@@ -505,7 +506,8 @@ def test_a_heads_gradient_reaches_the_shared_trunk_and_a_separate_critics_does_n
     trainer = ppo_of(model, value_model=critic, kl_coef=0.0)
     state = trainer.create_train_state(KEY)
     state.params["value"]["score"]["kernel"] = jnp.ones((8, 1))
-    loss = jax.jit(jax.grad(lambda params: trainer.completion_values(params, {}, TOKENS).sum()))
+    tokens = pack_groups(GROUPS, [model], 1)
+    loss = jax.jit(jax.grad(lambda params: trainer.completion_values(params, {}, tokens).sum()))
     gradient = loss(state.params)
     reached = any(bool(leaf.any()) for leaf in jax.tree.leaves(gradient["policy"]))
     assert reached == (critic is None) and gradient["value"]["score"]["kernel"].any()
@@ -515,10 +517,11 @@ def test_a_mixture_of_experts_adds_its_routers_loss_once_per_trunk():
     model, params = tiny_family("mixtral")
     trainer = ppo_of(model, params=params, value_model="policy", vf_coef=0.5, kl_coef=0.0)
     state = trainer.create_train_state(KEY)
-    zeros, real = np.zeros((2, 1, 4), np.float32), TOKENS["completion_ids"] > 0
+    tokens = pack_groups(GROUPS, [model], 1)
+    zeros, real = np.zeros((2, 1, 4), np.float32), GROUPS["completion_ids"] > 0
     names = ("sampling_logprobs", "old_logprobs", "values", "advantages", "returns")
     rows = {"kl": np.zeros(2, np.float32), "value_share": np.ones(2, np.float32)}
-    batch = Experience(TOKENS, **dict.fromkeys(names, zeros), mask=real, value_mask=real, **rows)
+    batch = Experience(tokens, **dict.fromkeys(names, zeros), mask=real, value_mask=real, **rows)
     out = jax.jit(trainer.compute_loss)(state.params, batch)
     m = {name: np.asarray(getattr(x, "value", x)) for name, x in out.metrics.items()}
     rest = out.loss - m["loss/policy_avg"] - 0.5 * m["loss/value_avg"]

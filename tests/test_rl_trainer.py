@@ -255,6 +255,9 @@ def test_a_function_that_applies_to_some_rollouts_is_averaged_over_these(tmp_pat
 # The sampler and the trainer agree.
 
 
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9]]
+
+
 def drawn_by(model, params, **options):
     trainer = GRPOTrainer(
         model,
@@ -272,7 +275,7 @@ def drawn_by(model, params, **options):
         rng = np.random.default_rng(0)
         leaves = [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
         state = state.replace(params=jax.tree.unflatten(tree, leaves))
-    item = {"prompt_ids": [[1, 2, 3, 4, 5, 6, 7], [9]], "rows": [{"prompt": "p"}, {"prompt": "q"}]}
+    item = {"prompt_ids": PROMPTS, "rows": [{"prompt": "p"}, {"prompt": "q"}]}
     (given,) = trainer.make_batches(state, item)
     assert given.batch["completion_lengths"].max() > 5  # more than the window
     return trainer, state, given, trainer.train_step(state, given.batch)[1]
@@ -291,9 +294,9 @@ def test_with_adapters_they_agree_too_and_the_reference_is_the_model_without():
     assert 0 < metrics["sampling/logp_difference/max"] < 1e-4
     assert "ref" not in state.frozen and metrics["kl"] > 1e-3
     batch = given.batch
-    for p, (n, prompt) in enumerate(zip((7, 1), batch["prompt_ids"], strict=True)):
-        ids, c = batch["completion_ids"][p, 0], batch["completion_lengths"][p, 0]
-        row = np.concatenate([prompt[:n], ids[:c]])
+    for p, prompt in enumerate(PROMPTS):
+        ids, c, n = batch["completion_ids"][p, 0], batch["completion_lengths"][p, 0], len(prompt)
+        row = np.concatenate([prompt, ids[:c]])
         logits = model.apply({"params": params}, jnp.asarray(row)[None]) / 0.8
         expected = jax.nn.log_softmax(logits[0, n - 1 : n + c - 1])[np.arange(c), ids[:c]]
         np.testing.assert_allclose(batch["ref_logprobs"][p, 0, :c], expected, atol=1e-4)

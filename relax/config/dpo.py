@@ -38,10 +38,10 @@ class PreferenceConfig(RowsConfig):
     )
     pack_pairs: bool = option(
         False,
-        "Pack several pairs into a row of twice max_length; each completion repeats its prompt.",
+        "Count as one row of a batch as many pairs as fit into twice max_length tokens.",
     )
     pad_to_multiple_of: int | None = option(
-        None, "Pad rows to a multiple of this length; none = 8.", at_least=1
+        None, "Make the length of packed rows a multiple of this number.", at_least=1
     )
 
 
@@ -127,13 +127,6 @@ def _only(name: str, readers: tuple[str, ...]) -> NoEffect:
     )
 
 
-PAIRS = (
-    NoEffect(
-        "attn_implementation",
-        lambda v: v["attn_implementation"] in ("cudnn", "splash") and not v["pack_pairs"],
-        "{attn_implementation} does not support completions that share a prompt; give pack_pairs",
-    ),
-)
 DPO = (
     NoEffect(
         "loss_weights",
@@ -167,7 +160,6 @@ class DPOConfig(TrainerConfig):
         "lr_scheduler_type": "cosine",
         "warmup_steps": 20.0,
         "per_device_train_batch_size": 128,
-        "pad_to_multiple_of": 4,
         "max_steps": 300,
         "logging_steps": 20.0,
         "eval_strategy": "steps",
@@ -176,7 +168,7 @@ class DPOConfig(TrainerConfig):
         "per_device_eval_batch_size": 250,
     }
     rules: ClassVar[tuple[Rule, ...]] = (_losses, _reference, pairs_problems)
-    no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + PAIRS + DPO
+    no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + DPO
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)
     # With dropout the first loss would not be ln 2: the reference has none.

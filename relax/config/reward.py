@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from relax.config.dpo import PAIRS, PreferenceConfig, pairs_problems
+from relax.config.dpo import PreferenceConfig, pairs_problems
 from relax.config.options import option, section
-from relax.config.rules import NoEffect, Rule, Values
+from relax.config.rules import Rule, Values
 from relax.config.schema import Hyperparams, OutputConfig, PeftConfig, TrainerConfig
 
 
@@ -40,7 +40,6 @@ class RewardModelConfig(TrainerConfig):
         "weight_decay": 0.1,
         "adam_beta2": 0.95,
         "per_device_train_batch_size": 64,
-        "pad_to_multiple_of": 4,
         "max_steps": 800,
         "logging_steps": 20.0,
         "eval_strategy": "steps",
@@ -49,7 +48,6 @@ class RewardModelConfig(TrainerConfig):
         "per_device_eval_batch_size": 250,
     }
     rules: ClassVar[tuple[Rule, ...]] = (_adapters, pairs_problems)
-    no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + PAIRS
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-4)
     # No dropout, as in TRL; adapters are saved merged, with the head.

@@ -43,6 +43,22 @@ def collate(rows: Sequence[Sequence[Encoded]], length: int) -> dict[str, np.ndar
     return batch
 
 
+def bucket(length: int, limit: int | None = None) -> int:
+    """Rounds a length up to a power of two (>= 8) or to the midpoint between two of them.
+
+    Few distinct lengths mean few compiled programs; at most a third of a row is padding.
+
+    >>> [bucket(n) for n in (1, 8, 9, 13, 17, 100)]
+    [8, 8, 12, 16, 24, 128]
+    >>> bucket(100, limit=110)
+    110
+    """
+    size = 8
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size if limit is None else min(size, limit)
+
+
 def round_up(length: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `length`.
 

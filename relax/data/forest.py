@@ -1,6 +1,9 @@
 """Packs trees, each a root segment and its children, into rows that compute real tokens only.
 
-Axes: B rows, T tokens of a row, N children of all trees, C tokens of the longest child.
+A prompt and its completions are a tree: each completion sees the prompt and itself, and the prompt
+is computed once. The packer works on the host, and its result depends on its arguments alone.
+
+Axes: B rows, T tokens of a row, N children of all trees.
 """
 
 from collections.abc import Sequence
@@ -8,123 +11,222 @@ from typing import NamedTuple
 
 import numpy as np
 
+from relax.data.batching import round_up
+from relax.data.packing import pack
+
 Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # a root's tokens and its children's
+ROWS = ("input_ids", "positions", "segment_ids", "parent_ids", "previous")
 
 
 class Forest(NamedTuple):
-    """Packed rows, and where the children's tokens are.
+    """Packed rows, and where the children are.
 
     Attributes:
-      rows: `input_ids, positions, segment_ids, parent_ids`, each `[B, T]` int32. Segment 0 is
-        padding, parent 0 none; a child's positions continue from its root's.
-      predictor: `[N, C]` int32, the flat place in B * T of the token before each child's token.
-      mask: `[N, C]` bool, true for real tokens that have a token before them.
+      rows: arrays `[B, T]` int32 by the names in `ROWS`. Segment 0 is padding, parent 0 none; a
+        child's positions continue from its root's. `previous` is the place, in the same row, of the
+        token before a child's token (the root's last one before its first); -1 for roots, padding,
+        and a child's first token behind an empty root.
+      starts: `[N]` int32, the place of each child's first token among the B / blocks * T tokens of
+        its block; the others follow it.
+      ends: `[N]` int32, the place of its last token, which is its root's last one for an empty
+        child; -1 if root and child are empty, or the tree is not laid out.
     """
 
     rows: dict[str, np.ndarray]
-    predictor: np.ndarray
-    mask: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
 
 
-def pack_forest(trees: Sequence[Tree], row_length: int, shards: int = 1) -> Forest:
-    """Packs trees by best fit, the longest first; a root is repeated where its tree is too long.
+def pack_forest(
+    trees: Sequence[Tree],
+    *,
+    blocks: int = 1,
+    row_length: int | None = None,
+    multiple: int = 1,
+    shared: bool = True,
+    laid: Sequence[bool] | None = None,
+) -> Forest:
+    """Packs trees by best fit; a root is repeated where its tree does not fit into a row.
 
-    B is `shards` times a power of two; shard s has the s-th B / shards rows.
+    Every block of B / blocks rows holds an equal number of trees, in the given order, so that
+    micro-batches and devices each find their own trees in their own rows. There are few sizes of T
+    and of B / blocks, so that few shapes are compiled for; of the row lengths with room for the
+    longest child and its root, the one with the least work is taken.
 
     Args:
-      trees: roots, which may be empty, with one child or more each, which may be empty too.
-      row_length: T (>= 1).
-      shards: parts of equal numbers of rows, among which real tokens are balanced (>= 1).
+      trees: roots, which may be empty, and their children, which may be empty too.
+      blocks: a divisor of the number of trees (>= 1).
+      row_length: T; None: chosen.
+      multiple: a chosen T is a multiple of it (>= 1).
+      shared: children of a tree share its root where they are in one row. False repeats the root
+        before every child, as one segment with it.
+      laid: the trees to lay out; None: all. The others are counted, and take no place.
 
     Raises:
-      ValueError: a tree has no child, or a root with one of its children is longer than a row.
+      ValueError: `blocks` does not divide the trees, or a root with one of its children is longer
+        than `row_length`.
     """
-    pieces = sorted(_pieces(trees, row_length), key=lambda piece: -piece[0])
-    bins: list[tuple[int, list]] = []
-    for size, *piece in pieces:
-        fits = [i for i, (used, _) in enumerate(bins) if used + size <= row_length]
-        if fits:
-            best = max(fits, key=lambda i: bins[i][0])
-            bins[best] = (bins[best][0] + size, [*bins[best][1], piece])
-        else:
-            bins.append((size, [piece]))
-    per_shard = 1
-    while per_shard * shards < len(bins):
-        per_shard *= 2
-    dealt = _deal(bins, per_shard, shards)
-    return _lay(trees, dealt, per_shard * shards, row_length)
+    if len(trees) % blocks:
+        raise ValueError(
+            f"blocks must divide the number of trees, got {blocks} blocks and {len(trees)} trees."
+        )
+    chosen = [True] * len(trees) if laid is None else laid
+    sizes = [
+        (len(root), [len(child) for child in children] if wanted else [])
+        for (root, children), wanted in zip(trees, chosen, strict=True)
+    ]
+    longest = max((root + n for root, lengths in sizes for n in lengths), default=1)
+    if row_length is not None and longest > row_length:
+        raise ValueError(
+            f"a row must hold a root and one of its children, got {longest} tokens of the longest "
+            f"and {row_length} of a row. Pass a row_length of at least {longest}."
+        )
+    lengths = [row_length] if row_length else _row_lengths(longest, multiple)
+    layouts = [_layout(sizes, length, blocks, shared) for length in lengths]
+    best = min(layouts, key=lambda layout: layout.work)
+    return _lay(trees, best, blocks, shared)
 
 
-def _pieces(trees: Sequence[Tree], T: int) -> list[tuple[int, int, list]]:
-    """(tokens, tree, numbered children) of whole trees, or of parts that fit."""
-    pieces, number = [], 0
-    members: list[tuple[int, Sequence[int]]]
-    for tree, (root, children) in enumerate(trees):
-        if not children:
-            raise ValueError(
-                f"a tree must have at least one child, tree {tree} has a root of {len(root)} "
-                "tokens alone. Make it the child of an empty root."
-            )
-        used, members = len(root), []
-        for child in children:
-            if len(root) + len(child) > T:
-                raise ValueError(
-                    f"a root and one child must fit into a row: tree {tree} has a root of "
-                    f"{len(root)} tokens and a child of {len(child)}, a row {T}. Pass a "
-                    "row_length of at least their sum, or shorten them."
-                )
-            if used + len(child) > T:
-                pieces.append((used, tree, members))
-                used, members = len(root), []
-            used += len(child)
-            members.append((number, child))
-            number += 1
-        if members:
-            pieces.append((used, tree, members))
-    return pieces
+def deal(sizes: Sequence[int], blocks: int) -> np.ndarray:
+    """An order of trees in which the blocks have equal numbers of trees and similar sizes.
+
+    The largest tree goes to the block with the fewest tokens so far that has room for a tree.
+
+    >>> deal([9, 1, 8, 2], 2).tolist()
+    [0, 1, 2, 3]
+    >>> deal([9, 8, 2, 1], 2).tolist()
+    [0, 3, 1, 2]
+    """
+    totals = [0] * blocks
+    members: list[list[int]] = [[] for _ in range(blocks)]
+    room = len(sizes) // blocks
+    for tree in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        block = min((b for b in range(blocks) if len(members[b]) < room), key=totals.__getitem__)
+        totals[block] += sizes[tree]
+        members[block].append(tree)
+    return np.array([tree for block in members for tree in sorted(block)], np.int64)
 
 
-def _deal(bins, per_shard, shards):
-    """(row, pieces) of each bin: the fullest first, to the shard with the fewest tokens."""
-    tokens, counts, dealt = [0] * shards, [0] * shards, []
-    for used, pieces in sorted(bins, key=lambda one: -one[0]):
-        open_shards = [s for s in range(shards) if counts[s] < per_shard]
-        shard = min(open_shards, key=lambda s: tokens[s])
-        dealt.append((shard * per_shard + counts[shard], pieces))
-        tokens[shard] += used
-        counts[shard] += 1
-    return dealt
+class _Piece(NamedTuple):
+    """A root with some of its tree's children, which are in one row."""
+
+    tree: int
+    children: list[int]
+    size: int
 
 
-def _lay(trees, dealt, B, T):
-    names = ("input_ids", "positions", "segment_ids", "parent_ids")
-    rows = {name: np.zeros((B, T), np.int32) for name in names}
-    lengths = [len(child) for _, children in trees for child in children]
-    predictor = np.zeros((len(lengths), max(lengths, default=0)), np.int32)
-    mask = np.zeros(predictor.shape, bool)
+class _Layout(NamedTuple):
+    length: int  # T
+    rows: list[list[list[_Piece]]]  # the pieces of each row of each block
+    row_count: int  # rows of a block, with empty ones
 
-    def write(row, start, ids, first, segment, parent):
+    @property
+    def work(self) -> float:
+        # Scores are T per token; against the other products of usual models, they are 1 at 4,096.
+        return self.row_count * self.length * (1 + self.length / 4096)
+
+
+def _row_lengths(longest: int, multiple: int) -> list[int]:
+    """The power of two (>= 8) with room for the longest child and its root, and the next two."""
+    shortest = 8
+    while shortest < longest:
+        shortest *= 2
+    return sorted({round_up(shortest * n, multiple) for n in (1, 2, 4)})
+
+
+def _layout(sizes, length: int, blocks: int, shared: bool) -> _Layout:
+    each = len(sizes) // blocks
+    rows = []
+    for first in range(0, len(sizes), each):
+        pieces = [
+            piece
+            for tree in range(first, first + each)
+            for piece in _pieces(tree, *sizes[tree], length, shared)
+        ]
+        packed = pack([piece.size for piece in pieces], length)
+        rows.append([[pieces[segment.document] for segment in row] for row in packed])
+    most = max((len(block) for block in rows), default=1)
+    return _Layout(length, rows, _row_bucket(most))
+
+
+def _row_bucket(count: int) -> int:
+    """Rounds a number of rows up to 1 to 8, 10, 12, 14, 16, 20, 24, ...: few, and close together.
+
+    >>> [_row_bucket(n) for n in (0, 1, 7, 9, 15, 17, 33)]
+    [1, 1, 7, 10, 16, 20, 40]
+    """
+    step = 1
+    while 8 * step < count:
+        step *= 2
+    return round_up(max(count, 1), step)
+
+
+def _pieces(tree: int, root: int, children: list[int], length: int, shared: bool) -> list[_Piece]:
+    """The whole tree if it fits into a row, else parts of it, by best fit."""
+    if not shared:
+        return [_Piece(tree, [i], root + n) for i, n in enumerate(children)]
+    if not children:
+        return []
+    if root + sum(children) <= length:
+        return [_Piece(tree, list(range(len(children))), root + sum(children))]
+    empty = [i for i, n in enumerate(children) if not n]
+    parts = [[segment.document for segment in row] for row in pack(children, length - root)]
+    parts[0] = empty + parts[0]
+    return [_Piece(tree, sorted(part), root + sum(children[i] for i in part)) for part in parts]
+
+
+def _lay(trees: Sequence[Tree], layout: _Layout, blocks: int, shared: bool) -> Forest:
+    T, per_block = layout.length, layout.row_count
+    rows = {name: np.zeros((blocks * per_block, T), np.int32) for name in ROWS}
+    rows["previous"][:] = -1
+    firsts = np.cumsum([0, *(len(children) for _, children in trees)])
+    starts, ends = np.zeros(firsts[-1], np.int32), np.full(firsts[-1], -1, np.int32)
+
+    def write(row: int, start: int, ids, position: int, segment: int, parent: int) -> int:
         place = (row, slice(start, start + len(ids)))
-        positions = np.arange(first, first + len(ids))
-        for name, value in zip(names, (ids, positions, segment, parent), strict=True):
-            rows[name][place] = value
+        rows["input_ids"][place] = ids
+        rows["positions"][place] = np.arange(position, position + len(ids))
+        rows["segment_ids"][place] = segment
+        rows["parent_ids"][place] = parent
         return start + len(ids)
 
-    for row, pieces in dealt:
-        stop, segment = 0, 0
-        for tree, members in pieces:
-            root = trees[tree][0]
+    for row, (local, pieces) in enumerate(_numbered(layout, per_block)):
+        stop = segment = 0
+        for piece in pieces:
+            root, children = trees[piece.tree]
             segment += 1
-            parent = segment if len(root) else 0
             stop = write(row, stop, root, 0, segment, 0)
-            last = row * T + stop - 1
-            for number, child in members:
-                segment += 1
-                n, start = len(child), row * T + stop
-                stop = write(row, stop, child, len(root), segment, parent)
-                if n:
-                    predictor[number, :n] = [last, *range(start, start + n - 1)]
-                    mask[number, :n] = True
-                    if not len(root):
-                        predictor[number, 0], mask[number, 0] = 0, False
-    return Forest(rows, predictor, mask)
+            last, parent = stop - 1, segment if shared and len(root) else 0
+            for child in piece.children:
+                segment += shared
+                ids, number = children[child], firsts[piece.tree] + child
+                before, start = (last if len(root) else -1), stop
+                stop = write(row, start, ids, len(root), segment, parent)
+                if len(ids):
+                    rows["previous"][row, start:stop] = [before, *range(start, stop - 1)]
+                starts[number] = local * T + start
+                if len(ids) or len(root):
+                    ends[number] = local * T + (stop if len(ids) else last + 1) - 1
+    return Forest(rows, starts, ends)
+
+
+def _numbered(layout: _Layout, per_block: int):
+    """The number of each row in its block, and its pieces; empty rows fill up a block."""
+    for block in layout.rows:
+        for local in range(per_block):
+            yield local, block[local] if local < len(block) else []
+
+
+def places(starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """`[..., C]` int32: the places of children's tokens, -1 behind their ends.
+
+    Args:
+      starts, lengths: `[...]`; a length of 0 has no place.
+      width: C.
+
+    >>> places(np.array([4, 9]), np.array([2, 0]), 3).tolist()
+    [[4, 5, -1], [-1, -1, -1]]
+    """
+    offsets = np.arange(width)
+    inside = offsets < lengths[..., None]
+    return np.where(inside, starts[..., None] + offsets, -1).astype(np.int32)

@@ -16,6 +16,7 @@ from rich.console import Console
 from relax import parallel
 from relax.config import TrainerConfig
 from relax.config.mesh import mesh_text, parse_mesh
+from relax.data import DataLoader
 from relax.engine.run_dir import RunDir
 from relax.errors import ConfigError, ModelLoadError
 from relax.files import content_digest
@@ -117,11 +118,11 @@ def _check_possible(config: TrainerConfig) -> None:
 
 
 def shared(loader):
-    """Wraps a loader so that each of several processes makes only its own rows.
+    """Wraps a loader of rows so that each of several processes makes only its own ones.
 
-    A loader of prompts, whose batches are made during the run, is returned unchanged.
+    Other loaders, whose items become rows during the run, are returned unchanged.
     """
-    if processes.count() == 1 or not hasattr(loader, "batch_size"):
+    if processes.count() == 1 or not isinstance(loader, DataLoader):
         return loader
     return SharedLoader(loader)
 

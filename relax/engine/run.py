@@ -115,7 +115,8 @@ class Run(RunContext[C_co]):
             model, params = self.attempt(lambda: make(self.source)) or (None, None)
         if model is not None:
             length = self.config.flat().get("pad_to_multiple_of") or 8
-            self._attention = kernels.describe_attention(model, length)
+            parents = config.algorithm != "sft" and model.attn_implementation != "splash"
+            self._attention = kernels.describe_attention(model, length, parents)
         return model, params
 
     def load_data(

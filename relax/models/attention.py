@@ -18,16 +18,42 @@ MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: no NaN in maske
 
 
 def attention_mask(
-    segment_ids: jax.Array | None, B: int, T: int, window: int | None = None
+    segment_ids: jax.Array | None,
+    B: int,
+    T: int,
+    window: int | None = None,
+    parent_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
 ) -> jax.Array:
-    """`[B, T, S]` bool, true where query t may see key s: t - window < s <= t, same segment."""
-    distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+    """The keys that each query sees: itself and earlier tokens of its segment and its parent.
+
+    Args:
+      segment_ids: `[B, T]` int; None: one segment per row.
+      window: a query sees keys less than `window` positions before its own; None: all.
+      parent_ids: `[B, T]` int, the segment, earlier in the row, that each token sees besides its
+        own (0: none); None: no segment has a parent.
+      positions: `[B, T]` int, of each token in its document, parent included. Needed only for
+        windows with `parent_ids`: a parent does not stand right before every child.
+
+    Returns:
+      `[B, T, S]` bool.
+    """
+    places = jnp.arange(T)
+    distance = (places[:, None] - places[None, :])[None]
     seen = distance >= 0
     if window is not None:
+        if parent_ids is not None:
+            assert positions is not None, "a window over parents needs positions"
+            distance = positions[:, :, None] - positions[:, None, :]
         seen &= distance < window
     if segment_ids is None:
-        return jnp.broadcast_to(seen[None], (B, T, T))
-    return seen[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        return jnp.broadcast_to(seen, (B, T, T))
+    keys = segment_ids[:, None, :]
+    visible = segment_ids[:, :, None] == keys
+    if parent_ids is not None:
+        parents = parent_ids[:, :, None]
+        visible |= (parents > 0) & (parents == keys)
+    return seen & visible
 
 
 def attend(

@@ -6,19 +6,23 @@ that continues with `model.output_matrix(params)`, and the routers' load-balanci
 the loss `config.router_aux_loss_coef` times and logged as `aux_loss`; None without experts. `rng`
 is the key of the adapters' dropout; None: no dropout.
 
-Axes: B batch, T tokens of a row, P prompts, L tokens of a prompt, G completions of a prompt,
-C tokens of a completion, D model.
+Sequences that share their beginnings, such as the completions of a prompt, are rows of a packed
+forest (`relax.data.forest`). Values of its tokens, `[B, T]`, are gathered per completion by
+`at_places`.
+
+Axes: B rows, T tokens of a row, C tokens of a completion, D model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from relax.models.groups import group_hidden_states, group_outputs
+from relax import parallel
 from relax.models.transformer import Transformer
 
 States = tuple[jax.Array, jax.Array | None]  # hidden states and the load-balancing loss
-GROUP = ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths")
 
 
 def hidden_states(
@@ -27,38 +31,52 @@ def hidden_states(
     """Hidden states of rows, `[B, T, D]`.
 
     Args:
-      batch: `input_ids` `[B, T]` and, optionally, `positions` and `segment_ids`.
+      batch: `input_ids` `[B, T]` and, optionally, `positions`, `segment_ids` and `parent_ids`.
     """
-    inputs = (batch["input_ids"], batch.get("positions"), batch.get("segment_ids"))
-    return _apply(model, params, inputs, rng, "hidden_states_and_aux_loss")
-
-
-def completion_states(
-    model: Transformer, params, batch: Mapping, rng: jax.Array | None = None
-) -> States:
-    """Hidden states *before* each completion token, which predict it: `[P, G, C, D]`.
-
-    Args:
-      batch: `prompt_ids` `[P, L]`, `prompt_lengths` `[P]`, `completion_ids` `[P, G, C]` and
-        `completion_lengths` `[P, G]`.
-    """
-    return _apply(model, params, tuple(batch[name] for name in GROUP), rng, group_hidden_states)
-
-
-def completion_outputs(
-    model: Transformer, params, batch: Mapping, rng: jax.Array | None = None
-) -> States:
-    """The states *at* each token of groups of completions, `[P, G, C, D]`: they have seen it.
-
-    Args:
-      batch: as for `completion_states`.
-    """
-    inputs = tuple(batch[name] for name in GROUP)
-    _, outputs, aux_loss = _apply(model, params, inputs, rng, group_outputs)
-    return outputs, aux_loss
-
-
-def _apply(model: Transformer, params, inputs: tuple, rng, method: str | Callable):
+    names = ("positions", "segment_ids", "parent_ids")
+    inputs = (batch["input_ids"], *(batch.get(name) for name in names))
     dropout = rng is not None and model.lora is not None and model.lora.dropout > 0
-    rngs = {"dropout": rng} if dropout else None
-    return model.apply({"params": params}, *inputs, rngs=rngs, method=method)
+    rngs: Any = {"dropout": rng} if dropout else None
+    states: Any = model.apply(
+        {"params": params}, *inputs, rngs=rngs, method="hidden_states_and_aux_loss"
+    )
+    return states
+
+
+def predicting_states(
+    model: Transformer, params, batch: Mapping, *, rng: jax.Array | None = None
+) -> States:
+    """Hidden states *before* each token of a packed forest, which predict it: `[B, T, D]`.
+
+    Args:
+      batch: the rows of a `relax.data.forest.Forest`. Where `previous` is -1 the state is that of
+        some other token.
+    """
+    hidden, aux_loss = hidden_states(model, params, batch, rng=rng)
+
+    def before(hidden, previous):
+        return jnp.take_along_axis(hidden, jnp.maximum(previous, 0)[:, :, None], axis=1)
+
+    run = parallel.per_device(before, (("batch",), ("batch",)), ("batch",), auto=True)
+    return run(hidden, batch["previous"]), aux_loss
+
+
+def at_places(values: jax.Array, places: jax.Array) -> jax.Array:
+    """Gathers values of tokens by their places in the rows of a device: 0 where a place is -1.
+
+    Args:
+      values: `[B, T, ...]`.
+      places: `[N, ...]` int, each in the B / devices * T tokens of the device that has row n.
+
+    Returns:
+      `places`' shape, then the rest of that of `values`.
+    """
+
+    def gather(values, places):
+        flat = values.reshape(-1, *values.shape[2:])
+        found = flat[jnp.maximum(places, 0)]
+        exists = (places >= 0).reshape(*places.shape, *(1,) * (values.ndim - 2))
+        return jnp.where(exists, found, 0)
+
+    run = parallel.per_device(gather, (("batch",), ("batch",)), ("batch",), auto=True)
+    return run(values, places)

@@ -46,6 +46,7 @@ class AttentionSpec(NamedTuple):
       softcap: bound of the scores; None: no cap.
       length: T.
       segments: rows hold several documents, or padding.
+      parents: segments see a parent segment, too.
     """
 
     dtype: str
@@ -54,6 +55,7 @@ class AttentionSpec(NamedTuple):
     softcap: float | None = None
     length: int = 1024
     segments: bool = True
+    parents: bool = False
 
 
 def this_device() -> Device:
@@ -77,7 +79,9 @@ def refusal(path: str, need: AttentionSpec, device: Device) -> str | None:
     if path == "xla":
         return None
     if path == "splash":
-        return None if device.platform == "tpu" else _elsewhere("splash is for TPUs", device)
+        if device.platform != "tpu":
+            return _elsewhere("splash is for TPUs", device)
+        return "splash compares segments for equality alone" if need.parents else None
     if device.platform != "cuda":
         return _elsewhere("cuDNN is for NVIDIA GPUs", device)
     if need.dtype not in ("bfloat16", "float16"):
@@ -232,14 +236,16 @@ def _splash(q, k, v, segment_ids, window, multiplier, softcap, interpret=False):
     return out[:, :, :T, :H].swapaxes(1, 2).reshape(q.shape)
 
 
-def describe_attention(model, length: int) -> str:
+def describe_attention(model, length: int, parents: bool = False) -> str:
     """One line about the attention that a model's layers run over packed rows.
 
     Args:
       model: a `Transformer`.
       length: T of the longest rows.
+      parents: documents of a row share their beginnings.
 
     Raises:
       ConfigError: the path that is asked for cannot do what a layer needs.
     """
-    return summary(model.attention_choice(kind, length, True) for kind in model.config.layers)
+    layers = model.config.layers
+    return summary(model.attention_choice(kind, length, True, parents) for kind in layers)

@@ -6,8 +6,8 @@ Notable features:
 - RMS norms before the blocks, behind them, or both, and of queries and keys
 - feed-forward blocks with a gate or without, or a mixture of experts that drops no token
 - tied or untied embeddings; the logits of a whole batch never exist in training
-- rows of several documents (`segment_ids`), groups of completions (`relax.models.groups`), and a
-  key-value cache (`prefill`, `decode`) run through the same layers, with another `Attend` each
+- rows of several documents (`segment_ids`) that may share their beginnings (`parent_ids`), and a
+  key-value cache (`prefill`, `decode`), run through the same layers, with another `Attend` each
 - low-rank adapters beside any matrix; gradient checkpointing that works on CPUs too
 - norms, softmax, positions and logits in float32, whatever the dtype of the matrices
 
@@ -40,7 +40,8 @@ class Transformer(nn.Module):
 
     `model.apply({"params": params}, input_ids, positions=None, segment_ids=None)` gives the
     logits; `method="hidden_states"` stops before the vocabulary, for losses that work on chunks of
-    tokens with `output_matrix(params)`; `prefill` and `decode` are for generation.
+    tokens with `output_matrix(params)`; `prefill` and `decode` are for generation. `hidden_states`
+    describes the arguments.
 
     Attributes:
       config: sizes and switches.
@@ -80,7 +81,7 @@ class Transformer(nn.Module):
     def _block(self, layer, **options):
         return Block(self.config, layer, self.dtype, self.param_dtype, self.lora, **options)
 
-    def hidden_states(self, input_ids, positions=None, segment_ids=None):
+    def hidden_states(self, input_ids, positions=None, segment_ids=None, parent_ids=None):
         """The last layer's normalised outputs, divided by `logits_scaling`: `[B, T, D]` in `dtype`.
 
         Args:
@@ -88,24 +89,43 @@ class Transformer(nn.Module):
           positions: `[B, T]` int, the rotary position of each token; None counts from 0.
           segment_ids: `[B, T]` int; a token attends to earlier tokens of its own segment only, so
             that several documents, or padding (segment 0), share a row. None: one segment.
-        """
-        return self.hidden_states_and_aux_loss(input_ids, positions, segment_ids)[0]
+          parent_ids: `[B, T]` int, another segment, earlier in the row, whose tokens a token sees
+            too (0: none), so that several documents share a beginning; their positions continue
+            from it. None: no segment has a parent.
 
-    def hidden_states_and_aux_loss(self, input_ids, positions=None, segment_ids=None):
+        Raises:
+          ValueError: `parent_ids` without positions or segments.
+        """
+        return self.hidden_states_and_aux_loss(input_ids, positions, segment_ids, parent_ids)[0]
+
+    def hidden_states_and_aux_loss(
+        self, input_ids, positions=None, segment_ids=None, parent_ids=None
+    ):
         """Hidden states, and the routers' load-balancing loss over all layers.
 
         Returns:
           `[B, T, D]`, and a float32 scalar, or None for a model without experts.
         """
+        if parent_ids is not None and (positions is None or segment_ids is None):
+            raise ValueError(
+                "parent_ids need positions and segment_ids, since a child's positions continue "
+                "from its parent's: pass all three."
+            )
         B, T = input_ids.shape
         angles = self._angles(positions, segment_ids, B, T)
         kinds = self.config.layers
-        masks = {w: attention_mask(segment_ids, B, T, w) for w in {kind.window for kind in kinds}}
+        masks = {
+            window: attention_mask(segment_ids, B, T, window, parent_ids, positions)
+            for window in {kind.window for kind in kinds}
+        }
+        attends = {
+            kind.window: self._within_rows(kind, T, segment_ids, parent_ids) for kind in kinds
+        }
         real = jnp.ones((B * T,), bool) if segment_ids is None else segment_ids.reshape(-1) > 0
         x, routers = self.embed(input_ids), []
         for layer, kind in zip(self.layers, kinds, strict=True):
             context = Context(angles[kind.rope], real, masks[kind.window], segment_ids)
-            x, router = self.run(layer, x, context, self._within_rows(kind, T, segment_ids))
+            x, router = self.run(layer, x, context, attends[kind.window])
             routers.append(router)
         return self.norm(x).reshape(B, T, -1), total_aux_loss(routers)
 
@@ -164,7 +184,7 @@ class Transformer(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
         return all_angles(self.config, positions, segment_ids)
 
-    def attention_choice(self, layer, T, segments, device=None):
+    def attention_choice(self, layer, T, segments, parents=False, device=None):
         """The attention implementation of a layer for rows of T tokens, see `kernels.choose`."""
         c = self.config
         need = kernels.AttentionSpec(
@@ -174,11 +194,12 @@ class Transformer(nn.Module):
             c.attn_logit_softcapping,
             T,
             segments,
+            parents,
         )
         return kernels.choose(self.attn_implementation, need, device or kernels.this_device())
 
-    def _within_rows(self, layer: LayerSpec, T: int, segment_ids) -> Attend:
-        path, _ = self.attention_choice(layer, T, segment_ids is not None)
+    def _within_rows(self, layer: LayerSpec, T: int, segment_ids, parent_ids=None) -> Attend:
+        path, _ = self.attention_choice(layer, T, segment_ids is not None, parent_ids is not None)
         options = attention_options(self.config)
         return functools.partial(_within_rows, path=path, window=layer.window, **options)
 
@@ -199,8 +220,8 @@ class Transformer(nn.Module):
         policy = POLICIES[self.gradient_checkpointing_policy]
         return checkpointed(apply, policy)(layer.variables["params"], x, (context, key))
 
-    def __call__(self, input_ids, positions=None, segment_ids=None):
-        hidden = self.hidden_states(input_ids, positions, segment_ids)
+    def __call__(self, input_ids, positions=None, segment_ids=None, parent_ids=None):
+        hidden = self.hidden_states(input_ids, positions, segment_ids, parent_ids)
         matrix = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         logits = jnp.einsum(
             "BTD,VD->BTV",

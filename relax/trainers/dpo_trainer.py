@@ -15,8 +15,7 @@ of its pairs comes from another row: the mean s of these over the micro-batch is
 Differences from TRL: `label_smoothing` works with sigmoid (cDPO); means are over all pairs of an
 update, and the sft loss over all its chosen tokens, however they are split into micro-batches.
 
-Axes: B rows, C tokens of a completion, T tokens of a packed row, K pairs of a packed row; N = B or
-B * K pairs, M tokens in all, D model.
+Axes: N pairs, C tokens of a completion, B rows, T tokens of a row, M = B * T tokens, D model.
 """
 
 from collections.abc import Sequence
@@ -35,12 +34,11 @@ from relax.losses import (
     kto_reference_point,
     linear_logprobs,
     masked_mean,
-    next_token_targets,
     target_hits,
 )
-from relax.models.forward import completion_states, hidden_states
+from relax.models.forward import at_places, predicting_states
 from relax.models.trainable import merge
-from relax.trainers.pairs import num_tokens
+from relax.trainers.groups import completion_targets, num_tokens, pack_groups
 from relax.trainers.state import (
     TrainState,
     copy_tree,
@@ -57,7 +55,7 @@ KTO = "kto"
 class DPOTrainer(Trainer):
     """Trainer for pairs of completions, or with `loss_type="kto"` for single ones.
 
-    Batches are those of `relax.data.PreferenceLoader`.
+    An item is a batch of `relax.data.PreferenceLoader`, which `make_batches` packs.
 
     Args:
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
@@ -72,6 +70,7 @@ class DPOTrainer(Trainer):
       precomputed: batches contain `ref_logprobs`, and the state holds no reference.
       sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: see `update_reference`.
       loss_chunk_size: tokens whose logits are in memory at once (>= 1).
+      pad_to_multiple_of: the length of rows is a multiple of it (>= 1).
       **options: of `Trainer`.
 
     Metrics, with TRL's names: `rewards/...` are β s (for losses without a reference β log π / |y|);
@@ -100,6 +99,7 @@ class DPOTrainer(Trainer):
         ref_model_mixup_alpha: float = 0.6,
         ref_model_sync_steps: int = 512,
         loss_chunk_size: int = 256,
+        pad_to_multiple_of: int = 1,
         **options,
     ):
         super().__init__(model, optimizer, **options)
@@ -132,7 +132,7 @@ class DPOTrainer(Trainer):
         if self.params is None:  # the policy starts from the reference
             self.params = copy_tree(ref_params)
         self.ref_params, self.freeze = ref_params, freeze
-        self.loss_chunk_size = loss_chunk_size
+        self.loss_chunk_size, self.pad_to_multiple_of = loss_chunk_size, pad_to_multiple_of
         self._compiled_logprobs = jax.jit(self._answer_logprobs)
 
     def create_train_state(self, key: jax.Array) -> TrainState:
@@ -149,6 +149,21 @@ class DPOTrainer(Trainer):
         every = self.ref_model_sync_steps
         return update_reference(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
 
+    def make_batches(self, state: TrainState, item):
+        return (self._pack(item, self.gradient_accumulation_steps * parallel.batch_shards()),)
+
+    def evaluate_item(self, state: TrainState, params, item, index: int):
+        packed = self._pack(item, parallel.batch_shards())
+        return super().evaluate_item(state, params, packed, index)
+
+    def _pack(self, item, blocks: int) -> dict[str, np.ndarray]:
+        packed = pack_groups(item, [self.model], blocks, multiple=self.pad_to_multiple_of)
+        chosen = packed["places"][:, 0].reshape(blocks, -1)
+        is_chosen = np.zeros((blocks, packed["input_ids"].size // blocks), bool)
+        for block, places in zip(is_chosen, chosen, strict=True):
+            block[places[places >= 0]] = True
+        return packed | {"is_chosen": is_chosen.reshape(packed["input_ids"].shape)}
+
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         frozen = frozen or {}
         weights = merge(params, frozen)
@@ -156,7 +171,7 @@ class DPOTrainer(Trainer):
         tokens = self._logprobs(weights, hidden, targets)
         logprobs = _per_completion(batch, tokens.logprobs)  # [N, 2]
         ref_logprobs = self._reference_logprobs(frozen, batch, logprobs)
-        lengths = batch["completion_lengths"].reshape(-1, 2)
+        lengths = batch["completion_lengths"]
         mask = (lengths > 0).all(axis=1)
         losses = self._pair_losses if self.is_paired else self._kto_losses
         losses, metrics = losses(batch, logprobs, ref_logprobs, lengths, mask)
@@ -171,9 +186,10 @@ class DPOTrainer(Trainer):
             metrics["aux_loss"] = aux_loss
         return LossOutput(loss=loss, weight=mask.sum(), metrics=metrics)
 
-    def answer_logprobs(self, params, batch) -> np.ndarray:
-        """Log-probabilities `[N, 2]` of a batch's completions under all parameters `params`."""
-        return parallel.to_host(self._compiled_logprobs(params, parallel.shard_batch(batch)))
+    def answer_logprobs(self, params, item) -> np.ndarray:
+        """Log-probabilities `[N, 2]` of an item's completions under all parameters `params`."""
+        batch = parallel.shard_batch(self._pack(item, parallel.batch_shards()))
+        return parallel.to_host(self._compiled_logprobs(params, batch))
 
     def _reference_logprobs(self, frozen, batch, logprobs):
         if not self.needs_reference:
@@ -181,7 +197,7 @@ class DPOTrainer(Trainer):
         given = batch.get("ref_logprobs")
         if given is None:
             given = self._answer_logprobs(reference_params(frozen), batch)
-        return jax.lax.stop_gradient(given.reshape(-1, 2))
+        return jax.lax.stop_gradient(given)
 
     def _answer_logprobs(self, params, batch):
         hidden, targets, _ = self._states(params, batch, None)
@@ -189,18 +205,9 @@ class DPOTrainer(Trainer):
 
     def _states(self, params, batch, rng):
         """Hidden states `[M, D]` before completion tokens, those tokens `[M]`, and the aux loss."""
-        if "segment_ids" in batch:
-            hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)
-            targets = next_token_targets(batch["labels"])
-        else:
-            ids, lengths = batch["completion_ids"], batch["completion_lengths"]
-            hidden, aux_loss = completion_states(self.model, params, batch, rng)
-            place = jnp.arange(ids.shape[2])[None, None, :]
-            is_token = place < lengths[:, :, None]
-            # Without a prompt nothing predicts the completion's first token.
-            is_token &= (place > 0) | (batch["prompt_lengths"] > 0)[:, None, None]
-            targets = jnp.where(is_token, ids, IGNORED)
-        return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), aux_loss
+        hidden, aux_loss = predicting_states(self.model, params, batch, rng=rng)
+        targets = completion_targets(batch).reshape(-1)
+        return hidden.reshape(-1, hidden.shape[-1]), targets, aux_loss
 
     def _logprobs(self, params, hidden, targets):
         matrix = self.model.output_matrix(params)
@@ -215,8 +222,6 @@ class DPOTrainer(Trainer):
         mean = batch.get("mean_chosen_length")
         if mean is None:
             mean = jnp.broadcast_to(masked_mean(lengths[:, 0], mask), mask.shape)
-        elif mean.shape != mask.shape:
-            mean = jnp.repeat(mean, mask.size // mean.size)
         pairs = Pairs(
             chosen=logprobs[:, 0],
             rejected=logprobs[:, 1],
@@ -237,7 +242,7 @@ class DPOTrainer(Trainer):
     def _kto_losses(self, batch, logprobs, ref_logprobs, lengths, mask):
         scores = logprobs - ref_logprobs
         kl = kto_reference_point(scores[:, 1], mask)
-        is_desirable = batch["is_desirable"].reshape(-1)
+        is_desirable = batch["is_desirable"]
         beta = self.options.beta
         losses = kto_loss(scores[:, 0], kl, is_desirable, beta=beta, **self.kto_weights)
         return losses, {"kl": kl}
@@ -247,7 +252,7 @@ class DPOTrainer(Trainer):
         if self.is_paired:
             parts = {"chosen": (mask, 0), "rejected": (mask, 1)}
         else:
-            good = batch["is_desirable"].reshape(-1)
+            good = batch["is_desirable"]
             parts = {"chosen": (mask & good, 0), "rejected": (mask & ~good, 0)}
         metrics: dict = {}
         for name, (rows, column) in parts.items():
@@ -262,16 +267,16 @@ class DPOTrainer(Trainer):
 
     def _token_metrics(self, params, batch, hidden, targets, tokens) -> dict:
         hidden, matrix = jax.lax.stop_gradient((hidden, self.model.output_matrix(params)))
-        lengths = batch["completion_lengths"].reshape(-1, 2)
+        lengths = batch["completion_lengths"]
         # The mean over the vocabulary of hidden · matrixᵀ is hidden · (mean row of the matrix).
         logits = hidden.astype(jnp.float32) @ matrix.astype(jnp.float32).mean(axis=0)
         logits = _per_completion(batch, jnp.where(targets != IGNORED, logits, 0.0))
         entropy = _per_completion(batch, tokens.entropy)
-        chosen_hidden, chosen_targets = _chosen_states(batch, hidden, targets)
-        hits = target_hits(chosen_hidden, matrix, chosen_targets, **self._vocabulary())
-        hits = (hits & (chosen_targets != IGNORED)).sum()
+        chosen = jnp.where(batch["is_chosen"].reshape(-1), targets, IGNORED)
+        hits = target_hits(hidden, matrix, chosen, **self._vocabulary())
+        hits = (hits & (chosen != IGNORED)).sum()
         if not self.is_paired:  # the second completion is another row's, used only for the KL
-            good = batch["is_desirable"].reshape(-1)[:, None]
+            good = batch["is_desirable"][:, None]
             entropy, logits, lengths = (
                 jnp.concatenate([jnp.where(good, x, 0), jnp.where(good, 0, x)], axis=1)
                 for x in (entropy[:, :1], logits[:, :1], lengths[:, :1])
@@ -317,20 +322,5 @@ def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float
 
 def _per_completion(batch, values: jax.Array) -> jax.Array:
     """Sums values over the tokens of each completion, `[M]` -> `[N, 2]`."""
-    if "segment_ids" not in batch:
-        return values.reshape(batch["completion_ids"].shape).sum(axis=2)
-    B, K = batch["completion_lengths"].shape[:2]
-    values, segments = values.reshape(B, 1, -1), batch["segment_ids"][:, None, :]
-    # Masked sums, not scatter-adds: their order is the same on every device.
-    mine = segments == jnp.arange(1, 2 * K + 1)[None, :, None]  # [B, 2K, T]
-    return jnp.where(mine, values, 0.0).sum(axis=2).reshape(B * K, 2)
-
-
-def _chosen_states(batch, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """States and targets of chosen completions; all other targets are ignored or removed."""
-    if "segment_ids" in batch:
-        is_first = (batch["segment_ids"] % 2 == 1).reshape(-1)
-        return hidden, jnp.where(is_first, targets, IGNORED)
-    B, _, C = batch["completion_ids"].shape
-    hidden = hidden.reshape(B, 2, C, -1)[:, 0].reshape(B * C, -1)
-    return hidden, targets.reshape(B, 2, C)[:, 0].reshape(-1)
+    values = values.reshape(batch["input_ids"].shape)
+    return at_places(values, batch["places"]).sum(axis=2)

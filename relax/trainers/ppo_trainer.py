@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relax.data.forest import ROWS
 from relax.losses import (
     Clip,
     TokenLogprobs,
@@ -42,11 +43,12 @@ from relax.losses import (
     policy_loss,
     value_losses,
 )
-from relax.models.forward import completion_states
+from relax.models.forward import at_places, predicting_states
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.lora import merge_adapters
 from relax.models.trainable import merge
 from relax.optimizers import freeze_for, learning_rate, partition_by_key
+from relax.trainers.groups import pack_groups
 from relax.trainers.rl.differences import difference_metrics
 from relax.trainers.rl.experience import (
     AFTER_EOS,
@@ -56,7 +58,6 @@ from relax.trainers.rl.experience import (
     advantages_and_returns,
     experience_metrics,
     mean_per_completion,
-    select_rows,
 )
 from relax.trainers.rl.finite import check_finite
 from relax.trainers.rl.rollout import Rollout, with_slot_after_eos
@@ -71,6 +72,16 @@ from relax.trainers.update import (
 )
 
 COPY = "policy"  # a critic initialised as a copy of the policy
+TOKENS = (*ROWS, "places", "completion_ids", "completion_lengths")
+PER_TOKEN = (
+    "sampling_logprobs",
+    "old_logprobs",
+    "values",
+    "advantages",
+    "returns",
+    "mask",
+    "value_mask",
+)
 
 
 class PPOTrainer(RLTrainer):
@@ -246,6 +257,7 @@ class PPOTrainer(RLTrainer):
             "old_logprobs": old_logprobs,
             "values": values,
             "kl": kl,
+            "mean_kl": np.full(shape[:2], mean_per_completion(kl, score), np.float32),
             "kl_coef": np.broadcast_to(kl_coef, shape[:2]),
             "score": score,
         }
@@ -255,45 +267,52 @@ class PPOTrainer(RLTrainer):
             "val/num_eos_tokens": float((~collected.rollout.truncated).sum())
         }
 
-    def to_device(self, arrays: dict) -> Experience:
-        kept = ("sampling_logprobs", "old_logprobs", "values", "advantages", "returns")
-        rows = len(arrays["prompt_ids"])
-        kl = mean_per_completion(arrays["kl"], arrays["score"])
-        fields: dict = {name: arrays[name] for name in (*kept, "mask", "value_mask")} | {
-            "tokens": {name: arrays[name] for name in TOKENS},
-            "kl": np.full(rows, kl, np.float32),
-            "value_share": np.ones(rows, np.float32),
-        }
-        return jax.device_put(Experience(**fields))
+    def pack(self, arrays: dict[str, np.ndarray], blocks: int) -> dict[str, np.ndarray]:
+        slots = int(self.reward_at == AFTER_EOS)
+        models = [model for model in (self.model, self.value_model) if model is not None]
+        return pack_groups(arrays, models, blocks, slots=slots)
 
-    def select_rows(self, buffer: Experience, rows: np.ndarray) -> Experience:
-        return select_rows(buffer, rows)
+    def make_batch(self, arrays: dict[str, np.ndarray]) -> Experience:
+        packed = super().make_batch(arrays)
+        fields: dict = {name: packed.pop(name) for name in PER_TOKEN}
+        fields |= {
+            "kl": packed["mean_kl"][:, 0],
+            "tokens": {n: packed[n] for n in TOKENS if n in packed},
+        }
+        # Tokens and states differ by the slots after EOS. Micro-batches weight the whole loss by
+        # tokens; this ratio turns the value loss per token back into the mean over the update's
+        # states.
+        share = fields["mask"].sum() / max(fields["value_mask"].sum(), 1)
+        fields["value_share"] = np.full(len(fields["mask"]), share, np.float32)
+        return Experience(**fields)
 
     def evaluate(
         self, params, frozen, tokens, rng: jax.Array | None = None
     ) -> tuple[TokenLogprobs, jax.Array, dict[str, tuple]]:
-        """Log-probabilities, entropies and values `[N, g, C]` of completions.
+        """Log-probabilities, entropies and values `[N, g, C]` of completions, 0 behind them.
 
         Also returns the routers' losses by metric name, each with the model configuration that
         holds its coefficient.
         """
         weights, aux = self.model_params(params, frozen), {}
-        hidden, loss = completion_states(self.model, weights, tokens, rng)
+        hidden, loss = predicting_states(self.model, weights, tokens, rng=rng)
         if loss is not None:
             aux["aux_loss"] = (loss, self.model.config)
         logprobs = self.logprobs_of(weights, hidden, tokens)
         if self.value_model is not None:
-            hidden, loss = completion_states(self.value_model, params["value"], tokens)
+            hidden, loss = predicting_states(self.value_model, params["value"], tokens)
             if loss is not None:
                 aux["critic_aux_loss"] = (loss, self.value_model.config)
-        return logprobs, scores(params["value"], hidden), aux
+        values = at_places(scores(params["value"], hidden), tokens["places"])
+        return logprobs, values, aux
 
     def completion_values(self, params, frozen, tokens) -> jax.Array:
         """The values of `evaluate`, without the policy's log-probabilities."""
         model, weights = self.value_model, params["value"]
         if model is None:
             model, weights = self.model, self.model_params(params, frozen)
-        return scores(params["value"], completion_states(model, weights, tokens)[0])
+        hidden, _ = predicting_states(model, weights, tokens)
+        return at_places(scores(params["value"], hidden), tokens["places"])
 
     def compute_loss(self, params, batch: Experience, rng=None, frozen=None) -> LossOutput:
         (logprobs, entropy), values, aux = self.evaluate(params, frozen or {}, batch.tokens, rng)
@@ -393,6 +412,3 @@ class PPOTrainer(RLTrainer):
         state, metrics = jax.lax.cond(state.control["stopped"], skip, proceed, state)
         metrics["skipped_minibatches"] = state.control["stopped"].astype(jnp.int32)
         return state, metrics
-
-
-TOKENS = ("prompt_ids", "prompt_lengths", "completion_ids", "completion_lengths")

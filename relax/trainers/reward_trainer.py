@@ -14,18 +14,18 @@ Differences from TRL: means are over all pairs of an update, however they are sp
 micro-batches; the shared prompt of two completions is computed once; rows that are too long are
 truncated or dropped as in DPO, and counted.
 
-Axes: B rows, L tokens of a prompt, C tokens of a completion, T tokens of a packed row, K pairs of a
-packed row; N = B or B * K pairs, D model.
+Axes: N pairs, B rows, T tokens of a row, D model.
 """
 
 import jax
 import jax.numpy as jnp
 
+from relax import parallel
 from relax.losses import bradley_terry_loss, centering_loss, masked_mean
-from relax.models.forward import completion_outputs, hidden_states
+from relax.models.forward import at_places, hidden_states
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.trainable import merge
-from relax.trainers.pairs import num_tokens
+from relax.trainers.groups import num_tokens, pack_groups
 from relax.trainers.state import TrainState, fresh_params, initial_state
 from relax.trainers.trainer import Trainer
 from relax.trainers.update import LossOutput, Max, Min, Sum
@@ -34,7 +34,7 @@ from relax.trainers.update import LossOutput, Max, Min, Sum
 class RewardTrainer(Trainer):
     """Trainer for a model that scores completions, on pairs of them.
 
-    Batches are those of `relax.data.PreferenceLoader`.
+    An item is a batch of `relax.data.PreferenceLoader`, which `make_batches` packs.
 
     Args:
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`, whose separate output
@@ -44,6 +44,7 @@ class RewardTrainer(Trainer):
       freeze: as for `SFTTrainer`; the head is `score/kernel`. With adapters the head is trained
         too.
       center_rewards_coefficient: coefficient c of `centering_loss` (> 0); None: no centering.
+      pad_to_multiple_of: the length of rows is a multiple of it (>= 1).
       **options: other arguments of `Trainer`.
 
     Metrics, with TRL's names: `accuracy`, the share of pairs with r_chosen > r_rejected; `margin`,
@@ -58,6 +59,7 @@ class RewardTrainer(Trainer):
         *,
         freeze: str | None = None,
         center_rewards_coefficient: float | None = None,
+        pad_to_multiple_of: int = 1,
         **options,
     ):
         super().__init__(trunk(model), optimizer, **options)
@@ -66,7 +68,7 @@ class RewardTrainer(Trainer):
                 "center_rewards_coefficient must be above 0, or None for no centering, got "
                 f"{center_rewards_coefficient}."
             )
-        self.freeze = freeze
+        self.freeze, self.pad_to_multiple_of = freeze, pad_to_multiple_of
         self.center_rewards_coefficient = center_rewards_coefficient
 
     def create_train_state(self, key: jax.Array) -> TrainState:
@@ -79,12 +81,21 @@ class RewardTrainer(Trainer):
             )
         return initial_state(self.model, self.optimizer, key, params, self.freeze)
 
+    def make_batches(self, state: TrainState, item):
+        return (self._pack(item, self.gradient_accumulation_steps * parallel.batch_shards()),)
+
+    def evaluate_item(self, state: TrainState, params, item, index: int):
+        packed = self._pack(item, parallel.batch_shards())
+        return super().evaluate_item(state, params, packed, index)
+
+    def _pack(self, item, blocks: int) -> dict:
+        return pack_groups(item, [self.model], blocks, multiple=self.pad_to_multiple_of)
+
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         rewards, aux_loss = self._rewards(merge(params, frozen or {}), batch, rng)
         chosen, rejected = rewards.T
-        mask = (batch["completion_lengths"].reshape(-1, 2) > 0).all(axis=1)
-        margin = batch["margin"].reshape(-1) if "margin" in batch else None
-        losses = bradley_terry_loss(chosen, rejected, margin)
+        mask = (batch["completion_lengths"] > 0).all(axis=1)
+        losses = bradley_terry_loss(chosen, rejected, batch.get("margin"))
         if self.center_rewards_coefficient is not None:
             losses += self.center_rewards_coefficient * centering_loss(chosen, rejected)
         loss = masked_mean(losses, mask)
@@ -103,23 +114,5 @@ class RewardTrainer(Trainer):
 
     def _rewards(self, params, batch, rng) -> tuple[jax.Array, jax.Array | None]:
         """Scores `[N, 2]` of completions at their last token, and the routers' loss, if any."""
-        if "segment_ids" in batch:
-            hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)  # [B, T, D]
-            last = _last_positions(batch["segment_ids"], batch["completion_lengths"].shape[1])
-            hidden = jnp.take_along_axis(hidden, last[:, :, None], axis=1)  # [B, 2K, D]
-        else:
-            hidden, aux_loss = completion_outputs(self.model, params, batch, rng)
-            last = jnp.maximum(batch["completion_lengths"] - 1, 0)[:, :, None, None]
-            hidden = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]  # [B, 2, D]
-        return scores(params, hidden).reshape(-1, 2), aux_loss
-
-
-def _last_positions(segment_ids: jax.Array, K: int) -> jax.Array:
-    """Last position of each document of packed rows, `[B, T]` -> `[B, 2K]`; 0 if missing.
-
-    >>> _last_positions(jnp.array([[1, 1, 2, 3, 0]]), 2).tolist()
-    [[1, 2, 3, 0]]
-    """
-    documents = jnp.arange(1, 2 * K + 1)[None, :, None]
-    places = jnp.arange(segment_ids.shape[1])[None, None, :]
-    return jnp.where(segment_ids[:, None, :] == documents, places, 0).max(axis=2)
+        hidden, aux_loss = hidden_states(self.model, params, batch, rng=rng)  # [B, T, D]
+        return scores(params, at_places(hidden, batch["ends"])), aux_loss

@@ -21,15 +21,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from relax import parallel
-from relax.losses import IGNORED, TokenLogprobs, linear_logprobs
-from relax.models.forward import completion_states
+from relax.data.forest import deal
+from relax.losses import TokenLogprobs, linear_logprobs
+from relax.models.forward import at_places, predicting_states
 from relax.parallel import processes
 from relax.rewards import Environment, RewardRunner
 from relax.sampling import SamplingConfig, generate, stop_decoder
+from relax.trainers.groups import completion_targets, pack_groups
 from relax.trainers.rl.episodes import rollout_episodes
 from relax.trainers.rl.finite import check_finite
 from relax.trainers.rl.rollout import (
@@ -230,28 +231,28 @@ class RLTrainer(Trainer):
 
         Args:
           params: all parameters.
-          batch: `prompt_ids`, `prompt_lengths`, `completion_ids`, `completion_lengths`.
+          batch: made by `make_batch`.
           rng: the key of the adapters' dropout; None: no dropout.
 
         Returns:
-          Log-probabilities and entropies `[P, g, C]`, and the routers' load-balancing loss or None.
+          Log-probabilities and entropies `[N, g, C]`, 0 where there is no token, and the routers'
+          load-balancing loss or None.
         """
-        hidden, aux_loss = completion_states(self.model, params, batch, rng)
+        hidden, aux_loss = predicting_states(self.model, params, batch, rng=rng)
         return self.logprobs_of(params, hidden, batch), aux_loss
 
     def logprobs_of(self, params, hidden: jax.Array, batch) -> TokenLogprobs:
-        """The same from the hidden states `[P, g, C, D]` that predict the tokens."""
-        ids, lengths = batch["completion_ids"], batch["completion_lengths"]
-        is_token = jnp.arange(ids.shape[2])[None, None, :] < lengths[:, :, None]
+        """The same from the hidden states `[B, T, D]` that predict the tokens of the rows."""
         out = linear_logprobs(
             hidden.reshape(-1, hidden.shape[-1]),
             self.model.output_matrix(params),
-            jnp.where(is_token, ids, IGNORED).reshape(-1),
+            completion_targets(batch).reshape(-1),
             temperature=self.sampling.temperature,
             softcap=self.model.config.final_logit_softcapping,
             chunk_size=self.loss_chunk_size,
         )
-        return TokenLogprobs(*(x.reshape(ids.shape) for x in out))
+        rows = batch["input_ids"].shape
+        return TokenLogprobs(*(at_places(x.reshape(rows), batch["places"]) for x in out))
 
     def old_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
         """Log-probabilities `[P, G, C]` of completions under the policy that sampled them."""
@@ -277,7 +278,8 @@ class RLTrainer(Trainer):
         size = max(1, rows // (self._updates_per_pass * self.gradient_accumulation_steps))
         parts = []
         for first in range(0, rows, size):
-            batch = {name: value[first : first + size] for name, value in arrays.items()}
+            part = {name: value[first : first + size] for name, value in arrays.items()}
+            batch = self.pack(part, parallel.batch_shards())
             parts.append(parallel.to_host(function(parallel.shard_batch(batch))))
         return np.concatenate(parts).reshape(rollout.completion_ids.shape)
 
@@ -320,7 +322,7 @@ class RLTrainer(Trainer):
             )
         arrays = self._arrays(rollout, experience)
         rows = len(arrays["prompt_ids"])
-        size, buffer = rows // self._updates_per_pass, self.to_device(arrays)
+        size = rows // self._updates_per_pass
         for iteration in range(self.num_iterations):
             order = np.arange(rows)
             if self.updates_per_item > 1:
@@ -329,15 +331,22 @@ class RLTrainer(Trainer):
                 order = np.asarray(jax.random.permutation(fresh, rows // n))
                 order = (order[:, None] * n + np.arange(n)[None, :]).reshape(-1)
             for first in range(0, rows, size):
-                yield self.select_rows(buffer, order[first : first + size])
+                chosen = order[first : first + size]
+                yield self.make_batch({name: value[chosen] for name, value in arrays.items()})
 
-    def to_device(self, arrays: dict[str, np.ndarray]):
-        """An item's rows in the form that `select_rows` reads; here they stay on the host."""
-        return arrays
+    def make_batch(self, arrays: dict[str, np.ndarray]):
+        """The batch of an update, from its arrays with leading axis N.
 
-    def select_rows(self, buffer, rows: np.ndarray):
-        """The batch made of the given rows of `to_device`."""
-        return {name: value[rows] for name, value in buffer.items()}
+        Micro-batches and devices get about equal numbers of tokens.
+        """
+        blocks = self.gradient_accumulation_steps * parallel.batch_shards()
+        sizes = arrays["prompt_lengths"] + arrays["completion_lengths"].sum(axis=1)
+        order = deal(sizes.tolist(), blocks)
+        return self.pack({name: value[order] for name, value in arrays.items()}, blocks)
+
+    def pack(self, arrays: dict[str, np.ndarray], blocks: int) -> dict[str, np.ndarray]:
+        """The arrays with the rows of a packed forest, see `pack_groups`."""
+        return pack_groups(arrays, [self.model], blocks)
 
     def _metrics(self, collected: ScoredRollout) -> dict[str, float | int]:
         rollout, rewards, by_function, _, metrics = collected

@@ -103,7 +103,6 @@ def _loader(config, preferences: Preferences, *, training: bool) -> PreferenceLo
         seed=data_seed(config),
         shuffle=training and d.shuffle_dataset,
         packed_length=2 * d.max_length if d.pack_pairs else None,
-        pad_to_multiple_of=d.pad_to_multiple_of or 8,
     )
 
 

@@ -24,11 +24,11 @@ REWARD_AT = (LAST_TOKEN, AFTER_EOS)
 
 @flax.struct.dataclass
 class Experience:
-    """Rows of a rollout on the device.
+    """The batch of an update.
 
     Attributes:
-      tokens: `prompt_ids` `[N, L]`, `prompt_lengths` `[N]`, `completion_ids` `[N, g, C]` and
-        `completion_lengths` `[N, g]`.
+      tokens: the rows of a packed forest, `places` `[N, g, C]` of completions in them,
+        `completion_ids` `[N, g, C]` and `completion_lengths` `[N, g]`.
       sampling_logprobs: `[N, g, C]`, computed by the sampler.
       old_logprobs: `[N, g, C]`, under the policy that sampled the completions.
       values: `[N, g, C]`, by the critic before the first update; entry t is the value of the state
@@ -51,16 +51,6 @@ class Experience:
     value_mask: jax.Array
     kl: jax.Array
     value_share: jax.Array
-
-
-@jax.jit
-def select_rows(experience: Experience, rows: jax.Array) -> Experience:
-    """The given rows, in that order, as the batch of one update."""
-    # Tokens and states differ by the slots after EOS. Micro-batches weight the whole loss by
-    # tokens; this ratio turns the value loss per token back into the mean over the update's states.
-    part = jax.tree.map(lambda leaf: leaf[rows], experience)
-    share = part.mask.sum() / jnp.maximum(part.value_mask.sum(), 1)
-    return part.replace(value_share=jnp.full_like(part.value_share, share))
 
 
 def token_rewards(

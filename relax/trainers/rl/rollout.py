@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from relax.data.batching import bucket
 from relax.errors import RewardError
 from relax.losses.advantages import nan_std
 from relax.rewards import RewardBatch, weighted_total
@@ -153,22 +154,6 @@ def with_slot_after_eos(rollout: Rollout, most: int) -> Rollout:
         return rollout
     wider: dict = {name: _pad(getattr(rollout, name), width) for name in PER_TOKEN}
     return dataclasses.replace(rollout, **wider)
-
-
-def bucket(length: int, limit: int | None = None) -> int:
-    """Rounds a length up to a power of two (>= 8) or to the midpoint between two of them.
-
-    Few distinct lengths mean few compiled programs; at most a third of a row is padding.
-
-    >>> [bucket(n) for n in (1, 8, 9, 13, 17, 100)]
-    [8, 8, 12, 16, 24, 128]
-    >>> bucket(100, limit=110)
-    110
-    """
-    size = 8
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size if limit is None else min(size, limit)
 
 
 def padded(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
