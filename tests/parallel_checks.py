@@ -203,7 +203,7 @@ def run_dpo(packed):
     state = trainer.create_train_state(jax.random.key(1))
     for _ in range(2):
         for batch in loader:
-            state, metrics = trainer.train_step(state, parallel.shard_batch(batch))
+            state, metrics = trainer.train_step(state, parallel.shard_batch(trainer.pack(batch)))
             metrics.pop("rewards/accuracies")  # of ties, before the first update
             losses.append({name: float(value) for name, value in metrics.items()})
     logprobs = trainer.answer_logprobs(state.params, next(iter(loader)))

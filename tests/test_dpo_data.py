@@ -1,6 +1,7 @@
 """Rows to pairs: every kind of row, prompts that are implied, what is cut, left out and refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import pytest
 from relax.data import PreferenceLoader, prepare_preferences
 from relax.data.preference import Preference, Preferences, split_prompt
 from relax.errors import ConfigError, DataError
+from relax.trainers.groups import pack_groups
 
 
 def loader(items, batch_size, **options) -> PreferenceLoader:
     items = [Preference(*(np.array(part, np.int32) for part in item)) for item in items]
-    return PreferenceLoader(Preferences(items, True), batch_size, pad_to_multiple_of=1, **options)
+    return PreferenceLoader(Preferences(items, True), batch_size, **options)
 
 
 TRL_CASE = [([1, 2, 3], [4, 5], [6]), ([7, 8], [9, 10], [11, 12, 13])]
@@ -34,31 +36,19 @@ def test_a_batch_holds_what_the_collator_of_trl_stacks():
     # TRL: ids [[1,2,3,4,5],[7,8,9,10,0],[1,2,3,6,0],[7,8,11,12,13]], in its mask the answers.
     assert rows_of(batch) == [[1, 2, 3, 4, 5], [7, 8, 9, 10], [1, 2, 3, 6], [7, 8, 11, 12, 13]]
     assert batch["completion_lengths"].tolist() == [[2, 1], [2, 3]]
-    assert batch["prompt_ids"].tolist() == [[1, 2, 3], [7, 8, 0]]
+    assert batch["prompt_ids"][:, :4].tolist() == [[1, 2, 3, 0], [7, 8, 0, 0]]
     assert batch["mean_chosen_length"].tolist() == [2, 2]
 
 
-def test_a_packed_row_holds_pairs_as_documents_whose_targets_are_the_answers():
-    """In rows of 10 tokens the pair of 4 has no place beside those of 9."""
-    (batch,) = loader([*TRL_CASE, ([14], [15], [16])], 3, shuffle=False, packed_length=10)
-    assert batch["input_ids"].tolist() == [
-        [1, 2, 3, 4, 5, 1, 2, 3, 6, 0],
-        [7, 8, 9, 10, 7, 8, 11, 12, 13, 0],
-        [14, 15, 14, 16, 0, 0, 0, 0, 0, 0],
-    ]
-    assert batch["segment_ids"][0].tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 2, 0]
-    assert batch["labels"][0].tolist() == [-100, -100, -100, 4, 5, -100, -100, -100, 6, -100]
-    two = [([1, 2, 3, 4], [5], [6]), ([7], [8], [9]), ([10], [11], [12])]
-    (batch,) = loader(two, 2, shuffle=False, packed_length=10)
-    assert batch["input_ids"].tolist() == [
-        [1, 2, 3, 4, 5, 1, 2, 3, 4, 6],
-        [7, 8, 7, 9, 10, 11, 10, 12, 0, 0],
-    ]
-    assert batch["segment_ids"][1].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 0, 0]
-    assert batch["index"].tolist() == [[0, -1], [1, 2]]
-    assert batch["completion_lengths"].tolist() == [[[1, 1], [0, 0]], [[1, 1], [1, 1]]]
-    with pytest.raises(ConfigError, match="the longest pair, 10 tokens .*, got 9"):
-        loader(two, 2, packed_length=9)
+def test_a_packed_row_counts_as_many_pairs_as_fit_with_each_prompt_once():
+    """In rows of 8 tokens the pair of 3 fits beside that of 4, and not beside that of 6."""
+    pairs = [([1, 2, 3, 4], [5], [6]), ([7], [8], [9]), ([10], [11, 12], [13])]
+    (batch,) = loader(pairs, 2, shuffle=False, packed_length=8)
+    assert batch["index"].tolist() == [0, -1, 2, 1]
+    assert batch["prompt_lengths"].tolist() == [4, 0, 1, 1]
+    assert batch["completion_lengths"].tolist() == [[1, 1], [0, 0], [2, 1], [1, 1]]
+    with pytest.raises(ConfigError, match="the longest pair, 6 tokens, got 5"):
+        loader(pairs, 2, packed_length=5)
 
 
 def test_the_last_batch_is_filled_with_empty_pairs_and_epochs_differ_in_order():
@@ -73,7 +63,11 @@ def test_the_last_batch_is_filled_with_empty_pairs_and_epochs_differ_in_order():
 
 def test_few_shapes_serve_all_rows():
     items = [([1] * (1 + i % 40), [2] * (1 + i % 23), [3] * (1 + i % 31)) for i in range(64)]
-    shapes = {(b["prompt_ids"].shape, b["completion_ids"].shape) for b in loader(items, 1)}
+    model = SimpleNamespace(config=SimpleNamespace(layers=()), attn_implementation="auto")
+    shapes = {
+        tuple(array.shape for array in pack_groups(batch, [model], 1).values())
+        for batch in loader(items, 8)
+    }
     assert len(shapes) <= 4
 
 

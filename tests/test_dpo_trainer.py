@@ -34,7 +34,6 @@ def loader(batch_size=5, packs=False, **options) -> PreferenceLoader:
         batch_size,
         shuffle=False,
         packed_length=length,
-        pad_to_multiple_of=4,
     )
 
 
@@ -52,7 +51,7 @@ def other_params(tiny_params):
 
 
 def loss_of(trainer, params, frozen, batch):
-    return trainer.eval_step(params, frozen, batch)
+    return trainer.eval_step(params, frozen, trainer.pack(batch, 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,7 +107,7 @@ def test_loss_and_metrics_equal_each_answer_by_itself(
     dpo = trainer(tiny_model, other_params, ref_params=tiny_params, max_grad_norm=None)
     dpo.gradient_accumulation_steps = steps
     (batch,) = loader(rows, packs)
-    _, metrics = dpo.train_step(dpo.create_train_state(jax.random.key(0)), batch)
+    _, metrics = dpo.train_step(dpo.create_train_state(jax.random.key(0)), dpo.pack(batch))
     assert set(expected) <= set(metrics)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
@@ -116,7 +115,7 @@ def test_loss_and_metrics_equal_each_answer_by_itself(
 
 def test_the_loss_before_the_first_update_is_ln_2(tiny_model, tiny_params):
     dpo = trainer(tiny_model, tiny_params)
-    _, metrics = dpo.train_step(dpo.create_train_state(jax.random.key(0)), *loader())
+    _, metrics = dpo.train_step(dpo.create_train_state(jax.random.key(0)), *map(dpo.pack, loader()))
     assert abs(float(metrics["loss"]) - 0.6931471805599453) < 1e-6
 
 
@@ -141,7 +140,7 @@ def test_micro_batches_and_layouts_make_the_same_update(tiny_model, tiny_params,
             gradient_accumulation_steps=steps,
         )
         state = dpo.create_train_state(jax.random.key(0))
-        states[packs, steps], metrics = dpo.train_step(state, *loader(6, packs))
+        states[packs, steps], metrics = dpo.train_step(state, *map(dpo.pack, loader(6, packs)))
     first = states.pop((False, 1)).params
     for key, state in states.items():
         for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(state.params), strict=True):
@@ -176,7 +175,8 @@ def test_what_stands_in_padding_changes_nothing(tiny_model, tiny_params, other_p
     dirty["prompt_ids"][places >= dirty["prompt_lengths"][:, None]] = 9
     frozen = {"ref": tiny_params}
     slope = jax.jit(jax.grad(lambda p, batch: dpo.compute_loss(p, batch, frozen=frozen).loss))
-    assert bits(slope(other_params, batch)) == bits(slope(other_params, dirty))
+    clean, dirty = dpo.pack(batch), dpo.pack(dirty)
+    assert bits(slope(other_params, clean)) == bits(slope(other_params, dirty))
 
 
 def test_precomputed_numbers_give_the_same_loss_without_a_reference(
@@ -202,7 +202,7 @@ def test_without_adapters_a_lora_model_is_the_reference(tiny_model, tiny_params)
     before = bits(state.frozen)
     losses = []
     for _ in range(3):
-        state, metrics = dpo.train_step(state, *loader())
+        state, metrics = dpo.train_step(state, *map(dpo.pack, loader()))
         losses.append(float(metrics["loss"]))
     assert abs(losses[0] - np.log(2)) < 1e-6 and losses[2] < losses[1] < losses[0]
     assert bits(state.frozen) == before
@@ -213,9 +213,9 @@ def test_the_reference_moves_as_often_and_as_far_as_asked(tiny_model, tiny_param
     dpo = trainer(tiny_model, tiny_params, **moving)
     state = dpo.create_train_state(jax.random.key(0))
     start = jax.tree.map(np.array, state.frozen["ref"])
-    state, _ = dpo.train_step(state, *loader())
+    state, _ = dpo.train_step(state, *map(dpo.pack, loader()))
     assert bits(state.frozen["ref"]) == bits(start)
-    state, _ = dpo.train_step(state, *loader())
+    state, _ = dpo.train_step(state, *map(dpo.pack, loader()))
     leaves = map(jax.tree.leaves, (start, state.frozen["ref"], state.params))
     for old, new, policy in zip(*leaves, strict=True):
         np.testing.assert_allclose(new, 0.25 * policy + 0.75 * old, atol=1e-6)
@@ -225,8 +225,8 @@ def test_losses_without_a_reference_hold_none_and_learn(tiny_model, tiny_params)
     dpo = trainer(tiny_model, tiny_params, loss_type=["simpo", "orpo"], beta=1.0)
     state = dpo.create_train_state(jax.random.key(0))
     assert not jax.tree.leaves(state.frozen)
-    state, before = dpo.train_step(state, *loader())
-    state, after = dpo.train_step(state, *loader())
+    state, before = dpo.train_step(state, *map(dpo.pack, loader()))
+    state, after = dpo.train_step(state, *map(dpo.pack, loader()))
     for name in ("loss/simpo", "loss/orpo"):
         assert after[name] < before[name]
     assert after["rewards/margins"] > before["rewards/margins"]
@@ -236,11 +236,11 @@ def test_kto_raises_good_answers_and_lowers_bad_ones(tiny_model, tiny_params):
     dpo = trainer(tiny_model, tiny_params, loss_type="kto")
     state = dpo.create_train_state(jax.random.key(0))
     (batch,) = loader(6, is_paired=False)
-    state, first = dpo.train_step(state, batch)
+    state, first = dpo.train_step(state, dpo.pack(batch))
     # σ(0) of every answer, good or bad, and no distance from the reference yet.
     np.testing.assert_allclose([first["loss"], first["kl"]], [0.5, 0.0], atol=1e-6)
     for _ in range(10):
-        state, metrics = dpo.train_step(state, batch)
+        state, metrics = dpo.train_step(state, dpo.pack(batch))
     assert metrics["loss"] < 0.5
     assert metrics["rewards/chosen"] > 0 > metrics["rewards/rejected"]
 
@@ -300,6 +300,6 @@ def test_what_cannot_be_meant_is_refused(options, reason, tiny_model):
 
 def test_every_loss_gives_a_finite_gradient_though_rows_are_empty(tiny_model, tiny_params):
     dpo = trainer(tiny_model, tiny_params, loss_type=list(PREFERENCE_LOSSES), label_smoothing=0.1)
-    batch = dict(next(iter(loader(6))), ref_logprobs=np.full((6, 2), -3, np.float32))
+    batch = dpo.pack(dict(next(iter(loader(6))), ref_logprobs=np.full((6, 2), -3, np.float32)))
     slope = jax.jit(jax.grad(lambda p: dpo.compute_loss(p, batch, frozen={}).loss))(tiny_params)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))

@@ -286,6 +286,7 @@ def test_epochs_times_mini_batches_are_optimizer_steps_each_epoch_in_another_ord
     again = [tuple(np.asarray(b.old_logprobs).ravel().round(5).tolist())
              for b in batches(trainer, state)]  # fmt: skip
     assert str(again) == str(rows)
+    for batch in given:
         state, metrics = trainer.train_step(state, batch)
     assert int(state.step) == 12
     for part in ("policy", "value"):

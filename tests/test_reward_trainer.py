@@ -37,7 +37,6 @@ def loader(rows, packs) -> PreferenceLoader:
         rows,
         shuffle=False,
         packed_length=16 if packs else None,
-        pad_to_multiple_of=4,
     )
 
 
@@ -97,7 +96,7 @@ def test_layouts_and_micro_batches_make_the_update_of_each_text_by_itself(
             gradient_accumulation_steps=steps,
         )
         state = trainer.create_train_state(jax.random.key(0))
-        state, metrics = trainer.train_step(state, *loader(rows, packs))
+        state, metrics = trainer.train_step(state, *map(trainer.pack, loader(rows, packs)))
         for name, value in expected.items():
             np.testing.assert_allclose(metrics[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
         states.append(state.params)
@@ -112,7 +111,7 @@ def test_with_adapters_they_and_the_head_are_trained_and_nothing_else(tiny_model
     assert sorted(state.params) == ["layers_0", "score"] and "score" not in state.frozen["base"]
     before, frozen = bits(state.params), bits(state.frozen)
     for _ in range(2):  # the first update moves B alone
-        state, _ = trainer.train_step(state, *loader(6, False))
+        state, _ = trainer.train_step(state, *map(trainer.pack, loader(6, False)))
     assert bits(state.frozen) == frozen
     assert not set(before) & set(bits(state.params))
 

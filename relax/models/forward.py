@@ -51,7 +51,15 @@ def predicting_states(
     Args:
       batch: the rows of a `relax.data.forest.Forest`. Where `previous` is -1 the state is that of
         some other token.
+
+    Raises:
+      ValueError: the batch is not packed.
     """
+    if "previous" not in batch:
+        raise ValueError(
+            "a batch of groups must be packed before its update, got one with "
+            f"{', '.join(batch)}. Pass it through `trainer.pack(batch)`, as `train` does."
+        )
     hidden, aux_loss = hidden_states(model, params, batch, rng=rng)
 
     def before(hidden, previous):

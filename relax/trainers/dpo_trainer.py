@@ -150,13 +150,19 @@ class DPOTrainer(Trainer):
         return update_reference(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
 
     def make_batches(self, state: TrainState, item):
-        return (self._pack(item, self.gradient_accumulation_steps * parallel.batch_shards()),)
+        return (self.pack(item),)
 
     def evaluate_item(self, state: TrainState, params, item, index: int):
-        packed = self._pack(item, parallel.batch_shards())
+        packed = self.pack(item, parallel.batch_shards())
         return super().evaluate_item(state, params, packed, index)
 
-    def _pack(self, item, blocks: int) -> dict[str, np.ndarray]:
+    def pack(self, item, blocks: int | None = None) -> dict[str, np.ndarray]:
+        """The batch that `compute_loss` takes, from one of the loader, see `pack_groups`.
+
+        Args:
+          blocks: None: the micro-batches of an update times the devices that share them.
+        """
+        blocks = blocks or self.gradient_accumulation_steps * parallel.batch_shards()
         packed = pack_groups(item, [self.model], blocks, multiple=self.pad_to_multiple_of)
         chosen = packed["places"][:, 0].reshape(blocks, -1)
         is_chosen = np.zeros((blocks, packed["input_ids"].size // blocks), bool)
@@ -188,7 +194,7 @@ class DPOTrainer(Trainer):
 
     def answer_logprobs(self, params, item) -> np.ndarray:
         """Log-probabilities `[N, 2]` of an item's completions under all parameters `params`."""
-        batch = parallel.shard_batch(self._pack(item, parallel.batch_shards()))
+        batch = parallel.shard_batch(self.pack(item, parallel.batch_shards()))
         return parallel.to_host(self._compiled_logprobs(params, batch))
 
     def _reference_logprobs(self, frozen, batch, logprobs):

@@ -42,8 +42,9 @@ def pack_groups(
       laid: see `pack_forest`.
 
     Returns:
-      The batch's other arrays; the rows `[B, T]` by the names in `relax.data.forest.ROWS`, without
-      `parent_ids` where prompts are repeated; `places` `[N, G, C]` of the completions' tokens, -1
+      The batch's other arrays, those per token `[N, G, T]`, so that B and T alone decide on all
+      shapes; the rows `[B, T]` by the names in `relax.data.forest.ROWS`, without
+      `parent_ids` where prompts are repeated; `places` `[N, G, T]` of the completions' tokens, -1
       behind their ends; and `ends` `[N, G]`, the place of each one's last token.
     """
     ids, lengths = batch["completion_ids"], batch["completion_lengths"]
@@ -57,10 +58,21 @@ def pack_groups(
     shared = all(_can_share(model, longest) for model in models)
     forest = pack_forest(trees, blocks=blocks, multiple=multiple, shared=shared, laid=laid)
     starts, ends = forest.starts.reshape(N, G), forest.ends.reshape(N, G)
-    found = places(starts, np.where(ends >= 0, width, 0), C)
-    kept = {name: value for name, value in batch.items() if name != "prompt_ids"}
+    T = forest.rows["input_ids"].shape[1]
+    found = places(starts, np.where(ends >= 0, width, 0), T)
+    kept = {
+        name: resized(value, T) if np.shape(value)[:3] == (N, G, C) else value
+        for name, value in batch.items()
+        if name != "prompt_ids"
+    }
     rows = forest.rows if shared else {k: v for k, v in forest.rows.items() if k != "parent_ids"}
     return kept | rows | {"places": found, "ends": ends}
+
+
+def resized(values: np.ndarray, width: int) -> np.ndarray:
+    """Values per token with another width, `[N, G, width]`: padding is cut, or added as zeros."""
+    values = np.asarray(values)[:, :, :width]
+    return np.pad(values, ((0, 0), (0, 0), (0, width - values.shape[2])))
 
 
 def _can_share(model: Transformer, longest: int) -> bool:

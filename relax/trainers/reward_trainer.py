@@ -19,6 +19,7 @@ Axes: N pairs, B rows, T tokens of a row, D model.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from relax import parallel
 from relax.losses import bradley_terry_loss, centering_loss, masked_mean
@@ -82,13 +83,19 @@ class RewardTrainer(Trainer):
         return initial_state(self.model, self.optimizer, key, params, self.freeze)
 
     def make_batches(self, state: TrainState, item):
-        return (self._pack(item, self.gradient_accumulation_steps * parallel.batch_shards()),)
+        return (self.pack(item),)
 
     def evaluate_item(self, state: TrainState, params, item, index: int):
-        packed = self._pack(item, parallel.batch_shards())
+        packed = self.pack(item, parallel.batch_shards())
         return super().evaluate_item(state, params, packed, index)
 
-    def _pack(self, item, blocks: int) -> dict:
+    def pack(self, item, blocks: int | None = None) -> dict[str, np.ndarray]:
+        """The batch that `compute_loss` takes, from one of the loader, see `pack_groups`.
+
+        Args:
+          blocks: None: the micro-batches of an update times the devices that share them.
+        """
+        blocks = blocks or self.gradient_accumulation_steps * parallel.batch_shards()
         return pack_groups(item, [self.model], blocks, multiple=self.pad_to_multiple_of)
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:

@@ -30,7 +30,7 @@ from relax.models.forward import at_places, predicting_states
 from relax.parallel import processes
 from relax.rewards import Environment, RewardRunner
 from relax.sampling import SamplingConfig, generate, stop_decoder
-from relax.trainers.groups import completion_targets, pack_groups
+from relax.trainers.groups import completion_targets, pack_groups, resized
 from relax.trainers.rl.episodes import rollout_episodes
 from relax.trainers.rl.finite import check_finite
 from relax.trainers.rl.rollout import (
@@ -276,11 +276,12 @@ class RLTrainer(Trainer):
         arrays = self._arrays(rollout)
         rows = len(arrays["prompt_ids"])
         size = max(1, rows // (self._updates_per_pass * self.gradient_accumulation_steps))
-        parts = []
+        parts, width = [], rollout.completion_ids.shape[2]
         for first in range(0, rows, size):
             part = {name: value[first : first + size] for name, value in arrays.items()}
             batch = self.pack(part, parallel.batch_shards())
-            parts.append(parallel.to_host(function(parallel.shard_batch(batch))))
+            found = parallel.to_host(function(parallel.shard_batch(batch)))
+            parts.append(resized(found, width))
         return np.concatenate(parts).reshape(rollout.completion_ids.shape)
 
     def _token_logprobs(self, params, batch):
