@@ -548,6 +548,48 @@ def test_loss_and_gradient_with_a_shared_prompt_are_those_of_dense_separate_rows
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "scale_rewards": "none"}])
+def test_a_group_of_zero_advantages_is_not_computed_and_changes_no_parameter(tiny_model, options):
+    """20 updates, ratios other than 1 among them, with groups of equal rewards in most."""
+
+    def run(trainer_type):
+        trainer = trainer_type(
+            tiny_model,
+            optax.adam(0.01),
+            reward_funcs=[lambda completions: [float("b" in c) for c in completions]],
+            tokenizer=Letters(),
+            sampling=SamplingConfig(max_new_tokens=4),
+            num_generations=3,
+            num_iterations=2,
+            **options,
+        )
+        seen = []
+        state = trainer.create_train_state(KEY)
+        for item in items_of(10):
+            for given in trainer.make_batches(state, item):
+                tokens = int((given.batch["segment_ids"] > 0).sum())
+                state, metrics = trainer.train_step(state, given.batch)
+                seen.append((given.metrics, tokens, float(metrics["loss"])))
+        return jax.device_get(state.params), seen
+
+    class Whole(GRPOTrainer):
+        skips_zero_advantages = False
+
+    (params, found), (wanted, whole) = run(GRPOTrainer), run(Whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, wanted)
+    np.testing.assert_allclose([x[2] for x in found], [x[2] for x in whole], atol=1e-6)
+    skipped = [m["frac_groups_skipped"] for m, *_ in found if m]
+    assert skipped == [m["frac_reward_zero_std"] for m, *_ in whole if m]
+    assert 0 < np.mean(skipped) < 1
+    assert sum(x[1] for x in found) < 0.8 * sum(x[1] for x in whole)
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.1}, {"entropy_coef": 0.1}])
+def test_with_a_penalty_every_group_is_computed(options):
+    assert TableTrainer().skips_zero_advantages
+    assert not TableTrainer(**options).skips_zero_advantages
+
+
 def test_the_subclass_of_the_documentation_learns_from_a_plain_list(tiny_model):
     """Six lines, a lambda for a reward, a list of items; three seeds, for a token the model has
     no liking for."""

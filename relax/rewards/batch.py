@@ -15,9 +15,9 @@ from relax.rewards.workers.scores import Kind, Scores
 
 # Names that trainers log; a reward function's metric of that name gets a prefix.
 _TRAINER_METRICS = frozenset(
-    "aux_loss critic_aux_loss elapsed_s entropy epoch first_entropy frac_reward_zero_std "
-    "global_step grad_norm kl learning_rate loss mean_token_accuracy mfu num_tokens "
-    "resampled_groups reward reward_drawn reward_errors reward_group_std reward_std "
+    "aux_loss critic_aux_loss elapsed_s entropy epoch first_entropy frac_groups_skipped "
+    "frac_reward_zero_std global_step grad_norm kl learning_rate loss mean_token_accuracy mfu "
+    "num_tokens resampled_groups reward reward_drawn reward_errors reward_group_std reward_std "
     "skipped_minibatches skipped_steps step step_time time_left_s tokens_per_second "
     "total_steps".split()
 )

@@ -27,6 +27,7 @@ B = P * g completions of a batch.
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from relax.losses import (
@@ -52,6 +53,9 @@ from relax.trainers.rl_trainer import (
 from relax.trainers.state import TrainState, reference_params, update_reference
 from relax.trainers.trainer import LoggedBatch
 from relax.trainers.update import LossOutput, Max, Mean, Min
+
+# Losses whose gradient vanishes with the advantage.
+VANISHING = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "cispo_absolute")
 
 
 class GRPOTrainer(RLTrainer):
@@ -204,6 +208,33 @@ class GRPOTrainer(RLTrainer):
         advantages[np.isnan(collected.rewards)] = 0.0
         return arrays | {"advantages": advantages}
 
+    def make_batch(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch of an update; groups that cannot change its gradient are not laid out."""
+        laid = np.ones(len(arrays["advantages"]), bool)
+        if self.skips_zero_advantages:
+            laid = (arrays["advantages"] != 0).any(axis=1)  # NaN differs from 0
+        return super().make_batch(arrays | {"laid": laid})
+
+    @property
+    def skips_zero_advantages(self) -> bool:
+        """Whether completions of advantage 0 add exactly nothing to the gradient.
+
+        Not so with a KL penalty, an entropy bonus, or the routers' loss, and unknown for a loss of
+        the user's own.
+        """
+        return (
+            self.loss_type in VANISHING
+            and not self.beta
+            and not self.entropy_coef
+            and not getattr(self.model.config, "num_experts", 0)
+            and type(self).compute_loss is GRPOTrainer.compute_loss
+        )
+
+    def experience_metrics(self, collected: ScoredRollout, experience: dict) -> dict:
+        if not self.skips_zero_advantages:
+            return {}
+        return {"frac_groups_skipped": float((experience["advantages"] == 0).all(axis=1).mean())}
+
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         weights = self.model_params(params, frozen or {})
         (logprobs, entropy), aux_loss = self.completion_logprobs(weights, batch, rng)
@@ -212,6 +243,9 @@ class GRPOTrainer(RLTrainer):
         mask, old_logprobs, sampled = (
             batch[name].reshape(-1, C) for name in ("mask", "old_logprobs", "sampling_logprobs")
         )
+        # What is not computed has a ratio of 1, and counts in the loss's denominator.
+        laid = jnp.repeat(batch["laid"], len(mask) // len(batch["laid"]))[:, None]
+        logprobs, computed = jnp.where(laid, logprobs, old_logprobs), mask & laid
         advantages = batch["advantages"].reshape(-1)
         # Not multiplied by a coefficient of 0: the entropy's gradient costs as much as the loss's.
         penalty, kl = (-self.entropy_coef * entropy if self.entropy_coef else None), None
@@ -231,14 +265,14 @@ class GRPOTrainer(RLTrainer):
             unbiased_kl=self.use_bias_correction_kl,
             max_length=self.sampling.max_new_tokens,
         )
-        metrics: dict = {"entropy": Mean(masked_mean(entropy, mask), mask.sum())}
+        metrics: dict = {"entropy": Mean(masked_mean(entropy, computed), computed.sum())}
         if kl is not None:
             metrics["kl"] = Mean(masked_mean(kl, mask), mask.sum())
         if aux_loss is not None:
             loss += self.model.config.router_aux_loss_coef * aux_loss
             metrics["aux_loss"] = aux_loss
         metrics |= self._clip_metrics(ratio, advantages, mask)
-        metrics |= difference_metrics(logprobs, sampled, mask)
+        metrics |= difference_metrics(logprobs, sampled, computed)
         return LossOutput(loss=loss, weight=weight, metrics=metrics)
 
     def update_frozen(self, frozen, params, step):

@@ -342,12 +342,16 @@ class RLTrainer(Trainer):
         """
         blocks = self.gradient_accumulation_steps * parallel.batch_shards()
         sizes = arrays["prompt_lengths"] + arrays["completion_lengths"].sum(axis=1)
+        sizes = sizes * arrays.get("laid", True)
         order = deal(sizes.tolist(), blocks)
         return self.pack({name: value[order] for name, value in arrays.items()}, blocks)
 
     def pack(self, arrays: dict[str, np.ndarray], blocks: int) -> dict[str, np.ndarray]:
-        """The arrays with the rows of a packed forest, see `pack_groups`."""
-        return pack_groups(arrays, [self.model], blocks)
+        """The arrays with the rows of a packed forest, see `pack_groups`.
+
+        Groups that `arrays["laid"]` excludes, `[N]` bool, are not computed.
+        """
+        return pack_groups(arrays, [self.model], blocks, laid=arrays.get("laid"))
 
     def _metrics(self, collected: ScoredRollout) -> dict[str, float | int]:
         rollout, rewards, by_function, _, metrics = collected
