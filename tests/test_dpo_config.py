@@ -63,7 +63,6 @@ def test_what_has_an_effect_is_taken(fields):
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "the reference moves"),
         ({"sync_ref_model": True, "use_peft": True}, "the reference is the frozen base"),
         ({"max_length": None, "truncation_mode": "drop"}, "truncation_mode has no effect"),
-        ({"attn_implementation": "cudnn"}, "give pack_pairs"),
         ({"pack_pairs": True, "max_length": None}, "pack_pairs needs max_length"),
     ],
 )

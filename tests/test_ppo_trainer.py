@@ -519,7 +519,8 @@ def test_a_mixture_of_experts_adds_its_routers_loss_once_per_trunk():
     trainer = ppo_of(model, params=params, value_model="policy", vf_coef=0.5, kl_coef=0.0)
     state = trainer.create_train_state(KEY)
     tokens = pack_groups(GROUPS, [model], 1)
-    zeros, real = np.zeros((2, 1, 4), np.float32), GROUPS["completion_ids"] > 0
+    real = tokens["places"] >= 0
+    zeros = np.zeros(real.shape, np.float32)
     names = ("sampling_logprobs", "old_logprobs", "values", "advantages", "returns")
     rows = {"kl": np.zeros(2, np.float32), "value_share": np.ones(2, np.float32)}
     batch = Experience(tokens, **dict.fromkeys(names, zeros), mask=real, value_mask=real, **rows)

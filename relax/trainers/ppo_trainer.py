@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.data.forest import ROWS
 from relax.losses import (
     Clip,
     TokenLogprobs,
@@ -56,6 +55,7 @@ from relax.trainers.rl.experience import (
     Experience,
     adapt_kl_coef,
     advantages_and_returns,
+    as_experience,
     experience_metrics,
     mean_per_completion,
 )
@@ -72,16 +72,6 @@ from relax.trainers.update import (
 )
 
 COPY = "policy"  # a critic initialised as a copy of the policy
-TOKENS = (*ROWS, "places", "completion_ids", "completion_lengths")
-PER_TOKEN = (
-    "sampling_logprobs",
-    "old_logprobs",
-    "values",
-    "advantages",
-    "returns",
-    "mask",
-    "value_mask",
-)
 
 
 class PPOTrainer(RLTrainer):
@@ -273,18 +263,7 @@ class PPOTrainer(RLTrainer):
         return pack_groups(arrays, models, blocks, slots=slots)
 
     def make_batch(self, arrays: dict[str, np.ndarray]) -> Experience:
-        packed = super().make_batch(arrays)
-        fields: dict = {name: packed.pop(name) for name in PER_TOKEN}
-        fields |= {
-            "kl": packed["mean_kl"][:, 0],
-            "tokens": {n: packed[n] for n in TOKENS if n in packed},
-        }
-        # Tokens and states differ by the slots after EOS. Micro-batches weight the whole loss by
-        # tokens; this ratio turns the value loss per token back into the mean over the update's
-        # states.
-        share = fields["mask"].sum() / max(fields["value_mask"].sum(), 1)
-        fields["value_share"] = np.full(len(fields["mask"]), share, np.float32)
-        return Experience(**fields)
+        return as_experience(super().make_batch(arrays))
 
     def evaluate(
         self, params, frozen, tokens, rng: jax.Array | None = None

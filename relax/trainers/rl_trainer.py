@@ -290,19 +290,7 @@ class RLTrainer(Trainer):
     def _arrays(self, rollout: Rollout, extra: dict | None = None) -> dict[str, np.ndarray]:
         """Arrays with a prompt and g of its completions per row, `[P * G / g, ...]`."""
         P, G = rollout.completion_lengths.shape
-        g = self._in_row(P, G) // self._rows_for_one(P, G)
-        rows = G // g
-        arrays = {
-            name: np.repeat(getattr(rollout, name), rows, axis=0)
-            for name in ("prompt_ids", "prompt_lengths")
-        }
-        grouped = {
-            "completion_ids": rollout.completion_ids,
-            "completion_lengths": rollout.completion_lengths,
-        } | (extra or {})
-        return arrays | {
-            name: value.reshape(-1, g, *value.shape[2:]) for name, value in grouped.items()
-        }
+        return rollout.arrays(self._in_row(P, G) // self._rows_for_one(P, G), extra)
 
     def _in_row(self, P: int, G: int) -> int:
         """Completions per row on one device."""

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relax.data.forest import ROWS
 from relax.losses import gae, masked_whiten
 
 LAST_TOKEN, AFTER_EOS = "last_token", "after_eos"
@@ -51,6 +52,22 @@ class Experience:
     value_mask: jax.Array
     kl: jax.Array
     value_share: jax.Array
+
+
+def as_experience(packed: dict[str, np.ndarray]) -> Experience:
+    """The batch of an update from its arrays, those of the forest among them."""
+    names = ("sampling_logprobs", "old_logprobs", "values", "advantages", "returns")
+    fields: dict = {name: packed[name] for name in (*names, "mask", "value_mask")}
+    tokens = (*ROWS, "places", "completion_ids", "completion_lengths")
+    # Tokens and states differ by the slots after EOS. Micro-batches weight the whole loss by
+    # tokens; this ratio turns the value loss per token back into the mean over the update's states.
+    share = packed["mask"].sum() / max(packed["value_mask"].sum(), 1)
+    fields |= {
+        "tokens": {name: packed[name] for name in tokens if name in packed},
+        "kl": packed["mean_kl"][:, 0],
+        "value_share": np.full(len(packed["mask"]), share, np.float32),
+    }
+    return Experience(**fields)
 
 
 def token_rewards(

@@ -54,6 +54,21 @@ class Rollout:
         """`[P, G]` bool: the completion reached the length limit."""
         return self.finish == "length"
 
+    def arrays(self, g: int, extra: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Prompts and completions, and `extra` arrays `[P, G, ...]`, as `[P * G / g, g, ...]`."""
+        rows = self.completion_lengths.shape[1] // g
+        prompts = {
+            name: np.repeat(getattr(self, name), rows, axis=0)
+            for name in ("prompt_ids", "prompt_lengths")
+        }
+        completions = {
+            "completion_ids": self.completion_ids,
+            "completion_lengths": self.completion_lengths,
+        } | (extra or {})
+        return prompts | {
+            name: value.reshape(-1, g, *value.shape[2:]) for name, value in completions.items()
+        }
+
     def take(self, prompts: Sequence[int] | np.ndarray) -> "Rollout":
         """The groups of the given prompts, in that order."""
         chosen = list(prompts)
