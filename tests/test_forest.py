@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.data.forest import deal, pack_forest, places
+from relax.data.forest import deal, pack_forest, pack_rows, places
 from relax.models import Transformer, TransformerConfig
 from relax.models.forward import predicting_states
 from relax.trainers.groups import pack_groups
@@ -219,3 +219,44 @@ def test_parents_without_positions_are_refused():
     ids = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="parent_ids need positions"):
         model.init(jax.random.key(0), ids, None, ids, ids)
+
+
+def rows_of_lengths(lengths, T=16):
+    ids = np.zeros((len(lengths), T), np.int32)
+    for row, n in zip(ids, lengths, strict=True):
+        row[:n] = np.random.default_rng(n).integers(1, V, n)
+    segments = (ids > 0).astype(np.int32)
+    labels = np.where(segments > 0, ids, -100)
+    labels[:, 0] = -100
+    positions = np.where(segments > 0, np.arange(T), 0).astype(np.int32)
+    return {"input_ids": ids, "labels": labels, "positions": positions, "segment_ids": segments}
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_padded_rows_become_fewer_with_the_same_documents(blocks):
+    batch = rows_of_lengths([9, 2, 3, 4, 5, 1, 2, 0])
+    batch["segment_ids"][0, 4:9] = 2  # two documents in a row
+    batch["positions"][0, 4:9] = np.arange(5)
+    found = pack_rows(batch, blocks)
+    assert found["input_ids"].shape == (blocks * (2 if blocks == 1 else 1), 16)
+
+    def documents(batch):
+        return sorted(
+            tuple(batch[name][row][batch["segment_ids"][row] == n].tolist() for name in batch)[:3]
+            for row in range(len(batch["input_ids"]))
+            for n in range(1, batch["segment_ids"].max() + 1)
+            if (batch["segment_ids"][row] == n).any()
+        )
+
+    assert documents(found) == documents(batch) and len(documents(found)) == 8
+    assert (found["labels"][found["segment_ids"] == 0] == -100).all()
+
+
+def test_full_rows_and_rows_of_other_arrays_stay_as_they_are():
+    full = rows_of_lengths([16, 15, 16])
+    assert all(pack_rows(full)[name] is full[name] for name in full)
+    other = rows_of_lengths([2, 2]) | {"weight": np.ones(2)}
+    assert pack_rows(other)["input_ids"] is other["input_ids"]
+    front = rows_of_lengths([2, 2])
+    front = {name: value[:, ::-1].copy() for name, value in front.items()}
+    assert pack_rows(front)["input_ids"] is front["input_ids"]

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -136,9 +136,10 @@ class Progress(Callback):
         if shape in self._shapes:
             return
         self._shapes.add(shape)
-        sizes: set[tuple[int, ...]] = {np.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
-        longest = max(sizes, key=len)
-        rows = " x ".join(map(str, longest))
+        fields = getattr(batch, "tokens", batch)  # PPO's `Experience` has `tokens`
+        is_rows = isinstance(fields, Mapping) and "input_ids" in fields
+        sizes = [np.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)]
+        rows = " x ".join(map(str, fields["input_ids"].shape if is_rows else max(sizes, key=len)))
         self._compiling = (rows, time.monotonic())
         self._left.pause()
         self._begin(f"compiling the train step for {rows}")

@@ -6,12 +6,13 @@ is computed once. The packer works on the host, and its result depends on its ar
 Axes: B rows, T tokens of a row, N children of all trees.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from relax.data.batching import round_up
+from relax.data.examples import IGNORE
 from relax.data.packing import pack
 
 Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # a root's tokens and its children's
@@ -122,8 +123,12 @@ class _Layout(NamedTuple):
 
     @property
     def work(self) -> float:
-        # Scores are T per token; against the other products of usual models, they are 1 at 4,096.
-        return self.row_count * self.length * (1 + self.length / 4096)
+        return _work(self.row_count, self.length)
+
+
+def _work(rows: int, length: int) -> float:
+    # Scores are T per token; against the other products of usual models, they are 1 at 4,096.
+    return rows * length * (1 + length / 4096)
 
 
 def _row_lengths(longest: int, multiple: int) -> list[int]:
@@ -230,3 +235,48 @@ def places(starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     offsets = np.arange(width)
     inside = offsets < lengths[..., None]
     return np.where(inside, starts[..., None] + offsets, -1).astype(np.int32)
+
+
+def pack_rows(batch: Mapping[str, np.ndarray], blocks: int = 1) -> dict[str, np.ndarray]:
+    """Moves the documents of padded rows into other rows, if that is less work.
+
+    Args:
+      batch: arrays `[B, T]` on the host. Where `segment_ids` is missing, padding is not in front of
+        a document of its row, or an array has another shape, the batch is returned as it is.
+      blocks: micro-batches times devices that share a batch; divides B.
+
+    Returns:
+      The same arrays with other B and T, padded with 0, `labels` with -100.
+
+    >>> rows = np.array([[5, 6, 0, 0, 0, 0, 0, 0], [7, 0, 0, 0, 0, 0, 0, 0]])
+    >>> found = pack_rows({"input_ids": rows, "segment_ids": (rows > 0).astype(int)})
+    >>> found["input_ids"].tolist(), found["segment_ids"].tolist()
+    ([[5, 6, 7, 0, 0, 0, 0, 0]], [[1, 1, 2, 0, 0, 0, 0, 0]])
+    """
+    segments = batch.get("segment_ids")
+    if not isinstance(segments, np.ndarray) or len(segments) % blocks:
+        return dict(batch)
+    (B, T), is_real = segments.shape, segments > 0
+    lengths = is_real.sum(axis=1)
+    has_fronts = (is_real == (np.arange(T) < lengths[:, None])).all()
+    if not has_fronts or any(np.shape(value) != (B, T) for value in batch.values()):
+        return dict(batch)
+    order = deal(lengths.tolist(), blocks)
+    trees = [((), (batch["input_ids"][i, : lengths[i]],)) for i in order]
+    forest = pack_forest(trees, blocks=blocks)
+    shape = forest.rows["input_ids"].shape
+    if _work(*shape) >= _work(B, T):
+        return dict(batch)
+    first = np.arange(B) // (B // blocks) * (shape[0] * shape[1] // blocks) + forest.starts
+    out = {
+        name: np.full(shape, IGNORE if name == "labels" else 0, value.dtype)
+        for name, value in batch.items()
+    }
+    documents = np.zeros(shape[0], int)  # in each row so far
+    for i, start in sorted(zip(order, first, strict=True), key=lambda pair: pair[1]):
+        n, (row, column) = lengths[i], divmod(start, shape[1])
+        for name, value in batch.items():
+            out[name][row, column : column + n] = value[i, :n]
+        out["segment_ids"][row, column : column + n] += documents[row]
+        documents[row] += segments[i].max()
+    return out

@@ -43,21 +43,16 @@ class RowBatches:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self.batches(0)
 
-    def batches(
-        self, epoch: int, start: int = 0, places: np.ndarray | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of one epoch from position `start`; earlier ones are never made.
-
-        `places` are the rows of each batch to make, if other processes make the rest.
-        """
+    def batches(self, epoch: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of one epoch from position `start`; earlier ones are never made."""
         order = np.arange(len(self.rows))
         if self.shuffle:
             order = epoch_order(len(self.rows), self.seed, epoch)
         for position in range(start, len(self)):
             first = position * self.batch_size
-            yield self._batch(order[first : first + self.batch_size], places)
+            yield self._batch(order[first : first + self.batch_size])
 
-    def _batch(self, chosen: np.ndarray, places: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _batch(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
         raise NotImplementedError
 
 
@@ -106,16 +101,11 @@ class DataLoader(RowBatches):
         buckets = 1 if packing else max_buckets
         self.bucket_lengths = bucket_lengths(self.row_lengths.tolist(), buckets, pad_to_multiple_of)
 
-    def _batch(self, chosen: np.ndarray, places: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _batch(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
         longest = self.row_lengths[chosen].max()
-        own = range(self.batch_size) if places is None else places.tolist()
-        rows = [
-            [self._piece(segment) for segment in self.rows[chosen[place]]]
-            if place < len(chosen)
-            else []
-            for place in own
-        ]
-        return collate(rows, next(n for n in self.bucket_lengths if n >= longest))
+        rows = [[self._piece(segment) for segment in self.rows[row]] for row in chosen]
+        empty: list[list[Encoded]] = [[]] * (self.batch_size - len(rows))
+        return collate(rows + empty, next(n for n in self.bucket_lengths if n >= longest))
 
     def _piece(self, segment: Segment) -> Encoded:
         input_ids, labels = self.examples[segment.document]

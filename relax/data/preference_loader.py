@@ -74,15 +74,11 @@ class PreferenceLoader(RowBatches):
             return None
         return self.num_tokens / (len(self.rows) * self.packed_length)
 
-    def _batch(self, chosen: np.ndarray, places: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _batch(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
         index = np.full((self.batch_size, self.pairs_per_row), -1, np.int32)
         for places_of_row, row in zip(index, (self.rows[i] for i in chosen), strict=False):
             places_of_row[: len(row)] = row
-        batch = self._arrays(index.reshape(-1))
-        if places is None:
-            return batch
-        mine = np.arange(index.size).reshape(index.shape)[places].reshape(-1)
-        return {name: array[mine] for name, array in batch.items()}
+        return self._arrays(index.reshape(-1))
 
     def _arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
         items, exists = self.preferences.items, index >= 0

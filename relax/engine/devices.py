@@ -16,7 +16,6 @@ from rich.console import Console
 from relax import parallel
 from relax.config import TrainerConfig
 from relax.config.mesh import mesh_text, parse_mesh
-from relax.data import DataLoader
 from relax.engine.run_dir import RunDir
 from relax.errors import ConfigError, ModelLoadError
 from relax.files import content_digest
@@ -115,38 +114,6 @@ def _check_possible(config: TrainerConfig) -> None:
             "an environment needs a single process, since its answers must be the same everywhere, "
             f"got {processes.count()} processes. Remove --coordinator or --environment."
         )
-
-
-def shared(loader):
-    """Wraps a loader of rows so that each of several processes makes only its own ones.
-
-    Other loaders, whose items become rows during the run, are returned unchanged.
-    """
-    if processes.count() == 1 or not isinstance(loader, DataLoader):
-        return loader
-    return SharedLoader(loader)
-
-
-class SharedLoader:
-    """A loader of arrays over the mesh, of which each process makes its own rows.
-
-    Args:
-      loader: has `batches(epoch, start, rows)`, where `rows` selects the rows of the batch to make.
-    """
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self):
-        return self.batches(0)
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        rows = parallel.local_rows(self.loader.batch_size)
-        for batch in self.loader.batches(epoch, start, rows):
-            yield parallel.shard_local_batch(batch, self.loader.batch_size)
 
 
 def for_all_devices(config: C) -> C:

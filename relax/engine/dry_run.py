@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from relax import parallel
 from relax.config.text import format_bytes, format_seconds
@@ -66,10 +65,9 @@ def dry_run(run, trainer, data: Data) -> dict[str, float]:
 
 def _batches(trainer, data: Data, state, steps: int) -> list:
     """The batches of one item: of the largest if that is known, else of the first."""
-    largest = memory.largest_batch(data.train, steps)
+    largest = memory.largest_batch(data.train, steps, trainer, state)
     if largest is not None:
-        zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in largest.items()}
-        return [zeros | {"segment_ids": np.ones_like(zeros["segment_ids"])}]
+        return [largest]
     item = next(iter(data.train.batches(0)))
     given = trainer.make_batches(state, data.fill_batch(item))
     return [one.batch if isinstance(one, LoggedBatch) else one for one in given]

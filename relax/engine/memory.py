@@ -17,6 +17,7 @@ from relax import parallel
 from relax.config.text import format_bytes
 from relax.data.loader import DataLoader, epoch_order
 from relax.parallel.cpu import release_freed_memory
+from relax.trainers.trainer import LoggedBatch
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
@@ -109,19 +110,29 @@ def with_activations(sizes: Sizes, account) -> Sizes:
     )
 
 
-def largest_batch(loader, steps: int):
-    """Shapes of the largest batch among the first `steps`; None: the loader does not know it."""
+def largest_batch(loader, steps: int, trainer=None, state=None):
+    """The largest batch among the first `steps` of the first epoch; None: it is not known.
+
+    That is the one with most tokens or the one with the longest row.
+
+    Args:
+      trainer, state: make the update's batch of the loader's; None: they are the same.
+    """
     if not isinstance(loader, DataLoader):
         return None
-    lengths = loader.row_lengths
-    if steps < len(loader):
-        order = epoch_order(len(lengths), loader.seed, 0) if loader.shuffle else slice(None)
-        lengths = lengths[order][: steps * loader.batch_size]
-    longest = next(n for n in loader.bucket_lengths if n >= lengths.max())
-    shapes = {name: np.shape(array) for name, array in next(loader.batches(0)).items()}
-    return {
-        name: jax.ShapeDtypeStruct((rows, longest), jnp.int32) for name, (rows, _) in shapes.items()
-    }
+    lengths, B = loader.row_lengths, loader.batch_size
+    order = epoch_order(len(lengths), loader.seed, 0) if loader.shuffle else slice(None)
+    padded = np.pad(lengths[order], (0, -len(lengths) % B)).reshape(-1, B)[:steps]
+    chosen = {int(padded.sum(axis=1).argmax()), int(padded.max(axis=1).argmax())}
+    items = [next(loader.batches(0, position)) for position in sorted(chosen)]
+    batches = [item if trainer is None else first_update(trainer, state, item) for item in items]
+    return max(batches, key=lambda batch: batch["input_ids"].size)
+
+
+def first_update(trainer, state, item):
+    """The batch of the first update that a trainer makes of a loader's item."""
+    given = next(iter(trainer.make_batches(state, item)))
+    return given.batch if isinstance(given, LoggedBatch) else given
 
 
 def rows_of(batch) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from relax.callbacks.progress import working
 from relax.checkpoint.checkpointer import full_disk, restore_checkpoint
 from relax.checkpoint.frozen import WithoutFrozen
 from relax.config import resolve_steps
-from relax.engine import checks, devices, memory, output, schedule
+from relax.engine import checks, memory, output, schedule
 from relax.engine.context import C_co, RunContext
 from relax.engine.dry_run import dry_run
 from relax.engine.model_source import make_model
@@ -209,13 +209,13 @@ class Run(RunContext[C_co]):
         self._begin(trainer, data, state)
         if evaluate_demo is not None and progress is None:
             self._note_results(evaluate_demo("before", trainer, state, data))
-        batch = memory.largest_batch(data.train, steps)
+        batch = memory.largest_batch(data.train, steps, trainer, state)
         if int(state.step) < steps and batch is not None:
             # With rollouts the batch shape is unknown before the first one.
             self.progress.announce(batch)
             checks.check_update_memory(config, trainer, state, batch, self.console)
         state = trainer.train(
-            devices.shared(data.train),
+            data.train,
             num_epochs=math.ceil(steps / data.updates_per_epoch),
             state=state,
             progress=progress,

@@ -226,17 +226,6 @@ def _layout_in_use() -> Layout:
     return current
 
 
-def shard_local_batch(batch, count: int):
-    """Shards a batch given only this process's rows, those of `local_rows(count)`."""
-    current = _layout_in_use()
-
-    def place(leaf):
-        shape = (count, *leaf.shape[1:])
-        return jax.make_array_from_process_local_data(_rows(current, shape), leaf, shape)
-
-    return jax.tree.map(place, batch)
-
-
 def batch_shapes(batch):
     """The shapes of a batch's arrays, with their shardings."""
     current = layout()
@@ -248,16 +237,6 @@ def batch_shapes(batch):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree.map(shape, batch)
-
-
-def local_rows(count: int) -> np.ndarray:
-    """Indices of a batch's `count` rows that are on devices of this process, ascending."""
-    current = layout()
-    if current is None:
-        return np.arange(count)
-    where = _rows(current, (count,)).addressable_devices_indices_map((count,))
-    rows = {row for index in where.values() if index for row in range(count)[index[0]]}
-    return np.array(sorted(rows))
 
 
 def to_host(array) -> np.ndarray:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from relax import parallel
+from relax.data.forest import pack_rows
 from relax.losses import IGNORED, linear_cross_entropy, next_token_targets, target_hits
 from relax.models.forward import hidden_states
 from relax.models.trainable import merge
@@ -31,7 +32,8 @@ class SFTTrainer(Trainer):
     """Trainer for a `relax.models.Transformer` on labelled tokens.
 
     A batch is a dict of `[B, T]` integer arrays: `input_ids`, `labels`, and optionally `positions`
-    and `segment_ids` (see `Transformer.hidden_states`).
+    and `segment_ids` (see `Transformer.hidden_states`). With `segment_ids`, the documents of padded
+    rows are moved into fewer rows before the update: its cost follows the real tokens.
 
     Args:
       model, optimizer: as for `Trainer`. If the model has `lora`, only its adapters are trained.
@@ -65,6 +67,21 @@ class SFTTrainer(Trainer):
     def create_train_state(self, key: jax.Array) -> TrainState:
         params = self.initial_params()
         return initial_state(self.model, self.optimizer, key, params, self.freeze)
+
+    def make_batches(self, state: TrainState, item):
+        return (self.pack(item),)
+
+    def evaluate_item(self, state: TrainState, params, item, index: int):
+        return super().evaluate_item(state, params, self.pack(item, parallel.batch_shards()), index)
+
+    def pack(self, item, blocks: int | None = None) -> dict:
+        """The batch with its documents in fewer rows, see `pack_rows`.
+
+        Args:
+          blocks: None: the micro-batches of an update times the devices that share them.
+        """
+        blocks = blocks or self.gradient_accumulation_steps * parallel.batch_shards()
+        return pack_rows(item, blocks)
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         weights = merge(params, frozen or {})
