@@ -198,7 +198,7 @@ def preferences():
 def run_dpo(packed):
     trainer = DPOTrainer(Transformer(SHAPE), ADAMW, gradient_accumulation_steps=2)
     length = 24 if packed else None
-    loader = PreferenceLoader(preferences(), 8, packed_length=length)
+    loader = PreferenceLoader(preferences(), 16, packed_length=length)
     losses = []
     state = trainer.create_train_state(jax.random.key(1))
     for _ in range(2):
