@@ -237,13 +237,16 @@ def places(starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     return np.where(inside, starts[..., None] + offsets, -1).astype(np.int32)
 
 
-def pack_rows(batch: Mapping[str, np.ndarray], blocks: int = 1) -> dict[str, np.ndarray]:
+def pack_rows(
+    batch: Mapping[str, np.ndarray], blocks: int = 1, multiple: int = 1
+) -> dict[str, np.ndarray]:
     """Moves the documents of padded rows into other rows, if that is less work.
 
     Args:
       batch: arrays `[B, T]` on the host. Where `segment_ids` is missing, padding is not in front of
         a document of its row, or an array has another shape, the batch is returned as it is.
       blocks: micro-batches times devices that share a batch; divides B.
+      multiple: the new T is a multiple of it (>= 1).
 
     Returns:
       The same arrays with other B and T, padded with 0, `labels` with -100.
@@ -263,7 +266,7 @@ def pack_rows(batch: Mapping[str, np.ndarray], blocks: int = 1) -> dict[str, np.
         return dict(batch)
     order = deal(lengths.tolist(), blocks)
     trees = [((), (batch["input_ids"][i, : lengths[i]],)) for i in order]
-    forest = pack_forest(trees, blocks=blocks)
+    forest = pack_forest(trees, blocks=blocks, multiple=multiple)
     shape = forest.rows["input_ids"].shape
     if _work(*shape) >= _work(B, T):
         return dict(batch)

@@ -170,11 +170,16 @@ class Run(RunContext[C_co]):
     def options(self, data: Data, *callbacks) -> dict[str, Any]:
         """Arguments for every trainer: accumulation, clipping, frozen weights, callbacks.
 
+        Where a loader's rows are packed, also `pad_to_multiple_of`.
+
         Args:
           callbacks: the algorithm's callbacks, which run after the logging ones.
         """
-        h = self.config.hyperparams
-        return {
+        h, fields = self.config.hyperparams, self.config.flat()
+        packing = {}
+        if "pad_to_multiple_of" in fields:
+            packing["pad_to_multiple_of"] = fields["pad_to_multiple_of"] or 1
+        return packing | {
             "donate_params": True,
             "freeze": self.config.peft.freeze,
             "gradient_accumulation_steps": h.gradient_accumulation_steps,

@@ -39,6 +39,7 @@ class SFTTrainer(Trainer):
       model, optimizer: as for `Trainer`. If the model has `lora`, only its adapters are trained.
       freeze: regular expression of weights that are not trained, see `relax.models.trainable`.
       loss_chunk_size: tokens whose logits are in memory at once (>= 1).
+      pad_to_multiple_of: the length of rows is a multiple of it (>= 1), if it is one already.
       exact_matches: compute `exact_match` in evaluation, at the cost of a second pass over the
         vocabulary.
       **options: other arguments of `Trainer`, such as `params`.
@@ -55,6 +56,7 @@ class SFTTrainer(Trainer):
         *,
         freeze: str | None = None,
         loss_chunk_size: int = 256,
+        pad_to_multiple_of: int = 1,
         exact_matches: bool = False,
         **options,
     ):
@@ -62,7 +64,7 @@ class SFTTrainer(Trainer):
         self._compiled_hits = jax.jit(self._document_hits)
         self.exact_matches = exact_matches
         self.freeze = freeze
-        self.loss_chunk_size = loss_chunk_size
+        self.loss_chunk_size, self.pad_to_multiple_of = loss_chunk_size, pad_to_multiple_of
 
     def create_train_state(self, key: jax.Array) -> TrainState:
         params = self.initial_params()
@@ -81,7 +83,7 @@ class SFTTrainer(Trainer):
           blocks: None: the micro-batches of an update times the devices that share them.
         """
         blocks = blocks or self.gradient_accumulation_steps * parallel.batch_shards()
-        return pack_rows(item, blocks)
+        return pack_rows(item, blocks, self.pad_to_multiple_of)
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         weights = merge(params, frozen or {})

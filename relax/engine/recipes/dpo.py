@@ -55,7 +55,6 @@ def train_dpo(config: DPOConfig, train_rows=None, eval_rows=None, **where) -> Ru
             params=params,
             precomputed=dpo.precompute_ref_log_probs,
             **loss_options(config),
-            pad_to_multiple_of=config.data.pad_to_multiple_of or 1,
             **run.options(data, *reference),
         )
 

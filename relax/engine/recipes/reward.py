@@ -46,7 +46,6 @@ def train_reward(config: RewardModelConfig, train_rows=None, eval_rows=None, **w
             run.make_optimizer(data),
             params=params,
             center_rewards_coefficient=config.reward_model.center_rewards_coefficient,
-            pad_to_multiple_of=config.data.pad_to_multiple_of or 1,
             **run.options(data),
         )
 
