@@ -15,7 +15,8 @@ from relax.data.batching import round_up
 from relax.data.examples import IGNORE
 from relax.data.packing import pack
 
-Tree = tuple[Sequence[int], Sequence[Sequence[int]]]  # a root's tokens and its children's
+Tokens = Sequence[int] | np.ndarray
+Tree = tuple[Tokens, Sequence[Tokens]]  # a root's tokens and its children's
 ROWS = ("input_ids", "positions", "segment_ids", "parent_ids", "previous")
 
 
@@ -45,7 +46,7 @@ def pack_forest(
     row_length: int | None = None,
     multiple: int = 1,
     shared: bool = True,
-    laid: Sequence[bool] | None = None,
+    laid: Sequence[bool] | np.ndarray | None = None,
 ) -> Forest:
     """Packs trees by best fit; a root is repeated where its tree does not fit into a row.
 
@@ -146,7 +147,7 @@ def _layout(sizes, length: int, blocks: int, shared: bool) -> _Layout:
         pieces = [
             piece
             for tree in range(first, first + each)
-            for piece in _pieces(tree, *sizes[tree], length, shared)
+            for piece in _pieces(tree, sizes[tree], length, shared)
         ]
         packed = pack([piece.size for piece in pieces], length)
         rows.append([[pieces[segment.document] for segment in row] for row in packed])
@@ -166,8 +167,9 @@ def _row_bucket(count: int) -> int:
     return round_up(max(count, 1), step)
 
 
-def _pieces(tree: int, root: int, children: list[int], length: int, shared: bool) -> list[_Piece]:
+def _pieces(tree: int, size: tuple[int, list[int]], length: int, shared: bool) -> list[_Piece]:
     """The whole tree if it fits into a row, else parts of it, by best fit."""
+    root, children = size
     if not shared:
         return [_Piece(tree, [i], root + n) for i, n in enumerate(children)]
     if not children:

@@ -26,7 +26,7 @@ def pack_groups(
     *,
     slots: int = 0,
     multiple: int = 1,
-    laid: Sequence[bool] | None = None,
+    laid: Sequence[bool] | np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Replaces the `prompt_ids` of a batch by the rows of its packed forest.
 

@@ -100,7 +100,7 @@ class RopeFields:
 
     def read(self, fields: dict, head_dim: int, max_position_embeddings: int) -> dict:
         """Reads the fields of `TransformerConfig` about rotary positions; `fields` has no nulls."""
-        parameters, local = _object(fields, "rope_parameters"), {}
+        parameters, local = _object(fields, "rope_parameters"), dict[str, object]()
         if self.by_type:
             parameters, local = _by_type(parameters)
         outer = {"rope_theta"} | ({PARTIAL} if self.partial else set())
