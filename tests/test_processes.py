@@ -236,7 +236,7 @@ def test_tokens_that_differ_between_processes_end_with_one_sentence(job):
     children = start_two(directory / "tokens", fields, before=(None, other_tokens))
     assert ended(children) == [2, 2], [child.stderr[-2000:] for child in children]
     for child in children:
-        assert "the training tokens is" in child.stderr
+        assert "the tokens of training and evaluation is" in child.stderr
 
 
 def other_tokens() -> None:

@@ -180,6 +180,26 @@ def test_pairs_without_a_common_beginning_have_an_empty_prompt(arithmetic_tokeni
         prepare_preferences([{"chosen": "Well.", "rejected": "Badly."}], arithmetic_tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("later", "reason"),
+    [
+        ({"margin": 2.0}, "row 0: 'margin' must be a number in every row, it is None"),
+        ({"margin": float("nan")}, "row 0: 'margin' must be a number in every row"),
+        ({"prompt": "Hi. "}, "row 1: the row has 'prompt', and the first row has none"),
+    ],
+)
+def test_a_column_of_later_rows_is_refused_by_row_and_never_left_out(
+    later, reason, arithmetic_tokenizer
+):
+    rows = [{"chosen": "1+1=2", "rejected": "1+1=3"}, {"chosen": "a b", "rejected": "a c"} | later]
+    with pytest.raises(DataError, match=reason):
+        prepare_preferences(rows, arithmetic_tokenizer, for_reward_model=True)
+    ids = [{f"{name}_ids": [1, i] for i, name in enumerate(("chosen", "rejected"))}] * 2
+    rows = [ids[0], ids[1] | {"prompt_ids": [5]}]
+    with pytest.raises(DataError, match="row 1: the row has 'prompt_ids', and the first row"):
+        prepare_preferences(rows, arithmetic_tokenizer, for_reward_model=True)
+
+
 # --- options -------------------------------------------------------------------------------------
 
 

@@ -137,7 +137,7 @@ def leaf_crc(array) -> int:
         # A jax array keeps the host copy made by reading it: read through a temporary array.
         array = jnp.copy(array)
     flat = np.asarray(array, order="C").reshape(-1).view(np.uint8)
-    return zlib.crc32(flat)  # type: ignore[arg-type]
+    return zlib.crc32(flat.data)
 
 
 def _on_host(array: jax.Array) -> bool:

@@ -114,7 +114,7 @@ def _fire(launch: Callable[..., None], config_class: type[Settings], flags: dict
     # Keyword-only parameters, so that fire binds nothing by position.
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(name, keyword, default=None) for name in flags]
-    launch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    launch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # fire reads it
     known = options(config_class)
     parsers = {name: partial(parse_text, known[name].type) for name in flags}
     clean = [f"--{name}={text}" for name, text in flags.items()]

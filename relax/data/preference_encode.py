@@ -60,6 +60,7 @@ class PairEncoder:
         self.merged = 0
         for i, row in enumerate(rows.rows):
             _check(row, self.format, rows.origin(i))
+            _check_no_prompt(row, self.format, rows.origin(i))
             if self.has_margins:
                 _check_margin(row, rows.origin(i))
         if self.format.conversational:
@@ -174,6 +175,18 @@ def _check(row: dict, found: Format, where: str) -> None:
     check_row(row, found, where)
     if found.name == UNPAIRED_NAME and not isinstance(row.get("label"), bool):
         raise DataError(f"{where}: 'label' must be true or false, it is {row.get('label')!r}.")
+
+
+def _check_no_prompt(row: dict, found: Format, where: str) -> None:
+    """Refuses a prompt in a later row if the format, that of the first row, reads none."""
+    name = "prompt_ids" if found.name == "tokens" else "prompt"
+    value = row.get(name)
+    repeats = found.conversational and isinstance(value, str)
+    if name not in found.columns and value is not None and not repeats:
+        raise DataError(
+            f"{where}: the row has {name!r}, and the first row has none: give it to every row, or "
+            "to none, where the prompt is the common beginning of both completions."
+        )
 
 
 def _check_margin(row: dict, where: str) -> None:

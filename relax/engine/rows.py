@@ -218,7 +218,8 @@ class Data:
       train: the loader of training items.
       eval: the evaluation loader, several by name, or None.
       reports: a report on each set by title; each has `to_dict()`.
-      digest: a checksum of all training data, which must be the same on resume.
+      digest: a checksum of the rows of all sets, which must be the same on resume and in all
+        processes.
       plan: the composition of an update, for messages.
       show: prints the reports.
       updates_per_item: updates per item of `train`.

@@ -318,7 +318,7 @@ class Run(RunContext[C_co]):
         return self.source.adapter_base(self.config)
 
     def check_same_data(self, data: Data) -> None:
-        processes.check_same({"the training tokens": data.digest})
+        processes.check_same({"the tokens of training and evaluation": data.digest})
         if self.resume_from is not None:
             output.check_same_data(self.config, data.digest, self._old_run)
 

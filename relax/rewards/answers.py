@@ -32,7 +32,7 @@ def per_completion(name: str, score: Callable, *columns: str) -> Callable:
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     reward.__name__ = reward.__qualname__ = name
-    reward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    reward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # describe reads it
         [
             inspect.Parameter("completions", inspect.Parameter.POSITIONAL_OR_KEYWORD),
             *(inspect.Parameter(column, keyword) for column in columns),

@@ -15,11 +15,12 @@ from relax.rewards.workers.scores import Kind, Scores
 
 # Names that trainers log; a reward function's metric of that name gets a prefix.
 _TRAINER_METRICS = frozenset(
-    "aux_loss critic_aux_loss elapsed_s entropy epoch first_entropy frac_groups_skipped "
-    "frac_reward_zero_std global_step grad_norm kl learning_rate loss mean_token_accuracy mfu "
-    "num_tokens resampled_groups reward reward_drawn reward_errors reward_group_std reward_std "
-    "skipped_minibatches skipped_steps step step_time time_left_s tokens_per_second "
-    "total_steps".split()
+    "aux_loss critic_aux_loss critic_learning_rate elapsed_s entropy episode epoch eps "
+    "first_entropy frac_groups_skipped frac_reward_zero_std global_step grad_norm kl "
+    "learning_rate loss "
+    "mean_token_accuracy mfu num_tokens resampled_groups reward reward_drawn reward_errors "
+    "reward_group_std reward_std skipped_minibatches skipped_steps step step_time time_left_s "
+    "tokens_per_second total_steps".split()
 )
 _TRAINER_GROUPS = frozenset(
     "clip_ratio completions dry_run logits logps loss memory objective perf policy rewards "
@@ -167,7 +168,8 @@ def metric_name(function: str, name: str) -> str:
     """
     group, slash, _ = name.partition("/")
     taken = group in _TRAINER_GROUPS if slash else name in _TRAINER_METRICS
-    return f"rewards/{function}/{name}" if taken or name.startswith("eval_") else name
+    taken = taken or name.startswith(("eval_", "pass@"))
+    return f"rewards/{function}/{name}" if taken else name
 
 
 def gather(

@@ -44,7 +44,7 @@ def reward_factory(factory: Callable) -> Callable:
         reward.reference = (where, dict(bound.arguments))
         return reward
 
-    make.is_reward_factory = True  # type: ignore[attr-defined]
+    make.is_reward_factory = True  # type: ignore[attr-defined]  # load_reward reads it
     return make
 
 

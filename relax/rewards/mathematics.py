@@ -128,5 +128,5 @@ def _math_verify() -> tuple[Callable, Callable, Callable]:
     )
 
 
-accuracy_reward.prepare = _math_verify  # type: ignore[attr-defined]
-reasoning_accuracy_reward.prepare = _math_verify  # type: ignore[attr-defined]
+accuracy_reward.prepare = _math_verify  # type: ignore[attr-defined]  # load_reward calls it
+reasoning_accuracy_reward.prepare = _math_verify  # type: ignore[attr-defined]  # as above

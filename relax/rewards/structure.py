@@ -55,6 +55,8 @@ def think_format(text: str) -> float:
 def get_regex_match(pattern: str, full: bool = False) -> Callable:
     """1 if a regular expression matches, else 0.
 
+    It is matched with the text with special tokens, since tags may be special.
+
     Args:
       pattern: for Python's `re`; `.` does not match line breaks unless it begins with `(?s)`.
       full: match the whole completion instead of any part of it.
@@ -69,7 +71,12 @@ def get_regex_match(pattern: str, full: bool = False) -> Callable:
             f"pattern must be a regular expression, got {pattern!r}: {error}."
         ) from error
     match = compiled.fullmatch if full else compiled.search
-    return per_completion("regex_match", lambda text: float(match(text) is not None))
+
+    def regex_match(completions, completion_texts=None, **kwargs) -> list[float]:
+        texts = completion_texts or [text_of(completion) for completion in completions]
+        return [float(match(text) is not None) for text in texts]
+
+    return regex_match
 
 
 @reward_factory
@@ -77,7 +84,7 @@ def get_json_schema(schema: dict | None = None) -> Callable:
     """1 if a completion is JSON that is valid under a JSON schema, else 0.
 
     The completion may be the JSON or a fenced code block with it. NaN and Infinity are no JSON.
-    Needs the extra [schema].
+    Special tokens, such as tags around a tool call, do not count. Needs the extra [schema].
 
     Args:
       schema: schema of all completions; None: the column `schema` has one per row, an object or its

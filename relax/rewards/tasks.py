@@ -70,7 +70,7 @@ def gym():
     return reasoning_gym.factory
 
 
-reasoning_gym.prepare = gym  # type: ignore[attr-defined]
+reasoning_gym.prepare = gym  # type: ignore[attr-defined]  # load_reward calls it
 
 
 def gym_version() -> str:

@@ -63,6 +63,15 @@ def read_pairs(
                 )
             loaders[name] = loader
             digest += f"{preferences.digest:08x}"
+    margins = {name: loader.preferences.has_margins for name, loader in loaders.items()}
+    if len(set(margins.values())) > 1:
+        without = next(name for name, has in margins.items() if not has)
+        found.note(
+            DataError(
+                f"{without} have no 'margin', which other sets have: their losses would differ in "
+                "kind. Give the column to all sets, or to none."
+            )
+        )
     found.raise_all()
 
     def show(console) -> None:

@@ -66,7 +66,9 @@ def sample(config: SampleConfig) -> None:
         for record in records:
             print(f"--- {_shown(record['prompt'])}\n{record['completion']}")
     if output is not None:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        # Columns from parquet may hold dates.
+        made = (json.dumps(record, ensure_ascii=False, default=str) for record in records)
+        lines = "".join(f"{line}\n" for line in made)
         atomic_write(output, lines.encode())
     tokens = int(out.lengths.sum())
     print(f"{tokens} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
