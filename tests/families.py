@@ -525,8 +525,9 @@ Models with experts have the load-balancing loss of transformers.
 
 - Dropout that files of Seed-OSS ask for is not applied; a warning says so.
 
-Of Gemma 3, only the text models (`gemma3_text`) are supported, not `gemma3` (images and text); of
-Granite 4 (`granitemoehybrid`), the dense ones without Mamba layers.
+Of Gemma 3 and Ministral 3, only the text models (`gemma3_text`, `ministral3`) are supported, not
+`gemma3` and `mistral3` (images and text); of Granite 4 (`granitemoehybrid`), the dense ones without
+Mamba layers.
 
 ## Limits
 

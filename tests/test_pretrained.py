@@ -372,12 +372,16 @@ def test_llama3_scaling_without_its_original_length_takes_the_longest(tmp_path):
 
 
 BAD_FIELDS = [
-    ({"model_type": "gpt2"}, "unknown architecture: model_type is 'gpt2'. Known: gemma2, "),
+    ({"model_type": "gpt2"}, "unknown architecture: model_type is 'gpt2'. Known: arcee, "),
     ({"model_type": None}, "model_type is None"),
     ({"model_type": ["llama"]}, "model_type is ['llama']"),
     ({"qk_norm": True, "clip_qkv": 8}, "does not support: clip_qkv, qk_norm"),
     ({"model_type": "gemma3"}, "a model of images and text. Use a text model"),
-    ({"hidden_act": "relu"}, "hidden_act must be silu, gelu or gelu_pytorch_tanh, got 'relu'"),
+    ({"model_type": "mistral3"}, "Use a text model, of model_type 'ministral3'"),
+    (
+        {"hidden_act": "relu"},
+        "hidden_act must be silu, gelu, gelu_pytorch_tanh or relu2, got 'relu'",
+    ),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1, which is not implemented; only 0 is"),
     ({"sliding_window": 512}, "sliding_window is 512, which is not implemented; only its absence"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),

@@ -78,13 +78,14 @@ def test_the_class_of_every_family_is_one_of_transformers():
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES,
     )
 
-    from relax.models.huggingface.classifiers import class_of
+    from relax.models.huggingface.classifiers import WITHOUT, class_of
 
-    without = {"granite", "granitemoehybrid", "ernie4_5"}  # no class for classifiers
-    assert {name: class_of(FAMILIES[name]) for name in FAMILIES.keys() - without} == {
-        name: CLASSES[name] for name in FAMILIES.keys() - without
+    assert {name: class_of(FAMILIES[name]) for name in FAMILIES.keys() - WITHOUT} == {
+        name: CLASSES[name] for name in FAMILIES.keys() - WITHOUT
     }
-    assert not without & CLASSES.keys()
+    assert WITHOUT <= FAMILIES.keys() and not WITHOUT & CLASSES.keys()
+    with pytest.raises(ConfigError, match="no sequence classifier of model_type 'granite'"):
+        class_of(FAMILIES["granite"])
 
 
 # --- directories ---------------------------------------------------------------------------------

@@ -10,8 +10,14 @@ from relax.engine.model_source import ModelSource
 from relax.engine.recipes.demo import pretrain_demo
 from relax.engine.recipes.pairs import PairsData, read_pairs, with_wrong_sums
 from relax.engine.run import Run, RunResult
+from relax.models.families import family_of
 from relax.models.heads import init_head, with_head
-from relax.models.huggingface.classifiers import load_classifier, padded, save_classifier
+from relax.models.huggingface.classifiers import (
+    class_of,
+    load_classifier,
+    padded,
+    save_classifier,
+)
 from relax.models.huggingface.pretrained import is_classifier
 from relax.trainers import RewardTrainer
 
@@ -69,6 +75,7 @@ def load_scoring_model(run: Run[RewardModelConfig], dtype, **options):
     if not source.is_adapter and is_classifier(source.files):
         return load_classifier(source.files, dtype, **options)
     model, params = source.load(dtype, **options)
+    class_of(family_of(model.config.model_type))  # refuses families that cannot be saved so
     run.console.print(
         f"new score head: '{source.path}' is a language model without one", markup=False
     )

@@ -49,15 +49,17 @@ _MODULES = (
     mixtral,
     qwen3_moe,
 )
+# Models of images and text, and the family of their text part.
+TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 
 def family_of(model_type, where: str = "config.json") -> Family:
     """The family of a `model_type`."""
-    if model_type == "gemma3":
+    if isinstance(model_type, str) and model_type in TEXT_PARTS:
         raise ModelLoadError(
-            f"{where}: model_type is 'gemma3', a model of images and text. Use a text model, of "
-            "model_type 'gemma3_text'."
+            f"{where}: model_type is {model_type!r}, a model of images and text. Use a text model, "
+            f"of model_type {TEXT_PARTS[model_type]!r}."
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelLoadError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from relax.errors import ModelLoadError
+from relax.errors import ConfigError, ModelLoadError
 from relax.files import read_json
 from relax.models.config import TransformerConfig
 from relax.models.families import Family, family_of
@@ -33,6 +33,7 @@ from relax.models.transformer import Transformer
 TENSOR = "score.weight"
 # Classes that are not named after that of the language model.
 CLASSES = {"gemma3_text": "Gemma3TextForSequenceClassification"}
+WITHOUT = frozenset({"granite", "granitemoehybrid", "ernie4_5"})  # families without a class
 
 
 def load_classifier(
@@ -92,7 +93,16 @@ def save_classifier(
 
 
 def class_of(family: Family) -> str:
-    """The class of transformers for such a directory."""
+    """The class of transformers for such a directory.
+
+    Raises:
+      ConfigError: transformers has none for the family.
+    """
+    if family.model_type in WITHOUT:
+        raise ConfigError(
+            f"transformers has no sequence classifier of model_type {family.model_type!r}, so that "
+            "nothing could load a reward model of it. Choose a model of another family."
+        )
     name = family.architecture.removesuffix("ForCausalLM") + CLASSIFIER
     return CLASSES.get(family.model_type, name)
 
