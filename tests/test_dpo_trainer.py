@@ -303,3 +303,35 @@ def test_every_loss_gives_a_finite_gradient_though_rows_are_empty(tiny_model, ti
     batch = dpo.pack(dict(next(iter(loader(6))), ref_logprobs=np.full((6, 2), -3, np.float32)))
     slope = jax.jit(jax.grad(lambda p: dpo.compute_loss(p, batch, frozen={}).loss))(tiny_params)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo", "sft"])
+def test_a_pair_without_a_prompt_is_trained_on_from_its_second_tokens_as_in_sft(
+    loss_type, tiny_model, tiny_params, other_params
+):
+    """Its prompt has merged into the completions: the first token of each has no context."""
+    pairs = [([3, 4], [5, 6], [7]), ([], [8, 9, 10], [11, 12]), ([13], [14], [15, 16])]
+    items = [Preference(*(np.array(part, np.int32) for part in pair)) for pair in pairs]
+    data = PreferenceLoader(Preferences(items, True), 3, shuffle=False)
+    (batch,) = data
+    ref = tiny_params if loss_type == "sigmoid" else None
+    dpo = trainer(tiny_model, other_params, loss_type=loss_type, ref_params=ref)
+
+    def logprob(params, prompt, completion) -> tuple[float, int]:
+        prompt, completion = (prompt, completion) if prompt else (completion[:1], completion[1:])
+        values = by_hand(tiny_model, params, prompt, completion)[0]
+        return values.sum(), len(values)
+
+    wanted = np.array([[logprob(other_params, p, c) for c in both] for p, *both in pairs])
+    sums, counts = wanted[:, :, 0], wanted[:, :, 1]
+    np.testing.assert_allclose(dpo.answer_logprobs(other_params, batch), sums, rtol=1e-5)
+    if loss_type == "sigmoid":
+        refs = np.array([[logprob(tiny_params, p, c)[0] for c in both] for p, *both in pairs])
+        expected = np.log1p(np.exp(-0.1 * np.subtract(*(sums - refs).T))).mean()
+    elif loss_type == "simpo":
+        expected = np.log1p(np.exp(-(0.1 * np.subtract(*(sums / counts).T) - 0.5))).mean()
+    else:
+        expected = -sums[:, 0].sum() / counts[:, 0].sum()
+    out = loss_of(dpo, other_params, {"ref": tiny_params} if ref else {}, batch)
+    np.testing.assert_allclose(out.loss, expected, rtol=1e-5)
+    assert float(out.metrics["entropy"].weight) == counts.sum()

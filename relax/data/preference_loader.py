@@ -84,7 +84,8 @@ class PreferenceLoader(RowBatches):
         items, exists = self.preferences.items, index >= 0
         chosen = [items[i] if i >= 0 else None for i in index]
         batch = _padded(chosen) | {"index": index}
-        lengths = batch["completion_lengths"][exists, 0]
+        # Without a prompt the first token of a completion is not predicted.
+        lengths = batch["completion_lengths"][exists, 0] - (batch["prompt_lengths"][exists] == 0)
         batch["mean_chosen_length"] = np.full(len(index), lengths.mean(), np.float32)
         if not self.preferences.is_paired:
             labels = np.array([item.is_desirable for item in items])

@@ -38,7 +38,7 @@ from relax.losses import (
 )
 from relax.models.forward import at_places, predicting_states
 from relax.models.trainable import merge
-from relax.trainers.groups import completion_targets, num_tokens, pack_groups
+from relax.trainers.groups import completion_targets, num_tokens, pack_groups, predicted_lengths
 from relax.trainers.state import (
     TrainState,
     copy_tree,
@@ -177,7 +177,7 @@ class DPOTrainer(Trainer):
         tokens = self._logprobs(weights, hidden, targets)
         logprobs = _per_completion(batch, tokens.logprobs)  # [N, 2]
         ref_logprobs = self._reference_logprobs(frozen, batch, logprobs)
-        lengths = batch["completion_lengths"]
+        lengths = predicted_lengths(batch)
         mask = (lengths > 0).all(axis=1)
         losses = self._pair_losses if self.is_paired else self._kto_losses
         losses, metrics = losses(batch, logprobs, ref_logprobs, lengths, mask)
@@ -273,7 +273,7 @@ class DPOTrainer(Trainer):
 
     def _token_metrics(self, params, batch, hidden, targets, tokens) -> dict:
         hidden, matrix = jax.lax.stop_gradient((hidden, self.model.output_matrix(params)))
-        lengths = batch["completion_lengths"]
+        lengths = predicted_lengths(batch)
         # The mean over the vocabulary of hidden · matrixᵀ is hidden · (mean row of the matrix).
         logits = hidden.astype(jnp.float32) @ matrix.astype(jnp.float32).mean(axis=0)
         logits = _per_completion(batch, jnp.where(targets != IGNORED, logits, 0.0))

@@ -92,6 +92,15 @@ def completion_targets(batch) -> jax.Array:
     return jnp.where(batch["previous"] >= 0, batch["input_ids"], IGNORED)
 
 
+def predicted_lengths(batch) -> jax.Array:
+    """Number of each completion's tokens that are predicted, `[N, G]`.
+
+    These are all, except the first one where the prompt is empty.
+    """
+    lengths, is_empty = batch["completion_lengths"], batch["prompt_lengths"][:, None] == 0
+    return jnp.where(is_empty & (lengths > 0), lengths - 1, lengths)
+
+
 def num_tokens(batch) -> jax.Array:
     """Number of tokens in a batch without padding; a prompt counts once per completion."""
     lengths, prompts = batch["completion_lengths"], batch["prompt_lengths"][:, None]
