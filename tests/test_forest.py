@@ -7,6 +7,7 @@ import pytest
 
 from relax.data.forest import deal, pack_forest, pack_rows, places
 from relax.models import Transformer, TransformerConfig
+from relax.models.config import RopeScaling
 from relax.models.forward import predicting_states
 from relax.trainers.groups import pack_groups
 
@@ -181,12 +182,38 @@ def as_forest(model, params):
     return [flat[batch["places"][p, g, : LENGTHS[p, g]]] for p, g in np.ndindex(P, G)]
 
 
+def over_two_rows(model, params):
+    """In rows of 12 tokens the first group, a prompt of 7 and 9 tokens, has no room."""
+    prompts, completions = ids()
+    trees = [
+        (prompts[p, : PROMPT_LENGTHS[p]], [completions[p, g, : LENGTHS[p, g]] for g in range(G)])
+        for p in range(P)
+    ]
+    rows, starts, _ = pack_forest(trees, row_length=12)
+    assert (rows["input_ids"][:, :7] == prompts[0]).all(axis=1).sum() == 2
+    hidden, _ = predicting_states(model, params, rows)
+    flat, lengths = hidden.reshape(-1, hidden.shape[-1]), LENGTHS.reshape(-1)
+    return [flat[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+
+
 def test_states_equal_those_of_separate_rows(model_and_params):
-    expected, found = (
-        jax.jit(f, static_argnums=0)(*model_and_params) for f in (each_alone, as_forest)
+    expected, *others = (
+        jax.jit(f, static_argnums=0)(*model_and_params)
+        for f in (each_alone, as_forest, over_two_rows)
     )
-    for a, b in zip(expected, found, strict=True):
-        assert a.shape == b.shape
+    for found in others:
+        for a, b in zip(expected, found, strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+def test_where_positions_turn_by_the_length_of_a_text_each_completion_repeats_its_prompt():
+    """Two of six texts are longer than 10 tokens, and turn otherwise, from the first token on."""
+    scaling = RopeScaling("dynamic", 3.0, original_max_position_embeddings=10)
+    model = Transformer(TransformerConfig(**SIZES, rope_scaling=scaling))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    assert "parent_ids" not in packed(model)
+    for a, b in zip(each_alone(model, params), as_forest(model, params), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
 
 
