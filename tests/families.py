@@ -339,6 +339,11 @@ ROWS = {
         "squared rectifiers without a gate; biases; rope yarn",
         BIASED | {"mlp_bias": True, "rope_parameters": YARN} | TWO_LAYERS,
     ),
+    "nanochat": (
+        "nanochat",
+        "norms without scales, one on the embeddings; no gate; a cap of the logits; biases",
+        {"final_logit_softcapping": 2.5} | rope("linear", 200.0, factor=2.5) | BIASED | TWO_LAYERS,
+    ),
     "mixtral": (
         "mixtral",
         "5 experts, 2 per token; a window",
@@ -385,6 +390,7 @@ NEWER = (
     "seed_oss",
     "ernie4_5",
     "arcee",
+    "nanochat",
 )
 FAMILY_NAMES = tuple(name for name, (model_type, *_) in ROWS.items() if name == model_type)
 

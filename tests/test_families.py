@@ -502,6 +502,7 @@ LONG = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
         ("seed_oss", {"rope_theta": 7.0, "rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3_NEW}),
         ("ernie4_5", {"rope_theta": 7.0, "rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3_NEW}),
         ("arcee", {"rope_theta": 7.0, "rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3_NEW}),
+        ("nanochat", {"rope_theta": 7.0, "rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3_NEW}),
         (
             "ministral3",
             {"rope_theta": 7.0, "rope_scaling": SCALING | {"llama_4_scaling_beta": 0.3}},

@@ -158,6 +158,15 @@ def test_interleaved_rotation_turns_pairs_of_neighbours():
     np.testing.assert_allclose(out, rotate(jnp.asarray(x), angles)[..., order], atol=1e-6)
 
 
+def test_backward_rotation_undoes_the_other_one():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 8)), jnp.float32)
+    there, back = (
+        rotary_angles(jnp.array([[2, 5]]), Rope(THETA, backwards=b), R) for b in (False, True)
+    )
+    assert np.abs(rotate(x, back) - x).max() > 0.1
+    np.testing.assert_allclose(rotate(rotate(x, there), back), x, atol=1e-5)
+
+
 def test_ntk_raises_the_base_whatever_the_length():
     """Base 4 · 9^(8 / 6) with R = 8."""
     found = frequencies(Rope(4.0, RopeScaling("ntk", 9.0)), 8)

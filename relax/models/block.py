@@ -75,7 +75,13 @@ class Block(nn.Module):
 
     def _norm(self):
         c = self.config
-        return RMSNorm(c.rms_norm_eps, c.norm_plus_one, self.dtype, self.param_dtype)
+        return RMSNorm(
+            c.rms_norm_eps,
+            c.norm_plus_one,
+            self.dtype,
+            self.param_dtype,
+            has_scale=c.norm_scale,
+        )
 
     def _linear(self, features, use_bias):
         return Linear(

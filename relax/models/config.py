@@ -42,6 +42,7 @@ class RopeScaling:
 class Rope:
     """Rotary positions: frequencies theta^(-2i/R), scaled by `scaling`.
 
+    With `backwards` planes turn by the negative angle.
     Queries are also multiplied by 1 + query_beta log(1 + floor(position / query_length)).
     """
 
@@ -49,6 +50,7 @@ class Rope:
     scaling: RopeScaling | None = None
     query_beta: float = 0.0
     query_length: int = 1
+    backwards: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,8 @@ class TransformerConfig:
       gated_mlp: whether the feed-forward block has a gate; else the activation is that of
         `up_proj`.
       norm_plus_one: norms multiply by 1 + scale.
+      norm_scale: whether norms have a scale at all.
+      embedding_norm: whether the embeddings are normalised.
       pre_norm, post_norm: norms before and after the two blocks of a layer.
       qk_norm: norm of queries and keys: `head` normalises each head, `all` all heads together,
         both before rotation; `rotated` normalises each head after it; None: no norm.
@@ -121,6 +125,7 @@ class TransformerConfig:
       local_rope_theta: base of the unscaled rotary positions in sliding layers; None: as in the
         others.
       no_rope_layers: indices of layers without positions.
+      rope_backwards: whether planes turn by the negative angle.
       rope_interleaved: whether a rotated plane is two neighbours (x[2i], x[2i + 1]) instead of
         (x[i], x[i + R/2]).
       query_beta, query_length: rotated queries are multiplied by
@@ -153,6 +158,8 @@ class TransformerConfig:
     gated_mlp: bool = True
     rotary_dim: int | None = None
     norm_plus_one: bool = False
+    norm_scale: bool = True
+    embedding_norm: bool = False
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm: str | None = None
@@ -166,6 +173,7 @@ class TransformerConfig:
     layer_types: tuple[str, ...] = ()
     local_rope_theta: float | None = None
     no_rope_layers: tuple[int, ...] = ()
+    rope_backwards: bool = False
     rope_interleaved: bool = False
     query_beta: float = 0.0
     query_length: int = 1
@@ -215,7 +223,13 @@ class TransformerConfig:
     def layer(self, index: int) -> LayerSpec:
         """The settings of layer `index`, from 0."""
         sliding = bool(self.layer_types) and self.layer_types[index] == "sliding_attention"
-        rope = Rope(self.rope_theta, self.rope_scaling, self.query_beta, self.query_length)
+        rope = Rope(
+            self.rope_theta,
+            self.rope_scaling,
+            self.query_beta,
+            self.query_length,
+            self.rope_backwards,
+        )
         if sliding and self.local_rope_theta is not None:
             rope = dataclasses.replace(rope, theta=self.local_rope_theta, scaling=None)
         return LayerSpec(

@@ -14,7 +14,7 @@ from relax.models.config import LoRA
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps) * scale over the last axis, in float32; or * (1 + scale).
 
-    `multiplier` is one more factor, the same for all entries.
+    `multiplier` is one more factor, the same for all entries, and without `has_scale` the only one.
     Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, eq. 4.
     """
 
@@ -23,15 +23,18 @@ class RMSNorm(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     multiplier: float = 1.0
+    has_scale: bool = True
 
     @nn.compact
     def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        if not self.has_scale:
+            return (x32 * self.multiplier).astype(self.dtype)
         init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         scale = scale.astype(jnp.float32) + (1.0 if self.plus_one else 0.0)
         scale = scale * self.multiplier
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (x32 * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.dtype)
 
 

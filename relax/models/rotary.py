@@ -88,7 +88,7 @@ def rotary_angles(
     turns = frequencies(rope, R, lengths)
     turns = turns if turns.ndim == 2 else turns[None, :]
     angles = positions.reshape(-1, 1).astype(jnp.float32) * turns  # [M, R/2]
-    angles = angles[:, None, None, :]
+    angles = (-angles if rope.backwards else angles)[:, None, None, :]
     factor = 1.0 if scaling is None else scaling.attention_factor
     return Angles(jnp.cos(angles) * factor, jnp.sin(angles) * factor, _query_scale(positions, rope))
 

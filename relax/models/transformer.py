@@ -74,9 +74,17 @@ class Transformer(nn.Module):
             )
         self.layers = [self._block(layer) for layer in c.layers]
         # The divisor of the logits is applied here: a loss multiplies by the output matrix alone.
-        self.norm = RMSNorm(
-            c.rms_norm_eps, c.norm_plus_one, self.dtype, self.param_dtype, 1 / c.logits_scaling
+        norm = functools.partial(
+            RMSNorm,
+            c.rms_norm_eps,
+            c.norm_plus_one,
+            self.dtype,
+            self.param_dtype,
+            has_scale=c.norm_scale,
         )
+        self.norm = norm(multiplier=1 / c.logits_scaling)
+        if c.embedding_norm:
+            self.embed_norm = norm()
 
     def _block(self, layer, **options):
         return Block(self.config, layer, self.dtype, self.param_dtype, self.lora, **options)
@@ -175,6 +183,8 @@ class Transformer(nn.Module):
         table = parallel.gather_for_use(self.embed_tokens, "embed_tokens", dtype=self.dtype)
         x = table[input_ids.reshape(-1)].astype(self.dtype)  # [M, D]
         x = parallel.constrain(x, "batch", None)
+        if self.config.embedding_norm:
+            x = self.embed_norm(x)
         multiplier = self.config.embedding_multiplier
         return x if multiplier == 1.0 else x * jnp.asarray(multiplier, self.dtype)
 

@@ -15,6 +15,7 @@ from relax.models.families import (
     ministral3,
     mistral,
     mixtral,
+    nanochat,
     olmo2,
     olmo3,
     phi3,
@@ -46,6 +47,7 @@ _MODULES = (
     seed_oss,
     ernie4_5,
     arcee,
+    nanochat,
     mixtral,
     qwen3_moe,
 )

@@ -33,7 +33,8 @@ from relax.models.transformer import Transformer
 TENSOR = "score.weight"
 # Classes that are not named after that of the language model.
 CLASSES = {"gemma3_text": "Gemma3TextForSequenceClassification"}
-WITHOUT = frozenset({"granite", "granitemoehybrid", "ernie4_5"})  # families without a class
+# Families without a class.
+WITHOUT = frozenset({"granite", "granitemoehybrid", "ernie4_5", "nanochat"})
 
 
 def load_classifier(
