@@ -312,6 +312,69 @@ def test_csv_is_read_with_quoted_cells_over_lines(tmp_path):
     assert [rows.origin(i).rpartition(":")[2] for i in range(2)] == ["3", "4"]
 
 
+def test_completions_that_repeat_the_messages_of_the_prompt_are_taken_once(tokenizer):
+    """Whole conversations next to a prompt of messages: nothing is rendered or trained twice."""
+    system, asked = {"role": "system", "content": "Be kind"}, user("Hi")
+    for prompt, repeated in (([asked], [asked]), ([system, asked], [asked])):
+        pair = {"prompt": prompt, "chosen": [bot("Yo")], "rejected": [bot("No")]}
+        whole = pair | {n: [*repeated, *pair[n]] for n in ("chosen", "rejected")}
+        expected = prepare_preferences([pair], tokenizer)[0]
+        found, report = prepare_preferences([whole], tokenizer)
+        assert found.digest == expected.digest
+        note = "1 rows repeat the messages of the prompt in their completions: taken once"
+        assert note in report.notes
+        rows = [{"prompt": prompt, "completion": [*repeated, bot("Yo")]}]
+        (one,), _ = prepare(rows, tokenizer)
+        (other,), _ = prepare([{"prompt": prompt, "completion": [bot("Yo")]}], tokenizer)
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.labels.tolist() == other.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("weight", 0), ("weight", 0.5), ("train", False), ("weight", 1)]
+)
+@pytest.mark.parametrize("column", ["messages", "conversations", "completion"])
+def test_a_message_that_its_row_excludes_from_training_is_refused(column, key, value, tokenizer):
+    """`weight` as in OpenAI's fine-tuning files, `train` as in axolotl's."""
+    answer = bot("Yo") | {key: value}
+    row = {
+        "messages": {"messages": [user("Hi"), answer]},
+        "conversations": {
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Yo", key: value},
+            ]
+        },
+        "completion": {"prompt": [user("Hi")], "completion": [answer]},
+    }[column]
+    if value == 1:
+        prepare([row], tokenizer)
+        return
+    match = rf"row 0: {column}\[\d\] has '{key}' {value}, and messages have no weights here"
+    with pytest.raises(DataError, match=match):
+        prepare([row], tokenizer)
+
+
+def test_tool_calls_of_conversations_with_from_and_value_are_rendered_or_reported(tokenizer):
+    call = {"function": {"name": "look_up", "arguments": {"port": "Brest"}}}
+    rows = [
+        {
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "", "tool_calls": [call]},
+            ]
+        }
+    ]
+    assert '{"name": "look_up", "arguments": {"port": "Brest"}}' in texts(rows, tokenizer)[0]
+    notes = prepare(rows, byte_tokenizer(CHATML))[1].notes
+    assert any("does not render the tool_calls of 1 rows" in note for note in notes)
+
+
+def test_prompts_that_end_with_an_assistants_message_are_reported(tokenizer):
+    notes = prepare_prompts([{"prompt": [user("Hi"), bot("Yo")]}], tokenizer).notes
+    assert any("the prompts of 1 rows end with a message of the assistant" in n for n in notes)
+
+
 def test_alpacas_columns_are_a_prompt_and_a_completion_and_the_report_says_so():
     rows = [
         {"instruction": "Add", "input": "2, 3", "output": "5"},

@@ -21,6 +21,7 @@ _SHAREGPT_ROLES = {
 }
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # read by chat templates
 ALPACA = ("instruction", "output")  # and "input", which may be empty
+_OF_SFT = ("messages", "conversations", "prompt-completion")
 _MASKS = ("labels", "completion_mask", "assistant_masks")
 
 
@@ -164,6 +165,8 @@ def check_row(row: dict, found: Format, where: str) -> None:
             _check_integers(value, column, row, where)
         elif found.conversational:
             _check_messages(value, column, where, found.name == "conversations")
+            if found.name in _OF_SFT and column != "prompt":
+                _check_weights(value, column, where)
         elif not isinstance(value, str):
             raise _wrong_type(where, column, "a string", value)
 
@@ -206,11 +209,28 @@ def _check_messages(value, column: str, where: str, sharegpt: bool) -> None:
             )
 
 
+def _check_weights(messages: list[dict], column: str, where: str) -> None:
+    """Refuses messages that their row excludes from training, which no algorithm reads."""
+    for i, message in enumerate(messages):
+        for key in ("weight", "train"):
+            value = message.get(key)
+            if value is not None and value != 1:
+                raise DataError(
+                    f"{where}: {column}[{i}] has {key!r} {value!r}, and messages have no weights "
+                    "here: train on the last turn with 'prompt' and 'completion', or on the "
+                    f"assistant's with assistant_only_loss, and leave {key!r} out."
+                )
+
+
 def conversation(row: dict, column: str, options: FormatOptions) -> list[dict]:
     """The messages of a column, with the system prompt if they have no system message."""
     messages = row[column]
     if column == "conversations":
-        messages = [{"role": _SHAREGPT_ROLES[m["from"]], "content": m["value"]} for m in messages]
+        messages = [
+            {n: v for n, v in m.items() if n not in ("from", "value")}
+            | {"role": _SHAREGPT_ROLES[m["from"]], "content": m["value"]}
+            for m in messages
+        ]
     has_system = messages[0]["role"] in ("system", "developer")
     if options.system_prompt and not has_system and column != "completion":
         messages = [{"role": "system", "content": options.system_prompt}, *messages]

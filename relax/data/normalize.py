@@ -13,6 +13,7 @@ from relax.errors import DataError
 
 # Columns that are messages, or may be.
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+_COMPLETIONS = ("completion", "chosen", "rejected")
 _ALWAYS_CHAT = ("messages", "conversations")
 _TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's names of text parts
 
@@ -20,6 +21,7 @@ NOTES = {
     "json": "{} rows hold messages, tools or template arguments as JSON texts: read as JSON",
     "arguments": "{} rows hold arguments of tool calls as JSON texts: read as objects",
     "parts": "{} rows hold message content as text parts: joined to one text",
+    "repeats": "{} rows repeat the messages of the prompt in their completions: taken once",
 }
 
 
@@ -57,6 +59,9 @@ def _row(row: dict, where: str, limits: Limits, changes: set[str]) -> dict:
         value = row.get(column)
         if value is not None:
             new[column] = _chat(value, column, where, changes)
+    for column in _COMPLETIONS:
+        if column in new:
+            new[column] = _without_prompt(new[column], new.get("prompt"), changes)
     for column in ("tools", "chat_template_kwargs"):
         if row.get(column) is not None:
             new[column] = _tools(row[column], column, where, changes)
@@ -83,6 +88,26 @@ def _chat(value, column: str, where: str, changes: set[str]):
     ]
     same = len(messages) == len(value) and all(a is b for a, b in zip(messages, value, strict=True))
     return value if same and isinstance(value, list) else messages
+
+
+def _without_prompt(completion, prompt, changes: set[str]):
+    """The messages of a completion behind those of the prompt, with or without its system message.
+
+    >>> user, bot = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+    >>> _without_prompt([user, bot], [user], set()) == [bot]
+    True
+    """
+    if not (isinstance(completion, list) and isinstance(prompt, list)):
+        return completion
+    has_system = (
+        bool(prompt) and isinstance(prompt[0], Mapping) and prompt[0].get("role") == "system"
+    )
+    for repeated in (prompt, prompt[has_system:]):
+        if repeated and len(completion) > len(repeated):
+            if completion[: len(repeated)] == repeated:
+                changes.add("repeats")
+                return completion[len(repeated) :]
+    return completion
 
 
 def _message(message, place: str, where: str, changes: set[str]):

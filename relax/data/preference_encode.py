@@ -54,7 +54,8 @@ class PairEncoder:
         self.has_margins = for_reward_model and MARGIN in columns
         self.options = options
         self.is_pair = self.format.name != UNPAIRED_NAME
-        self.ignores_prompt = "prompt" in columns and "prompt" not in self.format.columns
+        reads_prompt = self.format.name == "tokens" or "prompt" in self.format.columns
+        self.ignores_prompt = "prompt" in columns and not reads_prompt
         self.renderer = ChatRenderer(tokenizer, options.limits)
         self.prompts: list[bytes] = []
         self.merged = 0

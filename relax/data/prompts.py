@@ -101,7 +101,14 @@ def prepare_prompts(
     # Reward functions get the same columns whatever rows form a batch.
     columns = dict.fromkeys(name for row in rows.rows for name in row)
     full = [dict.fromkeys(columns) | row for row in rows.rows]
-    return Prompts(all_ids, full, conversational, (*rows.notes, *renderer.notes()))
+    notes = (*rows.notes, *renderer.notes(), *_ended_prompts(rows.rows if conversational else []))
+    return Prompts(all_ids, full, conversational, notes)
+
+
+def _ended_prompts(rows: list[dict]) -> list[str]:
+    count = sum(row["prompt"][-1].get("role") == "assistant" for row in rows)
+    what = "end with a message of the assistant, which is complete: a completion begins a new one"
+    return [f"the prompts of {count:,} rows {what}"] if count else []
 
 
 def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int | None) -> None:
