@@ -73,8 +73,9 @@ def _around(owner, name: str, *, before: bool = False, only: Callable = lambda *
     return install
 
 
-def _after_items(passed: Callable, patch: pytest.MonkeyPatch) -> None:
-    """After an item of the training data is trained on, evaluated and saved where that is due."""
+def _after_items(passed: Callable, patch: pytest.MonkeyPatch, *, evaluated: bool = False) -> None:
+    """After an item of the training data is trained on, evaluated and saved where that is due; or
+    after an item of an evaluation."""
     from relax.trainers import trainer
 
     original = trainer.items_of
@@ -82,7 +83,7 @@ def _after_items(passed: Callable, patch: pytest.MonkeyPatch) -> None:
     def items_of(loader, *place, **evaluation):
         for item in original(loader, *place, **evaluation):
             yield item
-            if not evaluation:
+            if evaluated == bool(evaluation):
                 passed()
 
     patch.setattr(trainer, "items_of", items_of)
@@ -138,6 +139,7 @@ _POINTS = {
     "rollout": _around(_rl_trainer, "score", before=True),  # completions are not yet scored
     "reward": _around(_rl_trainer, "score"),
     "step": _after_items,
+    "evaluation": functools.partial(_after_items, evaluated=True),
     "before_write": _around(_checkpoints, "snapshot", before=True),
     "mid_write": _around(Path, "write_bytes", before=True, only=_writes("relax_state.json")),
     "before_checksums": _around(Path, "write_bytes", before=True, only=_writes("checksums.json")),

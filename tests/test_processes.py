@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax
 import pytest
 import runs
 from golden.trl_cases import write_tiny_llama
+from two_processes import SFT, ended, losses, port, start_two, weights
 
 from relax import files
 from relax.files import list_steps
@@ -22,60 +22,13 @@ from relax.parallel import processes
 from relax.trainers import Trainer
 
 pytestmark = pytest.mark.timeout(290)
-JOB = {
-    "per_device_train_batch_size": 4,
-    "max_steps": 6,
-    "save_steps": 2,
-    "logging_steps": 1,
-    "gradient_checkpointing": False,
-    "heartbeat_s": 10,
-    "test_size": 8.0,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "metric_for_best_model": "eval_loss",
-    "load_best_model_at_end": True,
-}
-
-
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     directory = tmp_path_factory.mktemp("processes")
     rows = runs.write_rows(directory / "rows.jsonl", runs.additions(40))
-    return directory, JOB | {"dataset_name": rows}
-
-
-def start_two(output: Path, fields: dict, *, fault=None, other=None, before=(None, None)):
-    """Process 0, and process 1 which meets a fault or has other fields; `before` changes each."""
-    address = f"127.0.0.1:{port()}"
-    children = []
-    for number in range(2):
-        own = fields | ((other or {}) if number else {})
-        arguments = runs.flags(
-            **own, output_dir=output, mesh="data=2", coordinator=address, num_processes=2,
-            process_id=number,
-        )  # fmt: skip
-        own_fault = fault if number else None
-        children.append(runs.fork(*arguments, fault=own_fault, before=before[number]))
-    return children
-
-
-def ended(children) -> list[int]:
-    return [child.end() for child in children]
-
-
-def losses(output: Path) -> list[float]:
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def weights(output: Path) -> bytes:
-    return (output / "final" / "model.safetensors").read_bytes()
+    return directory, SFT | {"dataset_name": rows}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +69,9 @@ def test_only_process_0_speaks_and_writes(two):
 
 def test_when_one_is_killed_the_other_ends_with_an_error_and_a_relaunch_goes_on_exactly(two, job):
     directory, fields = job
-    first, second = start_two(directory / "killed", fields | {"save_async": True}, fault="step:5")
+    first, second = start_two(
+        directory / "killed", fields | {"save_async": True}, faults=(None, "step:5")
+    )
     assert second.end() == -9
     assert first.end() != 0
     more = {"resume": "auto", "save_async": True}

@@ -1,0 +1,74 @@
+"""Runs of two processes over loopback, as the tests and the campaigns start them."""
+
+import json
+import socket
+from pathlib import Path
+
+import runs
+
+SFT = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 6,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "heartbeat_s": 10,
+    "test_size": 8.0,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "metric_for_best_model": "eval_loss",
+    "load_best_model_at_end": True,
+}
+
+
+def port() -> int:
+    """A port of loopback that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_two(
+    output: Path,
+    fields: dict,
+    *,
+    faults=(None, None),
+    before=(None, None),
+    other: dict | None = None,
+    script: Path = runs.SCRIPT,
+    address: str | None = None,
+) -> list[runs.Child]:
+    """Starts processes 0 and 1 of a run.
+
+    Args:
+      faults, before: of each process, see `runs.fork`.
+      other: fields that are different in process 1.
+      address: of the coordinator; None: a free port.
+    """
+    address = address or f"127.0.0.1:{port()}"
+    children = []
+    for number in range(2):
+        own = fields | ((other or {}) if number else {})
+        arguments = runs.flags(
+            **own, output_dir=output, mesh="data=2", coordinator=address, num_processes=2,
+            process_id=number,
+        )  # fmt: skip
+        how = {"fault": faults[number], "before": before[number]}
+        children.append(runs.fork(*arguments, script=script, **how))
+    return children
+
+
+def ended(children) -> list[int]:
+    """The exit codes."""
+    return [child.end() for child in children]
+
+
+def losses(output: Path) -> list[float]:
+    """The losses that a run has logged."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(output: Path) -> bytes:
+    """The file of the exported weights."""
+    return (output / "final" / "model.safetensors").read_bytes()
