@@ -1,4 +1,4 @@
-"""Kills of a run: `python -m benchmarks.reliability.kills --algorithm sft --kills 20 --processes 2`.
+"""Kills of a run: `python -m benchmarks.reliability.kills --algorithm sft --processes 2`.
 
 Each start of the run is killed with SIGKILL, in either of two processes, at a named point (in a
 rollout, an evaluation, each part of a save, the export) or after a random time, and is resumed by
@@ -21,10 +21,22 @@ from runs import end_all
 from benchmarks.reliability import jobs
 
 SHORT = {
-    "sft": {"max_steps": 12, "save_steps": 3, "eval_steps": 4, "logging_steps": 2},
-    "grpo": {"max_steps": 8, "save_steps": 2, "eval_steps": 4, "logging_steps": 3},
+    "sft": {
+        "max_steps": 12,
+        "save_steps": 3,
+        "eval_steps": 4,
+        "logging_steps": 2,
+        "metric_for_best_model": "eval_loss",
+    },
+    "grpo": {
+        "max_steps": 8,
+        "save_steps": 2,
+        "eval_steps": 4,
+        "logging_steps": 3,
+        "metric_for_best_model": "eval_reward",
+    },
 }
-COMMON = {"eval_strategy": "steps", "save_total_limit": 2, "metric_for_best_model": "eval_loss"}
+COMMON = {"eval_strategy": "steps", "save_total_limit": 2}
 # The point, and how often a whole run passes it.
 POINTS = {
     "step": 8,
@@ -90,10 +102,13 @@ class Campaign:
         self.places: collections.Counter[str] = collections.Counter()
         self.seconds: list[float] = []
         self.finished = 0
+        self.run_s = 0.0  # of an unbroken run
 
     def run(self, kills: int) -> int:
         """Makes the kills; the number of finished runs that differ from an unbroken one."""
+        start_s = time.monotonic()
         self.go_on(self.root / "unbroken")
+        self.run_s = time.monotonic() - start_s
         expected, differing = self.job.outcome(self.root / "unbroken"), 0
         while sum(self.places.values()) < kills:
             output = self.root / f"run-{self.finished}"
@@ -124,9 +139,7 @@ class Campaign:
             place = f"process {victim} at {name}"
         children = self.job.start(output, faults=faults, resume="auto")
         if faults[victim] is None:
-            if self.rng.random() < 0.7:
-                children[0].wait_for("compil")
-            time.sleep(self.rng.uniform(0, 3))
+            time.sleep(self.rng.uniform(0, self.run_s))
             children[victim].process.kill()
         others = [child for number, child in enumerate(children) if number != victim]
         code, killed_s = children[victim].end(), time.monotonic()
