@@ -2,12 +2,12 @@
 
 A checkpoint is a directory named after its step:
 
-    <step>/arrays/...         the leaves of the state, as orbax writes them
+    <step>/arrays/...         the leaves of the state, as tensorstore writes them
     <step>/relax_state.json   format, step, progress, fingerprint
     <step>/checksums.json     crc32 of every leaf and of every file, its own included
 
 It is written under a temporary name and renamed when all of it is on disk, so a directory named
-after a step is complete. Orbax does not detect a flipped bit in an array; the checksums do. Nothing
+after a step is complete. Tensorstore does not detect every flipped bit; the checksums do. Nothing
 in a checkpoint is ever unpickled.
 """
 
@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 
-from relax import parallel
 from relax.checkpoint.storage import (
     DamagedError,
     Snapshot,
@@ -33,8 +32,7 @@ from relax.checkpoint.storage import (
     fingerprint_diff,
     named_leaves,
     place,
-    read_arrays,
-    read_leaf,
+    read_leaves,
     read_manifests,
     snapshot,
     tree_bytes,
@@ -258,28 +256,22 @@ def restore_checkpoint(
     want = named_leaves(template)
     check_structure(path, want, sums["leaves"])
     bad_files = [name for name, crc in sums["files"].items() if file_crc(path / name) != crc]
-    arrays, bad_leaves = None, []
     if bad_files:
-        bad_leaves = damaged_leaves(path, sums["leaves"])
-    elif parallel.layout() is None:
-        arrays, bad_leaves = read_arrays(path, sums["leaves"])
-    if bad_files or bad_leaves:
-        what = [f"file {name}" for name in bad_files] + [f"leaf {name}" for name in bad_leaves]
+        what = [f"file {name}" for name in bad_files]
+        what += [f"leaf {name}" for name in damaged_leaves(path, sums["leaves"])]
         raise DamagedError(f"checkpoint '{path}' is damaged: {join_some(what, 8)}.")
     changed = fingerprint_diff(info["fingerprint"], fingerprint())
     if changed:
         warn(f"bit-identity with the run that saved step {info['step']} is not promised: {changed}")
-    if arrays is None:  # on a mesh one leaf at a time is read and sharded
-        placed = [_read_placed(path, n, sums["leaves"][n], leaf) for n, leaf in want.items()]
-    else:
-        # Pop each leaf when it is placed: two copies of the state never exist at once.
-        placed = [place(arrays.pop(name), leaf) for name, leaf in want.items()]
+    # One leaf after another is read and placed: two copies of the state never exist at once.
+    read = read_leaves(path, {name: sums["leaves"][name] for name in want})
+    leaves = zip(want.items(), read, strict=True)
+    placed = [_placed(path, name, array, like) for (name, like), array in leaves]
     state = jax.tree.unflatten(jax.tree.structure(template), placed)
     return state, info["progress"], info["step"]
 
 
-def _read_placed(path: Path, name: str, spec: dict, like):
-    array = read_leaf(path, name, spec)
+def _placed(path: Path, name: str, array, like):
     if array is None:
         raise DamagedError(f"checkpoint '{path}' is damaged: leaf {name}.")
     return place(array, like)

@@ -3,36 +3,31 @@
 `relax.checkpoint.checkpointer` documents the files and manages the checkpoints.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from relax import parallel
+from relax.checkpoint.arrays import host_array, host_copy, read_arrays, where, write_arrays
 from relax.config.text import join_some
 from relax.errors import CheckpointError, ResumeError
 from relax.files import STATE_FILE, file_crc, fsync_path
 from relax.parallel import processes
 
-FORMAT = 2  # 1: ReLax 0.1, whose callbacks had other states
+FORMAT = 2  # 1: ReLax 0.1, whose callbacks had other states, and whose arrays orbax wrote
 
 _ARRAYS = "arrays"
 _CHECKSUMS = "checksums.json"
-# Limit of the second copy that orbax holds of the leaves it is writing.
-_IN_FLIGHT_BYTES = 200_000_000
-_HOST = "pinned_host"  # memory kind that outlives a donated array
 
 
 class DamagedError(ResumeError):
@@ -62,10 +57,15 @@ def _spec(leaf) -> dict:
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        # The dtype reads key<fry>; wrap_key_data takes the name of its implementation.
-        return _spec(data) | {"key": str(jax.random.key_impl(jnp.empty((), leaf.dtype)))}
+        return _key_spec(leaf.shape, leaf.dtype)
     return {"shape": list(leaf.shape), "dtype": str(np.dtype(leaf.dtype))}
+
+
+@functools.cache  # jax keeps an entry for every call of eval_shape
+def _key_spec(shape: tuple[int, ...], dtype) -> dict:
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
+    # The dtype reads key<fry>; wrap_key_data takes the name of its implementation.
+    return _spec(data) | {"key": str(jax.random.key_impl(jnp.empty((), dtype)))}
 
 
 def _stored(leaf):
@@ -133,16 +133,8 @@ def leaf_crc(array) -> int:
     """crc32 of an array's bytes."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = parallel.to_host(array)
-    if isinstance(array, jax.Array) and not _on_host(array):
-        # A jax array keeps the host copy made by reading it: read through a temporary array.
-        array = jnp.copy(array)
-    flat = np.asarray(array, order="C").reshape(-1).view(np.uint8)
+    flat = host_array(array).reshape(-1).view(np.uint8)
     return zlib.crc32(flat.data)
-
-
-def _on_host(array: jax.Array) -> bool:
-    kind = array.sharding.memory_kind
-    return kind == _HOST or all(device.platform == "cpu" for device in array.devices())
 
 
 class Snapshot(NamedTuple):
@@ -171,20 +163,8 @@ def snapshot(step: int, state, progress: dict, *, copied: bool) -> Snapshot:
         raise CheckpointError(f"the progress of a run must be JSON: {error}") from error
     arrays = {name: _stored(leaf) for name, leaf in leaves.items()}
     if copied:
-        arrays = {name: _copied(array) for name, array in arrays.items()}
+        arrays = {name: host_copy(array) for name, array in arrays.items()}
     return Snapshot(int(step), arrays, {n: _spec(leaf) for n, leaf in leaves.items()}, info_bytes)
-
-
-def copies_are_apart() -> bool:
-    """Whether host copies use other memory than computations."""
-    device = jax.local_devices()[0]
-    return device.platform != "cpu" and _HOST in {m.kind for m in device.addressable_memories()}
-
-
-def _copied(array):
-    if isinstance(array, np.ndarray):
-        return array.copy()
-    return jax.device_put(array, array.sharding.with_memory_kind(_HOST))
 
 
 def write(directory: Path, taken: Snapshot) -> None:
@@ -196,15 +176,9 @@ def write(directory: Path, taken: Snapshot) -> None:
         directory.mkdir()
     processes.barrier(f"{where(directory)}: directory")
     sums = _leaf_sums(directory, taken.arrays)
-    # Orbax rejects arrays without elements; the checksums hold their shape, which is all of them.
+    # Arrays without elements have no bytes; the checksums hold their shape, which is all of them.
     full = {name: array for name, array in taken.arrays.items() if array.size}
-    in_flight = max([_IN_FLIGHT_BYTES, *(array.nbytes for array in full.values())])
-    together = _together(directory)
-    handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=in_flight / 1e9 + 0.001, multiprocessing_options=together
-    )
-    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=together) as orbax:
-        orbax.save(directory / _ARRAYS, full)
+    write_arrays(directory / _ARRAYS, full)
     processes.barrier(f"{where(directory)}: arrays")
     if not processes.is_main():
         return
@@ -215,36 +189,6 @@ def write(directory: Path, taken: Snapshot) -> None:
     (directory / _CHECKSUMS).write_bytes(_seal({"leaves": sums, "files": files}))
     for path in [*directory.rglob("*"), directory]:
         fsync_path(path)
-
-
-def where(directory: Path) -> str:
-    """Prefix of barrier names for a checkpoint, since another thread may write elsewhere."""
-    return directory.parent.name
-
-
-def _together(directory: Path) -> ocp.options.MultiprocessingOptions:
-    """Options that make orbax wait for the other processes without using their devices.
-
-    It does so if it is given the processes, under a name that no other save uses.
-    """
-    if processes.count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(
-        active_processes=set(range(processes.count())),
-        barrier_sync_key_prefix=processes.unique_name(where(directory)),
-    )
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Silences orbax's log of a traceback per thread for an error that it raises anyway."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _seal(sums: dict) -> bytes:
@@ -281,38 +225,18 @@ def read_manifests(path: Path) -> tuple[dict, dict]:
     return sums, info
 
 
-def read_arrays(path: Path, specs: dict) -> tuple[dict, list[str]]:
-    """Reads all leaves as numpy arrays; also returns the names of damaged ones."""
-    full = {name: spec for name, spec in specs.items() if math.prod(spec["shape"])}
-    how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in full}
-    try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-            arrays = orbax.restore(path / _ARRAYS, restore_args=how)
-    except Exception as error:
-        raise ResumeError(f"checkpoint '{path}' cannot be read: {error}") from error
-    for name in specs.keys() - full.keys():
-        arrays[name] = np.empty(specs[name]["shape"], jnp.dtype(specs[name]["dtype"]))
-    return arrays, [name for name, spec in specs.items() if not _intact(arrays.get(name), spec)]
-
-
-def read_leaf(path: Path, name: str, spec: dict) -> np.ndarray | None:
-    """Reads one leaf without orbax, which reads all or none; None if it is damaged."""
-    if not math.prod(spec["shape"]):
-        return np.empty(spec["shape"], jnp.dtype(spec["dtype"]))
-    store = {"driver": "ocdbt", "base": f"file://{path / _ARRAYS}/", "path": name}
-    try:
-        opened = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
-        if list(opened.shape) == spec["shape"]:
-            array = opened.read().result()
-            return array if _intact(array, spec) else None
-    except ValueError:  # tensorstore's error for anything unreadable
-        pass
-    return None
+def read_leaves(path: Path, specs: dict[str, dict]) -> Iterator[np.ndarray | None]:
+    """Reads the leaves of the given specs one after another; yields None for a damaged one."""
+    shapes = {name: (spec["shape"], spec["dtype"]) for name, spec in specs.items()}
+    arrays = read_arrays(path / _ARRAYS, shapes)
+    for array, spec in zip(arrays, specs.values(), strict=True):
+        yield array if _intact(array, spec) else None
 
 
 def damaged_leaves(path: Path, specs: dict) -> list[str]:
-    """Names of leaves in damaged files, found by reading one after another."""
-    return [name for name, spec in specs.items() if read_leaf(path, name, spec) is None]
+    """Names of leaves in damaged files."""
+    read = zip(specs, read_leaves(path, specs), strict=True)
+    return [name for name, array in read if array is None]
 
 
 def _intact(array: np.ndarray | None, spec: dict) -> bool:

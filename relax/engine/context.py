@@ -11,9 +11,9 @@ from typing import Any, Generic, Self, TypeVar
 import jax
 from rich.console import Console
 
+from relax.checkpoint.arrays import copies_are_apart
 from relax.checkpoint.checkpointer import Checkpointer, full_disk
 from relax.checkpoint.frozen import WithoutFrozen
-from relax.checkpoint.storage import copies_are_apart
 from relax.config import TrainerConfig
 from relax.engine import checks, devices, output
 from relax.engine.model_source import ModelSource
