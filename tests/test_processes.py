@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +13,11 @@ import jax
 import pytest
 import runs
 from golden.trl_cases import write_tiny_llama
-from two_processes import SFT, ended, losses, port, start_two, weights
+from two_processes import SFT, ended, losses, port, slow_steps, start_two, weights
 
 from relax import files
 from relax.files import list_steps
 from relax.parallel import processes
-from relax.trainers import Trainer
 
 pytestmark = pytest.mark.timeout(290)
 
@@ -81,29 +79,22 @@ def test_when_one_is_killed_the_other_ends_with_an_error_and_a_relaunch_goes_on_
     assert losses(directory / "killed") == losses(two[0])
 
 
-@pytest.mark.parametrize("to", [0, 1])
-def test_sigterm_to_any_process_saves_and_ends_all_and_a_relaunch_goes_on_exactly(two, job, to):
+@pytest.mark.parametrize(
+    "signum, to", [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
+)
+def test_a_signal_to_any_process_saves_and_ends_all_and_a_relaunch_goes_on_exactly(
+    two, job, signum, to
+):
     directory, fields = job
-    output = directory / f"stopped {to}"
+    output = directory / f"stopped by {signum} to {to}"
     children = start_two(output, fields, before=(slow_steps, slow_steps))
     children[0].wait_for("step 1/6")
-    children[to].process.send_signal(signal.SIGTERM)
-    assert ended(children) == [143, 143], [child.stderr[-2000:] for child in children]
+    children[to].process.send_signal(signum)
+    assert ended(children) == [128 + signum] * 2, [child.stderr[-2000:] for child in children]
     assert list_steps(output / "checkpoints")[-1] < 6
     children = start_two(output, fields | {"resume": "auto"})
     assert ended(children) == [0, 0], [child.stderr[-2000:] for child in children]
     assert weights(output) == weights(two[0]) and losses(output) == losses(two[0])
-
-
-def slow_steps():
-    """Leaves time for a signal between two steps."""
-    train_on = Trainer.make_batches
-
-    def make_batches(self, state, item):
-        time.sleep(1)
-        return train_on(self, state, item)
-
-    Trainer.make_batches = make_batches
 
 
 @pytest.mark.parametrize("gone", [0, 1])

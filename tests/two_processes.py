@@ -2,9 +2,12 @@
 
 import json
 import socket
+import time
 from pathlib import Path
 
 import runs
+
+from relax.trainers import Trainer
 
 SFT = {
     "per_device_train_batch_size": 4,
@@ -56,6 +59,17 @@ def start_two(
         how = {"fault": faults[number], "before": before[number]}
         children.append(runs.fork(*arguments, script=script, **how))
     return children
+
+
+def slow_steps():
+    """Leaves time for a signal between two steps."""
+    train_on = Trainer.make_batches
+
+    def make_batches(self, state, item):
+        time.sleep(1)
+        return train_on(self, state, item)
+
+    Trainer.make_batches = make_batches
 
 
 def ended(children) -> list[int]:
