@@ -253,7 +253,7 @@ def damages(path, rng):
     yield "remove", None
     yield "cut", good[: int(rng.integers(len(good)))]
     yield "append", good + b"\0"
-    for bit in rng.integers(8 * len(good), size=20):
+    for bit in rng.integers(8 * len(good), size=80):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << (bit % 8)
         yield f"flip {bit}", bytes(bad)
@@ -309,11 +309,11 @@ def test_without_a_step_the_newest_intact_one_is_taken_with_a_warning(tmp_path):
     checkpointer = Checkpointer(tmp_path, warn=said.append)
     for step in (1, 2, 3):
         checkpointer.save(step, {"w": jnp.float32(step)}, {"at": step})
-    (tmp_path / "3" / "arrays" / "_METADATA").unlink()
+    (tmp_path / "3" / "arrays" / "manifest.ocdbt").unlink()
     shutil.rmtree(tmp_path / "2" / "arrays")
     state, progress, step = checkpointer.restore({"w": jnp.float32(0)})
     assert (float(state["w"]), progress, step) == (1.0, {"at": 1}, 1)
-    assert "3' is damaged" in said[0] and "_METADATA" in said[0] and "2' is damaged" in said[1]
+    assert "3' is damaged" in said[0] and "manifest.ocdbt" in said[0] and "2' is damaged" in said[1]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Checkpointer(tmp_path).restore({"w": jnp.float32(0)})
