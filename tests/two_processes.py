@@ -16,6 +16,7 @@ SFT = {
     "logging_steps": 1,
     "gradient_checkpointing": False,
     "heartbeat_s": 10,
+    "grace_s": 120,  # a save may take long where many tests run at once
     "test_size": 8.0,
     "eval_strategy": "steps",
     "eval_steps": 2,

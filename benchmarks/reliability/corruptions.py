@@ -21,7 +21,7 @@ import fire
 
 from benchmarks.reliability import jobs
 
-SHORT = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+SHORT = {"max_steps": 6, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
 WAYS = ("flip", "flip", "flip", "cut", "append", "empty", "remove")
 
 
@@ -76,7 +76,7 @@ class Campaign:
         # As if it had been killed after the last checkpoint.
         self.stopped = Path(shutil.copytree(self.whole, root / "stopped"))
         shutil.rmtree(self.stopped / "final")
-        shutil.rmtree(self.stopped / "checkpoints" / "4")
+        shutil.rmtree(self.stopped / "checkpoints" / "6")
         self.counts: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
 
@@ -114,6 +114,8 @@ class Campaign:
         if code == 0:
             same = self.exported(output) == self.weights
             self.counts[f"{kind}: {'the same' if same else 'other'} bytes"] += 1
+            if kind == "model" and not same:
+                self.counts[f"model: other bytes, {what.split()[1]}"] += 1
             if kind != "model" and not same:
                 self.wrong.append(f"{what}: ends with other bytes")
         elif code is None or "Traceback" in errors:

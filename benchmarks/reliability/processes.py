@@ -27,6 +27,7 @@ SHORT = {
     "eval_strategy": "steps",
     "logging_steps": 1,
     "heartbeat_s": 10,
+    "grace_s": 120,  # also where other programs run
     "per_device_train_batch_size": 2,
 }
 
