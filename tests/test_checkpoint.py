@@ -1,8 +1,10 @@
 """Checkpoints: what is saved comes back bit by bit, and no kill, full disk or rot is silent."""
 
+import gc
 import json
 import os
 import shutil
+import sys
 import threading
 import warnings
 import zlib
@@ -205,6 +207,30 @@ def change_info(path, **fields):
     del sums["crc32"]
     sums["files"]["relax_state.json"] = zlib.crc32(info)
     (path / "checksums.json").write_bytes(_seal(sums))
+
+
+def test_saves_leave_nothing_in_memory(tmp_path):
+    """A library under them that keeps a few objects of every array grows a long run for ever."""
+    checkpointer, state = Checkpointer(tmp_path, save_total_limit=1), make_state()
+
+    def blocks_after(steps):
+        for step in steps:
+            checkpointer.save(step, state, {})
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = blocks_after(range(20))
+    assert blocks_after(range(20, 60)) - before < 40 * len(jax.tree.leaves(state))
+
+
+def test_each_kind_of_number_comes_back_bit_by_bit(tmp_path):
+    """Zeros with a sign, not-a-number with a payload, the largest and smallest."""
+    words = np.array([0, 1 << 31, 0x7FC00001, 0xFFC12345, 1, 0x7F7FFFFF, 0xFF800000], np.uint32)
+    state = {"float32": words.view(np.float32), "zeros": np.zeros(3), "scalar": np.float32(-0.0)}
+    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn, np.int8, np.bool_, np.float16, np.int64):
+        state[jnp.dtype(dtype).name] = np.arange(2).astype(dtype)
+    Checkpointer(tmp_path).save(1, state, {})
+    assert_same(Checkpointer(tmp_path).restore(state)[0], jax.tree.map(np.asarray, state))
 
 
 # Which checkpoints are kept.
