@@ -138,16 +138,20 @@ class Campaign:
             faults[victim] = f"{name}:{self.rng.randint(1, self.points[name])}"
             place = f"process {victim} at {name}"
         children = self.job.start(output, faults=faults, resume="auto")
+        others = [child for number, child in enumerate(children) if number != victim]
         if faults[victim] is None:
+            if others:  # a process waits 300 s for another that never came
+                children[0].wait_for("of 2 processes")
             time.sleep(self.rng.uniform(0, self.run_s))
             children[victim].process.kill()
-        others = [child for number, child in enumerate(children) if number != victim]
         code, killed_s = children[victim].end(), time.monotonic()
         codes = [child.end() for child in others]
         if code != -signal.SIGKILL:
             assert not any([code, *codes]), [child.stderr for child in children]
             return False
-        assert all(codes), [child.stdout for child in others]
+        # A process that is killed when all is done leaves the other nothing to miss.
+        exported = (output / "final" / "model.safetensors").exists()
+        assert all(codes) or exported, [child.stdout for child in others]
         self.places[place] += 1
         self.seconds += [time.monotonic() - killed_s] * len(others)
         print(f"{sum(self.places.values())}: killed {place}", flush=True)
