@@ -22,6 +22,7 @@ class Row:
       verdict: `equal`; `departs` (on purpose); `missing`; `changed` (the check failed).
       difference: see `difference`; None where nothing is computed.
       why: the reason of a departure, or the advice about what is missing.
+      check: the function that wrote the row, and its file.
     """
 
     section: str
@@ -31,6 +32,7 @@ class Row:
     verdict: str
     difference: float | None = None
     why: str = ""
+    check: str = ""
 
 
 class Parity:
@@ -39,10 +41,11 @@ class Parity:
     Args:
       section: the group of subjects.
       rows: the list that is appended to.
+      check: see `Row`.
     """
 
-    def __init__(self, section: str, rows: list[Row]):
-        self.section, self.rows = section, rows
+    def __init__(self, section: str, rows: list[Row], check: str):
+        self.section, self.rows, self.check = section, rows, check
 
     def equal(
         self,
@@ -91,7 +94,8 @@ class Parity:
 
     def _add(self, subject, peer, compared, verdict, distance, why=""):
         version(peer)  # raises for a package that is not installed
-        self.rows.append(Row(self.section, subject, peer, compared, verdict, distance, why))
+        place = self.section, subject, peer, compared
+        self.rows.append(Row(*place, verdict, distance, why, self.check))
 
 
 def difference(ours: Any, theirs: Any) -> float:

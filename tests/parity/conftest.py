@@ -16,7 +16,7 @@ FIRST = pytest.StashKey[int]()
 @pytest.fixture
 def parity(request):
     request.node.stash[FIRST] = len(ROWS)
-    return Parity(request.module.SECTION, ROWS)
+    return Parity(request.module.SECTION, ROWS, request.node.nodeid)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -27,16 +27,27 @@ def pytest_runtest_makereport(item, call):
     if report.failed and not any(row.verdict == CHANGED for row in recorded):
         title = item.name.removeprefix("check_").replace("_", " ")
         why = " ".join(str(call.excinfo.value).split())[:200]
-        ROWS.append(Row(item.module.SECTION, title, "", "the whole check", CHANGED, None, why))
+        place = item.module.SECTION, title, "", "the whole check"
+        ROWS.append(Row(*place, CHANGED, None, why, item.nodeid))
     return report
 
 
 def pytest_sessionfinish():
-    if file := os.environ.get("PARITY_ROWS"):
-        rows = [dataclasses.asdict(row) | {"difference": _rounded(row.difference)} for row in ROWS]
-        peers = sorted({row.peer for row in ROWS if row.peer})
-        found = {"versions": {peer: version(peer) for peer in peers}, "rows": rows}
-        Path(file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """Replaces the rows of the checks that ran; a run of everything leaves no others."""
+    if not (file := os.environ.get("PARITY_ROWS")):
+        return
+    rows = [dataclasses.asdict(row) | {"difference": _rounded(row.difference)} for row in ROWS]
+    versions = {peer: version(peer) for peer in {row.peer for row in ROWS if row.peer}}
+    if os.environ.get("PARITY_KEEP"):
+        old = json.loads(Path(file).read_text(encoding="utf-8"))
+        current = all(versions.get(p, v) == v for p, v in old["versions"].items())
+        new = {row["check"] for row in rows}
+        kept = [row for row in old["rows"] if row["check"] not in new] if current else []
+        rows, versions = kept + rows, (old["versions"] if current else {}) | versions
+    # In the order of the files and of what is in them, in pieces or at once.
+    rows.sort(key=lambda row: row["check"].partition("::")[0])
+    found = {"versions": dict(sorted(versions.items())), "rows": rows}
+    Path(file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _rounded(difference):

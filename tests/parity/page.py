@@ -30,8 +30,16 @@ A difference is a fraction of the largest value of the package, and is the round
 HEADS = {
     "changed": ("Changed", "These failed: a package or ReLax has changed.", "What happened"),
     "equal": ("Equal", "", "Largest difference"),
-    "departs": ("Departures", "ReLax differs on purpose.", "What differs, and why"),
-    "missing": ("Missing", "The package has it, ReLax has not.", ""),
+    "departs": (
+        "Departures",
+        "ReLax differs on purpose; what is checked is that it still does.",
+        "What differs, and why",
+    ),
+    "missing": (
+        "Missing",
+        "The package has it, ReLax has not. Where there is a reason or another way, it is given.",
+        "",
+    ),
 }
 
 

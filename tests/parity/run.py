@@ -1,11 +1,12 @@
 """Compares ReLax with public packages and writes docs/parity.json and docs/parity.md.
 
     python tests/parity/run.py                   everything, in minutes
-    python tests/parity/run.py check_policy.py   a part, with any arguments of pytest; no page
+    python tests/parity/run.py check_policy.py   a part, with any arguments of pytest
     python tests/parity/run.py --env DIR ...     in an environment of your choice
 
 The packages of `requirements.txt` live in an environment of their own, by default `.venv/parity`.
-It is made on the first run, and brought up to date when that file has changed.
+It is made on the first run, and brought up to date when that file has changed. A part replaces its
+own rows; if a package has another version by then, it drops the others.
 """
 
 import argparse
@@ -29,12 +30,11 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     python = prepare(options.env.absolute())
     settings = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if not rest:
-        settings["PARITY_ROWS"] = str(ROOT / "docs" / "parity.json")
+    settings |= {"PARITY_ROWS": str(ROOT / "docs" / "parity.json")}
+    settings |= {"PARITY_KEEP": "1"} if rest else {}
     command = [python, "-m", "pytest", "-c", HERE / "pytest.ini", *rest]
     code = subprocess.run(command, cwd=HERE, env=os.environ | settings).returncode
-    if not rest:
-        subprocess.run([sys.executable, HERE / "page.py"], check=True)
+    subprocess.run([sys.executable, HERE / "page.py"], check=True)
     return code
 
 
