@@ -62,6 +62,40 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
         read_rows(write(tmp_path / "a.parquet", b"PAR1"))
 
 
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("a.jsonl", '{"t": "a"}\n{"t": "a", "t": "b"}\n', "a.jsonl:2: .*the key 't' occurs twice"),
+        ("a.json", '[{"m": [{"r": 1, "r": 2}]}]', "a.json:1: .*the key 'r' occurs twice"),
+        ("a.csv", "t,u,t\na,b,c\n", "a.csv: two columns are named 't'"),
+    ],
+)
+def test_a_name_that_occurs_twice_is_refused_since_one_value_would_be_lost(
+    name, content, reason, tmp_path
+):
+    with pytest.raises(DataError, match=reason):
+        read_rows(write(tmp_path / name, content))
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["t", "t"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet: two columns are named 't'"):
+        read_rows(tmp_path / "a.parquet")
+
+
+def test_a_split_with_a_missing_file_is_refused(tmp_path):
+    for number in (0, 2):
+        write(tmp_path / f"train-0000{number}-of-00003.jsonl", GOOD)
+    with pytest.raises(DataError, match="train' has 2 of 3 files, file 00001 of 00003 is missing"):
+        read_rows(tmp_path)
+    write(tmp_path / "train-00001-of-00003.jsonl", GOOD)
+    assert len(read_rows(tmp_path)) == 3
+    assert len(read_rows(tmp_path / "train-00002-of-00003.jsonl")) == 1
+
+
 def test_a_damaged_parquet_file_is_named(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(DataError, match="a.parquet: not a readable parquet file"):

@@ -3,9 +3,10 @@
 import contextlib
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from relax.data.arrow import Shape, read_json, shape_of_schema
 from relax.data.limits import Limits, json_reason, row_too_large
@@ -91,6 +92,7 @@ def _read_csv(path: Path, limits: Limits) -> FileRows:
     csv.field_size_limit(max(csv.field_size_limit(), limits.max_row_bytes))
     reader = csv.DictReader(lines(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
+        _check_columns(reader.fieldnames or (), path)
         for row in reader:
             where = f"{path}:{line}"
             if None in row or None in row.values():
@@ -104,6 +106,11 @@ def _read_csv(path: Path, limits: Limits) -> FileRows:
     except csv.Error as error:
         raise DataError(f"{path}:{line}: broken CSV: {error}.") from error
     return FileRows(rows, numbers)
+
+
+def _check_columns(names: Iterable[str], path: Path) -> None:
+    if (name := _repeated(names)) is not None:
+        raise DataError(f"{path}: two columns are named {name!r}: rename or remove one.")
 
 
 def _decode(raw: bytes, where: str, first: bool) -> str:
@@ -124,7 +131,7 @@ def _decode(raw: bytes, where: str, first: bool) -> str:
 
 def _parse_line(text: str, where: str):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         if not text.endswith("\n"):
             raise DataError(
@@ -132,6 +139,26 @@ def _parse_line(text: str, where: str):
                 f"truncated ({json_reason(error)})."
             ) from error
         raise DataError(f"{where}: broken JSON: {json_reason(error)}.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    """An object of a row; of a key that occurs twice one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(
+            f"the key {_repeated(key for key, _ in pairs)!r} occurs twice in an object"
+        )
+    return found
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs twice, if any."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _object(value, where: str) -> dict:
@@ -150,7 +177,7 @@ def _read_json(path: Path, limits: Limits) -> FileRows:
     if not text.startswith("[", position):
         return _read_jsonl(path, limits)
     rows, numbers = [], []
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
     line, counted = 1, 0  # the line number at position `counted`
     position = _skip_space(text, position + 1)
     while not text.startswith("]", position):
@@ -202,6 +229,7 @@ def _read_arrow(path: Path, limits: Limits) -> FileRows:
 
 
 def _arrow_rows(path: Path, schema, batches) -> FileRows:
+    _check_columns(schema.names, path)
     shapes = shape_of_schema(schema)
     rows: list[dict] = []
     for batch in batches:

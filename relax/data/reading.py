@@ -14,7 +14,7 @@ from relax.data.tasks import is_task, task_rows_and_faults
 from relax.errors import ConfigError, DataError
 
 _SPLITS = re.compile(r"(train|test|validation|valid|val|eval|dev)([-_.\d].*)?")
-_SHARD = re.compile(r"-\d+-of-\d+$")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 # Metadata written by the `datasets` library, without rows.
 _CACHE = re.compile(r"cache-.*\.arrow")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -143,7 +143,24 @@ def split_files(directory: Path, split: str, config: str | None = None) -> list[
             f"split {split!r} is in several folders of {str(directory)!r}: "
             f"choose one with dataset_config: {', '.join(folders)}."
         )
+    _check_shards(chosen)
     return chosen
+
+
+def _check_shards(files: list[Path]) -> None:
+    """Refuses a split of which a file is missing, as after a download that has not finished."""
+    there: dict[tuple[Path, int], set[int]] = {}
+    for path in files:
+        if match := _SHARD.search(path.stem):
+            whole = path.with_name(path.stem[: match.start()])
+            there.setdefault((whole, int(match[2])), set()).add(int(match[1]))
+    for (whole, count), numbers in there.items():
+        missing = sorted(set(range(count)) - numbers)
+        if missing:
+            raise DataError(
+                f"'{whole}' has {len(numbers)} of {count} files, file {missing[0]:05d} of "
+                f"{count:05d} is missing: download it, or name a single file to train on it alone."
+            )
 
 
 def _split_name(path: Path, directory: Path) -> str:
