@@ -183,9 +183,11 @@ def json_object(text: str | bytes) -> dict:
       ValueError: the text is no JSON, is nested too deeply, or holds no object; says which.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
-        raise ValueError("objects and lists are nested too deeply") from None
+        raise ValueError("not readable as JSON: lists are nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"must hold an object, got {type(value).__name__}")
     return value
@@ -201,9 +203,9 @@ def read_json(directory: Path, name: str) -> dict:
     where = directory / name
     check_size(where, JSON_BYTES)
     try:
-        value = json_object(file.read_text(encoding="utf-8"))
+        value = json_object(file.read_bytes())
     except (ValueError, OSError) as error:
-        raise ModelLoadError(f"{where}: not readable as JSON: {error}.") from error
+        raise ModelLoadError(f"{where}: {error}.") from error
     if json_depth(value) > JSON_DEPTH:
         raise ModelLoadError(f"{where}: objects and lists are nested more than {JSON_DEPTH} deep.")
     return value
