@@ -262,7 +262,7 @@ def drawn_by(model, params, **options):
     trainer = GRPOTrainer(
         model,
         optax.sgd(0.1),
-        reward_funcs=[lambda completions: [len(c) % 3 for c in completions]],
+        reward_funcs=[lambda completions: [float(i % 3) for i in range(len(completions))]],
         tokenizer=Letters(),
         sampling=SamplingConfig(max_new_tokens=8, temperature=0.8),
         num_generations=4,
