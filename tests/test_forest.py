@@ -241,6 +241,18 @@ def test_a_kernel_without_parents_gets_each_prompt_repeated():
     assert (batch["segment_ids"] > 0).sum() == tokens
 
 
+def test_rows_that_cannot_be_divided_are_refused():
+    model = Transformer(TransformerConfig(**SIZES))
+    batch = {
+        "prompt_ids": ids()[0],
+        "prompt_lengths": PROMPT_LENGTHS,
+        "completion_ids": ids()[1],
+        "completion_lengths": LENGTHS,
+    }
+    with pytest.raises(ValueError, match="got 4 and 2 rows. Use a batch size that is a multiple"):
+        pack_groups(batch, [model], 4)
+
+
 def test_parents_without_positions_are_refused():
     model = Transformer(TransformerConfig(**SIZES))
     ids = jnp.zeros((1, 4), jnp.int32)

@@ -46,9 +46,17 @@ def pack_groups(
       shapes; the rows `[B, T]` by the names in `relax.data.forest.ROWS`, without
       `parent_ids` where prompts are repeated; `places` `[N, G, T]` of the completions' tokens, -1
       behind their ends; and `ends` `[N, G]`, the place of each one's last token.
+
+    Raises:
+      ValueError: `blocks` does not divide N.
     """
     ids, lengths = batch["completion_ids"], batch["completion_lengths"]
     N, G, C = ids.shape
+    if N % blocks:
+        raise ValueError(
+            "gradient_accumulation_steps times the devices that share a batch must divide its "
+            f"rows, got {blocks} and {N} rows. Use a batch size that is a multiple of {blocks}."
+        )
     prompts = [row[:n] for row, n in zip(batch["prompt_ids"], batch["prompt_lengths"], strict=True)]
     width = np.where(lengths > 0, np.minimum(lengths + slots, C), 0)
     real = np.where(np.arange(C) < lengths[..., None], ids, 0)  # padding may hold anything
