@@ -20,7 +20,13 @@ import fire
 WORK = ("grpo", "dpo", "sft")
 
 
-def main(model_dir: str, other: str | None = None, work: str = ",".join(WORK), turns: int = 3):
+def main(
+    model_dir: str,
+    other: str | None = None,
+    work: str = ",".join(WORK),
+    turns: int = 3,
+    updates: int = 3,
+) -> None:
     """Prints a table: seconds of the best update, real tokens a second, and temporaries."""
     names = work if isinstance(work, (tuple, list)) else work.split(",")
     here = Path(__file__).parents[1]
@@ -30,7 +36,7 @@ def main(model_dir: str, other: str | None = None, work: str = ",".join(WORK), t
         best: dict[str, dict] = {}
         for _ in range(turns):
             for which, path in checkouts.items():
-                found = _run(path, model_dir, name)
+                found = _run(path, model_dir, name, updates)
                 if which not in best or found["seconds"] < best[which]["seconds"]:
                     best[which] = found
         for which, found in best.items():
@@ -44,8 +50,8 @@ def main(model_dir: str, other: str | None = None, work: str = ",".join(WORK), t
             print(f"{name:6} {'':7} {ratio:.2f} x as fast, {memory:.2f} x the temporaries")
 
 
-def _run(checkout: Path, model_dir: str, name: str) -> dict:
-    command = [sys.executable, __file__, "one", model_dir, name]
+def _run(checkout: Path, model_dir: str, name: str, updates: int) -> dict:
+    command = [sys.executable, __file__, "one", model_dir, name, str(updates)]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -53,7 +59,7 @@ def _run(checkout: Path, model_dir: str, name: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def one(model_dir: str, name: str, updates: int = 3) -> None:
+def one(model_dir: str, name: str, updates: str) -> None:
     """Measures one kind of update in this process; prints a line of JSON."""
     from relax.parallel.cpu import prepare_cpu
 
@@ -71,17 +77,17 @@ def one(model_dir: str, name: str, updates: int = 3) -> None:
     )
     (given,) = trainer.make_batches(state, item)
     batch = getattr(given, "batch", given)
-    account = trainer.train_step.lower(state, batch).compile().memory_analysis()
+    step = trainer.train_step.lower(state, batch).compile()
     seconds = []
-    for _ in range(updates + 1):
+    for _ in range(int(updates) + 1):
         start_s = time.perf_counter()
-        state, metrics = trainer.train_step(state, batch)
+        state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start_s)
     found = {
         "seconds": min(seconds[1:]),
         "tokens": tokens,
-        "temporaries": account.temp_size_in_bytes,
+        "temporaries": step.memory_analysis().temp_size_in_bytes,
         "loss": float(metrics["loss"]),
     }
     print(json.dumps(found))

@@ -292,7 +292,7 @@ def test_padded_rows_become_fewer_with_the_same_documents(blocks):
 
 
 def test_full_rows_and_rows_of_other_arrays_stay_as_they_are():
-    full = rows_of_lengths([16, 15, 16])
+    full = rows_of_lengths([16, 15, 16, 0, 0])
     assert all(pack_rows(full)[name] is full[name] for name in full)
     other = rows_of_lengths([2, 2]) | {"weight": np.ones(2)}
     assert pack_rows(other)["input_ids"] is other["input_ids"]

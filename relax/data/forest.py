@@ -17,6 +17,7 @@ from relax.data.packing import pack
 
 Tokens = Sequence[int] | np.ndarray
 Tree = tuple[Tokens, Sequence[Tokens]]  # a root's tokens and its children's
+NEARLY_FULL = 0.85  # share of real tokens in rows that stay as they are
 ROWS = ("input_ids", "positions", "segment_ids", "parent_ids", "previous")
 
 
@@ -242,7 +243,7 @@ def places(starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
 def pack_rows(
     batch: Mapping[str, np.ndarray], blocks: int = 1, multiple: int = 1
 ) -> dict[str, np.ndarray]:
-    """Moves the documents of padded rows into other rows, if that is less work.
+    """Moves the documents of padded rows into fewer rows, if that is much less work.
 
     Args:
       batch: arrays `[B, T]` on the host. Where `segment_ids` is missing, padding is not in front of
@@ -263,6 +264,10 @@ def pack_rows(
         return dict(batch)
     (B, T), is_real = segments.shape, segments > 0
     lengths = is_real.sum(axis=1)
+    # Empty rows fill up the last batch of an epoch: where the others are nearly full, it keeps the
+    # shape for which the step is compiled.
+    if lengths.sum() >= NEARLY_FULL * T * (lengths > 0).sum():
+        return dict(batch)
     has_fronts = (is_real == (np.arange(T) < lengths[:, None])).all()
     if not has_fronts or any(np.shape(value) != (B, T) for value in batch.values()):
         return dict(batch)
