@@ -9,7 +9,8 @@ reads every weight once and multiplies it with every row, so its time is at leas
 both measured in the same process (the sum of a large array, a 2048 x 2048 float32 product), before
 and after. Then a mixed workload: 64 prompts x 8 samples, whose lengths are geometric with mean 40
 and at most 256, through 64 slots; against the same rows in batches of 64 that each last until their
-longest row has ended. The lengths are set by a limit per row, so that both do the same work.
+longest row has ended. The lengths are set by a limit per row, so that both do the same work. Last,
+decoding in bfloat16, as rollouts with `rollout_dtype` do, against float32, in turns.
 
 Times on shared machines vary; the shares and ratios are what to compare.
 """
@@ -42,15 +43,19 @@ def main(
     if part == "mixed":
         print(json.dumps(_mixed(model_dir, dtype, repeats, mixed_prompts)))
         return
+    if part == "dtypes":
+        print(json.dumps(_dtypes(model_dir, repeats)))
+        return
     if part:
         print(json.dumps(_batch(model_dir, dtype, repeats, int(part))))
         return
-    for part in (*map(str, BATCHES), "mixed"):
+    for part in (*map(str, BATCHES), "mixed", "dtypes"):
         command = [sys.executable, __file__, model_dir, f"--part={part}"]
         command += [f"--dtype={dtype}", f"--repeats={repeats}", f"--mixed_prompts={mixed_prompts}"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{'' if part == 'mixed' else 'batch '}{part}, {dtype}, on {found.pop('device')}")
+        what = f"batch {part}, {dtype}" if part.isdigit() else part
+        print(f"{what}, on {found.pop('device')}")
         for name, value in found.items():
             print(f"  {name:50} {value:>12,.3f}" if value < 100 else f"  {name:50} {value:>12,.0f}")
 
@@ -174,6 +179,39 @@ def _mixed(model_dir, dtype, repeats, count):
         "in fixed batches, new tokens/s": limits.sum() / fixed_s,
         "ratio": fixed_s / continuous_s,
     }
+
+
+def _dtypes(model_dir, repeats):
+    import jax
+    import jax.numpy as jnp
+
+    from relax.sampling import SamplingConfig, generate
+
+    wide, params = _load(model_dir, "float32")
+    models = {"float32": wide, "bfloat16": wide.clone(dtype=jnp.dtype("bfloat16"))}
+    found = {"device": jax.devices()[0].device_kind}
+
+    def step_s(name, rows):
+        config = SamplingConfig(max_new_tokens=NEW, slots=rows)
+        prompts, key = _prompts(wide, rows), jax.random.key(0)
+
+        def run(new):
+            limits = [new] * rows
+            return _seconds(
+                lambda: generate(models[name], params, prompts, key, config, limits=limits)
+            )
+
+        return (run(NEW) - run(1)) / (NEW - 1)
+
+    for rows in BATCHES[1:]:
+        for name in models:
+            step_s(name, rows)
+        times = [[step_s(name, rows) for name in models] for _ in range(repeats)]
+        best = [min(column) for column in zip(*times, strict=True)]
+        for name, seconds in zip(models, best, strict=True):
+            found[f"decoding {rows} rows in {name}, tokens/s"] = rows / seconds
+        found[f"ratio at {rows} rows"] = best[0] / best[1]
+    return found
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Speed and memory of the compiled training step: `python benchmarks/sft.py MODEL_DIR`.
 
-In place of a directory, `gemma3-270m` stands for a random model of the sizes of Gemma 3 270M. With
-`--use_peft`, adapters are trained beside all weights, and the memory that this saves is printed.
+In place of a directory, `gemma3-270m`, `gemma4-e2b` and `qwen3.5-0.8b` stand for random models of
+those sizes; `--layers` cuts them to so many layers, with as large a part of them sharing keys. With
+`--use_peft`, adapters are trained beside all weights, and the memory that this saves is printed;
+with `--noall_weights` adapters alone are.
 
 Per shape of full batches (no padding, every token trained), in a process of its own: tokens per
 second, the matrix-multiply rate that this reaches (6 x parameters x tokens / s; 4 x with adapters,
-as frozen weights have no gradient), the machine's own
+as frozen weights have no gradient; without tables that are only looked up), the machine's own
 peak (a 2048 x 2048 float32 product, measured before and after the steps), their ratio, the peak
 memory of the whole process, the memory of the compiled step by XLA's account, and the compile time.
 
@@ -21,6 +23,46 @@ import fire
 
 SHAPES = ((4, 256), (8, 512))
 PEAK_SIZE = 2048
+SLIDING, FULL = "sliding_attention", "full_attention"
+RANDOM = {
+    "gemma3-270m": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32768,
+        "sliding_window": 512,
+    },
+    "gemma4-e2b": {
+        "model_type": "gemma4_text",
+        "vocab_size": 262144,
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "layer_types": ([SLIDING] * 4 + [FULL]) * 7,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 30.0,
+    },
+    "qwen3.5-0.8b": {
+        "model_type": "qwen3_5_text",
+        "vocab_size": 248320,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": 16,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    },
+}
 
 
 def main(
@@ -30,6 +72,8 @@ def main(
     gradient_checkpointing: bool = True,
     loss_chunk_size: int = 256,
     use_peft: bool = False,
+    all_weights: bool = True,
+    layers: int = 0,
     shape: str = "",
 ) -> None:
     """Prints a table; `--shape 4x256` measures that shape alone."""
@@ -38,18 +82,19 @@ def main(
         "dtype": dtype,
         "gradient_checkpointing": gradient_checkpointing,
         "loss_chunk_size": loss_chunk_size,
+        "layers": layers,
     }
     for rows, tokens in [tuple(map(int, shape.split("x")))] if shape else SHAPES:
-        variants = (False, True) if use_peft else (False,)
+        variants = (*((False,) if all_weights else ()), *((True,) if use_peft else ()))
         found = [_in_a_process(model_dir, rows, tokens, peft, settings) for peft in variants]
         devices = {column.pop("device") for column in found}
         print(f"{rows} x {tokens}, {dtype}, on {', '.join(devices)}")
-        if use_peft:
+        if len(variants) > 1:
             print(f"  {'':34} {'all weights':>12} {'adapters':>12} {'ratio':>6}")
         for name in found[0]:
             values = [column[name] for column in found]
             shown = [f"{v:>12,.3f}" if v < 100 else f"{v:>12,.0f}" for v in values]
-            shown += [f"{values[1] / values[0]:>6.2f}"] if use_peft else []
+            shown += [f"{values[1] / values[0]:>6.2f}"] if len(values) > 1 else []
             print(f"  {name:34} {' '.join(shown)}")
 
 
@@ -74,7 +119,8 @@ def _measure(model_dir, rows, tokens, use_peft, settings) -> dict:
     from relax.trainers.state import initial_state
 
     steps = settings["steps"]
-    model, params = _model(model_dir, settings["dtype"], settings["gradient_checkpointing"])
+    names = ("dtype", "gradient_checkpointing", "layers")
+    model, params = _model(model_dir, *(settings[name] for name in names))
     if use_peft:
         model = model.clone(lora=LoRA(target_modules=("all-linear",)))
     optimizer = adamw(learning_rate_schedule("constant", 1e-5, steps))
@@ -112,7 +158,11 @@ def _measure(model_dir, rows, tokens, use_peft, settings) -> dict:
     peak_s += [seconds(lambda: product(square))[0] for _ in range(12)]
     peak = 2 * PEAK_SIZE**3 / min(peak_s) / 1e9
     rate = rows * tokens / min(step_s)
-    reached = (2 * count + 2 * count + 2 * trained) * rate / 1e9
+    looked_up = "embed_tokens_per_layer"
+    kept = (state.params.get(looked_up), state.frozen.get("base", {}).get(looked_up))
+    learnt, still = (0 if leaf is None else leaf.size for leaf in kept)
+    multiplied = 2 * (count - learnt - still) + (trained - learnt)
+    reached = 2 * multiplied * rate / 1e9
     memory = compiled.memory_analysis()
     return {
         "device": jax.devices()[0].device_kind,
@@ -130,46 +180,36 @@ def _measure(model_dir, rows, tokens, use_peft, settings) -> dict:
     }
 
 
-def _model(name, dtype, gradient_checkpointing):
+def _model(name, dtype, gradient_checkpointing, layers):
     """The model and its parameters."""
     import flax.traverse_util
     import jax.numpy as jnp
     import numpy as np
 
-    from relax.models import Transformer, TransformerConfig, load_pretrained
+    from relax.models import Transformer, load_pretrained
+    from relax.models.families import family_of
     from relax.models.huggingface.tensors import leaf_shapes
 
     dtype = jnp.dtype(dtype)
-    if name != "gemma3-270m":
+    if name not in RANDOM:
         return load_pretrained(name, dtype, gradient_checkpointing=gradient_checkpointing)
-    windows = ("sliding_attention",) * 5 + ("full_attention",)
-    config = TransformerConfig(
-        vocab_size=262144,
-        hidden_size=640,
-        intermediate_size=2048,
-        num_hidden_layers=18,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
-        max_position_embeddings=32768,
-        rope_theta=1e6,
-        tie_word_embeddings=True,
-        model_type="gemma3_text",
-        hidden_act="gelu_pytorch_tanh",
-        norm_plus_one=True,
-        post_norm=True,
-        qk_norm="head",
-        embedding_multiplier=640**0.5,
-        attention_multiplier=256**-0.5,
-        sliding_window=512,
-        layer_types=windows * 3,
-        local_rope_theta=10000.0,
-    )
+    fields = RANDOM[name]
+    if layers:
+        types, shared = fields.get("layer_types"), fields.get("num_kv_shared_layers", 0)
+        fields = fields | {
+            "num_hidden_layers": layers,
+            **({"layer_types": types[:layers]} if types else {}),
+            **({"num_kv_shared_layers": layers * shared // len(types)} if shared else {}),
+        }
+    config = family_of(fields["model_type"]).from_hugging_face(fields)
     rng = np.random.default_rng(0)  # takes no compiling, as the model's own initialisation would
-    params = {
-        path: jnp.asarray(0.02 * rng.standard_normal(shape, np.float32))
-        for path, shape in leaf_shapes(config).items()
-    }
+
+    def leaf(shape):
+        numbers = rng.standard_normal(shape, np.float32)
+        numbers *= 0.02  # in place: tables of embeddings take gigabytes
+        return jnp.asarray(numbers)
+
+    params = {path: leaf(shape) for path, shape in leaf_shapes(config).items()}
     model = Transformer(config, dtype, gradient_checkpointing=gradient_checkpointing)
     return model, flax.traverse_util.unflatten_dict(params)
 

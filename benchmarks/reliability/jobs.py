@@ -1,13 +1,31 @@
 """The runs of the campaigns: tiny models and a few rows, so that a run takes seconds."""
 
+import runpy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpo_runs
 import runs
 from two_processes import start_two
 
-ALGORITHMS = ("sft", "grpo")
+from relax.models import save_pretrained
+from relax.rewards import EpisodeRunner
+
+ALGORITHMS = ("sft", "grpo", "async", "tools", "agent")
+AGENTS = Path(runs.__file__).with_name("agents.py")
+CALCULATOR = Path(__file__).parents[2] / "examples" / "calculator_tool.py"
+# Kinds of GRPO. The agent takes random times, which must not matter.
+GRPO: dict[str, dict] = {
+    "grpo": {},
+    "async": {"async_rollouts": 2},
+    "tools": {
+        "tools": f"{CALCULATOR}:add",
+        "reward_funcs": "exact_match",
+        "max_completion_length": 48,
+        "learning_rate": 1e-3,
+    },
+    "agent": {"agent": f"{AGENTS}:several_at_once", "agent_max_length": 64},
+}
 SFT = {
     "test_size": 8,
     "per_device_train_batch_size": 4,
@@ -46,8 +64,12 @@ def make(algorithm: str, directory: Path, **fields) -> Job:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     directory.mkdir(parents=True, exist_ok=True)
     grpo = grpo_runs.make_job(directory)
-    if algorithm == "grpo":
-        return Job(grpo_runs.SCRIPT, grpo | fields)
+    if algorithm == "tools":
+        grpo |= calculator(directory)
+    if algorithm in ("tools", "agent"):
+        del grpo["reward_funcs"], grpo["reward_weights"]
+    if algorithm in GRPO:
+        return Job(grpo_runs.SCRIPT, grpo | GRPO[algorithm] | fields)
     rows = runs.write_rows(directory / "rows.jsonl", runs.additions(40))
     sft = SFT | {"dataset_name": rows, "model_name_or_path": grpo["model_name_or_path"]}
     return Job(runs.SCRIPT, sft | fields)
@@ -56,3 +78,17 @@ def make(algorithm: str, directory: Path, **fields) -> Job:
 def rows(processes: int) -> dict:
     """The rows of each device, for the same update over any number of processes."""
     return {"per_device_train_batch_size": 4 // processes}
+
+
+def calculator(directory: Path) -> dict:
+    """Writes a model that calls a tool in half of its answers, and sums to ask it."""
+    example: Any = runpy.run_path(str(CALCULATOR))
+    model, params, tokenizer, rng = example["teach"](
+        0, list(EpisodeRunner([example["add"]]).info.tools)
+    )
+    asked = [example["question"](rng) for _ in range(12)]
+    sums = [{"prompt": messages, "answer": str(a + b)} for a, b, messages in asked]
+    return {
+        "model_name_or_path": save_pretrained(directory / "taught", model, params, tokenizer),
+        "dataset_name": runs.write_rows(directory / "sums.jsonl", sums),
+    }

@@ -61,13 +61,14 @@ def main(
     """Prints every kill and the number of finished runs that differ; exits with 1 if any does.
 
     Args:
-      algorithm: sft or grpo.
+      algorithm: sft, or a kind of GRPO: grpo, async, tools or agent.
       processes: 1 or 2.
       directory: for the runs; a temporary one, which is kept if a run differs.
     """
     root = Path(directory or tempfile.mkdtemp(prefix="relax-kills-"))
     fields = {"heartbeat_s": 10} if processes == 2 else {}
-    job = jobs.make(algorithm, root, **COMMON | SHORT[algorithm] | jobs.rows(processes) | fields)
+    short = SHORT.get(algorithm, SHORT["grpo"])
+    job = jobs.make(algorithm, root, **COMMON | short | jobs.rows(processes) | fields)
     campaign = Campaign(job, root, processes, random.Random(seed))
     start_s = time.monotonic()
     try:

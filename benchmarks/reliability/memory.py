@@ -28,13 +28,19 @@ TINY = {
 
 
 def main(
-    algorithm: str = "sft", steps: int = 3000, every: int = 20, directory: str = "", **fields
+    algorithm: str = "sft",
+    steps: int = 3000,
+    every: int = 20,
+    processes: int = 1,
+    directory: str = "",
+    **fields,
 ) -> None:
     """Prints the growth per 1,000 updates, and writes all readings to `readings.jsonl`.
 
     Args:
       steps: updates of the run.
       every: updates from one evaluation and save to the next.
+      processes: 1 or 2; of two, process 0 is read, which writes the files.
       directory: of the run; a new one.
       **fields: other flags of the run.
     """
@@ -43,10 +49,10 @@ def main(
     more = {"eval_strategy": "steps", "save_total_limit": 2, "logging_steps": every}
     job = jobs.make(algorithm, root, **TINY[algorithm] | interval | more | fields)
     start_s = time.monotonic()
-    (child,) = job.start(root / "run")
-    readings = watch(child.process, root / "run" / "checkpoints")
-    if child.end() != 0:
-        raise SystemExit(child.stdout + child.stderr)
+    children = job.start(root / "run", faults=[None] * processes)
+    readings = watch(children[0].process, root / "run" / "checkpoints")
+    if any(child.end() for child in children):
+        raise SystemExit("".join(child.stdout + child.stderr for child in children))
     lines = "".join(json.dumps(reading) + "\n" for reading in readings)
     (root / "readings.jsonl").write_text(lines)
     report(readings, time.monotonic() - start_s)
