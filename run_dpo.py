@@ -47,6 +47,7 @@ def main(config: DPOConfig) -> None:
             params=params,
             precomputed=dpo.precompute_ref_log_probs,
             **loss_options(config),
+            sources=data.source_names,
             **run.options(data, *reference),
         )
 

@@ -45,6 +45,7 @@ def main(config: RewardModelConfig) -> None:
             run.make_optimizer(data),
             params=params,
             center_rewards_coefficient=config.reward_model.center_rewards_coefficient,
+            sources=data.source_names,
             **run.options(data),
         )
 

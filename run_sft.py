@@ -11,7 +11,7 @@ from relax.config.cli import run as run_command
 def main(config: SFTConfig) -> None:
     # Imported here, so that --help and a wrong flag never wait for jax.
     from relax.engine import Run, prepare_process
-    from relax.engine.recipes.sft import exact_match_on_demo, read_sft_data
+    from relax.engine.recipes.sft import exact_match_on_demo, loss_options, read_sft_data
     from relax.trainers import SFTTrainer
 
     prepare_process()
@@ -30,8 +30,9 @@ def main(config: SFTConfig) -> None:
             model,
             run.make_optimizer(data),
             params=params,
-            loss_chunk_size=config.sft.loss_chunk_size,
+            **loss_options(config),
             exact_matches=data.has_answers,
+            sources=data.source_names,
             **run.options(data),
         )
 

@@ -5,6 +5,8 @@ the same command on each, with the address of host 0 as the coordinator; see doc
 """
 
 import argparse
+import contextlib
+import random
 import socket
 import subprocess
 import sys
@@ -16,9 +18,12 @@ PROCESSES = 2
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the system itself gives to connections, this run's own among them."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def main():

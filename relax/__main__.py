@@ -6,11 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from relax import __version__
-from relax.config import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig
+from relax.config import (
+    DistillConfig,
+    DPOConfig,
+    GRPOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from relax.config.cli import run, say
 from relax.config.names import suggestion
+from relax.tools.evaluate.config import EvalConfig
+from relax.tools.export.config import ExportConfig
+from relax.tools.merge.config import MergeConfig
 from relax.tools.plan.config import PlanConfig, count_of
 from relax.tools.sample.config import SampleConfig
+from relax.tools.serve.config import ServeConfig
 
 USAGE = "usage: relax COMMAND [--flag VALUE ...]"
 
@@ -32,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(overview())
     elif name == "--version":
         print(f"relax {__version__}")
+    elif name == "distill" and rest[:1] == ["prepare"]:
+        words = ("relax", "distill", "prepare")
+        run(DistillConfig, _prepare_logprobs, rest[1:], words, ends_process=arguments is None)
     elif name in CONFIGURED:
         run(*CONFIGURED[name], rest, ("relax", name), ends_process=arguments is None)
     elif name in PROGRAMS:
@@ -53,7 +68,7 @@ def overview() -> str:
     lines = [USAGE, "", "Post-train language models in JAX.", "", "commands:"]
     about = {name: config.__doc__ or "" for name, (config, _) in CONFIGURED.items()}
     about |= {name: text for name, (text, _) in PROGRAMS.items()}
-    lines += [f"  {name:9}{text}" for name, text in about.items()]
+    lines += [f"  {name + ' ':9}{text}" for name, text in about.items()]
     lines += ["", "relax COMMAND --help lists the flags of a command; relax --version the version."]
     return "\n".join(lines)
 
@@ -63,6 +78,14 @@ def _train(config: Any) -> None:
 
     prepare_process()
     TrainerEngine().run_job(config)
+
+
+def _prepare_logprobs(config: DistillConfig) -> None:
+    from relax.engine import prepare_process
+    from relax.engine.recipes.distill_prepare import prepare_logprobs
+
+    prepare_process()
+    prepare_logprobs(config)
 
 
 def _sample(config: SampleConfig) -> None:
@@ -86,6 +109,41 @@ def _plan(config: PlanConfig) -> None:
     print("\n".join(plan(config)))
 
 
+def _merge(config: MergeConfig) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the arithmetic is numpy's
+    _prepare()
+    from relax.tools.merge.merge import merge
+
+    print(f"the merged model is in '{merge(config)}'")
+
+
+def _export(config: ExportConfig) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    _prepare()
+    from relax.tools.export.export import export, upload
+
+    if config.export.to == "hub":
+        address = upload(config)
+        print("dry run: nothing was uploaded" if address is None else f"uploaded: {address}")
+        return
+    path, notes = export(config)
+    print(*(f"note: {note}" for note in notes), f"the model is in '{path}'", sep="\n")
+
+
+def _eval(config: EvalConfig) -> None:
+    _prepare()
+    from relax.tools.evaluate.evaluate import evaluate
+
+    evaluate(config)
+
+
+def _serve(config: ServeConfig) -> None:
+    _prepare()
+    from relax.tools.serve.serve import serve
+
+    serve(config)
+
+
 def _prepare() -> None:
     """Sets up the process before jax starts its threads."""
     # transformers would warn that PyTorch is missing, which is not needed.
@@ -97,6 +155,19 @@ def _prepare() -> None:
 
 def _gguf(arguments: Sequence[str]) -> int:
     from relax.tools.gguf.program import main
+
+    return main(arguments)
+
+
+def _lm_eval(arguments: Sequence[str]) -> int:
+    _prepare()
+    from relax.engine.tasks.harness_tasks import run_lm_eval
+
+    return run_lm_eval(arguments)
+
+
+def _data(arguments: Sequence[str]) -> int:
+    from relax.tools.convert import main
 
     return main(arguments)
 
@@ -120,14 +191,22 @@ CONFIGURED = {
     "reward": (RewardModelConfig, _train),
     "grpo": (GRPOConfig, _train),
     "ppo": (PPOConfig, _train),
+    "distill": (DistillConfig, _train),
+    "online_dpo": (OnlineDPOConfig, _train),
     "sample": (SampleConfig, _sample),
+    "serve": (ServeConfig, _serve),
     "plan": (PlanConfig, _plan),
+    "eval": (EvalConfig, _eval),
+    "merge": (MergeConfig, _merge),
+    "export": (ExportConfig, _export),
 }
 # Commands with their own arguments: a description, and a function of the arguments.
 PROGRAMS = {
+    "data": ("Convert rows of other forms to conversations: relax data convert.", _data),
     "gguf": ("Convert a GGUF file to a Hugging Face model directory.", _gguf),
     "report": ("Write the report page of a run, or a page that compares several.", _report),
     "monitor": ("Watch a run from another terminal.", _monitor),
+    "lm_eval": ("Run EleutherAI's lm_eval, which then knows `--model relax`.", _lm_eval),
 }
 
 if __name__ == "__main__":

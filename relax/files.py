@@ -26,6 +26,8 @@ MODEL_FILES = {
     ".jinja": TEMPLATE_BYTES,
     ".safetensors": None,  # its header is checked against config.json
 }
+CARD, CURVES = "README.md", "training_curves.svg"  # the model card, and the picture in it
+CARD_MARK = "<!-- Written by ReLax; replaced with the model beside it. -->"
 TEMPLATES = "additional_chat_templates"  # a folder that transformers also reads
 
 

@@ -3,13 +3,14 @@
 The environment is set before jax is imported anywhere, and child processes inherit it: a program
 that one test has compiled is read back by every other. A program from the cache gives the same bits
 as one just compiled. LLVM optimises little here, since most of the time would go into compiling;
-`.ci/run` runs the tests with all optimisations. Shapes must agree without silent broadcasting
+on the newest Python `.ci/run` has it do so fully. Shapes must agree without silent broadcasting
 (`numpy_rank_promotion`).
 """
 
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,6 +33,13 @@ import optax  # noqa: E402
 import pytest  # noqa: E402
 
 from relax.data import arithmetic_tokenizer as make_arithmetic_tokenizer
+from relax.losses import (
+    ADVANTAGES,
+    KL_ESTIMATORS,
+    LOSS_TYPES,
+    PREFERENCE_LOSSES,
+    SFT_LOSSES,
+)
 from relax.models import Transformer, TransformerConfig
 from relax.trainers import LossOutput, Sum, Trainer, TrainState
 
@@ -42,6 +50,8 @@ collect_ignore = ["parity"]
 
 
 def pytest_configure(config):
+    # `nohup pytest` leaves children that ignore a closed terminal, as they should.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # A child that a test killed may leave half an entry, which jax then compiles again.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
 
@@ -109,6 +119,19 @@ def packed_batch(documents, length, rows=None):
             batch["segment_ids"][row, start:stop] = segment
             start = stop
     return batch
+
+
+REGISTRIES = (ADVANTAGES, KL_ESTIMATORS, LOSS_TYPES, PREFERENCE_LOSSES, SFT_LOSSES)
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """Removes what a test has registered."""
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,8 @@ ONE_EACH = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12}
 THIRDS = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 BIASED = {"attention_bias": True}
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"
+DELTA = "linear_attention"
 SMALL_POSITIONS = {"max_position_embeddings": 8}
 
 
@@ -62,6 +63,10 @@ LONG = {
 GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 3000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+GEMMA4_ROPES = {  # 3 of 8 planes turn in full layers
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.4, "rope_theta": 300.0},
+    SLIDING: {"rope_type": "default", "rope_theta": 50.0},
 }
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
 TWO_LAYERS = {"num_hidden_layers": 2}
@@ -192,6 +197,54 @@ ROWS = {
         | UNTIED
         | BIASED
         | ONE_EACH,
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        "wider heads in full layers, of which a part turns; two layers with the keys of others and "
+        "twice the width; inputs of each layer; a cap of the logits; biases",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+            "initializer_range": 0.15,
+            "sliding_window": 5,
+            "global_head_dim": 16,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": V + 3,
+            "final_logit_softcapping": 2.5,
+            "rope_parameters": GEMMA4_ROPES,
+        }
+        | BIASED,
+    ),
+    "gemma4_text-shared": (
+        "gemma4_text",
+        "two of three layers with the keys of the first; all full; rope with a factor; untied",
+        {
+            "layer_types": [FULL] * 3,
+            "initializer_range": 0.15,
+            "global_head_dim": 14,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": V,
+            "hidden_activation": "silu",
+            "rope_parameters": {FULL: GEMMA4_ROPES[FULL] | {"factor": 1.5}},
+        }
+        | UNTIED,
+    ),
+    "gemma4_text-keys": (
+        "gemma4_text",
+        "values from keys and more heads of them in full layers; no inputs of each layer; untied",
+        {
+            "layer_types": [FULL, SLIDING, FULL],
+            "sliding_window": 4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 3,
+            "global_head_dim": 12,
+            "hidden_size_per_layer_input": 0,
+            "rope_parameters": GEMMA4_ROPES | {FULL: {"rope_type": "default", "rope_theta": 90.0}},
+        }
+        | UNTIED,
     ),
     "phi3": (
         "phi3",
@@ -344,6 +397,108 @@ ROWS = {
         "norms without scales, one on the embeddings; no gate; a cap of the logits; biases",
         {"final_logit_softcapping": 2.5} | rope("linear", 200.0, factor=2.5) | BIASED | TWO_LAYERS,
     ),
+    "apertus": (
+        "apertus",
+        "an activation with parameters, no gate; norms of queries and keys; rope llama3; biases",
+        rope("llama3", 5000.0, **LLAMA3) | BIASED | TWO_LAYERS,
+    ),
+    "apertus-relu2": (
+        "apertus",
+        "squared rectifiers; rope linear; tied",
+        {"hidden_act": "relu2"} | rope("linear", 200.0, factor=2.5) | TIED | ONE_EACH | TWO_LAYERS,
+    ),
+    "lfm2": (
+        "lfm2",
+        "convolutions with biases, a layer of attention; adjusted width; untied",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": [CONV, CONV, FULL, CONV],
+            "conv_L_cache": 4,
+            "conv_bias": True,
+            "block_multiple_of": 6,
+            "block_ffn_dim_multiplier": 1.3,
+            "norm_eps": 1e-4,
+        }
+        | rope("linear", 200.0, factor=2.5)
+        | UNTIED,
+    ),
+    "lfm2-indices": (
+        "lfm2",
+        "layers with attention by their indices; wide kernels; no adjustment; tied",
+        {
+            "full_attn_idxs": [0],
+            "conv_L_cache": 7,
+            "block_auto_adjust_ff_dim": False,
+            "norm_eps": 1e-4,
+        }
+        | TIED
+        | TWO_LAYERS,
+    ),
+    "lfm3": (
+        "lfm3",
+        "LFM2 with windows, four norms, a gate for each head; half of the planes turn; biases",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": [CONV, SLIDING, FULL, CONV],
+            "conv_L_cache": 4,
+            "conv_bias": True,
+            "sliding_window": 5,
+            "norm_eps": 1e-4,
+            "rope_parameters": {
+                FULL: {
+                    "rope_type": "proportional",
+                    "rope_theta": 200.0,
+                    "partial_rotary_factor": 0.5,
+                },
+                SLIDING: {"rope_type": "default", "rope_theta": 50.0},
+            },
+        }
+        | BIASED
+        | UNTIED,
+    ),
+    "lfm3-yarn": (
+        "lfm3",
+        "two norms, no gates; rope yarn in full layers; wide kernels; tied",
+        {
+            "layer_types": [FULL, CONV, SLIDING],
+            "conv_L_cache": 7,
+            "sliding_window": 6,
+            "use_sandwich_norm": False,
+            "use_attention_gate": False,
+            "norm_eps": 1e-4,
+            "rope_parameters": {FULL: YARN, SLIDING: {"rope_type": "default", "rope_theta": 70.0}},
+        }
+        | TIED
+        | THREE_HEADS,
+    ),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        "delta rules with grouped heads, gated attention; another part of a head turns; biases",
+        {
+            "layer_types": [DELTA, FULL, DELTA],
+            "linear_conv_kernel_dim": 3,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 5,
+        }
+        | rope("default", 200.0, partial_rotary_factor=0.6, mrope_section=[1, 1, 1])
+        | BIASED,
+    ),
+    "qwen3_5_text-interval": (
+        "qwen3_5_text",
+        "every second layer is full; as many heads of keys as of values; rope linear; tied",
+        {
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 8,
+        }
+        | rope("linear", 200.0, factor=2.5)
+        | TIED
+        | TWO_LAYERS,
+    ),
     "mixtral": (
         "mixtral",
         "5 experts, 2 per token; a window",
@@ -377,9 +532,39 @@ ROWS = {
         }
         | THREE_HEADS,
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        "sinks, a window in every other layer; 5 experts with biases and clamped gates; rope yarn",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.6,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    "gpt_oss-linear": (
+        "gpt_oss",
+        "a window in the last layer, no biases of attention; 4 experts; rope linear; tied",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "sliding_window": 6,
+            "layer_types": [FULL, SLIDING],
+            "attention_bias": False,
+        }
+        | rope("linear", 200.0, factor=2.5)
+        | TIED
+        | THREE_HEADS
+        | TWO_LAYERS,
+    ),
 }
 # Families whose generated text is compared with that of transformers.
 NEWER = (
+    "gemma4_text",
+    "gemma4_text-shared",
+    "gemma4_text-keys",
     "olmo3",
     "ministral3",
     "exaone4",
@@ -391,14 +576,21 @@ NEWER = (
     "ernie4_5",
     "arcee",
     "nanochat",
+    "apertus",
+    "lfm2",
+    "lfm3",
+    "qwen3_5_text",
+    "gpt_oss",
 )
+RECURRENT = ("lfm2", "lfm3", "qwen3_5_text")  # whose states are not keys and values alone
 FAMILY_NAMES = tuple(name for name, (model_type, *_) in ROWS.items() if name == model_type)
 
 
 def fields_of(name: str) -> dict:
     """config.json of a row."""
     model_type, _, fields = ROWS[name]
-    return {"model_type": model_type, **SIZES, **fields}
+    sizes = {n: v for n, v in SIZES.items() if n != "rms_norm_eps" or "norm_eps" not in fields}
+    return {"model_type": model_type, **sizes, **fields}
 
 
 def config_of(name: str) -> TransformerConfig:
@@ -416,8 +608,10 @@ def tiny_family(name: str) -> tuple[Transformer, dict]:
     rng = np.random.default_rng(0)
 
     def leaf(path, shape):
-        spread = 0.3 if path[-1] in ("bias", "scale") else config.initializer_range
-        middle = 1.0 if path[-1] == "scale" and not config.norm_plus_one else 0.0
+        noisy = path[-1].endswith(("bias", "scale"))
+        spread = 0.3 if noisy else config.initializer_range
+        near_one = {"layer_scalar"} | (set() if config.norm_plus_one else {"scale"})
+        middle = 1.0 if path[-1] in near_one else 0.0
         return jnp.asarray(middle + spread * rng.normal(size=shape), jnp.float32)
 
     flat = {path: leaf(path, shape) for path, shape in leaf_shapes(config).items()}
@@ -450,8 +644,13 @@ def made_by_transformers(name: str):
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for path, parameter in theirs.named_parameters():  # fresh biases are 0, norms are 1
-            if path.endswith(("bias", "norm.weight", "layernorm.weight")):
+            if path.endswith(
+                ("bias", "norm.weight", "layernorm.weight", "sinks", "alpha_p", "alpha_n")
+            ):
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for path, buffer in theirs.named_buffers():
+            if path.endswith("layer_scalar"):
+                buffer.add_(0.3 * torch.randn_like(buffer))
     return theirs
 
 
@@ -469,11 +668,13 @@ def reference_logits(theirs) -> np.ndarray:
 
     Where the rotation depends on the length, transformers takes the longest of a batch, and we
     each document's own: there all documents go alone, in the order of their lengths and each after
-    one of a single token, since it also keeps what it has computed for a longer one.
+    one of a single token, since it also keeps what it has computed for a longer one. Of LFM2 with
+    biases too, since there transformers lets padding into the convolutions.
     """
     logits = np.zeros((4, T, V), np.float32)
     documents = [(3, slice(0, 6)), (3, slice(6, 11))]
-    if (theirs.config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
+    by_length = (theirs.config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope")
+    if by_length or getattr(theirs.config, "conv_bias", False):
         documents += [(0, slice(0, 14)), (1, slice(5, 14)), (2, slice(0, 9))]
     else:
         mask = SEGMENTS[:3]
@@ -520,9 +721,15 @@ Models with experts have the load-balancing loss of transformers.
   misshapen tensors are errors that list them, as is a weight that
   is NaN or infinite. One extra tensor is allowed: an output matrix
   identical to tied embeddings, as in the files of Qwen 3.
+- Keys and values of Gemma 4's last layers, which use those of another layer and none of their own,
+  stand in real files all the same. They are not read, and not written, except beside a text part.
 - Experts as one tensor each, which is also how they are written, or stacked, as in transformers 5.
-- Rope settings `default`, `linear`, `dynamic`, `llama3`, `yarn` and `longrope`, and Hunyuan's
-  `alpha`. If the rotation
+- Experts of gpt-oss as they are, or in MXFP4 (`_blocks` and `_scales`): as bfloat16, which holds
+  those numbers exactly. They are written as they are, and `config.json` without
+  `quantization_config`: in bfloat16 where all weights were read so (`--param_dtype bfloat16`, or
+  `dtype` of `save_pretrained`). No other quantised files are read.
+- Rope settings `default`, `linear`, `dynamic`, `llama3`, `yarn` and `longrope`, Hunyuan's `alpha`,
+  and `proportional` of Gemma 4 and LFM3. If the rotation
   depends on the length, as with `dynamic` and `longrope`, the length is that of each document, not
   the longest of the batch as in transformers, so the output for a text depends on nothing else.
 
@@ -531,9 +738,55 @@ Models with experts have the load-balancing loss of transformers.
 
 - Dropout that files of Seed-OSS ask for is not applied; a warning says so.
 
-Of Gemma 3 and Ministral 3, only the text models (`gemma3_text`, `ministral3`) are supported, not
-`gemma3` and `mistral3` (images and text); of Granite 4 (`granitemoehybrid`), the dense ones without
-Mamba layers.
+## Layers without attention
+
+Convolutions (LFM2) and gated delta rules (Qwen 3.5) carry a state from token to token. A document
+in a row begins with an empty one, whatever stands before it. A completion behind a shared prompt
+begins with the state behind the prompt, which is computed once, as for attention. So the tokens of
+a document must be contiguous, and its parent must be the nearest document before it that has no
+parent itself, as `relax.data.forest` lays them out. In generation each slot begins with the state
+of its prompt.
+
+Whole rows are computed in chunks of 64 tokens, with `jax.lax` alone and in float32; decoding takes
+one token after the other. The state of a delta rule is float32 in the cache, whatever the dtype of
+the model.
+
+## Gemma 4
+
+E2B, E4B and 31B are supported, not those with experts (26B). Full layers may have wider heads than
+those with windows, and fewer heads of keys and values (`per_layer_config` of transformers 5, or
+`global_head_dim` and `num_global_key_value_heads` as in the models' own files, which is how they
+are written). The last layers of E2B and E4B attend to the keys and values of an earlier layer of
+their type, and have none of their own, in training and in the cache. Each token has an input of its
+own for each layer: a second table of embeddings, which is trained like the first, and left alone
+with adapters. The factor of each layer (`layer_scalar`) is not trained, as in transformers.
+
+Heads of 512 are beyond cuDNN's attention: on a GPU those layers, one in five or six, run XLA's.
+
+## Text parts
+
+Of a directory of Qwen 3.5, Gemma 3 or Gemma 4 for images and text (`qwen3_5`, `gemma3`, `gemma4`),
+the text model is read, as a `qwen3_5_text`, `gemma3_text` or `gemma4_text`; of one of Ministral 3
+or Mistral Small (`mistral3`), as a `ministral3` or `mistral`. A run writes it back among all that
+surrounds it: towers of images and sound, projectors, layers under `mtp.` and every other tensor
+stay byte for byte as they were, untrained, and `config.json` changes in its dtype alone. In Python,
+that is `save_pretrained(path, model, params, beside=DIRECTORY)`; without `beside` the text model is
+saved alone. An adapter belongs to the text model.
+
+Embeddings of a text part are tied where transformers 5 ties them: not if its files hold an output
+matrix of other numbers. Of `mistral3` the field outside of `text_config` counts alone, and is true
+where it is absent.
+
+Of Granite 4 (`granitemoehybrid`), the dense ones without Mamba layers are supported.
+
+## gpt-oss
+
+Each head of attention has a sink, one more score in its softmax (`sinks`), in training and in the
+cache. No kernel has them, so that all layers run XLA's attention on every device. Experts have
+biases, and gates that are cut off at `swiglu_limit`. MXFP4 is read, and never written.
+
+Their adapters are one for both projections of an expert, `gate_up_proj`, whose outputs alternate in
+the files, and one for `down_proj`, as PEFT has them.
 
 ## Limits
 
@@ -565,6 +818,17 @@ PEFT 0.21, whose logits are the reference in the tests:
 - In models with experts, PEFT 0.21 takes every target that ends in `gate_proj`, `up_proj` or
   `down_proj` for the experts. Adapters of dense layers beside experts are therefore saved as
   `target_parameters`, which PEFT adapts to the same logits, without dropout in further training.
+- `all-linear` adapts experts too, and not the router, which PEFT's own `all-linear` includes; name
+  `router` for it. The experts of a layer are one parameter there, `gate_up_proj` or `down_proj`,
+  and ours are read and written so. `gate_proj` and `up_proj` then share one adapter of twice the
+  rank, of which PEFT 0.21 warns that its `rank_pattern` is ignored, and applies it.
+- `modules_to_save` are ends of names: embeddings, the output matrix, norms, linear layers with
+  their biases. Where the embeddings are the output matrix too, they are read with
+  `ensure_weight_tying`, and written so; without it PEFT would train them apart. Experts and
+  quantised weights are not trained in full.
+- Adapters of `embed_tokens` are read and written (`lora_embedding_A` and `_B`). They are not merged
+  where the embeddings are the output matrix too, which the adapter leaves as it is; `lm_head` and
+  DoRA on embeddings are refused.
 
 ## The end of a completion
 

@@ -39,7 +39,8 @@ class StubRun:
         return f(*args)
 
     def load_data(self, *_, **__):
-        return SimpleNamespace(stop_sequences=())
+        loader = SimpleNamespace(curriculum=None)
+        return SimpleNamespace(train=loader, stop_sequences=(), source_names=())
 
     def make_optimizer(self, data):
         return optax.sgd(1.0)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,10 +27,28 @@ from relax.config.mesh import parse_mesh
 from relax.data import PreferenceLoader, Preferences
 from relax.data.preference import Preference
 from relax.engine import TrainerEngine
+from relax.losses import (
+    LOSS_TYPES,
+    PREFERENCE_LOSSES,
+    LossOptions,
+    Pairs,
+    PolicyOptions,
+    policy_loss,
+)
 from relax.models import Transformer, TransformerConfig, load_pretrained, save_pretrained
 from relax.models.config import LoRA
+from relax.models.huggingface.quantized import BaseQuantizer
+from relax.optimizers import adamw_8bit
 from relax.sampling import SamplingConfig, generate
-from relax.trainers import DPOTrainer, GRPOTrainer, PPOTrainer, SFTTrainer
+from relax.trainers import (
+    DistillationTrainer,
+    DPOTrainer,
+    GRPOTrainer,
+    OnlineDPOTrainer,
+    PPOTrainer,
+    SFTTrainer,
+    Teacher,
+)
 
 MESHES = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2", "data=1")
 V, T = 24, 12
@@ -64,7 +83,7 @@ def use(mesh, config=SHAPE):
     """A mesh over the first of the devices."""
     count = np.prod(list(parse_mesh(mesh).values()))
     mesh = parallel.make_mesh(mesh, jax.devices()[: int(count)])
-    return parallel.use(mesh, heads=config.num_key_value_heads)
+    return parallel.use(mesh, heads=config.tensor_heads)
 
 
 def sft_batches(count, rows=16, seed=0):
@@ -89,16 +108,16 @@ def sft_batches(count, rows=16, seed=0):
     return batches
 
 
-def run_sft(config=SHAPE, lora=None, **options):
+def run_sft(config=SHAPE, lora=None, optimizer=ADAMW, **options):
     """Losses of three updates and an evaluation, and the parameters after them."""
     model = Transformer(config, gradient_checkpointing=True, lora=lora)
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0} | options
-    trainer = SFTTrainer(model, ADAMW, loss_chunk_size=8, **options)
+    trainer = SFTTrainer(model, optimizer, loss_chunk_size=8, **options)
     losses = []
 
     class Log:
         def __getattr__(self, name):
-            return lambda *_: None if name != "state_dict" else {}
+            return lambda *_: {} if name in ("state_dict", "evaluate") else None
 
         def on_batch_end(self, event):
             losses.append(float(event.metrics["loss"]))
@@ -147,6 +166,79 @@ def check_sft():
     return told
 
 
+def shared():
+    """Two layers attend to the keys and values of the first two; full ones have fewer heads."""
+    return shape(
+        model_type="gemma4_text",
+        num_hidden_layers=4,
+        layer_types=("sliding_attention", "full_attention") * 2,
+        sliding_window=5,
+        global_head_dim=6,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=V,
+        layer_scalar=True,
+        value_norm=True,
+    )
+
+
+def recurrent():
+    """A convolution, delta rules with grouped heads, attention with gates of heads."""
+    return shape(
+        num_hidden_layers=3,
+        layer_types=("conv", "linear_attention", "full_attention"),
+        attention_gate="head",
+        conv_width=3,
+        conv_bias=True,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=4,
+        linear_value_head_dim=6,
+    )
+
+
+def check_mixers():
+    told = same_on_a_mesh(recurrent(), 0.02)  # norms of short keys magnify rounding
+    with use("data=2,fsdp=2,tensor=2", recurrent()):
+        params = run_sft(recurrent())[2].params
+    for layer, name, wanted in (
+        ("layers_0", "in_proj", (8, 24)),
+        ("layers_0", "out_proj", (8, 8)),
+        ("layers_1", "in_proj_qkv", (8, 20)),
+        ("layers_1", "out_proj", (12, 8)),
+    ):
+        kernel = params[layer][name]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape) == wanted, (name, kernel.sharding)
+    return told
+
+
+def check_shared_keys():
+    return same_on_a_mesh(shared())
+
+
+def same_on_a_mesh(shape, rate=0.1):
+    """Losses, parameters, and sampled tokens with their log-probabilities."""
+    sgd = optax.sgd(rate, momentum=0.9)  # as in `run_rl`
+    losses, params, _ = run_sft(shape, optimizer=sgd)
+    told = []
+    with use("data=2,fsdp=2,tensor=2", shape):
+        found = run_sft(shape, optimizer=sgd)
+        told += [same(found[0], losses), same(found[1], params)]
+    model = Transformer(shape)
+    config = SamplingConfig(max_new_tokens=8, slots=8)
+
+    def tokens():
+        out = generate(model, parallel.shard(params), PROMPTS, jax.random.key(5), config)
+        return [list(map(int, c)) for c in out.completions], out.logprobs
+
+    wanted = tokens()
+    with use("data=2,fsdp=2,tensor=2", shape):
+        found = tokens()
+    assert found[0] == wanted[0]
+    return [*told, same(found[1], wanted[1])]
+
+
 def check_weights_are_cut():
     with use("data=2,fsdp=2,tensor=2"):
         state = run_sft()[2]
@@ -163,8 +255,8 @@ def check_weights_are_cut():
     return parallel.bytes_per_device(state)
 
 
-def check_experts():
-    config = shape(
+def experts():
+    return shape(
         model_type="mixtral",
         attention_bias=False,
         num_experts=4,
@@ -172,18 +264,99 @@ def check_experts():
         moe_intermediate_size=8,
         router_aux_loss_coef=0.02,
     )
-    losses, params, _ = run_sft(config)
-    with use("data=2,fsdp=2,tensor=2", config):
-        found = run_sft(config)
-    return [same(found[0], losses), same(found[1], params)]
+
+
+def check_experts():
+    """Plain ones, and those of gpt-oss beside attention with sinks."""
+    told = []
+    biased = {"attention_sinks": True, "expert_bias": True, "swiglu_limit": 0.05}
+    for config in (experts(), dataclasses.replace(experts(), **biased)):
+        losses, params, _ = run_sft(config)
+        with use("data=2,fsdp=2,tensor=2", config):
+            found = run_sft(config)
+        told += [same(found[0], losses), same(found[1], params)]
+    return told
 
 
 def check_adapters():
-    config = LoRA(r=2, alpha=4, dropout=0.0, target_modules=("all-linear",))
-    losses, params, _ = run_sft(lora=config)
+    plain, told = LoRA(r=2, alpha=4, dropout=0.0, target_modules=("all-linear",)), []
+    for config, lora in (
+        (SHAPE, dataclasses.replace(plain, use_dora=True)),
+        (experts(), plain),
+    ):
+        losses, params, _ = run_sft(config, lora)
+        with use("data=2,fsdp=2,tensor=2", config):
+            found = run_sft(config, lora)
+        told += [same(found[0], losses), same(found[1], params)]
+    return told
+
+
+def check_quantised_weights():
+    """Read in parts as in one piece, trained and sampled alike, with whole blocks and parts."""
+    dense = shape(intermediate_size=192, model_type="qwen2", output_bias=False)
+    mixed = shape(
+        model_type="mixtral", attention_bias=False, hidden_size=64, intermediate_size=128,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
+    )  # fmt: skip
+    lora = LoRA(r=2, alpha=4, dropout=0.0, target_modules=("all-linear",))
+    told = []
+    padded = dataclasses.replace(  # and with biases
+        mixed, model_type="gpt_oss", attention_bias=True, output_bias=True, attention_sinks=True,
+        expert_bias=True, swiglu_limit=0.05, moe_intermediate_size=80, intermediate_size=80,
+    )  # fmt: skip
+    for config, kind in ((dense, "nf4"), (mixed, "int8"), (padded, "nf4")):
+        model = Transformer(config)
+        params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+        with tempfile.TemporaryDirectory() as directory:
+            path = save_pretrained(f"{directory}/model", model, params)
+
+            def run(path=path, kind=kind):
+                model, params = load_pretrained(path, quantize=BaseQuantizer(kind))
+                where = params["layers_0"]["o_proj"]["kernel"].codes.sharding
+                read, losses = bits(params), []
+                model = model.clone(lora=lora, gradient_checkpointing=True)
+                trainer = SFTTrainer(model, ADAMW, params=params)
+                state = trainer.create_train_state(jax.random.key(1))
+                rng = np.random.default_rng(0)
+                ids = rng.integers(0, V, (8, T)).astype(np.int32)
+                for _ in range(2):
+                    batch = parallel.shard_batch({"input_ids": ids, "labels": ids})
+                    state, metrics = trainer.train_step(state, batch)
+                    losses.append({"loss": float(metrics["loss"])})
+                weights = trainer.model_params(state.params, state.frozen)
+                sampling = SamplingConfig(max_new_tokens=4)
+                drawn = generate(model, weights, [[1, 2]] * 4, jax.random.key(2), sampling)
+                return read, losses, np.asarray(drawn.tokens), str(where)
+
+            alone = run()
+            with use("data=2,fsdp=2,tensor=2", config):
+                together = run()
+            assert together[0] == alone[0], kind
+            told += [same(together[1], alone[1]), together[3]]
+            assert np.array_equal(together[2], alone[2])
+    return told
+
+
+def check_moments_in_8_bits():
+    """Cut moments are those of the whole array."""
+    rng = np.random.default_rng(0)
+    params = {"layers_0": {"q_proj": {"kernel": rng.normal(size=(64, 256)).astype(np.float32)}}}
+    optimizer = adamw_8bit(1e-2)
+
+    def run():
+        ours = parallel.shard(params)
+        state, update = parallel.init_sharded(optimizer.init, ours), jax.jit(optimizer.update)
+        for _ in range(3):
+            _, state = update(ours, state, ours)
+        codes = state.inner_state[0].nu["layers_0"]["q_proj"]["kernel"].codes
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(state)], str(codes.sharding)
+
+    alone = run()
     with use("data=2,fsdp=2,tensor=2"):
-        found = run_sft(lora=config)
-    return [same(found[0], losses), same(found[1], params)]
+        together = run()
+    for mine, theirs in zip(together[0], alone[0], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+    return together[1]
 
 
 def preferences():
@@ -276,6 +449,63 @@ def check_ppo():
     return rl_check(PPOTrainer, 1, value_model="policy", num_ppo_epochs=2)
 
 
+def teacher():
+    model = Transformer(SHAPE)
+    init = jax.jit(model.init)
+    return Teacher(model, init(jax.random.key(9), np.zeros((1, 8), np.int32))["params"])
+
+
+def check_distillation():
+    """The student's own completions, on the distributions of a teacher that is cut like it."""
+
+    def make(*args, completions_per_update, **options):  # all of an item are one update
+        teachers = [teacher()]
+        return DistillationTrainer(*args, teachers=teachers, lmbda=1.0, beta=0.5, **options)
+
+    return rl_check(make, 2)
+
+
+def check_online_dpo():
+    return rl_check(OnlineDPOTrainer, 2)
+
+
+def check_losses():
+    """Value and gradient of every loss, of rows that eight devices share."""
+    rng, mesh = np.random.default_rng(4), parallel.make_mesh("data=8", jax.devices())
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    tokens = [rng.normal(-1.0, 0.5, (16, 6)).astype(np.float32) for _ in range(2)]
+    advantages, mask = rng.normal(size=16).astype(np.float32), rng.random((16, 6)) < 0.7
+    pairs = [rng.normal(-9.0, 2.0, 16).astype(np.float32) for _ in range(4)]
+    lengths = [rng.integers(1, 9, 16).astype(np.float32) for _ in range(2)]
+    options = PolicyOptions(clip_cov_ratio=0.2, kl_cov_ratio=0.2, clip_cov_lb=-9.0, clip_cov_ub=9.0)
+    told = {}
+
+    def compare(name, loss, first, *others):
+        function = jax.jit(jax.value_and_grad(loss))
+        alone = function(first, *others)
+        with parallel.use(mesh):
+            arrays = [jax.device_put(x, rows) for x in (first, *others)]
+            told[name] = same(function(*arrays), alone, 1e-6 * max(1.0, abs(alone[0])))
+
+    for name in LOSS_TYPES:
+
+        def policy(logprobs, old, advantages, mask, name=name):
+            key = jax.random.key(0)
+            given = {"loss_type": name, "options": options, "key": key}
+            return policy_loss(logprobs, old, advantages, mask, **given).loss
+
+        compare(name, policy, *tokens, advantages, mask)
+    smoothed = LossOptions(label_smoothing=0.1)
+    for name in PREFERENCE_LOSSES:
+
+        def preference(*arrays, name=name):
+            columns = (*arrays, jax.numpy.full(16, arrays[4].mean()), None)
+            return PREFERENCE_LOSSES[name](Pairs(*columns), smoothed).mean()
+
+        compare(name, preference, *pairs, *lengths)
+    return told
+
+
 def check_sampler():
     """Greedy and drawn, with more rows than slots, stop strings and a penalty."""
     model = Transformer(SHAPE)
@@ -323,6 +553,43 @@ def check_checkpoints_move():
     return len(wanted)
 
 
+def gpt_oss():
+    return shape(
+        model_type="gpt_oss",
+        hidden_size=64,
+        intermediate_size=32,
+        output_bias=True,
+        attention_sinks=True,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+        expert_bias=True,
+        swiglu_limit=7.0,
+    )
+
+
+def check_experts_in_mxfp4_are_read_in_parts():
+    """Each device's part equals that of what one device reads."""
+    config, rng = gpt_oss(), np.random.default_rng(0)
+    model = Transformer(config)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    with tempfile.TemporaryDirectory() as directory:
+        path = save_pretrained(f"{directory}/model", model, params) / "model.safetensors"
+        tensors = load_file(path)
+        for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "down_proj"))]:
+            E, D, F = tensors.pop(name).shape
+            blocks = rng.integers(0, 256, (E, F, D // 32, 16))
+            tensors[f"{name}_blocks"] = blocks.astype(np.uint8)
+            tensors[f"{name}_scales"] = rng.integers(120, 130, blocks.shape[:3]).astype(np.uint8)
+        save_file(tensors, path, metadata={"format": "pt"})
+        wanted = load_pretrained(path.parent)[1]
+        with use("data=2,fsdp=2,tensor=2", config):
+            found = load_pretrained(path.parent)[1]
+            cut = found["layers_0"]["experts"]["down_proj"].sharding.spec
+        assert bits(found) == bits(wanted) != bits(params)
+    return str(cut)
+
+
 def check_weights_are_read_in_parts():
     """Families with transposed, joined and stacked tensors; each device's part by itself."""
     told = {}
@@ -336,6 +603,14 @@ def check_weights_are_read_in_parts():
             num_experts=4,
             num_experts_per_tok=2,
             moe_intermediate_size=8,
+        ),
+        "gpt_oss": gpt_oss(),
+        "apertus": shape(
+            model_type="apertus",
+            output_bias=True,
+            qk_norm="head",
+            gated_mlp=False,
+            hidden_act="xielu",
         ),
     }.items():
         model = Transformer(config)
@@ -392,10 +667,13 @@ def check_a_job_on_a_mesh():
 
 CHECKS = {name[6:]: f for name, f in globals().items() if name.startswith("check_")}
 
+ONLY_IN_ALL = ("online_dpo",)  # rollouts as GRPO's, losses as DPO's
+
 
 def main(names):
     assert jax.device_count() == 8, jax.devices()
-    for name in [name for name in names if name != "--all"] or CHECKS:
+    usual = [name for name in CHECKS if ALL or name not in ONLY_IN_ALL]
+    for name in [name for name in names if name != "--all"] or usual:
         try:
             print(json.dumps({"check": name, "told": CHECKS[name]()}), flush=True)
         except Exception:

@@ -105,9 +105,14 @@ def rollout_of(ids, lengths, rows=None, logprobs=None, seed=0) -> Rollout:
         completion_lengths=lengths,
         mask=real,
         logprobs=np.where(real, logprobs, np.nan).astype(np.float32),
+        branches=np.zeros((P, G, C), np.int32),
         finish=np.where(last == EOS, "eos", "length"),
         texts=texts,
         environment_rewards=np.full((P, G), np.nan),
+        messages=[[None] * G for _ in range(P)],
+        episodes=[[{}] * G for _ in range(P)],
+        sources=np.full(P, ""),
+        columns=[[{}] * G for _ in range(P)],
     )
 
 

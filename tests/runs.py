@@ -193,6 +193,8 @@ class Child:
             self.process.send_signal(signum)
         try:
             code = self.process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired as late:
+            raise AssertionError(f"{late}; it has said: {self.stderr[-2000:]}") from late
         finally:
             self.process.kill()
             _running.remove(self)

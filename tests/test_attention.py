@@ -14,6 +14,7 @@ import pytest
 from relax.errors import ConfigError
 from relax.models import Transformer, TransformerConfig, kernels
 from relax.models.attention import attend, attention_mask
+from relax.models.cache import Keys, Values, attend_cached
 from relax.models.kernels import AttentionSpec, Device, choose, refusal, summary
 
 B, T, K, G, H = 2, 90, 2, 3, 8
@@ -107,6 +108,53 @@ def test_gradients_in_blocks_equal_finite_differences():
 
     slope = sum(float((g * d).sum()) for g, d in zip(gradients(f, q, k, v), towards, strict=True))
     assert slope == pytest.approx((total(1) - total(-1)) / (2 * step), rel=1e-3)
+
+
+def with_sinks(q, k, v, sinks, mask):
+    """One score more per head in a plain softmax, of a key whose value is 0."""
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) * 0.3
+    scores = jnp.where(mask[:, None, None], scores, -1e30)
+    more = jnp.broadcast_to(sinks[None, :, :, None, None], (*scores.shape[:-1], 1))
+    weights = jax.nn.softmax(jnp.concatenate([scores, more], axis=-1))[..., :-1]
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+
+
+@pytest.mark.parametrize("block", [256, 16])
+def test_a_sink_is_one_more_score_of_a_key_without_a_value(block):
+    """The output, and the gradients of everything; in a row of one key, a sigmoid remains."""
+    (q, k, v), segments = inputs()
+    sinks = jnp.asarray(np.random.default_rng(3).normal(size=(K, G)) * 2, jnp.float32)
+    mask = attention_mask(segments, B, T, 11)
+
+    def ours(q, k, v, sinks):
+        return attend(q, k, v, mask, multiplier=0.3, sinks=sinks, block=block)
+
+    def gradients(f):
+        def total(*arrays):
+            out = f(*arrays)
+            return (out * jnp.sin(jnp.arange(out.size)).reshape(out.shape)).sum()
+
+        return jax.jit(jax.grad(total, (0, 1, 2, 3)))(q, k, v, sinks)
+
+    out = jax.jit(ours)(q, k, v, sinks)
+    close(out, with_sinks(q, k, v, sinks, mask), 2e-6)
+    close(gradients(ours), gradients(lambda *x: with_sinks(*x, mask)), 3e-6)
+    score = 0.3 * np.einsum("BKGH,BKH->BKG", q[:, 0], k[:, 0])
+    alone = 1 / (1 + np.exp(np.asarray(sinks) - score))
+    close(out[:, 0], alone[..., None] * np.asarray(v)[:, 0, :, None], 2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_decoding_with_sinks_gives_the_last_row_of_attention(window):
+    (q, k, v), _ = inputs(20)
+    sinks = jnp.asarray([[0.5, -2.0, 3.0], [1.0, 0.0, -1.0]], jnp.float32)
+    mask = attention_mask(None, B, 20, window)
+    rows = attend(q, k, v, mask, sinks=sinks)
+    keys, values = Keys(k.transpose(0, 2, 3, 1)), Values(v.swapaxes(1, 2))
+    options = {"window": window, "multiplier": None, "softcap": None}
+    for t in (0, 7, 19):
+        last = attend_cached(q[:, t], keys, values, jnp.full((B,), t), sinks=sinks, **options)
+        close(last, rows[:, t], 2e-6)
 
 
 def test_long_rows_need_memory_for_blocks_of_scores_only():
@@ -277,6 +325,18 @@ def test_both_kinds_of_layer_run_splash(monkeypatch, policy, forward):
             ("cudnn", "cuda"),
         ),
         ("auto", TPU, AttentionSpec("float32", 80, window=9, softcap=50.0), ("splash", "tpu")),
+        (
+            "auto",
+            HOPPER,
+            AttentionSpec("bfloat16", 64, sinks=True),
+            ("xla", "attention sinks are not in cuDNN"),
+        ),
+        (
+            "auto",
+            TPU,
+            AttentionSpec("float32", 80, sinks=True),
+            ("xla", "attention sinks are not in splash"),
+        ),
         ("xla", HOPPER, AttentionSpec("bfloat16", 64), ("xla", "cuda")),
         ("splash", TPU, AttentionSpec("bfloat16", 64), ("splash", "tpu")),
     ],

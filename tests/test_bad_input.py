@@ -143,8 +143,9 @@ def test_the_script_prints_the_sentence_and_no_traceback(tmp_path):
     file.write_text(BROKEN_FILES["json"][0])
     child = start(*flags(dataset_name=file, output_dir=tmp_path / "run"))
     assert child.end() == 2
-    # What was under way, and nothing else.
-    assert all(line.endswith(" ...") for line in child.stdout.splitlines())
+    # The precision, what was under way, and nothing else.
+    first, *lines = child.stdout.splitlines()
+    assert first.startswith("precision: ") and all(line.endswith(" ...") for line in lines)
     assert child.stderr == f"error: {file}{BROKEN_FILES['json'][1]}\n"
 
 

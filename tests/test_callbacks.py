@@ -24,13 +24,17 @@ from relax.callbacks import (
     Progress,
 )
 from relax.callbacks.completions import RewardCounters
+from relax.callbacks.curriculum import CurriculumProgress
 from relax.callbacks.guards import NonFiniteGuard
 from relax.callbacks.metrics import CLOCK_FIELDS, exclude_from_timing
 from relax.callbacks.reference import ReferenceLogprobs
 from relax.callbacks.warnings import LearningMonitor
+from relax.data.curriculum import PassRateCurriculum
 from relax.errors import ResumeError
 from relax.rewards.batch import Tally
 from relax.trainers.callback import load_state_dicts, state_dicts
+from relax.trainers.rl.ahead import Ahead
+from relax.trainers.rl.drafts import Drafts
 
 KEY = jax.random.key(5)
 NAN = float("nan")
@@ -264,6 +268,9 @@ STATEFUL = {
     BestCheckpoint: lambda: BestCheckpoint("best", saver=object()),
     ReferenceLogprobs: lambda: ReferenceLogprobs({}, Path("reference"), Console()),
     RewardCounters: lambda: RewardCounters(SimpleNamespace(tally=Tally(0.1))),
+    Ahead: lambda: Ahead(None, 1, 1),
+    Drafts: Drafts,
+    CurriculumProgress: lambda: CurriculumProgress(PassRateCurriculum(3), [], 1.0),
 }
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -16,30 +17,42 @@ import relax
 from relax.config import ConfigLoader, SFTConfig, options
 from relax.config import cli as command_line
 from relax.config.cli import read_command, run
-from relax.config.foreign import ADVICE, RENAMED, advice
+from relax.config.foreign import (
+    ADVICE,
+    NEAREST_VALUES,
+    RENAMED,
+    SAME_VALUES,
+    advice,
+    nearest_value,
+    own_value,
+)
 from relax.config.helptext import help_text
 from relax.config.names import ALIASES
+from relax.config.schema import TrainerConfig
 from relax.config.settings import ALGORITHMS
 from relax.errors import ConfigError, DataError
 
 # Adding, renaming or removing a flag is a visible act: it changes this list.
 FLAGS = """
-adam_beta1 adam_beta2 adam_epsilon allow_config_change assistant_only_loss attn_implementation
-callbacks chat_template_path compilation_cache_dir completion_only_loss coordinator data_seed
-dataset_config dataset_kwargs dataset_name dataset_test_split dataset_text_field dataset_train_split
-debug_nans dry_run dtype early_stopping_patience early_stopping_threshold eos_token
-eval_dataset_name eval_on_start eval_packing eval_steps eval_strategy freeze grace_s
+adam_beta1 adam_beta2 adam_epsilon allow_config_change alpha_pattern assistant_only_loss
+attn_implementation callbacks chat_template_path compilation_cache_dir completion_only_loss
+coordinator data_seed dataset_cache_dir dataset_config dataset_kwargs dataset_name
+dataset_test_split dataset_text_field dataset_train_split debug_nans dry_run dtype
+early_stopping_patience early_stopping_threshold eos_token eval_dataset_name eval_on_start
+eval_packing eval_reward_funcs eval_steps eval_strategy eval_tasks eval_tasks_limit freeze grace_s
 gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_policy greater_is_better
-heartbeat_s learning_rate load_best_model_at_end logging_steps lora_alpha lora_dropout lora_r
-lora_target_modules loss_chunk_size lr_scheduler_type max_eval_batches max_file_gib max_grad_norm
-max_json_depth max_length max_new_tokens max_nonfinite_steps max_row_bytes max_steps merge_lora mesh
-metric_for_best_model min_lr_rate model_name_or_path num_decay_steps num_processes num_samples
-num_train_epochs optim output_dir overwrite_output_dir packing packing_strategy pad_to_multiple_of
-param_dtype per_device_eval_batch_size per_device_train_batch_size print_examples process_id profile
-profile_steps report_to resume run_name save_async save_steps save_strategy save_total_limit seed
+heartbeat_s label_smoothing_factor learning_rate load_best_model_at_end logging_steps lora_alpha
+lora_dropout lora_modules_to_save lora_r lora_target_modules loss_chunk_size loss_type
+lr_scheduler_type max_eval_batches max_file_gib max_grad_norm max_json_depth max_length
+max_new_tokens max_nonfinite_steps max_row_bytes max_steps merge_lora mesh metric_for_best_model
+min_lr_rate mixing_strategy model_name_or_path momentum_dtype neftune_noise_alpha num_decay_steps
+num_processes num_samples num_train_epochs offload_optimizer optim output_dir overwrite_output_dir
+packing packing_strategy pad_to_multiple_of param_dtype per_device_eval_batch_size
+per_device_train_batch_size print_examples process_id profile profile_steps quantize_base
+rank_pattern report_to resume run_name save_async save_steps save_strategy save_total_limit seed
 sharding_rules shuffle_dataset stop_sequences system_prompt template_memory_mib
-template_output_ratio template_timeout_s test_size truncation_mode use_peft warmup_steps
-weight_decay
+template_output_ratio template_timeout_s test_size thinking train_on truncation_mode use_dora
+use_peft use_rslora warmup_steps weight_decay z_loss_coef
 """.split()
 
 
@@ -74,7 +87,9 @@ def test_the_list_of_flags_is_frozen():
 
 
 def all_options() -> set[str]:
-    return set().union(*(options(config_class) for config_class in ALGORITHMS.values()))
+    """The flags of all trainers; tools have names of their own, and join `ALGORITHMS` on import."""
+    trainers = (c for c in ALGORITHMS.values() if issubclass(c, TrainerConfig))
+    return set().union(*map(options, trainers))
 
 
 def test_other_names_lead_to_fields_and_shadow_none():
@@ -98,6 +113,40 @@ def test_every_training_argument_of_transformers_is_an_option_or_has_advice():
     names = [field.name for field in dataclasses.fields(TrainingArguments)]
     assert len(names) > 100
     assert not [n for n in names if n not in known and n not in ALIASES and not advice(n, known)]
+
+
+def test_every_optimizer_and_schedule_of_transformers_is_accepted_or_refused_with_the_nearest():
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for option, theirs in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        own = get_args(options(SFTConfig)[option].type)
+        names = [name.value for name in theirs]
+        assert len(names) > len(own)
+        accepted = [name for name in names if own_value(option, name) in own]
+        assert not [n for n in names if n not in accepted and not nearest_value(option, n)]
+        assert set(SAME_VALUES[option].values()) <= set(own)
+    for option, values in NEAREST_VALUES.items():
+        kinds = get_args(options(SFTConfig)[option].type)
+        own = {value for kind in kinds for value in get_args(kind) or (kind,)}
+        assert {near.replace(",", "").split()[0] for near in values.values()} <= {*own}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours"),
+    [
+        ("optim", "adamw_torch_fused", "adamw"),
+        ("optim", "paged_lion_32bit", "lion"),
+        ("lr_scheduler_type", "warmup_stable_decay", "wsd"),
+    ],
+)
+def test_a_value_that_means_the_same_is_read_as_ours_in_flags_and_files(
+    tmp_path, name, value, ours
+):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({name: value}))
+    for argv in ([f"--{name}={value}"], [f"--config={path}"]):
+        assert started(*argv).flat()[name] == ours
 
 
 # Fields of the configurations of TRL 1.16 that transformers' TrainingArguments does not have.
@@ -230,8 +279,7 @@ REFUSED = [
     (["--hub_token", "x"], "--hub_token is not a flag here: runs upload nothing"),
     (["--deepspeed", "ds.json"], "--deepspeed is not a flag here: --mesh shards weights"),
     (["--fsdp", "full_shard"], "--fsdp is not a flag here: --mesh shards weights"),
-    (["--load_in_4bit"], "--load_in_4bit is not a flag here: weights are not quantised"),
-    (["--neftune_noise_alpha=5"], "--neftune_noise_alpha is not a flag here: noise on"),
+    (["--load_in_4bit"], "--load_in_4bit is not a flag here: use --use_peft --quantize_base"),
     (["--use_liger_kernel"], "--use_liger_kernel is not a flag here: not needed: losses"),
     (["--tokenizer_name", "x"], "--tokenizer_name is not a flag here: the tokenizer is"),
     (["--trust_remote_code"], "--trust_remote_code is not a flag here: code that comes with"),
@@ -246,7 +294,8 @@ REFUSED = [
     (["--lr", "4"], "--lr is not a flag here: use --learning_rate."),
     (["--overwrite"], "--overwrite is not a flag here: use --overwrite_output_dir."),
     # flags of other algorithms
-    (["--num_generations", "4"], "--num_generations is a flag of grpo, ppo only."),
+    (["--num_generations", "4"],
+     "--num_generations is a flag of distill, grpo, online_dpo, ppo only."),
     (["--center_rewards_coefficient=1"], "--center_rewards_coefficient is a flag of reward only."),
     # mistyped values
     (["--packing", "stray"], "--packing must be true or false, got 'stray'"),
@@ -263,7 +312,7 @@ REFUSED = [
     (["--learning_rate=1e400"], "--learning_rate must be a finite number, got '1e400'"),
     (["--learning_rate", "-inf"], "--learning_rate must be a finite number, got '-inf'"),
     (["--learning_rate", "nan"], "--learning_rate must be a finite number, got 'nan'"),
-    (["--dtype", "fp32"], "--dtype must be one of float32, bfloat16, got 'fp32'"),
+    (["--dtype", "fp32"], "--dtype must be one of float32, bfloat16 or none, got 'fp32'"),
     (["--output_dir="], "--output_dir must not be empty: omit it to use the default"),
     (["--output_dir", ""], "--output_dir must not be empty: omit it to use the default"),
     (["--allow_config_change=a,,b"], "--allow_config_change must be a list a,b without empty"),
@@ -276,6 +325,15 @@ REFUSED = [
     (["--max_steps", "--packing"], "--max_steps needs a value: --max_steps=INT"),
     (["--dtype"], "--dtype needs a value: --dtype=float32|bfloat16"),
     (["--config"], "--config needs a value"),
+    # values of other libraries
+    (["--attn_implementation=sdpa"], "--attn_implementation must be one of auto, xla, cudnn, "
+     "splash, got 'sdpa'; the nearest is auto, which takes the device's kernel"),
+    (["--dtype=bf16"], "--dtype must be one of float32, bfloat16 or none, got 'bf16'; "),
+    (["--optim=galore_adamw_8bit"], "--optim must be one of adamw, adamw_8bit, adafactor, lion, "
+     "muon, sgd, schedule_free_adamw, got 'galore_adamw_8bit'; the nearest is adamw_8bit"),
+    (["--lr_scheduler_type", "polynomial"], "--lr_scheduler_type must be one of linear, cosine, "
+     "constant, constant_with_warmup, cosine_with_min_lr, wsd, got 'polynomial'; the nearest is "
+     "linear, which is the same with power 1"),
     (["--no_packing", "false"], "--no_packing takes no value, got 'false': write --packing=false"),
     (["--nopacking=true"], "--nopacking takes no value, got 'true': write --packing=true"),
     (["--no_seed"], "--no_seed negates an option that is not true or false: write --seed=VALUE"),
@@ -379,7 +437,7 @@ def test_help_shows_every_flag_with_type_default_and_help(width):
     assert "\x1b" not in text
     joined = " ".join(words)
     assert "--learning_rate FLOAT Peak learning rate. [2e-05]" in joined
-    assert "--dtype float32|bfloat16 Precision of the computation. [float32]" in joined
+    assert "--param_dtype float32|bfloat16 Precision of the parameters. [float32]" in joined
     assert "Also --warmup_ratio." in joined
     assert "[outputs/sft]" in joined
     assert "hyperparams: Optimizer, learning rate, batch sizes and length of the run." in joined

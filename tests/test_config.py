@@ -133,8 +133,11 @@ WRONG = [
     ({"packing": 1}, "packing must be true or false, got 1"),
     ({"packing": "false"}, "packing must be true or false, got 'false' (a text)"),
     ({"max_length": "no"}, "max_length must be a whole number or none, got 'no' (a text)"),
-    ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16' (a text)"),
-    ({"dtype": []}, "dtype must be one of float32, bfloat16, got [] (a list)"),
+    (
+        {"dtype": "float16"},
+        "dtype must be one of float32, bfloat16 or none, got 'float16' (a text)",
+    ),
+    ({"dtype": []}, "dtype must be one of float32, bfloat16 or none, got [] (a list)"),
     ({"output_dir": ""}, "output_dir must not be empty: omit it to use the default"),
     ({"output_dir": None}, "output_dir must be a text, got None"),
     ({"allow_config_change": "seed"}, "allow_config_change must be a list of texts, got 'seed'"),

@@ -1,6 +1,7 @@
 """One normal form of rows, from files, Arrow tables and Python, for every algorithm."""
 
 import json
+import re
 
 import pytest
 from test_data_prepare import CHATML, bot, byte_tokenizer, marked, user
@@ -330,29 +331,24 @@ def test_completions_that_repeat_the_messages_of_the_prompt_are_taken_once(token
         assert one.labels.tolist() == other.labels.tolist()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("weight", 0), ("weight", 0.5), ("train", False), ("weight", 1)]
-)
-@pytest.mark.parametrize("column", ["messages", "conversations", "completion"])
-def test_a_message_that_its_row_excludes_from_training_is_refused(column, key, value, tokenizer):
+def test_messages_that_their_row_excludes_are_not_trained_in_any_format(tokenizer):
     """`weight` as in OpenAI's fine-tuning files, `train` as in axolotl's."""
-    answer = bot("Yo") | {key: value}
-    row = {
-        "messages": {"messages": [user("Hi"), answer]},
-        "conversations": {
-            "conversations": [
-                {"from": "human", "value": "Hi"},
-                {"from": "gpt", "value": "Yo", key: value},
-            ]
-        },
-        "completion": {"prompt": [user("Hi")], "completion": [answer]},
-    }[column]
-    if value == 1:
-        prepare([row], tokenizer)
-        return
-    match = rf"row 0: {column}\[\d\] has '{key}' {value}, and messages have no weights here"
-    with pytest.raises(DataError, match=match):
-        prepare([row], tokenizer)
+    for key, value, trains in (("weight", 1, True), ("weight", 0, False), ("train", False, False)):
+        answer = bot("Yo") | {key: value}
+        turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo", key: value}]
+        for row in (
+            {"messages": [user("Hi"), answer]},
+            {"conversations": turns},
+            {"prompt": [user("Hi")], "completion": [user("So?"), answer]},
+        ):
+            ((ids, labels),), _ = prepare([row], tokenizer)
+            where = [i for i, token in enumerate(ids.tolist()) if tokenizer.decode([token]) == "Y"]
+            assert (labels[where] != -100).tolist() == [trains]
+    half = {"conversations": [*turns[:1], turns[1] | {"train": 0.5}]}
+    with pytest.raises(
+        DataError, match=r"row 0: conversations\[1\] has 'train' 0.5, and a message"
+    ):
+        prepare([half], tokenizer)
 
 
 def test_tool_calls_of_conversations_with_from_and_value_are_rendered_or_reported(tokenizer):
@@ -370,9 +366,42 @@ def test_tool_calls_of_conversations_with_from_and_value_are_rendered_or_reporte
     assert any("does not render the tool_calls of 1 rows" in note for note in notes)
 
 
+def test_pairs_in_csv_files_are_those_of_jsonl_files(tokenizer, tmp_path):
+    pair = {"chosen": [user("Hi"), bot("Yo")], "rejected": [user("Hi"), bot("No")]}
+    texts = [json.dumps(messages).replace('"', '""') for messages in pair.values()]
+    file = tmp_path / "pairs.csv"
+    file.write_text(f'chosen,rejected,margin\n"{texts[0]}","{texts[1]}",0.5\n')
+    found, report = prepare_preferences(file, tokenizer, for_reward_model=True)
+    wanted = prepare_preferences([pair | {"margin": 0.5}], tokenizer, for_reward_model=True)[0]
+    assert found.digest == wanted.digest and found.items[0].margin == 0.5
+    assert any("as JSON texts: read as JSON" in note for note in report.notes)
+    file.write_text("prompt,completion,label\na,[1],True\nb,[2],false\n")
+    found, _ = prepare_preferences(file, tokenizer, unpaired=True)
+    assert [item.is_desirable for item in found.items] == [True, False]
+    assert [tokenizer.decode(item.chosen) for item in found.items] == [
+        "[1]<|im_end|>",
+        "[2]<|im_end|>",
+    ]
+
+
 def test_prompts_that_end_with_an_assistants_message_are_reported(tokenizer):
-    notes = prepare_prompts([{"prompt": [user("Hi"), bot("Yo")]}], tokenizer).notes
-    assert any("the prompts of 1 rows end with a message of the assistant" in n for n in notes)
+    prompt, a, b = [user("Hi"), bot("Yo")], [bot("A")], [bot("B")]
+    pair, starts = {"chosen": a, "rejected": b}, ([user("Hi")], [user("Ho")])
+    reports = [
+        prepare_prompts([{"prompt": prompt}], tokenizer),
+        prepare([{"prompt": prompt, "completion": a}], tokenizer)[1],
+        prepare_preferences([{"prompt": prompt} | pair], tokenizer)[1],
+        prepare_preferences([{"chosen": prompt + a, "rejected": prompt + b}], tokenizer)[1],
+        prepare_preferences(
+            [{"prompt": [*start, bot("Yo")], "completion": a, "label": True} for start in starts],
+            tokenizer,
+            unpaired=True,
+        )[1],
+    ]
+    for report in reports:
+        (note,) = [note for note in report.notes if "message of the assistant" in note]
+        assert re.match("the prompts of [12] rows end with .* a completion begins a new one", note)
+    assert not prepare([{"messages": prompt}], tokenizer)[1].notes
 
 
 def test_alpacas_columns_are_a_prompt_and_a_completion_and_the_report_says_so():
@@ -400,7 +429,7 @@ def test_a_text_prompt_beside_whole_conversations_is_taken_from_them(tokenizer):
     found, report = prepare_preferences([pair], tokenizer)
     del pair["prompt"]
     assert found.digest == prepare_preferences([pair], tokenizer)[0].digest
-    assert any("the beginning of the conversations" in note for note in report.notes)
+    assert any("the prompt is that of the conversations" in note for note in report.notes)
     chat = {"prompt": "Hi", "messages": [user("Hi"), bot("Yo")]}
     examples, report = prepare([chat], tokenizer)
     assert texts([{"messages": chat["messages"]}], tokenizer) == [

@@ -192,10 +192,8 @@ def test_an_end_of_turn_outside_of_the_mask_is_noted():
     assert report.endless == 0 and report.ends_trained and report.last_trained_token == END
 
 
-def test_assistant_only_loss_needs_a_template_with_marks_and_a_row_with_an_assistant():
+def test_assistant_only_loss_needs_a_row_with_an_assistant():
     options = FormatOptions(assistant_only_loss=True)
-    with pytest.raises(ConfigError, match="generation %}.*--chat_template_path"):
-        prepare([{"messages": [user("a"), bot("b")]}], byte_tokenizer(), options)
     with pytest.raises(DataError, match=r"row 0: .*found no assistant message.*\['user'\]"):
         prepare([{"messages": [user("a")]}], byte_tokenizer(MARKED), options)
 
@@ -374,6 +372,11 @@ GOOD_CHAT = {"messages": [user("a"), bot("b")]}
         ([{"messages": ["hello"]}], r":1: 'messages\[0\]' must be an object, it is 'hello'"),
         ([GOOD_CHAT, {"messages": [{"content": "a"}]}], r":2: messages\[0\] needs a string 'role'"),
         ([GOOD_CHAT, {"messages": [user(None)]}], r":2: messages\[0\] needs a string 'content'"),
+        (
+            [GOOD_CHAT, {"messages": [user(5)]}],
+            r":2: 'messages\[0\].content' must be a string, .* 5",
+        ),
+        ([{"input": "a", "output": "b"}], r":1: no known column: the row has 'input', 'output'\."),
         ([{"conversations": [{"from": "alien", "value": "a"}]}], r"from 'alien', not one of"),
         ([{"input_ids": "12"}], r":1: 'input_ids' must be a list of 32-bit integers"),
         ([{"input_ids": [1, 2.5]}], r":1: 'input_ids' must be a list of 32-bit integers"),

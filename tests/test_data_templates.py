@@ -85,12 +85,12 @@ def test_what_a_template_leaves_out_is_counted_for_every_algorithm():
         "messages": [
             *asked,
             {"role": "assistant", "content": "", "tool_calls": [{"function": function}]},
-            bot("so") | {"reasoning_content": "because"},
+            bot("so") | {"reasoning_content": "because", "function_call": function},
         ],
         "tools": [{"type": "function", "function": {"name": "at", "parameters": {}}}],
     }
     notes = prepare([row, {"messages": CHAT}], tokenizer)[1].notes
-    for name in ("tool_calls", "tools", "reasoning_content", "system messages"):
+    for name in ("tool_calls", "function_call", "tools", "reasoning_content", "system messages"):
         said = f"the chat template does not render the {name} of 1 rows: first row 0"
         assert any(note.startswith(said) for note in notes), name
     assert any("system messages of 1" in n for n in prepare_prompts(

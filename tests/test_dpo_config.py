@@ -18,7 +18,12 @@ def test_the_configuration_names_the_losses_that_there_are():
     assert declared.WITHOUT_REFERENCE == tuple(
         name for name, loss in PREFERENCE_LOSSES.items() if not loss.needs_reference
     )
-    for option in ("label_smoothing", "simpo_gamma"):
+    for field, names in (
+        ("any_divergence", declared.ANY_DIVERGENCE),
+        ("compares_pairs", declared.COMPARING),
+    ):
+        assert set(names) == {n for n, ls in PREFERENCE_LOSSES.items() if getattr(ls, field)}
+    for option in ("label_smoothing", "simpo_gamma", "discopop_tau"):
         assert declared.READERS[option] == tuple(
             n for n, ls in PREFERENCE_LOSSES.items() if option in ls.reads
         )
@@ -41,6 +46,9 @@ def test_defaults_are_those_of_trl():
         {"precompute_ref_log_probs": True, "ref_log_probs_dir": "there"},
         {"sync_ref_model": True, "ref_model_sync_steps": 5},
         {"use_peft": True, "precompute_ref_log_probs": True},
+        {"loss_type": ["hinge", "sft"], "f_divergence_type": "forward_kl", "ld_alpha": 0.5},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9},
+        {"loss_type": ["losses.py:mine", "discopop"], "discopop_tau": 0.1, "use_weighting": True},
     ],
 )
 def test_what_has_an_effect_is_taken(fields):
@@ -51,7 +59,15 @@ def test_what_has_an_effect_is_taken(fields):
 @pytest.mark.parametrize(
     "fields, reason",
     [
-        ({"loss_type": ["sigmiod"]}, "loss_type must be one of sigmoid, .*, kto, got 'sigmiod'"),
+        (
+            {"loss_type": ["sigmiod"]},
+            "loss_type must be one of sigmoid, .*, kto, .* got 'sigmiod'. Did you mean sigmoid",
+        ),
+        ({"loss_type": ["apo_zero"], "f_divergence_type": "forward_kl"}, "got loss_type apo_zero"),
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, "reverse_kl"),
+        ({"loss_type": ["aot"], "use_weighting": True}, "use_weighting weights pairs"),
+        ({"loss_type": ["kto"], "ld_alpha": 0.5}, "ld_alpha has no effect: kto has no pairs"),
+        ({"ld_alpha": 0.5, "precompute_ref_log_probs": True}, "ld_alpha excludes precompute"),
         ({"loss_type": []}, "must name each loss once, got none"),
         ({"loss_type": ["kto", "sft"]}, "kto cannot be combined with another loss"),
         ({"loss_weights": [1.0, 2.0]}, "one per loss, got 2 for 1"),

@@ -92,8 +92,20 @@ def test_the_prompt_is_what_both_answers_begin_with():
         "chosen": [four],
         "rejected": [five],
     }
-    with pytest.raises(DataError, match="file:3: without 'prompt' the messages .* 0 of 1 and 1"):
+    with pytest.raises(DataError, match="file:3: without a 'prompt' of messages .* 0 of 1 and 1"):
         split_prompt([four], [five], "file:3")
+
+
+def test_answers_without_a_common_beginning_have_no_prompt(arithmetic_tokenizer):
+    # TRL 1.16 makes the chosen answer the prompt where a space ends it.
+    parts = split_prompt("Yes, it is. ", "No.")
+    assert parts == {"prompt": "", "chosen": "Yes, it is. ", "rejected": "No."}
+    with pytest.raises(
+        DataError, match="the prompt has no token, as the completions share no beginning"
+    ):
+        prepare_preferences(
+            [{"question": "?", "chosen": "4 ", "rejected": "5"}], arithmetic_tokenizer
+        )
 
 
 def text_of(tokenizer, item) -> tuple[str, str]:

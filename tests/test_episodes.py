@@ -5,11 +5,13 @@ import numpy as np
 import optax
 import pytest
 
+from relax.errors import DataError
 from relax.models import Transformer, TransformerConfig
-from relax.rewards import Observation
+from relax.rewards import EpisodeRunner, Observation
 from relax.sampling import SamplingConfig
 from relax.trainers import GRPOTrainer
 from relax.trainers.rl.episodes import rollout_episodes
+from relax.trainers.rl.partners import TextPartner
 
 A, STOP, EOS, SHOWN = 3, 4, 1, 7  # ids; each is the text of a letter
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -71,6 +73,10 @@ def model_and_params():
     return model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
 
 
+def partner(log, environment=Echo):
+    return TextPartner(EpisodeRunner((), lambda: environment(log)), encode, decode)
+
+
 ITEM = {"prompt_ids": [[5, 6], [8]], "rows": [{"prompt": "fg", "shown": "kk"}, {"prompt": "i"}]}
 # Few tokens are left, so that turns end in either way.
 BIAS = {i: -np.inf for i in range(26) if i not in (A, STOP, EOS)}
@@ -80,10 +86,10 @@ SAMPLING = SamplingConfig(max_new_tokens=16, n=4, eos_token_ids=(EOS,), logit_bi
 @pytest.fixture(scope="module")
 def played(model_and_params):
     log = []
-    item, out, rewards = rollout_episodes(
-        *model_and_params, ITEM, jax.random.key(1), SAMPLING, lambda: Echo(log), encode, decode
+    found = rollout_episodes(
+        *model_and_params, ITEM, jax.random.key(1), SAMPLING, partner(log), decode
     )
-    return item, out, rewards, log
+    return found, found.output, found.rewards, log
 
 
 def test_answers_stand_behind_the_turns_they_answer_and_are_masked(played):
@@ -102,7 +108,7 @@ def test_answers_stand_behind_the_turns_they_answer_and_are_masked(played):
 
 
 def test_what_reset_shows_belongs_to_the_prompt(played):
-    assert played[0]["prompt_ids"] == [[5, 6, 10, 10], [8]]
+    assert played[0].prompt_ids == [[5, 6, 10, 10], [8]]
 
 
 def test_the_last_turns_reward_is_given_and_an_unfinished_episode_has_none(played):
@@ -123,7 +129,7 @@ def test_log_probabilities_are_those_of_the_trainer_and_answers_are_not_trained_
         optax.sgd(0.1),
         reward_funcs=[lambda completions, **_: [None] * len(completions)],
         tokenizer=Letters(),
-        environment=lambda: Echo([]),
+        environment_factory=lambda: Echo([]),
         sampling=SamplingConfig(max_new_tokens=16, eos_token_ids=(EOS,)),
         num_generations=4,
         params=params,
@@ -145,7 +151,7 @@ def test_an_environment_alone_gives_the_rewards_without_any_reward_function(mode
         optax.sgd(0.1),
         reward_funcs=[],
         tokenizer=Letters(),
-        environment=lambda: Echo([]),
+        environment_factory=lambda: Echo([]),
         sampling=SamplingConfig(max_new_tokens=16, eos_token_ids=(EOS,)),
         num_generations=4,
         params=params,
@@ -162,14 +168,7 @@ def test_beginnings_that_differ_within_a_group_are_refused(model_and_params):
             self.log.append(0)
             return "k" * len(self.log)
 
-    log = []
-    with pytest.raises(ValueError, match="the same text, but Fickle.reset does not"):
+    with pytest.raises(DataError, match="the same messages, but Fickle.reset does not"):
         rollout_episodes(
-            *model_and_params,
-            ITEM,
-            jax.random.key(1),
-            SAMPLING,
-            lambda: Fickle(log),
-            encode,
-            decode,
+            *model_and_params, ITEM, jax.random.key(1), SAMPLING, partner([], Fickle), decode
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import (
+    DELTA,
     EXPERTS,
     FAMILY_NAMES,
     FULL,
@@ -20,6 +21,7 @@ from families import (
     NEWER,
     NO_DROPOUT,
     POSITIONS,
+    RECURRENT,
     ROWS,
     SEGMENTS,
     SLIDING,
@@ -38,7 +40,6 @@ import relax.models.huggingface.shards as shard_files
 from relax.errors import ModelLoadError
 from relax.models import RopeScaling, load_pretrained, read_pretrained_config, save_pretrained
 from relax.models.families import FAMILIES, family_of
-from relax.models.families.family import STACKED_EXPERTS
 from relax.models.families.rope import BESIDE_ALPHA
 from relax.models.huggingface.tensors import expected_tensors, from_params
 from relax.sampling import SamplingConfig, generate
@@ -102,6 +103,9 @@ def test_rope_settings_are_written_for_transformers_4_and_5_alike(name):
     family = family_of(config.model_type)
     fields = family.to_hugging_face(config)
     old = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
+    if family.rope.nested_only:
+        assert not old & fields.keys()
+        return
     assert {"rope_theta", "rope_parameters"} <= fields.keys()
     for left_out in (old, {"rope_parameters"}):
         alone = {name: value for name, value in fields.items() if name not in left_out}
@@ -158,7 +162,7 @@ def test_load_balancing_loss_equals_that_of_transformers(name, tmp_path):
     assert abs(float(ours) - model.config.num_experts_per_tok) > 1e-3, "too even to tell anything"
 
 
-@pytest.mark.parametrize("pair", NEWER, indirect=True)
+@pytest.mark.parametrize("pair", ["phi3", *NEWER], indirect=True)
 def test_greedy_text_equals_that_of_transformers(pair):
     """Two prompts, 40 new tokens each: beyond every window."""
     import torch
@@ -174,7 +178,22 @@ def test_greedy_text_equals_that_of_transformers(pair):
     assert len({*ours.completions[0], *ours.completions[1]}) > 3, "too dull to tell anything"
 
 
-@pytest.mark.parametrize("pair", ["gemma2", *NEWER, *WITH_EXPERTS[:2]], indirect=True)
+@pytest.mark.parametrize("pair", RECURRENT, indirect=True)
+def test_slots_begin_with_the_states_behind_uneven_prompts(pair):
+    """Four prompts in two slots, one of a single token, and one shorter than the convolutions."""
+    import torch
+
+    prompts = [IDS[0, :9].tolist(), IDS[1, :1].tolist(), IDS[2, :3].tolist(), IDS[3].tolist()]
+    config = SamplingConfig(max_new_tokens=12, temperature=0.0, slots=2)
+    ours = generate(pair.model, pair.params, prompts, jax.random.key(0), config)
+    for prompt, completion in zip(prompts, ours.completions, strict=True):
+        theirs = pair.theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
+        assert completion == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "pair", ["gemma2", "phi3", "phi3-longrope", *NEWER, *WITH_EXPERTS[:2]], indirect=True
+)
 def test_gradients_equal_those_of_transformers(pair):
     """Of every parameter: log-likelihood of one document, and the load-balancing loss."""
     import torch
@@ -198,12 +217,15 @@ def test_gradients_equal_those_of_transformers(pair):
         return loss + (aux if experts else 0)
 
     flat = flax.traverse_util.flatten_dict(gradients(params))
-    expected = expected_tensors(
-        FAMILIES[model.config.model_type], model.config, STACKED_EXPERTS if experts else None
-    )
+    family = FAMILIES[model.config.model_type]
+    expected = expected_tensors(family, model.config, family.in_memory)
     references = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
-    assert len(references) == len(expected)
+    fixed = {name for name in expected if name.endswith(("layer_scalar", ".beta", ".eps"))}
+    assert len(references) == len(expected) - len(fixed)
+    assert all((from_params(expected[name], flat, np.float32) == 0).all() for name in fixed)
     for tensor, parts in expected.items():
+        if tensor in fixed:
+            continue
         ours, reference = from_params(parts, flat, np.float32), references[tensor]
         np.testing.assert_allclose(ours, reference, atol=1e-4 * np.abs(reference).max())
         assert np.abs(reference).max() > 0, tensor
@@ -343,7 +365,8 @@ def theirs_of(model_type, **fields):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_absent_fields_have_the_defaults_of_transformers(model_type):
     fields = SMALL | NEEDED.get(model_type, {})
-    more = ("qwen2", "qwen3", "mistral", "mixtral", "ministral3", "exaone4", "seed_oss")
+    more = ("qwen2", "qwen3", "mistral", "mixtral", "ministral3", "exaone4", "seed_oss", "lfm2")
+    more += ("gpt_oss",)
     if model_type in more:  # whose default number of key-value heads is more than 4
         fields = fields | KEYS
     if model_type == "granitemoehybrid":
@@ -375,6 +398,7 @@ def layers_of(model_type, fields, count=6):
 
 
 DENSE = {"layer_types": ["attention"] * 6, "num_local_experts": 0}
+GEMMA4 = {"vocab_size_per_layer_input": 11}
 MOE = EXPERTS | {"num_experts": 4, "moe_intermediate_size": 6}
 
 
@@ -393,6 +417,8 @@ MOE = EXPERTS | {"num_experts": 4, "moe_intermediate_size": 6}
         ("gemma3_text", {}, "s s s s s f"),
         ("gemma3_text", {"sliding_window_pattern": 2}, "s f s f s f"),
         ("gemma3_text", {"layer_types": [FULL] * 6, "_sliding_window_pattern": 2}, "f f f f f f"),
+        ("gemma4_text", GEMMA4, "s s s s s f"),
+        ("gemma4_text", GEMMA4 | {"layer_types": [FULL, SLIDING] * 2 + [FULL] * 2}, "f s f s f f"),
         ("smollm3", {}, "f f f fn f f"),
         ("smollm3", {"no_rope_layer_interval": 2}, "f fn f fn f fn"),
         ("smollm3", {"no_rope_layers": [0, 1, 1, 1, 1, 0]}, "fn f f f f fn"),
@@ -425,10 +451,29 @@ MOE = EXPERTS | {"num_experts": 4, "moe_intermediate_size": 6}
         ("qwen3_moe", MOE | {"mlp_only_layers": [0, 3, 9]}, "f fe fe f fe fe"),
         ("qwen3_moe", MOE | {"decoder_sparse_step": 3, "mlp_only_layers": [2]}, "f f f f f fe"),
         ("qwen3_moe", MOE | {"use_sliding_window": True}, "se se se se se se"),
+        ("lfm3", {}, "fn fn f fn s fn"),
+        ("lfm3", {"layer_types": ["conv"] * 5 + [SLIDING]}, "fn fn fn fn fn s"),
+        ("gpt_oss", KEYS, "se fe se fe se fe"),
+        ("gpt_oss", {"layer_types": [FULL] * 6} | KEYS, "fe fe fe fe fe fe"),
     ],
 )
 def test_layers_are_what_the_fields_say(model_type, fields, expected):
     assert layers_of(model_type, fields) == expected
+
+
+def test_both_forms_of_full_layers_of_gemma_4_mean_the_same():
+    """`global_head_dim`, as in the models' files; `per_layer_config`, as transformers saves."""
+    fields = {"model_type": "gemma4_text", **SMALL, **GEMMA4, "head_dim": 8, "global_head_dim": 12}
+    fields |= {"num_key_value_heads": 4, "num_kv_shared_layers": 1, "layer_types": [FULL] * 8}
+    for more in ({}, {"attention_k_eq_v": True, "num_global_key_value_heads": 2}):
+        for width in (12, 8):
+            old = fields | more | {"global_head_dim": width}
+            new = theirs_of(**old)
+            assert "per_layer_config" in new and "global_head_dim" not in new
+            assert read(old) == read(new)
+            assert {layer.head_dim for layer in read(new).layers} == {width}
+            old_dtype, new_dtype = {"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}
+            assert read(old | old_dtype) == read(new | new_dtype)
 
 
 def test_any_part_of_a_head_that_turns_is_written_so_that_it_is_read_back():
@@ -508,6 +553,12 @@ LONG = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
             {"rope_theta": 7.0, "rope_scaling": SCALING | {"llama_4_scaling_beta": 0.3}},
             {"rope_parameters": SCALING | {"llama_4_scaling_beta": 0.3, "rope_theta": 7.0}},
         ),
+        ("apertus", {"rope_theta": 7.0, "rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3_NEW}),
+        (
+            "gpt_oss",
+            {"rope_theta": 7.0, "rope_scaling": SCALING | {"truncate": False}},
+            {"rope_parameters": SCALING | {"rope_theta": 7.0, "truncate": False}},
+        ),
         (
             "phi3",
             {"rope_scaling": {"type": "longrope", **LONG}, "partial_rotary_factor": 0.7},
@@ -586,6 +637,44 @@ BAD = [
             "rope_parameters": {"sliding_attention": {"rope_theta": 6.0}},
         },
         "rope settings in several places disagree about rope_theta",
+    ),
+    ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block is True, which is not impl"),
+    ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
+    ("gemma4_text", {"layer_types": [SLIDING] * 8}, "layer_types must end in full_attention"),
+    ("gemma4_text", {"num_kv_shared_layers": 4}, "leave a layer of each type to share from, got 4"),
+    ("gemma4_text", {"num_kv_shared_layers": 8}, "leave a layer of each type to share from, got 8"),
+    ("gemma4_text", {"num_kv_shared_layers": 9}, "leave a layer of each type to share from, got 9"),
+    ("gemma4_text", {"vocab_size_per_layer_input": 10}, "must be at least vocab_size"),
+    ("gemma4_text", {"num_global_key_value_heads": 1}, "is 1 without attention_k_eq_v"),
+    ("gemma4_text", {"per_layer_config": {"7": {"sliding_window": 4}}}, "sets sliding_window of"),
+    ("gemma4_text", {"per_layer_config": {"6": {"head_dim": 4}}}, "must be about the full layers"),
+    ("gemma4_text", {"per_layer_config": {"8": {"head_dim": 4}}}, "must be about the full layers"),
+    ("gemma4_text", {"per_layer_config": {"x": {}}}, "per_layer_config must be an object of obj"),
+    (
+        "gemma4_text",
+        {"per_layer_config": {n: {"num_key_value_heads": 1} for n in "57"}},
+        "per_layer_config sets num_key_value_heads without attention_k_eq_v",
+    ),
+    (
+        "gemma4_text",
+        {"per_layer_config": {n: {"head_dim": 4} for n in "57"}, "global_head_dim": 8},
+        "per_layer_config disagrees with global_head_dim",
+    ),
+    ("gemma4_text", {"rope_theta": 5.0}, "fields that ReLax does not support: rope_theta"),
+    (
+        "gemma4_text",
+        {"rope_parameters": {FULL: {"rope_type": "linear", "factor": 2.0}}},
+        "rope_type is 'linear', which is not implemented; only default, proportional are",
+    ),
+    (
+        "gemma4_text",
+        {"rope_parameters": {FULL: {"rope_type": "default", "partial_rotary_factor": 0.5}}},
+        "partial_rotary_factor is 0.5",
+    ),
+    (
+        "gemma4_text",
+        {"rope_parameters": {FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.001}}},
+        "must turn a plane of a head of 512, got 0.001",
     ),
     ("gemma2", {"hidden_act": "gelu"}, "hidden_act must be hidden_activation, 'gelu_pytorch_tanh'"),
     ("gemma2", {"sliding_window_size": 9}, "sliding_window_size must be sliding_window, 4096"),
@@ -691,6 +780,14 @@ BAD = [
         "attention_dropout must be a number from 0 to below 1",
     ),
     ("glm4", {"rope_interleaved": True}, "rope_interleaved is True"),
+    ("apertus", {"rope_theta": 5.0}, "disagree about rope_theta"),
+    ("apertus", {"mlp_bias": True}, "mlp_bias is True"),
+    ("lfm3", {"sliding_window": None}, "sliding layers need sliding_window, got None"),
+    ("lfm3", {"rope_parameters": {FULL: {"rope_type": "dynamic"}}}, "rope_type is 'dynamic'"),
+    ("lfm3", {"full_attn_idxs": [1]}, "does not support: full_attn_idxs"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ("gpt_oss", {"experts_per_token": 3, "num_experts_per_tok": 2}, "experts_per_token and num_"),
+    ("gpt_oss", {"sliding_window": None}, "need sliding_window"),
 ]
 
 
@@ -743,6 +840,31 @@ GEMMA3 = {
     "rope_theta": 1000000,
     "sliding_window": 512,
 }
+GEMMA4_FILE = {
+    "attention_bias": False,
+    "attention_k_eq_v": False,
+    "dtype": "bfloat16",
+    "enable_moe_block": False,
+    "expert_intermediate_size": None,
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": None,
+    "num_experts": None,
+    "num_global_key_value_heads": None,
+    "num_kv_shared_layers": 0,
+    "rope_parameters": {
+        FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        SLIDING: {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "sliding_window": 512,
+    "tie_word_embeddings": True,
+    "top_k_experts": None,
+    "use_bidirectional_attention": None,
+    "vocab_size_per_layer_input": 262144,
+}
 YARN = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0}
 YARN |= {"original_max_position_embeddings": 8192}
 MINISTRAL = {
@@ -771,6 +893,7 @@ GRANITE = {
     "rope_scaling": None,
     "tie_word_embeddings": True,
 }
+MROPE = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
 REAL = {
     "Mistral 7B v0.1": (
         "mistral",
@@ -848,6 +971,50 @@ REAL = {
         | {"_sliding_window_pattern": 6, "use_bidirectional_attention": False}
         | {"layer_types": ([SLIDING] * 5 + [FULL]) * 3},
         {"layer_types": ((SLIDING,) * 5 + (FULL,)) * 3, "sliding_window": 512},
+    ),
+    "Gemma 3 4B, the text part": (
+        "gemma3_text",
+        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+        | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
+        {
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "rope_scaling": RopeScaling("linear", 8.0),
+            "rope_theta": 1e6,
+            "sliding_window": 1024,
+        },
+    ),
+    "Gemma 4 E2B": (
+        "gemma4_text",
+        sizes(262144, 1536, 6144, 35, 8, 1)
+        | GEMMA4_FILE
+        | {"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 20}
+        | {"layer_types": ([SLIDING] * 4 + [FULL]) * 7, "use_double_wide_mlp": True},
+        {
+            "global_head_dim": 512,
+            "num_kv_shared_layers": 20,
+            "rope_scaling": RopeScaling("proportional", planes=64),
+            "rope_theta": 1e6,
+            "local_rope_theta": 1e4,
+            "embedding_multiplier": 1536**0.5,
+        },
+    ),
+    "Gemma 4 E4B": (
+        "gemma4_text",
+        sizes(262144, 2560, 10240, 42, 8, 2)
+        | GEMMA4_FILE
+        | {"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 18},
+        {"layer_types": ((SLIDING,) * 5 + (FULL,)) * 7, "use_double_wide_mlp": False},
+    ),
+    "Gemma 4 31B": (
+        "gemma4_text",
+        sizes(262144, 5376, 21504, 60, 32, 16)
+        | GEMMA4_FILE
+        | {"attention_k_eq_v": True, "num_global_key_value_heads": 4, "sliding_window": 1024}
+        | {"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"},
+        {"num_global_key_value_heads": 4, "tensor_heads": 4, "hidden_size_per_layer_input": 0},
     ),
     "Phi 3 mini 4k": (
         "phi3",
@@ -975,6 +1142,60 @@ REAL = {
         | {"max_position_embeddings": 65536, "rope_scaling": YARN | {"mscale": 1.0}},
         {"gated_mlp": False, "hidden_act": "relu2"},
     ),
+    "LFM2 1.2B": (
+        "lfm2",
+        sizes(65536, 2048, 12288, 16, 32, 8)
+        | {"block_auto_adjust_ff_dim": True, "block_dim": 2048, "block_ff_dim": 12288}
+        | {"block_ffn_dim_multiplier": 1.0, "block_mlp_init_scale": 1.0, "block_multiple_of": 256}
+        | {"block_norm_eps": 1e-5, "block_out_init_scale": 1.0, "block_use_swiglu": True}
+        | {"block_use_xavier_init": True, "conv_L_cache": 3, "conv_bias": False}
+        | {"conv_dim": 2048, "conv_dim_out": 2048, "conv_use_xavier_init": True, "num_heads": 32}
+        | {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "norm_eps": 1e-5, "theta": 1000000.0}
+        | {"max_position_embeddings": 128000, "rope_theta": 1000000.0, "use_pos_enc": True},
+        {"intermediate_size": 8192, "conv_width": 3, "rope_theta": 1e6, "head_dim": 64},
+    ),
+    "Qwen 3.5 0.8B": (
+        "qwen3_5_text",
+        sizes(248320, 1024, 3584, 24, 8, 2)
+        | {"attention_bias": False, "attn_output_gate": True, "full_attention_interval": 4}
+        | {"head_dim": 256, "hidden_act": "silu", "layer_types": ([DELTA] * 3 + [FULL]) * 6}
+        | {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16}
+        | {"linear_num_value_heads": 16, "linear_value_head_dim": 128, "mlp_only_layers": []}
+        | {"mamba_ssm_dtype": "float32", "max_position_embeddings": 262144}
+        | {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+        | {"rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+        | {"rope_parameters": MROPE | {"rope_type": "default", "rope_theta": 10000000}},
+        {"rope_theta": 1e7, "rotary_dim": 64, "conv_width": 4, "num_key_value_heads": 2},
+    ),
+    "Apertus 8B": (
+        "apertus",
+        sizes(131072, 4096, 21504, 32, 32, 8)
+        | {"attention_bias": False, "hidden_act": "xielu", "mlp_bias": False, "post_norm": False}
+        | {"max_position_embeddings": 65536, "qk_norm": True, "rms_norm_eps": 1e-5}
+        | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}}
+        | {"rope_theta": 12000000},
+        {"hidden_act": "xielu", "gated_mlp": False, "qk_norm": "head", "rope_theta": 12e6},
+    ),
+    "LFM3 1.7B": (
+        "lfm3",
+        sizes(128000, 2048, 7680, 24, 16, 4)
+        | {"conv_L_cache": 7, "conv_bias": False, "head_dim": 128, "norm_eps": 1e-5}
+        | {"layer_types": (["conv"] * 2 + [FULL, "conv"]) + [SLIDING, "conv", FULL, "conv"] * 5}
+        | {"sliding_window": 256, "use_attention_gate": True, "use_sandwich_norm": True},
+        {"attention_gate": "head", "post_norm": True, "rope_theta": 1e6, "local_rope_theta": 1e4},
+    ),
+    "gpt-oss 20B": (
+        "gpt_oss",
+        sizes(201088, 2880, 2880, 24, 64, 8)
+        | {"attention_bias": True, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu"}
+        | {"initial_context_length": 4096, "layer_types": [SLIDING, FULL] * 12}
+        | {"max_position_embeddings": 131072, "num_experts_per_tok": 4, "num_local_experts": 32}
+        | {"output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 150000}
+        | {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+        | {"rope_scaling": YARN | {"factor": 32.0, "truncate": False}}
+        | {"router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0},
+        {"num_experts": 32, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "attention_sinks": True},
+    ),
     "SmolLM 3 3B": (
         "smollm3",
         sizes(128256, 2048, 11008, 36, 16, 4)
@@ -1013,8 +1234,9 @@ OVERRULED = {
 }
 OTHER_VALUES = {
     "hidden_act": "gelu",
-    "hidden_activation": "silu",
+    "hidden_activation": "relu2",
     "num_attention_heads": 12,
+    "intermediate_size": 40,
     "head_dim": 14,
     "layer_types": [SLIDING, FULL, FULL],
     "mlp_only_layers": [1, 2],
@@ -1034,7 +1256,7 @@ def other(name, value):
         return not value
     if isinstance(value, int | float):
         return value + type(value)(1)
-    return 7 if value is None else "another"
+    return 9 if value is None else "another"
 
 
 # Of experts and Mamba layers that are not there, and ids that no code reads.
@@ -1054,7 +1276,10 @@ UNREAD = {
 def silent(config, fields):
     """The fields of a configuration that have no say."""
     names = UNCHANGING | OVERRULED | UNREAD.get(config.model_type, set())
+    if not fields.get("block_auto_adjust_ff_dim", True):
+        names |= {"block_multiple_of", "block_ffn_dim_multiplier"}
     names |= set() if config.rope_scaling else {"original_max_position_embeddings"}
+    names |= {"sliding_window"} if {*(fields.get("layer_types") or ())} == {FULL} else set()
     return names | (set() if fields.get("use_sliding_window", True) else {"sliding_window"})
 
 
@@ -1100,7 +1325,8 @@ def test_every_rope_setting_of_transformers_is_honoured_or_refused(name):
             except ModelLoadError as error:
                 assert setting in str(error), f"{setting}: {error}"
             else:
-                assert after != before, setting
+                ignored = FAMILIES[fields["model_type"]].rope.ignored
+                assert after != before or setting in ignored, setting
 
 
 # Fields that code of others reads, or that stand in files without being transformers'.
@@ -1136,10 +1362,13 @@ def test_fields_of_other_architectures_are_refused_by_name(model_type, field, va
     family = FAMILIES[model_type]
     if field in family.fields or value in family.only.get(field, ()):
         return  # its own
+    if field == "rope_scaling" and family.rope.ignored:
+        return
     fields = {"model_type": model_type, **SMALL, **KEYS, **NEEDED.get(model_type, {})}
     if field == "rope_scaling" and model_type == "ministral3":
         value = value | {"llama_4_scaling_beta": 0.1}
-    with pytest.raises(ModelLoadError, match=field if field != "rope_scaling" else "mrope_section"):
+    is_inner = field == "rope_scaling" and not family.rope.nested_only
+    with pytest.raises(ModelLoadError, match="mrope_section" if is_inner else field):
         read(fields | {field: value})
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from relax.data.forest import deal, pack_forest, pack_rows, places
 from relax.models import Transformer, TransformerConfig
-from relax.models.config import RopeScaling
 from relax.models.forward import predicting_states
+from relax.models.rope import RopeScaling
 from relax.trainers.groups import pack_groups
 
 P, G, L, C, V = 2, 3, 7, 5, 61
@@ -37,6 +37,47 @@ CONFIGS = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 12,
         "no_rope_layers": (1,),
+    },
+    "sinks, experts with biases and clamped gates": {
+        "attention_sinks": True,
+        "sliding_window": 4,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "expert_bias": True,
+        "swiglu_limit": 0.02,
+    },
+    "convolutions, windows and gates of heads": {
+        "layer_types": ("conv", "sliding_attention"),
+        "conv_width": 4,
+        "sliding_window": 4,
+        "attention_gate": "head",
+        "post_norm": True,
+        "hidden_act": "xielu",
+        "gated_mlp": False,
+    },
+    # Reaches from completions of one token over the prompt of four to its beginning.
+    "convolutions": {"layer_types": ("conv", "full_attention"), "conv_width": 6, "conv_bias": True},
+    "shared keys and inputs of each layer": {
+        "num_hidden_layers": 4,
+        "sliding_window": 4,
+        "layer_types": ("sliding_attention", "full_attention") * 2,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 5,
+        "vocab_size_per_layer_input": V,
+        "value_norm": True,
+        "layer_scalar": True,
+    },
+    "delta rules": {
+        "layer_types": ("linear_attention", "full_attention"),
+        "attention_gate": "entry",
+        "conv_width": 3,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
     },
 }
 PROMPT_LENGTHS = np.array([7, 4])

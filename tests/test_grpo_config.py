@@ -1,35 +1,44 @@
 """The configuration of GRPO: its flags, what is refused, and that every option arrives."""
 
 import dataclasses
-from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pages
 import pytest
 
 from relax.config import GRPOConfig, SFTConfig, options
+from relax.config.grpo import GRPOSection, RolloutConfig
 from relax.config.loader import ConfigLoader
-from relax.config.rl import GRPOSection, RolloutConfig
 from relax.engine.recipes.grpo import rollout_sizes, train_grpo
 from relax.errors import ConfigError
 from relax.trainers import GRPOTrainer
 
 # Adding, renaming or removing a flag is a visible act: it changes this list.
 OWN_FLAGS = """
-beta delta entropy_coef environment epsilon epsilon_high eval_temperature importance_sampling_level
-kl_estimator kl_in_reward log_completions loss_type mask_truncated_completions max_completion_length
-max_resample_rounds max_reward_errors min_p num_completions_to_print num_generations
-num_generations_eval num_iterations pass_reward recompute_old_logprobs ref_model_mixup_alpha
+agent agent_max_length agent_timeout_s async_rollouts beta cast_lm_head_to_fp32 clip_cov_lb
+clip_cov_ratio clip_cov_ub curriculum curriculum_floor delta entropy_coef entropy_coef_delta
+entropy_coef_max entropy_coef_min entropy_target environment_factory epsilon epsilon_high
+eval_temperature importance_sampling_clip_max importance_sampling_correction
+importance_sampling_level importance_sampling_mode kl_cov_coef kl_cov_ratio kl_estimator
+kl_in_reward log_completions mask_truncated_completions max_completion_length max_resample_rounds
+max_reward_errors max_tool_calling_iterations min_p multi_objective_aggregation
+num_completions_to_print num_generations num_generations_eval num_iterations
+off_policy_mask_threshold pass_reward recompute_old_logprobs ref_model_mixup_alpha
 ref_model_sync_steps repetition_penalty reward_funcs reward_kwargs reward_timeout_s reward_weights
-reward_workers rollout_slots scale_rewards steps_per_generation sync_ref_model temperature top_k
-top_p use_bias_correction_kl
+reward_workers rollout_devices rollout_dtype rollout_reuse rollout_slots sapo_temperature_neg
+sapo_temperature_pos scale_rewards steps_per_generation sync_ref_model temperature tool_format
+tool_timeout_s tool_workers tools top_entropy_quantile top_k top_p use_adaptive_entropy
+use_bias_correction_kl vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
 """.split()
 SFT_ONLY = """
-assistant_only_loss completion_only_loss dataset_text_field eval_packing max_length packing
-packing_strategy pad_to_multiple_of truncation_mode
+assistant_only_loss completion_only_loss dataset_cache_dir dataset_text_field eval_packing
+label_smoothing_factor max_length neftune_noise_alpha packing packing_strategy pad_to_multiple_of
+thinking train_on truncation_mode z_loss_coef
 """.split()
 
 GIVEN = {"dataset_name": "rows.jsonl", "reward_funcs": ["exact_match"]}
 SEVERAL = {"num_iterations": 2}
+AGENT = {"agent": "own.py:solve"}
 
 
 def config(**fields) -> GRPOConfig:
@@ -54,6 +63,12 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
 
 
 REFUSED = [
+    ({"agent": "a.py:f", "async_rollouts": 1}, "agent excludes async_rollouts"),
+    ({"rollout_reuse": True, "async_rollouts": 1}, "rollout_reuse excludes async_rollouts"),
+    ({"rollout_reuse": True, "repetition_penalty": 1.1}, "excludes repetition_penalty"),
+    ({"rollout_reuse": True, "tools": ["a.py:f"]}, "rollout_reuse excludes tools"),
+    (SEVERAL | {"async_rollouts": 3}, "a multiple of the 2 updates of a rollout, got 3; 4 would"),
+    ({"rollout_devices": 1}, "rollout_devices has no effect: async_rollouts is 0"),
     ({"num_generations": 1}, "num_generations must be at least 2", "got 1"),
     # numbers that do not divide
     ({"per_device_train_batch_size": 6}, "num_generations 8", "per_device_train_batch_size 6",
@@ -83,7 +98,20 @@ REFUSED = [
     ({"temperature": 0.0}, "temperature must be above 0"),
     ({"beta": -0.1}, "beta must be at least 0"),
     ({"max_reward_errors": 1.5}, "max_reward_errors must be at most 1"),
-    ({"loss_type": "dpo"}, "loss_type must be"),
+    ({"loss_type": "sapoo"}, "loss_type must be one of dapo, ", "Did you mean sapo?"),
+    ({"scale_rewards": "maxlr"}, "scale_rewards must be one of group, ", "Did you mean maxrl?"),
+    # variants of the loss
+    ({"scale_rewards": "pass@16"}, "compares groups of 16 completions, and num_generations is 8"),
+    ({"clip_cov_lb": 9.0, "loss_type": "clip_cov"}, "clip_cov_lb must be below clip_cov_ub"),
+    ({"use_adaptive_entropy": True, "entropy_coef_min": 2.0}, "at most entropy_coef_max"),
+    ({"entropy_target": 0.5}, "entropy_target has no effect: use_adaptive_entropy is false"),
+    ({"loss_type": "gmpo", "top_entropy_quantile": 0.2}, "excludes loss_type gmpo"),
+    ({"beta": 0.1, "kl_in_reward": True, "multi_objective_aggregation": "normalize_then_sum"},
+     "kl_in_reward excludes"),
+    ({"agent_timeout_s": 5.0}, "agent_timeout_s has no effect: agent is none"),
+    (AGENT | {"environment_factory": "calculator"}, "agent excludes environment_factory"),
+    (AGENT | {"top_k": 5}, "agent excludes top_k"),
+    (AGENT | {"max_completion_length": 64, "agent_max_length": 64}, "leaves no room for a prompt"),
 ]  # fmt: skip
 
 
@@ -106,14 +134,23 @@ WARNED = [
     ({"sync_ref_model": True}, "sync_ref_model has no effect: beta is 0"),
     ({"epsilon": 0.1}, "epsilon has no effect: a rollout is one step", "num_iterations"),
     (SEVERAL | {"loss_type": "cispo_absolute", "epsilon": 0.1}, "epsilon has no effect",
-     "epsilon_high alone"),
+     "loss_type cispo_absolute does not use it"),
     ({"epsilon_high": 0.28}, "epsilon_high has no effect: a rollout is one step"),
     ({"delta": 2.0}, "delta has no effect: a rollout is one step"),
     (SEVERAL | {"loss_type": "cispo", "delta": 2.0}, "delta has no effect: loss_type cispo"),
     (SEVERAL | {"delta": 1.1}, "delta has no effect", "bounds the ratio by less"),
     ({"loss_type": "cispo", "importance_sampling_level": "sequence"},
      "importance_sampling_level has no effect: a rollout is one step"),
+    ({"sapo_temperature_pos": 2.0}, "sapo_temperature_pos has no effect: loss_type dapo"),
+    (SEVERAL | {"loss_type": "luspo", "importance_sampling_level": "trajectory"},
+     "importance_sampling_level has no effect: loss_type luspo is defined with its own"),
+    ({"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
+     "scale_rewards has no effect"),
+    ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 has no effect"),
+    ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold has no effect"),
     ({"top_k": 5, "recompute_old_logprobs": True}, "recompute_old_logprobs has no effect: top_k"),
+    ({"rollout_dtype": "float32"}, "rollout_dtype has no effect: it is the dtype already"),
+    ({"importance_sampling_clip_max": 2.0}, "has no effect: rollout_dtype is none"),
     ({"reward_workers": 2}, "reward_workers has no effect: more processes than reward functions"),
 ]  # fmt: skip
 
@@ -123,7 +160,7 @@ WARNED = [
 )
 def test_what_a_sweep_may_hold_fixed_is_warned_of_in_one_sentence(case):
     fields, *parts = case
-    checked = config(**fields)
+    checked = config(**{"dtype": "float32"} | fields)
     checked.check()
     [said] = checked.warnings()
     assert all(part in said for part in parts), said
@@ -136,7 +173,10 @@ FITTING = [
     {"use_peft": True, "lora_dropout": 0.1, "epsilon": 0.1},
     {"test_size": 2, "eval_temperature": 0.0, "num_generations_eval": 1},
     {"loss_type": "cispo_absolute", "epsilon_high": 5.0},
+    {"loss_type": "own.py:mine", "sapo_temperature_pos": 2.0, "scale_rewards": "own.best"},
+    SEVERAL | {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     SEVERAL | {"delta": 1.5, "epsilon_high": 0.3},
+    AGENT | {"reward_funcs": [], "agent_max_length": 1024, "top_p": 0.9},
 ]
 
 
@@ -164,8 +204,26 @@ OPTIONS = {
     "max_completion_length": 33, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1,
     "repetition_penalty": 1.1, "steps_per_generation": 4, "num_iterations": 3,
     "recompute_old_logprobs": True, "num_generations_eval": 6, "eval_temperature": 0.5,
-    "rollout_slots": 3, "pass_reward": 0.5,
+    "rollout_slots": 3, "pass_reward": 0.5, "rollout_dtype": "bfloat16",
+    "async_rollouts": 2, "rollout_reuse": True,
+    "importance_sampling_correction": False, "importance_sampling_mode": "sequence_mask",
+    "importance_sampling_clip_max": 2.0,
+    "multi_objective_aggregation": "normalize_then_sum",
+    "off_policy_mask_threshold": 0.5, "top_entropy_quantile": 0.5, "use_adaptive_entropy": False,
+    "entropy_target": 0.3, "entropy_coef_delta": 0.1, "entropy_coef_min": 0.1,
+    "entropy_coef_max": 0.9, "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 2.0,
+    "vespo_k_pos": 1.0, "vespo_lambda_pos": 1.0, "vespo_k_neg": 1.0, "vespo_lambda_neg": 1.0,
+    "clip_cov_ratio": 0.1, "clip_cov_lb": 2.0, "clip_cov_ub": 6.0, "kl_cov_ratio": 0.1,
+    "kl_cov_coef": 0.5, "cast_lm_head_to_fp32": True,
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    dtype: object
+    lora: object = None
+    cast_lm_head_to_fp32: bool = False
+    clone = dataclasses.replace
 
 
 @pytest.fixture
@@ -174,7 +232,7 @@ def trainer_of(monkeypatch):
 
     def make(**fields) -> GRPOTrainer:
         c = config(**fields)
-        trainer = pages.trainer_of(train_grpo, c, SimpleNamespace(lora=None), monkeypatch)
+        trainer = pages.trainer_of(train_grpo, c, Model(jnp.float32), monkeypatch)
         assert trainer.updates_per_item == rollout_sizes(c).updates_per_item
         return trainer
 
@@ -183,8 +241,12 @@ def trainer_of(monkeypatch):
 
 def told(trainer: GRPOTrainer) -> dict:
     """All numbers of a trainer."""
-    plain = {k: v for k, v in vars(trainer).items() if isinstance(v, int | float | str | tuple)}
-    plain["clip"] = trainer.clip
+    kinds = int | float | str | tuple | None
+    plain = {k: v for k, v in vars(trainer).items() if isinstance(v, kinds)}
+    plain["cast"] = trainer.model.cast_lm_head_to_fp32
+    plain["reuses"] = trainer.drafts is not None
+    plain["ahead"] = trainer.ahead and trainer.ahead.count
+    plain |= {"correction": trainer.correction, "rollout_dtype": trainer.rollout_model.dtype}
     for name in ("sampling", "eval_sampling"):
         sampling = dataclasses.asdict(getattr(trainer, name))
         plain |= {f"{name}.{key}": value for key, value in sampling.items()}
@@ -194,11 +256,13 @@ def told(trainer: GRPOTrainer) -> dict:
 def test_every_option_arrives_at_the_trainer(trainer_of):
     declared = {f.name for section in (GRPOSection, RolloutConfig)
                 for f in dataclasses.fields(section)} | {"pass_reward"}  # fmt: skip
-    assert declared == set(OPTIONS)
-    plain = {"beta": 0.3}  # so that there is a reference
-    default = told(trainer_of(**plain))
+    declared -= {"agent", "agent_timeout_s", "agent_max_length"}  # of a process of its own
+    assert declared == {*OPTIONS, "rollout_devices"}  # which needs more devices than there are
+    plain = {"beta": 0.3, "use_adaptive_entropy": True}  # a reference, and a target
+    corrected = plain | {"rollout_dtype": "bfloat16"}
     for name, value in OPTIONS.items():
-        found = told(trainer_of(**plain | {name: value}))
+        given = corrected if name.startswith("importance_sampling") else plain
+        default, found = told(trainer_of(**given)), told(trainer_of(**given | {name: value}))
         assert {k for k in found if found[k] != default[k]}, name
 
 

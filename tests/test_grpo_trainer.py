@@ -12,9 +12,11 @@ import pytest
 from conftest import bits
 from rl import EOS, TABLE, Letters, TableTrainer, V, items_of, rollout_of
 
-from relax.config.rl import GRPOSection
+from relax.config.grpo import GRPOSection
+from relax.losses import CORRECTIONS, PolicyOptions
 from relax.sampling import SamplingConfig
 from relax.trainers import GRPOTrainer, grpo_trainer
+from relax.trainers.rl.differences import Correction
 from relax.trainers.rl_trainer import ScoredRollout
 
 KEY = jax.random.key(3)
@@ -200,13 +202,20 @@ LIVE = {
     "delta": ({}, 1.3),
     "importance_sampling_level": (GRPO, "sequence"),
     "scale_rewards": (GRPO, "none"),
+    "multi_objective_aggregation": (GRPO, "normalize_then_sum"),
     "mask_truncated_completions": ({}, True),
+    "off_policy_mask_threshold": ({"loss_type": "gpg", "num_iterations": 8}, 0.02),
+    "top_entropy_quantile": ({}, 0.3),
     "entropy_coef": ({}, 0.2),
+    "use_adaptive_entropy": ({"entropy_coef": 0.2}, True),
     "sync_ref_model": (MOVING, False),
     "ref_model_mixup_alpha": (MOVING, 0.3),
     "ref_model_sync_steps": (MOVING, 2),
 }
 ELSEWHERE = {"loss_chunk_size", "max_resample_rounds"}  # memory; below
+ELSEWHERE |= {"cast_lm_head_to_fp32"}  # test_precision
+ELSEWHERE |= {"entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"}
+ELSEWHERE |= set(PolicyOptions._fields) - {"clip"}  # test_policy_variants
 
 
 def test_every_option_of_the_section_is_proven_live():
@@ -222,6 +231,22 @@ def test_an_option_changes_the_update(name):
     assert np.abs(tables[0] - tables[1]).max() > 1e-5
 
 
+def test_the_entropy_coefficient_is_part_of_the_state():
+    """By hand, from entropies of 0.1 log π²: no bonus, then 0.1, then 0.2 at the bound of 0.15."""
+    options = {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.1}
+    trainer = TableTrainer(optax.sgd(0.0), num_iterations=3, entropy_coef_max=0.15, **options)
+    state, coefficients, losses = trainer.create_train_state(KEY), [], []
+    for batch in batches(trainer, state):
+        state, metrics = trainer.train_step(state, batch)
+        coefficients.append(float(metrics["entropy_coef"]))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(coefficients, [0, 0.1, 0.15], rtol=1e-6)
+    np.testing.assert_allclose(state.control["entropy_coef"], 0.15, rtol=1e-6)
+    np.testing.assert_allclose(state.control["entropy"], metrics["entropy"])
+    bonus = [losses[0] - c * float(metrics["entropy"]) for c in coefficients]
+    np.testing.assert_allclose(losses, bonus, rtol=1e-5)
+
+
 def assert_logprobs_are_the_tables(batch):
     real = batch["mask"]
     expected = TABLE[batch["completion_ids"]]
@@ -231,8 +256,8 @@ def assert_logprobs_are_the_tables(batch):
 def test_recomputed_old_logprobs_are_the_trainers():
     found = {}
     for recompute in (False, True):
-        trainer = TableTrainer(recompute_old_logprobs=recompute)
-        (found[recompute],) = batches(trainer)
+        trainer = TableTrainer(recompute_old_logprobs=recompute, num_iterations=2)
+        found[recompute] = batches(trainer)[0]
     given, own = found[False], found[True]
     np.testing.assert_array_equal(given["old_logprobs"], given["sampling_logprobs"])
     assert_logprobs_are_the_tables(own)
@@ -241,9 +266,55 @@ def test_recomputed_old_logprobs_are_the_trainers():
 
 @pytest.mark.parametrize("narrow", [{"top_k": 3}, {"top_p": 0.9}, {"repetition_penalty": 1.1}])
 def test_completions_of_a_truncated_distribution_have_their_old_logprobs_computed(narrow):
-    trainer = TableTrainer(sampling=SamplingConfig(max_new_tokens=C, **narrow))
-    (batch,) = batches(trainer)
-    assert_logprobs_are_the_tables(batch)
+    trainer = TableTrainer(sampling=SamplingConfig(max_new_tokens=C, **narrow), num_iterations=2)
+    assert_logprobs_are_the_tables(batches(trainer)[0])
+
+
+@pytest.mark.parametrize("options", [{}, IN_LOSS, {"loss_type": "cispo"}], ids=str)
+def test_a_rollout_of_one_update_needs_no_forward_pass_for_its_old_logprobs(options):
+    given = {"recompute_old_logprobs": True, **options}
+    trainer, computed = TableTrainer(**given), TableTrainer(**given)
+    vars(computed)["recomputes_old_logprobs"] = False
+    exact = rollout()
+    exact.logprobs[:] = TABLE[exact.completion_ids]
+    found = ScoredRollout(exact, REWARDS, REWARDS[:, :, None], {}, {})
+    assert "old_logprobs" not in batches(trainer)[0] and "old_logprobs" in batches(computed)[0]
+    states = [update(t, table_state(t), found=found)[0] for t in (trainer, computed)]
+    np.testing.assert_allclose(*(s.params["table"] for s in states), rtol=1e-6)
+
+
+def token_weights(ratios):
+    return {
+        "token_truncate": np.minimum(ratios, 1.2),
+        "token_mask": np.where(ratios > 1.2, 0, ratios),
+        "sequence_truncate": np.full_like(ratios, min(np.prod(ratios), 1.2)),
+        "sequence_mask": np.full_like(ratios, np.prod(ratios) if np.prod(ratios) <= 1.2 else 0),
+    }
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("mode", CORRECTIONS)
+def test_a_correction_weights_each_tokens_gradient_by_the_trainers_ratio_to_the_sampler(
+    mode, passes
+):
+    """The first update of a rollout, where the gradient is - Σ w Â ∇log π / #tokens."""
+    trainer = TableTrainer(recompute_old_logprobs=True, num_iterations=passes)
+    trainer.correction = Correction(mode, clip_max=1.2)
+    found, advantages = collected(), group_advantages(REWARDS)
+    ids, sampled = found.rollout.completion_ids, found.rollout.logprobs
+    gradient, seen = np.zeros(V), []
+    for p, g in np.ndindex(P, G):
+        real = ids[p, g, : LENGTHS[p, g]]
+        ratios = np.exp(TABLE[real] - sampled[p, g, : LENGTHS[p, g]])
+        weights = token_weights(ratios)[mode]
+        np.add.at(gradient, real, -weights * advantages[p, g] / LENGTHS.sum())
+        seen += weights.tolist()
+    batch = batches(trainer, found=found)[0]
+    state, metrics = trainer.train_step(trainer.create_train_state(KEY), batch)
+    np.testing.assert_allclose(TABLE - state.params["table"], gradient, rtol=1e-4, atol=1e-6)
+    name = "sampling/importance_sampling_ratio"
+    for kind, value in (("min", min(seen)), ("mean", np.mean(seen)), ("max", max(seen))):
+        np.testing.assert_allclose(metrics[f"{name}/{kind}"], value, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
@@ -379,7 +450,7 @@ def test_what_cannot_be_meant_is_refused_when_the_trainer_is_made():
         return str(caught.value)
 
     assert "at least 2" in refused(num_generations=1)
-    assert "unknown loss_type 'dpo'. Known: grpo" in refused(loss_type="dpo")
+    assert "unknown loss_type 'dpo'. Did you mean dapo? Known: dapo" in refused(loss_type="dpo")
     assert "unknown kl_estimator 'k4'" in refused(kl_estimator="k4", beta=0.1)
     assert "unknown scale_rewards" in refused(scale_rewards="max")
     assert "unknown importance_sampling_level" in refused(importance_sampling_level="word")

@@ -79,6 +79,26 @@ with Interrupt(grace_s=0.3) as stop:
 """
 
 
+LOST = """
+import gc
+import signal
+
+def collected(phase, info):
+    gc.callbacks.remove(collected)
+    signal.raise_signal(signal.SIGTERM)
+
+try:
+    with Interrupt() as stop:
+        ready()
+        gc.callbacks.append(collected)
+        gc.collect()
+        print("noted", flush=True)
+        stop.arm()
+except Interrupted as stop:
+    sys.exit(stop.exit_code)
+"""
+
+
 def start(code):
     return subprocess.Popen(
         [sys.executable, "-c", LOAD + code],
@@ -263,3 +283,23 @@ def test_outside_the_main_thread_nothing_is_installed():
 def test_a_grace_time_that_is_not_positive_is_refused():
     with pytest.raises(ConfigError, match="grace_s must be above 0 seconds, got 0"):
         Interrupt(grace_s=0)
+
+
+def test_a_signal_while_processes_agree_counts_at_their_next_agreement(monkeypatch):
+    """The others did not hear of it: if this process stopped, they would wait for it for ever."""
+
+    def slow(value):
+        signal.raise_signal(signal.SIGTERM)
+        return [None, value]
+
+    with Interrupt() as interrupt:
+        interrupt.arm()
+        monkeypatch.setattr(module.processes, "gather", slow)
+        assert interrupt.agree() is None and interrupt.requested == signal.SIGTERM
+        monkeypatch.setattr(module.processes, "gather", lambda value: [None, value])
+        assert interrupt.agree() == signal.SIGTERM
+
+
+def test_a_stop_that_is_lost_in_a_callback_of_the_collector_prints_no_traceback():
+    code, out, err = signalled(LOST)
+    assert (code, out) == (143, "noted\n") and "Traceback" not in err, err

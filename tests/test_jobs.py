@@ -160,7 +160,7 @@ def test_a_file_says_of_which_algorithm_it_is(tmp_path):
         file.write_text(config.to_json())
         assert ConfigLoader(file).load() == config
     file.write_text('{"algorithm": "none"}')
-    with pytest.raises(ConfigError, match="unknown algorithm 'none'. There are dpo, "):
+    with pytest.raises(ConfigError, match="unknown algorithm 'none'. There are distill, dpo, "):
         ConfigLoader(file).load()
     with pytest.raises(ConfigError, match="batch_size is not a field here"):
         create_default_config(batch_size=4)

@@ -17,7 +17,7 @@ SCRIPTS = sorted(ROOT.glob("run_*.py"))
 LAYERS = """
 tools
 engine
-callbacks
+callbacks serving
 trainers
 sampling
 data models losses checkpoint

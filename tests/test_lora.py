@@ -23,10 +23,10 @@ from relax.models.config import LoRA
 from relax.models.huggingface.peft import (
     WEIGHTS,
     base_of,
+    check_mergeable,
     is_adapter_directory,
     load_adapter,
     load_merged,
-    save_adapter,
 )
 from relax.models.huggingface.peft_config import (
     CONFIG,
@@ -35,14 +35,22 @@ from relax.models.huggingface.peft_config import (
     REQUIRED_VALUES,
     read_adapter_config,
 )
+from relax.models.huggingface.peft_save import save_adapter
 from relax.models.layers import Linear
-from relax.models.lora import init_adapters, merge_adapters, target_layers
-from relax.models.trainable import merge, partition
+from relax.models.lora import init_adapters, layer_name, merge_adapters, target_weights
+from relax.models.trainable import merge, overlaid, partition
 from relax.optimizers import adamw
 from relax.trainers import SFTTrainer
+from relax.trainers.state import initial_weights, reference_params
 
-# peft asks transformers for a name that this is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    # peft asks transformers for a name that this is about to drop,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    # says that it saves embeddings whose adapter is saved,
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    # and says of patterns of parameters, which it applies, that it ignores them.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+]
 
 KEY = jax.random.key(3)
 ALL = LoRA(r=4, alpha=6.0, dropout=0.0, target_modules=("all-linear",))
@@ -60,7 +68,7 @@ def adapted(model, params, lora=ALL, scale=0.3):
     flat = flax.traverse_util.flatten_dict(adapters)
     rng = np.random.default_rng(5)
     for path, leaf in flat.items():
-        if path[-1] == "lora_b":
+        if path[-1].endswith("lora_b"):
             flat[path] = jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32)
     return model, flax.traverse_util.unflatten_dict(flat)
 
@@ -127,19 +135,42 @@ def test_a_model_that_is_not_told_the_scale_refuses_adapters(tiny_model, tiny_pa
 
 def test_targets_are_named_layers_and_names_of_none_are_refused():
     _, params = tiny_family("qwen3_moe")  # the middle layer is dense, the others have experts
-    every = target_layers(params, ALL)
-    assert {path[-1] for path in every} == set(
+    every = target_weights(params, ALL)
+    assert {layer_name(path) for path in every} == set(
         "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     )
-    assert len(every) == 3 * 4 + 3
-    some = target_layers(params, LoRA(target_modules=("v_proj", "up_proj")))
+    assert len(every) == 3 * 4 + 3 * 3
+    some = target_weights(params, LoRA(target_modules=("v_proj", "up_proj")))
     assert sorted(some) == [
-        ("layers_0", "v_proj"), ("layers_1", "up_proj"), ("layers_1", "v_proj"),
-        ("layers_2", "v_proj"),
+        ("layers_0", "experts", "up_proj"), ("layers_0", "v_proj", "kernel"),
+        ("layers_1", "up_proj", "kernel"), ("layers_1", "v_proj", "kernel"),
+        ("layers_2", "experts", "up_proj"), ("layers_2", "v_proj", "kernel"),
     ]  # fmt: skip
     for wrong in (("q_proj", "qkv"), ("experts",), (), ("all-linear", "q_proj")):
         with pytest.raises(ConfigError, match="lora_target_modules must be all-linear or names"):
-            target_layers(params, LoRA(target_modules=wrong))
+            target_weights(params, LoRA(target_modules=wrong))
+
+
+def test_adapters_of_experts_have_the_gradient_of_the_experts_that_they_change():
+    """dA = s dW Bᵀ and dB = s Aᵀ dW, of each expert, with dW the gradient of the merged weight."""
+    model, params = tiny_family("qwen3_moe")
+    lora, adapters = adapted(model, params)
+    weights = merge(adapters, {"base": params})
+    batch = {"input_ids": IDS, "labels": IDS}
+
+    def gradient(model, params):
+        trainer = SFTTrainer(model, optax.sgd(0.1))
+        return jax.jit(jax.grad(lambda p: trainer.compute_loss(p, batch).loss))(params)
+
+    found, of_merged = gradient(lora, weights), gradient(model, merge_adapters(weights, lora.lora))
+    for layer in ("layers_0", "layers_2"):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            d_w = np.asarray(of_merged[layer]["experts"][name])
+            a, b = (np.asarray(weights[layer]["experts"][f"{name}_lora_{h}"]) for h in "ab")
+            for half, expected in (("a", d_w @ b.swapaxes(1, 2)), ("b", a.swapaxes(1, 2) @ d_w)):
+                given = found[layer]["experts"][f"{name}_lora_{half}"]
+                np.testing.assert_allclose(given, 1.5 * expected, rtol=1e-3, atol=1e-6)
+            assert np.abs(d_w).max() > 1e-4
 
 
 # Dropout.
@@ -349,8 +380,12 @@ def peft_model(directory, seed=1, **fields):
     theirs = peft.get_peft_model(base, config).eval()
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 weight.normal_(0, 0.3)
+            if "modules_to_save" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+            if "lora_magnitude" in name:
+                weight.mul_(torch.rand_like(weight) + 0.5)
     return theirs
 
 
@@ -367,7 +402,37 @@ def ours_on_row(model, params):
 PEFT = {
     "all": ("llama", {"r": 4, "lora_alpha": 7, "target_modules": "all-linear"}),
     "fused": ("phi3", {"r": 4, "lora_alpha": 7, "target_modules": ["qkv_proj", "gate_up_proj"]}),
-    "experts": ("qwen3_moe", {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}),
+    "beside experts": ("qwen3_moe", {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}),
+    "experts": (
+        "qwen3_moe",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
+    "experts and routers": (
+        "qwen3_moe",
+        {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear"},
+    ),
+    "one of the experts' weights": (
+        "mixtral",
+        {"r": 3, "target_modules": ["v_proj"], "target_parameters": ["experts.gate_up_proj"]},
+    ),
+    "experts whose outputs alternate": (
+        "gpt_oss",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["v_proj"],
+            "target_parameters": [
+                "mlp.router.weight",
+                "mlp.experts.gate_up_proj",
+                "mlp.experts.down_proj",
+            ],
+        },
+    ),
     "patterns": (
         "gemma2",
         {
@@ -413,6 +478,41 @@ PEFT = {
             "layers_to_transform": [1],
         },
     ),
+    "inputs of each layer": ("gemma4_text", {"r": 2, "target_modules": "all-linear"}),
+    "delta rules": ("qwen3_5_text", {"r": 2, "target_modules": "all-linear"}),
+    "convolutions": ("lfm2", {"r": 2, "target_modules": ["in_proj", "out_proj", "w1"]}),
+    "dora": ("llama", {"r": 4, "lora_alpha": 7, "target_modules": "all-linear", "use_dora": True}),
+    "dora with biases": (
+        "qwen2",
+        {
+            "r": 4,
+            "use_rslora": True,
+            "use_dora": True,
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "lora_dropout": 0.1,
+        },
+    ),
+    "dora fused": ("phi3", {"r": 4, "target_modules": ["qkv_proj", "o_proj"], "use_dora": True}),
+    "modules in full": (
+        "llama-biases",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_proj", "up_proj"],
+            "modules_to_save": ["embed_tokens", "norm", "k_proj"],
+            "alpha_pattern": {"up_proj": 5},
+        },
+    ),
+    "embeddings": (
+        "llama-biases",
+        {
+            "r": 3,
+            "lora_alpha": 4,
+            "target_modules": ["embed_tokens", "o_proj"],
+            "rank_pattern": {"embed_tokens": 2},
+        },
+    ),
     "regex": ("qwen2", {"r": 2, "target_modules": r".*\.0\..*(gate|up)_proj", "lora_dropout": 0.1}),
 }
 
@@ -428,7 +528,7 @@ def test_adapters_of_peft_give_its_logits_and_merge_to_its_weights(name, directo
         assert np.abs(reference(theirs) - expected).max() > 0.05
     model, params = load_pretrained(directories(family))
     lora, adapters = load_adapter(tmp_path / "theirs", model, params)
-    weights = merge(adapters, {"base": params})
+    weights = overlaid(params, adapters)
     np.testing.assert_allclose(ours_on_row(lora, weights), expected, atol=1e-4)
     assert lora.lora.dropout == fields.get("lora_dropout", 0.0)
 
@@ -458,17 +558,22 @@ def reload_in_peft(directory, base):
 def test_our_adapters_load_in_peft(directories, tmp_path):
     """Those of layers that are one there (Phi-3) too, trained apart as they are."""
     pytest.importorskip("peft")
+    stabilised, decomposed = {"use_rslora": True}, {"use_rslora": True, "use_dora": True}
     cases = (
-        ("phi3", ("all-linear",)),
-        ("phi3", ("k_proj",)),
-        ("llama", ("up_proj",)),
-        ("granitemoehybrid", ("all-linear",)),
-        ("qwen3_moe", ("all-linear",)),  # with a dense layer, which PEFT takes for experts
-        ("qwen3_moe", ("down_proj",)),
+        ("phi3", ("all-linear",), {}),
+        ("phi3", ("k_proj",), stabilised),
+        ("phi3", ("k_proj", "down_proj"), decomposed),
+        ("llama", ("up_proj",), {}),
+        ("granitemoehybrid", ("all-linear",), stabilised),
+        ("qwen3_moe", ("all-linear",), {}),  # with a dense layer, which PEFT takes for experts
+        ("qwen3_moe", ("down_proj",), stabilised),
+        ("mixtral", ("router", "up_proj", "q_proj"), {}),
+        ("gpt_oss", ("router", "up_proj", "down_proj", "o_proj"), {}),
     )
-    for family, targets in cases:
+    for family, targets, options in cases:
         model, params = tiny_family(family)
-        lora, adapters = adapted(model, params, dataclasses.replace(ALL, target_modules=targets))
+        chosen = dataclasses.replace(ALL, target_modules=targets, **options)
+        lora, adapters = adapted(model, params, chosen)
         weights = merge(adapters, {"base": params})
         merged = merge_adapters(weights, lora.lora)
         path = save_adapter(tmp_path / "a", lora, weights, str(directories(family)))
@@ -479,34 +584,94 @@ def test_our_adapters_load_in_peft(directories, tmp_path):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, merged)
 
 
-def test_gradients_of_adapters_are_those_of_torch(directories):
+GRADIENTS = {
+    "lora": {"target_modules": "all-linear"},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"layers.1.mlp.down_proj": 3},
+    },
+    "in full and embeddings": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "modules_to_save": ["lm_head", "norm"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_adapters_are_those_of_torch(name, directories, tmp_path):
     torch = pytest.importorskip("torch")
-    theirs = peft_model(directories("llama"), r=4, lora_alpha=7, target_modules="all-linear")
-    theirs.save_pretrained(directory := directories("llama").parent / "gradients")
+    fields = {"r": 4, "lora_alpha": 7} | GRADIENTS[name]
+    base = directories("llama-biases" if "in full" in name else "llama")
+    theirs = peft_model(base, **fields)
+    theirs.save_pretrained(directory := tmp_path / "gradients")
     labels = np.where(np.arange(IDS.shape[1]) < 5, -100, IDS[:1])
     theirs(
         torch.tensor(IDS[:1].astype(int)), labels=torch.tensor(labels.astype(int))
     ).loss.backward()
-    model, params = load_pretrained(directories("llama"))
+    model, params = load_pretrained(base)
     lora, adapters = load_adapter(directory, model, params)
     trainer = trainer_of(lora, params)
     batch = {"input_ids": IDS[:1], "labels": labels}
 
-    def loss(adapters):
-        return trainer.compute_loss(adapters, batch, frozen={"base": params}).loss
+    trained, frozen = partition(lora, overlaid(params, adapters), KEY)
 
-    found = flax.traverse_util.flatten_dict(jax.jit(jax.grad(loss))(adapters))
+    def loss(trained):
+        return trainer.compute_loss(trained, batch, frozen=frozen).loss
+
+    gradients = jax.jit(jax.grad(loss))(trained)
+    as_adapter = save_adapter(tmp_path / "ours", lora, merge(gradients, frozen), "base")
+    found = {name.removesuffix(".weight"): g for name, g in load_file(as_adapter / WEIGHTS).items()}
     expected = {
-        name.split(".default")[0].split(".layers.")[1]: parameter.grad.numpy().T
+        name.replace(".modules_to_save", "").replace(".default", "").removesuffix(".weight"): (
+            parameter.grad.numpy()
+        )
         for name, parameter in theirs.named_parameters()
         if parameter.requires_grad
     }
-    assert len(found) == len(expected) == 2 * 7 * 3
-    for (layer, module, half), gradient in found.items():
-        block = "self_attn" if module[0] in "qkvo" else "mlp"
-        name = f"{layer[-1]}.{block}.{module}.lora_{half[-1].upper()}"
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
         scale = np.abs(expected[name]).max()
-        np.testing.assert_allclose(gradient, expected[name], atol=1e-4 * scale)
+        np.testing.assert_allclose(gradient, expected[name], atol=1e-4 * scale, err_msg=name)
+
+
+def test_what_peft_can_express_and_we_cannot_is_refused_by_name(tmp_path):
+    model, params = tiny_family("gemma2")  # its embeddings are its output matrix
+    q_proj = {"target_modules": ("q_proj",)}
+    for fields, said in (
+        ({"modules_to_save": ("q_proj",)} | q_proj, "lora_target_modules adapts it"),
+        ({"modules_to_save": ("v_head",)} | q_proj, "none ends in 'v_head'"),
+        ({"rank_pattern": (("k_proj", 2),)} | q_proj, "rank_pattern: 'k_proj' fits no module"),
+        ({"target_modules": ("lm_head",)}, "lora_target_modules must be all-linear or names"),
+        ({"target_modules": ("embed_tokens",), "use_dora": True}, "use_dora has no adapter of emb"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            partition(model.clone(lora=dataclasses.replace(ALL, **fields)), params, KEY)
+    lora, adapters = adapted(
+        model, params, dataclasses.replace(ALL, **q_proj, modules_to_save=("embed_tokens",))
+    )
+    path = save_adapter(tmp_path / "a", lora, overlaid(params, adapters), "base")
+    assert json.loads((path / CONFIG).read_text())["ensure_weight_tying"] is True
+    assert bits(load_adapter(path, model, params)[1]) == bits(adapters)
+    with pytest.raises(ModelLoadError, match="embed_tokens would be trained apart from the output"):
+        load_adapter(rewrite(path, ensure_weight_tying=False), model, params)
+    lora, adapters = adapted(
+        model, params, dataclasses.replace(ALL, target_modules=("embed_tokens",))
+    )
+    with pytest.raises(ModelLoadError, match="embed_tokens cannot be merged"):
+        check_mergeable(lora)
+
+
+def test_the_reference_of_adapters_has_what_is_trained_in_full_as_it_was(tiny_model, tiny_params):
+    lora = dataclasses.replace(ALL, target_modules=("q_proj",), modules_to_save=("norm",))
+    model = tiny_model.clone(lora=lora)
+    trained, frozen = initial_weights(model, KEY, tiny_params, reference=True)
+    moved = jax.tree.map(lambda leaf: leaf + 1, trained)
+    assert bits(trained["norm"]) == bits(tiny_params["norm"])
+    before = reference_params(frozen)
+    assert bits(logits(model, before)) == bits(logits(tiny_model, tiny_params))
+    assert not np.allclose(logits(model, merge(moved, frozen)), logits(model, before))
 
 
 # Adapter files that are refused.
@@ -551,13 +716,14 @@ CHANGES = {
     "revision": "v2",
     "init_lora_weights": "pissa",
     "fan_in_fan_out": True,
-    "use_dora": True,
+    "use_dora": "yes",
     "use_qalora": True,
     "lora_bias": True,
     "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
-    "modules_to_save": ["embed_tokens"],
+    "modules_to_save": "embed_tokens",
+    "ensure_weight_tying": "yes",
     "layer_replication": [[0, 2], [1, 3]],
-    "target_parameters": ["experts.down_proj"],
+    "target_parameters": ["experts.gate.bias"],
     "target_modules": ["q_proj", 3],
     "layers_to_transform": [-1],
     "trainable_token_indices": [3],

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.losses import IGNORED, TokenSums, linear_cross_entropy, next_token_targets, target_hits
+from relax.config import sft as config
+from relax.losses import (
+    IGNORED,
+    SFT_LOSSES,
+    TokenSums,
+    linear_cross_entropy,
+    next_token_targets,
+    register_loss,
+    target_hits,
+)
 
 M, D, V = 23, 6, 17
 CHUNKS = (1, 4, 5, 22, 23, 64)
@@ -54,7 +63,7 @@ def dense_nll(hidden, matrix, targets, softcap=None):
 def nll(chunk_size=5, scale=1.0, softcap=None):
     def loss(hidden, matrix, targets):
         sums = linear_cross_entropy(hidden, matrix, targets, chunk_size=chunk_size, softcap=softcap)
-        return scale * sums.nll
+        return scale * sums.loss
 
     return loss
 
@@ -71,7 +80,7 @@ def test_sums_equal_those_of_a_loop_in_float64(chunk_size):
     sums = linear_cross_entropy(*inputs, chunk_size=chunk_size)
     assert isinstance(sums, TokenSums)
     assert all(x.shape == () and x.dtype == jnp.float32 for x in sums)
-    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    np.testing.assert_allclose(sums, (expected[0], *expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)
@@ -94,10 +103,64 @@ def test_every_sum_is_given_beside_the_gradient():
 
     def loss(hidden):
         sums = linear_cross_entropy(hidden, *inputs[1:], chunk_size=5)
-        return sums.nll, sums
+        return sums.loss, sums
 
     _, sums = jax.grad(loss, has_aux=True)(inputs[0])
-    np.testing.assert_allclose(sums, by_hand(*inputs), rtol=1e-5)
+    np.testing.assert_allclose(sums[1:], by_hand(*inputs), rtol=1e-5)
+
+
+def dense(hidden, matrix, targets, *, dft=False, smoothing=0.0, z=0.0):
+    """The variants from all logits, with jax's own gradient: no chunk, no rule of our own."""
+    logits = hidden @ matrix.T
+    logprobs = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(logprobs, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+    losses = -picked * (jax.lax.stop_gradient(jnp.exp(picked)) if dft else 1.0)
+    losses = (1 - smoothing) * losses - smoothing * logprobs.mean(axis=1)
+    losses += z * jnp.square(jax.nn.logsumexp(logits, axis=1))
+    return jnp.where(targets == IGNORED, 0, losses).sum()
+
+
+def test_variants_of_the_loss_equal_their_equations_and_gradients():
+    """Also a loss of one's own: half the negative log-likelihood and half its square."""
+    register_loss("square", "sft")(lambda logprobs: -0.5 * logprobs + 0.5 * logprobs**2)
+    inputs = problem()
+    try:
+        for options, equation in [
+            ({"loss_type": "dft"}, {"dft": True}),
+            ({"label_smoothing": 0.1, "z_loss": 0.01}, {"smoothing": 0.1, "z": 0.01}),
+            ({"loss_type": "dft", "z_loss": 1e-3}, {"dft": True, "z": 1e-3}),
+            ({"loss_type": "square"}, None),
+        ]:
+
+            def ours(*inputs, options=options):
+                sums = linear_cross_entropy(*inputs, chunk_size=5, **options)
+                return sums.loss, sums.nll
+
+            def theirs(*inputs, equation=equation):
+                if equation is not None:
+                    return dense(*inputs, **equation)
+                picked = jax.nn.log_softmax(inputs[0] @ inputs[1].T)
+                picked = jnp.take_along_axis(picked, jnp.maximum(inputs[2], 0)[:, None], 1)[:, 0]
+                losses = -0.5 * picked + 0.5 * picked**2
+                return jnp.where(inputs[2] == IGNORED, 0, losses).sum()
+
+            (value, plain), found = jax.value_and_grad(ours, (0, 1), has_aux=True)(*inputs)
+            np.testing.assert_allclose(value, theirs(*inputs), rtol=1e-5)
+            np.testing.assert_allclose(plain, by_hand(*inputs)[0], rtol=1e-5)
+            for ours_, expected in zip(found, jax.grad(theirs, (0, 1))(*inputs), strict=True):
+                np.testing.assert_allclose(ours_, expected, rtol=1e-4, atol=1e-6)
+    finally:
+        del SFT_LOSSES["square"]
+
+
+def test_two_uniform_tokens_of_dynamic_fine_tuning_cost_half_their_cross_entropy():
+    """TRL's own test of its dft: -½ log ½ in place of -log ½."""
+    sums = linear_cross_entropy(jnp.ones((3, 2)), jnp.ones((2, 2)), jnp.array([0, 1, 1]))
+    dft = linear_cross_entropy(
+        jnp.ones((3, 2)), jnp.ones((2, 2)), jnp.array([0, 1, 1]), loss_type="dft"
+    )
+    np.testing.assert_allclose(dft.loss, sums.loss / 2, rtol=1e-6)
+    assert tuple(SFT_LOSSES) == config.LOSSES
 
 
 def test_jit_changes_nothing():
@@ -118,7 +181,7 @@ def test_gradients_scale_with_the_loss(scale):
 def test_nothing_to_train_gives_exactly_zero():
     hidden, matrix, targets = problem()
     targets = jnp.full_like(targets, IGNORED)
-    assert linear_cross_entropy(hidden, matrix, targets) == (0, 0, 0, 0)
+    assert linear_cross_entropy(hidden, matrix, targets) == (0, 0, 0, 0, 0)
     for gradient in gradients(nll(), hidden, matrix, targets):
         assert not np.asarray(gradient).any()
 
@@ -142,7 +205,7 @@ def test_large_logits_neither_overflow_nor_vanish():
     hidden = jnp.array([[1e4], [1e4]])
     matrix = jnp.array([[1.0], [0.0], [-1.0]])
     sums = linear_cross_entropy(hidden, matrix, jnp.array([0, 2]))
-    np.testing.assert_allclose(sums, (2e4, 1, 0, 2))
+    np.testing.assert_allclose(sums[1:], (2e4, 1, 0, 2))
 
 
 def test_entropy_of_equal_logits_is_the_logarithm_of_their_number():
@@ -157,7 +220,7 @@ def test_bfloat16_sums_are_those_of_the_rounded_inputs():
     inputs = problem(dtype=jnp.bfloat16)
     sums = linear_cross_entropy(*inputs, chunk_size=5)
     assert {x.dtype for x in sums} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(sums, by_hand(*inputs), rtol=1e-4)
+    np.testing.assert_allclose(sums[1:], by_hand(*inputs), rtol=1e-4)
 
 
 def test_bfloat16_gradients_are_near_and_of_the_dtype_of_the_inputs():
@@ -206,7 +269,7 @@ def test_soft_capped_sums_and_gradients_are_the_dense_ones(chunk_size):
     inputs = problem()
     sums = linear_cross_entropy(*inputs, chunk_size=chunk_size, softcap=CAP)
     expected = by_hand(*inputs, CAP)
-    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    np.testing.assert_allclose(sums[1:], expected, rtol=1e-5)
     assert abs(expected[0] - by_hand(*inputs)[0]) > 1
     dense = gradients(lambda *args: dense_nll(*args, CAP), *inputs)
     for ours, exact in zip(gradients(nll(chunk_size, softcap=CAP), *inputs), dense, strict=True):
@@ -243,7 +306,7 @@ def test_bfloat16_states_make_bfloat16_products_whatever_the_matrix_is_and_float
     narrow = hidden.astype(jnp.bfloat16)
     sums = linear_cross_entropy(narrow, matrix, targets, chunk_size=5)
     rounded = (narrow, matrix.astype(jnp.bfloat16), targets)
-    np.testing.assert_allclose(sums, by_hand(*rounded), rtol=1e-4)
+    np.testing.assert_allclose(sums[1:], by_hand(*rounded), rtol=1e-4)
     d_hidden, d_matrix = gradients(nll(), narrow, matrix, targets)
     assert (d_hidden.dtype, d_matrix.dtype) == (jnp.bfloat16, jnp.float32)
     found = products_of(jax.grad(nll(), argnums=(0, 1)), narrow, matrix, targets)

@@ -17,6 +17,7 @@ from relax.losses import (
     LOSS_TYPES,
     PREFERENCE_LOSSES,
     Clip,
+    PolicyOptions,
     bradley_terry_loss,
     centering_loss,
     dpo_loss,
@@ -85,8 +86,26 @@ CLIP = Clip(0.2, 0.3)
 LIMIT = 20.0
 
 
-def objective(loss_type, rho, A, logprob, clip):
+def objective(loss_type, rho, A, logprob, old, clip):
     """Loss of a token, and its derivatives with respect to the ratio and the log-probability."""
+    if loss_type == "gpg":
+        return -A * logprob, 0 * rho, -A
+    if loss_type == "sapo":
+        tau = np.where(A > 0, 1.0, 1.05)
+        gate = sigmoid(tau * (rho - 1))
+        return -4 / tau * gate * A, -4 * gate * (1 - gate) * A, 0 * rho
+    if loss_type == "vespo":
+        k, rate, w = np.where(A >= 0, 2.0, 3.0), np.where(A >= 0, 3.0, 2.0), np.maximum(rho, 1e-8)
+        weight = np.exp(k * np.log(w) + rate * (1 - w))
+        return -weight * A * logprob, 0 * rho, -weight * A
+    if loss_type.startswith("dppo"):
+        p, q = np.exp(logprob), np.exp(old)
+        high, low = p - q > clip.high, p - q < -clip.low
+        if loss_type == "dppo_kl":
+            kl = q * (old - logprob) + (1 - q) * np.log((1 - q + 1e-8) / (1 - p + 1e-8))
+            high, low = (kl > clip.high) & (p > q), (kl > clip.low) & (p < q)
+        weight = np.where(np.where(A > 0, high, low), 0, np.minimum(rho, 20))
+        return -weight * A * logprob, 0 * rho, -weight * A
     if loss_type.startswith("cispo"):
         absolute = loss_type == "cispo_absolute"
         weight = (
@@ -106,6 +125,7 @@ def policy_oracle(logprobs, old, A, mask, loss_type, level, clip):
     log_ratio, counts = l64 - o64, mask.sum(axis=2)
     loss, scale, unsure = np.zeros(N), np.zeros(N), np.zeros(N, bool)
     gradient = np.zeros(mask.shape)
+    level = LOSS_TYPES[loss_type].level or level
     for b in range(B):
         size = np.abs(log_ratio[:, b]).sum(axis=1)  # how well float32 knows a sum of them
         for t in range(T):
@@ -116,10 +136,13 @@ def policy_oracle(logprobs, old, A, mask, loss_type, level, clip):
                 share = mask[:, b] / np.reshape(n, (-1, 1))
             rho = np.exp(np.clip(exponent, -LIMIT, LIMIT))
             here, a = mask[:, b, t], A[:, b].astype(np.float64)
-            value, d_rho, d_logprob = objective(loss_type, rho, a, l64[:, b, t], clip)
+            pair = (l64[:, b, t], o64[:, b, t])
+            value, d_rho, d_logprob = objective(loss_type, rho, a, *pair, clip)
             per = {
                 "grpo": B * np.maximum(counts[:, b], 1),
+                "sapo": B * np.maximum(counts[:, b], 1),
                 "dr_grpo": np.full(N, B * T),
+                "luspo": np.full(N, B),
             }.get(loss_type, np.maximum(counts.sum(axis=1), 1))
             loss += here * value / per
             scale += here * np.abs(value) / per * (1 + size) + here * rho * np.abs(a) / per * size
@@ -135,23 +158,38 @@ def policy_oracle(logprobs, old, A, mask, loss_type, level, clip):
     return loss, gradient, scale, unsure
 
 
-@pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
-@pytest.mark.parametrize(
-    "loss_type, clip",
-    [(name, CLIP) for name in LOSS_TYPES] + [("dapo", Clip(0.2, 0.3, 4.0))],
-    ids=lambda x: x if isinstance(x, str) else f"delta={x.delta}",
-)
-def test_policy_losses(loss_type, clip, level):
-    rng = np.random.default_rng(0)
+APART = ("gmpo", "clip_cov", "kl_cov")  # of which a token's loss depends on the others
+
+
+def drawn(rng):
+    """Log-probabilities, old ones, advantages and a mask."""
     mask = ragged(rng)
     logprobs = logprobs_of(rng, mask)
     near = spoil(rng, np.where(mask, logprobs, 0) + rng.integers(-32, 33, mask.shape) / 64, mask)
     old = np.where(rng.random(mask.shape) < 0.7, near, logprobs_of(rng, mask))
     A = pick(rng, [0, 1e-30, -1e-30, 1, -1, 0.3, -0.7, 1e4, -1e4, 1e18, -1e18], (N, B))
+    return logprobs, old, A, mask
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
+@pytest.mark.parametrize(
+    "loss_type, clip",
+    [(name, CLIP) for name in LOSS_TYPES if name not in APART] + [("dapo", Clip(0.2, 0.3, 4.0))],
+    ids=lambda x: x if isinstance(x, str) else f"delta={x.delta}",
+)
+def test_policy_losses(loss_type, clip, level):
+    if LOSS_TYPES[loss_type].level not in (None, level):
+        pytest.skip("the loss has a ratio of its own")
+    logprobs, old, A, mask = drawn(np.random.default_rng(0))
+    if loss_type == "dppo_kl":  # which takes logarithms of 1 - π_old
+        old = np.minimum(old, 0)
 
     def loss(*arrays):
         return policy_loss(
-            *arrays, loss_type=loss_type, importance_sampling_level=level, clip=clip
+            *arrays,
+            loss_type=loss_type,
+            importance_sampling_level=level,
+            options=PolicyOptions(clip),
         ).loss
 
     found, gradient = value_and_grad(loss, logprobs, old, A, mask)
@@ -166,6 +204,55 @@ def test_policy_losses(loss_type, clip, level):
         np.broadcast_to(unsure[:, None, None], mask.shape),
     )
     assert (np.asarray(gradient)[~mask] == 0).all()
+
+
+def test_the_geometric_mean_of_ratios():
+    logprobs, old, A, mask = drawn(np.random.default_rng(9))
+
+    def loss(*arrays):
+        return policy_loss(*arrays, loss_type="gmpo", options=PolicyOptions(CLIP)).loss
+
+    found, gradient = value_and_grad(loss, logprobs, old, A, mask)
+    l64, o64 = (np.where(mask, x, 0).astype(np.float64) for x in (logprobs, old))
+    x, a, n = l64 - o64, A.astype(np.float64)[:, :, None], np.maximum(mask.sum(axis=2), 1)
+    inside = np.clip(x, -CLIP.low, CLIP.high)
+    held = np.where(a > 0, np.minimum(x, inside), np.maximum(x, inside))
+    mean = held.sum(axis=2) / n
+    some = mask.any(axis=2)
+    terms = -np.exp(np.clip(mean, -LIMIT, LIMIT)) * A * some / B
+    scale = np.abs(terms).sum(axis=1) * (1 + np.abs(x).max(axis=(1, 2)))
+    unsure = (np.abs(np.abs(mean) - LIMIT) < 1e-4).any(axis=1)
+    edge = (np.abs(x - inside) > 0) & (np.abs(x - inside) < 1e-6)
+    unsure |= (edge & mask).any(axis=(1, 2))
+    assert_met(found, terms.sum(axis=1), scale, unsure)
+    moves = (held == x) & mask & (np.abs(mean) < LIMIT)[:, :, None]
+    assert_met(gradient, (terms / n)[:, :, None] * moves, scale[:, None, None])
+
+
+@pytest.mark.parametrize("loss_type", ["clip_cov", "kl_cov"])
+def test_losses_of_covariance(loss_type):
+    """Of each token the gradient is the plain one, none, or the penalty's in addition."""
+    logprobs, old, A, mask = drawn(np.random.default_rng(10))
+    options = PolicyOptions(CLIP, clip_cov_ratio=0.3, kl_cov_ratio=0.3)
+
+    def loss(*arrays):
+        key = jax.random.key(0)
+        return policy_loss(*arrays, loss_type=loss_type, options=options, key=key).loss
+
+    found, gradient = value_and_grad(loss, logprobs, old, A, mask)
+    clip = CLIP if loss_type == "clip_cov" else Clip(1e9, 1e9)
+    _, plain, scale, unsure = policy_oracle(logprobs, old, A, mask, "dapo", "token", clip)
+    tokens = np.maximum(mask.sum(axis=(1, 2)), 1)[:, None, None]
+    x = np.where(mask, logprobs, 0).astype(np.float64) - np.where(mask, old, 0)
+    others = [0 * plain] if loss_type == "clip_cov" else [plain + np.sign(x) / tokens]
+    near = [
+        np.abs(gradient - g) <= 3e-5 * (scale[:, None, None] + np.abs(g)) for g in [plain, *others]
+    ]
+    fine = np.any(near, axis=0) | unsure[:, None, None]
+    assert fine.all() and (np.asarray(gradient)[~mask] == 0).all() and np.isfinite(found).all()
+    changed = (~near[0] & mask & ~unsure[:, None, None]).sum(axis=(1, 2))
+    assert (changed <= np.maximum(np.floor(0.3 * mask.sum(axis=(1, 2))), 1)).all()
+    assert (changed > 0).any()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -333,6 +420,18 @@ def log_odds(x):
     return x - np.log(-np.expm1(held))
 
 
+def ranked(x):
+    return np.sort(x, axis=1)
+
+
+def smoothed(z):
+    return -0.9 * log_sigmoid(z) - 0.1 * log_sigmoid(-z)
+
+
+def discopop(z):
+    return sigmoid(-z / 0.05) * -log_sigmoid(z) + np.exp(log_sigmoid(z / 0.05) - z)
+
+
 # Of chosen and rejected log-probabilities c, r, those of the reference C, R, and the lengths n, m.
 PAIR_ORACLES = {
     "sigmoid": lambda c, r, C, R, n, m: (
@@ -360,6 +459,9 @@ PAIR_ORACLES = {
         -log_sigmoid(BETA * (c - C)) - log_sigmoid(-BETA * (r - R))
     ),
     "sppo_hard": lambda c, r, C, R, n, m: (c - C - 0.5 / BETA) ** 2 + (r - R + 0.5 / BETA) ** 2,
+    "discopop": lambda c, r, C, R, n, m: discopop(BETA * (c - C - r + R)),
+    "aot": lambda c, r, C, R, n, m: smoothed(BETA * (ranked(c - r) - ranked(C - R))),
+    "aot_unpaired": lambda c, r, C, R, n, m: smoothed(BETA * (ranked(c - C) - ranked(r - R))),
     "sft": lambda c, r, C, R, n, m: -c / n.mean(axis=1, keepdims=True),
     "simpo": lambda c, r, C, R, n, m: -log_sigmoid(BETA * (c / n - r / m) - GAMMA),
     "orpo": lambda c, r, C, R, n, m: -c / n - BETA * log_sigmoid(log_odds(c / n) - log_odds(r / m)),
@@ -397,9 +499,11 @@ def test_preference_losses(name):
     scale = (np.abs(losses) + 1e-3 * size).sum(axis=1)
     assert_met(found, losses.sum(axis=1), scale)
     for index in range(2):
-        slope = slope_of(oracle, wide, index)
+        slope, gradient = slope_of(oracle, wide, index), gradients[index]
+        if PREFERENCE_LOSSES[name].compares_pairs:  # ties are sorted in any order
+            slope, gradient = (x.sum(axis=1, keepdims=True) for x in (slope, gradient))
         rest = np.abs(slope) + 1e-6 * size if name in ("ipo", "sppo_hard") else np.abs(slope) + 1e-2
-        assert_met(gradients[index], slope, rest, tolerance=1e-3)
+        assert_met(gradient, slope, rest, tolerance=1e-3)
 
 
 def test_kto_and_reward_losses():
@@ -455,7 +559,7 @@ def test_cross_entropy_and_log_probabilities(softcap):
     hidden = spoil(rng, hidden, np.broadcast_to(trained[:, :, None], hidden.shape))
 
     def nll(hidden, matrix, targets):
-        return linear_cross_entropy(hidden, matrix, targets, chunk_size=4, softcap=softcap).nll
+        return linear_cross_entropy(hidden, matrix, targets, chunk_size=4, softcap=softcap).loss
 
     def total(hidden, matrix, targets):
         out = linear_logprobs(hidden, matrix, targets, chunk_size=4, softcap=softcap)

@@ -15,7 +15,7 @@ from runs import additions
 from relax.config import SFTConfig
 from relax.data import DataLoader
 from relax.data.examples import Encoded
-from relax.engine import TrainerEngine, advice, memory
+from relax.engine import TrainerEngine, advice, fitting, memory
 from relax.engine.memory import Capacity, Sizes
 from relax.errors import ConfigError
 from relax.models import Transformer, TransformerConfig
@@ -218,14 +218,14 @@ def test_an_accelerator_is_given_a_margin_of_a_twentieth():
 def test_the_flags_that_are_left_are_named_first_those_that_leave_the_result_as_it_is():
     fields = {"gradient_checkpointing": False, "per_device_train_batch_size": 8}
     said = advice.advice(SFTConfig().replace(**fields))
-    flags = re.findall(r"--[a-z_]+(?: [a-z0-9]+)?", said)
+    flags = re.findall(r"--[a-z_]+(?: [a-z0-9_]+)?", said)
     assert flags == [
         "--gradient_checkpointing true",
         "--per_device_train_batch_size with",
         "--gradient_accumulation_steps",
         "--dtype bfloat16",
         "--use_peft",
-        "--optim adafactor",
+        "--optim adamw_8bit",
         "--param_dtype bfloat16",
         "--max_length",
         "--dry_run shows",
@@ -269,6 +269,44 @@ def test_the_state_that_training_begins_with_has_the_shapes_it_was_judged_by():
     assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, template(sft))
 
 
+# What makes it fit
+
+
+def test_the_flags_named_are_the_first_whose_compiled_update_fits(by_policy):
+    config = SFTConfig().replace(dtype="float32", per_device_train_batch_size=ROWS)
+    most, said = (by_policy["matmuls"].total + by_policy["attention"].total) / 2, []
+    found = fitting.cheapest(trainer(), config, shapes(), most, said.append)
+    assert found.endswith(" update: --gradient_checkpointing_policy attention.")
+    assert len(said) == 2 and said[0].startswith("looking for flags")
+
+
+NEEDED = {"optim": 4, "dtype": 2, "use_peft": 8}  # what each of these flags saves
+
+
+@pytest.mark.parametrize(
+    "most, flags",
+    [
+        (29, "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"),
+        (25, "--optim adamw_8bit"),
+        (18, "--optim adamw_8bit --use_peft"),
+        (14, "Even .*--optim adamw_8bit .*: use a smaller model"),
+    ],
+)
+def test_flags_that_the_others_make_needless_are_left_out(monkeypatch, most, flags):
+    def sizes(trainer, state, batch):
+        used = {"optim": "8bit" in str(jax.tree.structure(state.opt_state)).lower()}
+        used |= {"dtype": trainer.model.dtype == jnp.bfloat16, "use_peft": bool(trainer.model.lora)}
+        total = 30 - sum(NEEDED[name] for name, is_set in used.items() if is_set)
+        return Sizes(total - (trainer.gradient_accumulation_steps > 1), 0, 0, 0)
+
+    monkeypatch.setattr(memory, "update_sizes", sizes)
+    config = SFTConfig().replace(
+        dtype="float32", per_device_train_batch_size=2, gradient_checkpointing_policy="nothing"
+    )
+    found = fitting.cheapest(trainer(), config, shapes(2), most, lambda text: None)
+    assert re.search(flags, found)
+
+
 # In a job
 
 
@@ -307,14 +345,18 @@ def big_update(monkeypatch):
 def test_a_job_that_cannot_fit_ends_before_its_first_update_with_the_flag_that_helps(
     big_update, tmp_path
 ):
-    with pytest.raises(ConfigError, match=r"needs 5\.00 GB, and cpu has 4\.00 GB\. These lower it"):
+    with pytest.raises(ConfigError, match=r"needs 5\.00 GB, and cpu has 4\.00 GB\. Even .* 5\.00"):
         started(tmp_path / "run")
 
 
 def test_a_job_whose_state_alone_cannot_fit_ends_before_that_is_made(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "capacity", lambda held=0: Capacity(9 * MB, 9 * MB, "cpu"))
+    sizes = Sizes(MB, 0, MB, MB, 5 * MB)
+    monkeypatch.setattr(memory, "update_sizes", lambda *_: sizes)
     with pytest.raises(
-        ConfigError, match=r"needs at least 13\.1 MB, and cpu has 9 MB\. These lower it"
+        ConfigError,
+        match=r"at least 13\.1 MB, and cpu has 9 MB\. These flags make it fit, with 8 MB by "
+        r"the compiled update: --gradient_checkpointing_policy attention\.",
     ):
         started(tmp_path / "run")
 

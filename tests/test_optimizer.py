@@ -206,6 +206,7 @@ def schedule_free_reference(name, p, gradients, b1=0.8, b2=0.9, eps=1e-6):
 ADAM = {"b1": 0.8, "b2": 0.9, "eps": 1e-6}
 REFERENCES = {
     "adamw": (adam_reference, SHAPES, ADAM),
+    "adamw_8bit": (adam_reference, SHAPES, ADAM),  # small arrays, whose moments are float32
     "lion": (lion_reference, SHAPES, {"b1": 0.8, "b2": 0.9}),
     "adafactor": (adafactor_reference, SHAPES | {"large": (130, 140)}, {}),
     "muon": (muon_reference, SHAPES, ADAM),
@@ -279,14 +280,14 @@ def test_muon_steps_along_the_singular_vectors_of_the_first_gradient():
 
 def test_muon_has_linear_layers_and_experts_and_adamw_embeddings_heads_and_vectors():
     block = {"q_proj": {"kernel": 2, "bias": 1, "lora_a": 2}, "norm": {"scale": 1}}
-    experts = {"router": 2, "gate_proj": 3}
+    experts = {"router": 2, "gate_proj": 3, "gate_proj_bias": 2}
     heads = {"value_head": {"kernel": 2}, "score": {"kernel": 2}, "lm_head": 2}
     axes = {"layers_0": block | {"mlp": experts}, "embed_tokens": 2, "Embed_0": {"embedding": 2}}
     labels = _muon_or_adamw(jax.tree.map(lambda n: jnp.zeros([2] * n), axes | heads))
     assert labels.pop("layers_0") == {
         "q_proj": {"kernel": "muon", "bias": "adamw", "lora_a": "muon"},
         "norm": {"scale": "adamw"},
-        "mlp": {"router": "muon", "gate_proj": "muon"},
+        "mlp": {"router": "muon", "gate_proj": "muon", "gate_proj_bias": "adamw"},
     }
     assert set(jax.tree.leaves(labels)) == {"adamw"}
 
@@ -299,6 +300,10 @@ def test_matrices_lose_the_rate_times_the_decay_and_norms_and_biases_nothing(nam
     for leaf, value in params.items():
         expected = value * 0.95 if value.ndim > 1 else value
         np.testing.assert_allclose(found[leaf], expected, rtol=1e-6)
+    biases = {"gate_proj_bias": jnp.ones((2, 3))}  # of two experts
+    ((found, _),) = updates(OPTIMIZERS[name](0.5, weight_decay=0.1), biases, [biases])
+    ((plain, _),) = updates(OPTIMIZERS[name](0.5), biases, [biases])
+    np.testing.assert_array_equal(found["gate_proj_bias"], plain["gate_proj_bias"])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -341,6 +346,7 @@ STEPS = 24
 # Flags that make each learn the table below in so many updates.
 FLAGS = {
     "adamw": {"learning_rate": 0.1},
+    "adamw_8bit": {"learning_rate": 0.1},
     "adafactor": {"learning_rate": 0.1, "lr_scheduler_type": "cosine"},
     "lion": {"learning_rate": 0.05, "lr_scheduler_type": "wsd", "num_decay_steps": 0.5},
     "muon": {

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import config_of
 
+from relax.tools.plan.flops import forward_flops
 from relax.tools.plan.hlo import Traffic
 from relax.tools.plan.plan import Program, described
 
@@ -68,6 +70,24 @@ def test_a_plan_cuts_weights_moments_and_cache_and_tells_deep_models_from_shallo
     # Eight slots on each of two parts, one of two heads: keys and values in bfloat16.
     assert megabytes(out, "cache") == [pytest.approx(2 * 2 * L * 8 * 1 * H * 64 / 1e6, rel=1e-2)]
     assert "all-gather" in out and "extrapolated from 2 and 4 layers" in out
+
+
+def test_flops_are_those_of_weights_windows_shared_keys_and_delta_rules():
+    D, F, V, N, K = 36, 20, 61, 6, 2
+    # Gemma 4: windows of 5 with heads of 10, full layers with heads of 16; the last two layers have
+    # no keys and values, and twice the width; inputs of 8 for each layer.
+    own = {H: 2 * D * N * H + 2 * D * K * H for H in (10, 16)}
+    shared = {H: 2 * D * N * H for H in (10, 16)}
+    weights = 2 * own[10] + own[16] + shared[10] + shared[16]
+    weights += 3 * D * F * (3 + 2 * 2) + 5 * 2 * D * 8 + D * 5 * 8 + V * D
+    seen = 3 * 10 * 4.375 + 2 * 16 * 10  # on average of 20 tokens: 5 - 5² / 40, and half
+    expected = 3 * (2 * weights + 4 * N * seen)
+    assert forward_flops(config_of("gemma4_text"), 3, 20) == pytest.approx(expected)
+    # Qwen 3.5: two delta rules, of 62 channels and 6 states of 8 x 5, around gated attention.
+    delta = D * 62 + 2 * D * 30 + 2 * D * 6 + 62 * 3
+    weights = 2 * delta + 3 * D * N * 10 + 2 * D * K * 10 + 3 * 3 * D * F + V * D
+    expected = 3 * (2 * weights + 4 * N * 10 * 10 + 2 * 7 * 6 * 8 * 5)
+    assert forward_flops(config_of("qwen3_5_text"), 3, 20) == pytest.approx(expected)
 
 
 def test_the_least_time_of_a_step_is_that_of_its_narrowest_resource():

@@ -7,9 +7,9 @@ import pages
 import pytest
 
 from relax.config import GRPOConfig, PPOConfig, options
+from relax.config.grpo import GRPOSection
 from relax.config.loader import ConfigLoader
 from relax.config.ppo import PPOSection
-from relax.config.rl import GRPOSection
 from relax.engine.recipes.ppo import rollout_sizes, train_ppo
 from relax.errors import ConfigError
 
@@ -29,7 +29,9 @@ def config(**fields) -> PPOConfig:
 
 def test_the_list_of_flags_is_frozen():
     grpo = {field.name for field in dataclasses.fields(GRPOSection)}
-    shared = set(options(GRPOConfig)) - grpo - {"steps_per_generation", "num_iterations"}
+    own = {"steps_per_generation", "num_iterations"}
+    own |= {"agent", "agent_timeout_s", "agent_max_length"}
+    shared = set(options(GRPOConfig)) - grpo - own
     assert set(options(PPOConfig)) == shared | set(OWN_FLAGS)
     assert not shared & set(OWN_FLAGS)
 
@@ -100,7 +102,7 @@ WARNED = [
 )
 def test_what_a_sweep_may_hold_fixed_is_warned_of_in_one_sentence(case):
     fields, *parts = case
-    checked = config(**fields)
+    checked = config(**{"dtype": "float32"} | fields)
     checked.check()
     [said] = checked.warnings()
     assert all(part in said for part in parts), said

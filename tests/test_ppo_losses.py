@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.losses import Clip, policy_loss, value_losses
+from relax.losses import Clip, PolicyOptions, policy_loss, value_losses
 from relax.trainers.rl.experience import adapt_kl_coef, advantages_and_returns, token_rewards
 
 # The golden numbers of the formulas: three real tokens of six, garbage behind them.
@@ -125,7 +125,7 @@ def test_the_dual_clip_bounds_the_loss_of_bad_tokens_alone():
         expected = np.maximum(plain, 3.0 * advantage) if advantage < 0 else plain
         loss = policy_loss(
             jnp.log(jnp.array(ratio))[None], jnp.zeros((1, 5)), jnp.array([advantage]),
-            jnp.ones((1, 5), bool), clip=Clip(0.2, 0.2, 3.0),
+            jnp.ones((1, 5), bool), options=PolicyOptions(Clip(0.2, 0.2, 3.0)),
         ).loss  # fmt: skip
         np.testing.assert_allclose(loss, -expected.mean(), rtol=1e-6)
 

@@ -12,8 +12,8 @@ import pytest
 from relax.config import SFTConfig
 from relax.engine.schedule import make_optimizer
 from relax.models import Transformer, TransformerConfig
-from relax.models.config import Rope
 from relax.models.layers import Linear, RMSNorm
+from relax.models.rope import Rope
 from relax.models.rotary import rotary_angles, rotate
 from relax.optimizers import OPTIMIZERS
 from relax.optimizers.stochastic_rounding import stochastic_round, stochastic_rounding
@@ -93,6 +93,27 @@ def test_logits_in_bfloat16_are_near_those_in_float32():
     assert ours.dtype == jnp.float32
     error = np.abs(np.asarray(ours - exact))
     assert error.max() < 0.1 * np.abs(exact).max() and error.mean() < 0.01 * np.abs(exact).max()
+
+
+def test_the_head_is_float32_where_it_is_asked_for(tiny_model, tiny_params):
+    """Its hidden states are those of bfloat16 before they are rounded, sampler included."""
+    plain = tiny_model.clone(dtype=jnp.bfloat16)
+    cast = plain.clone(cast_lm_head_to_fp32=True)
+    ids = IDS % tiny_model.config.vocab_size
+
+    def states(model):
+        apply = jax.jit(lambda p: model.apply({"params": p}, ids, method="hidden_states"))
+        return apply(tiny_params)
+
+    rounded, exact = states(plain), states(cast)
+    assert (rounded.dtype, exact.dtype) == (BF16, jnp.float32)
+    np.testing.assert_array_equal(exact.astype(BF16), rounded)
+    assert (np.asarray(exact) != np.asarray(rounded, np.float32)).mean() > 0.9
+    lengths = np.full(len(ids), ids.shape[1])
+    prefill = jax.eval_shape(
+        lambda p: cast.apply({"params": p}, ids, lengths, method="prefill"), tiny_params
+    )
+    assert prefill[0].dtype == jnp.float32 and prefill[1][0][0].dtype == BF16
 
 
 def test_a_norm_over_many_entries_is_exact_in_bfloat16():

@@ -46,7 +46,7 @@ def test_every_name_that_a_trainer_logs_is_reserved(trainer_class):
 def test_every_documented_metric_of_a_trainer_with_reward_functions_is_reserved():
     names = [re.sub(r"<\w+>", "x", name) for name in NAMES]
     free = {name for name in names if metric_name("f", name) == name}
-    of_sft, of_reward_models = {"exact_match"}, {"accuracy", "margin"}
+    of_sft, of_reward_models = {"exact_match", "nll"}, {"accuracy", "margin"}
     of_reward_models |= {"mean_reward", "min_reward", "max_reward"}
     assert free == of_sft | of_reward_models
 

@@ -1,4 +1,4 @@
-"""Tasks as data set and scorer at once, and conversations with an environment."""
+"""Tasks as data set and scorer at once, and the calculator."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from relax.data import prepare, read_rows
 from relax.data.tasks import make_rows, scorer_faults, task_rows
 from relax.errors import ConfigError, DataError
-from relax.rewards import Episode, RewardRunner
+from relax.rewards import RewardRunner
 from relax.rewards.calculator import Calculator, calculate
 from relax.rewards.tasks import answer_of
 
@@ -217,7 +217,7 @@ def test_the_answer_is_taken_from_its_tags_or_from_behind_the_reasoning(text, an
     assert answer_of(text) == answer
 
 
-# --- environments ------------------------------------------------------------------------------
+# --- the calculator ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -254,51 +254,6 @@ def test_the_calculator_calculates(expression, value):
 def test_the_calculator_says_what_it_does_not_understand(expression, problem):
     with pytest.raises(ValueError, match=problem):
         calculate(expression)
-
-
-def encode(text):
-    return list(text.encode())
-
-
-def decode(ids):
-    return bytes(ids).decode()
-
-
-def test_observations_are_appended_as_they_are_and_masked():
-    calculator = Calculator()
-    episode = Episode.start(calculator, {"answer": "84"}, encode("12*7?"), encode)
-    call, result, answer = "<calc>12*7</calc>", "<result>84</result>", "84."
-    episode = episode.turn(encode(call), calculator, encode, decode)
-    assert not episode.done and episode.reward is None
-    episode = episode.turn(encode(answer), calculator, encode, decode)
-    assert decode(episode.completion_ids) == call + result + answer
-    expected = [True] * len(call) + [False] * len(result) + [True] * len(answer)
-    assert list(episode.sampled) == expected
-    assert (episode.done, episode.reward, episode.turns) == (True, 1.0, 2)
-    with pytest.raises(ValueError, match="an episode that is over"):
-        episode.turn([1], calculator, encode, decode)
-
-
-def test_sampled_tokens_are_kept_where_their_text_would_be_tokenised_otherwise():
-    """Token 7 and tokens 1, 1 all read "a": what was sampled stays."""
-    texts = {1: "", 7: "a"}
-    calculator = Calculator()
-    episode = Episode.start(calculator, {"answer": 3}, [9], lambda text: [1])
-    episode = episode.turn(
-        [7, 1, 1, 7], calculator, lambda text: [7], lambda ids: "".join(texts[i] for i in ids)
-    )
-    assert episode.completion_ids == (7, 1, 1, 7)
-    assert (episode.prompt_ids, episode.done, episode.reward) == ((9,), True, 0.0)
-
-
-def test_what_reset_says_belongs_to_the_prompt():
-    class Greets(Calculator):
-        def reset(self, row):
-            super().reset(row)
-            return "Hi"
-
-    episode = Episode.start(Greets(), {"answer": 3}, [1], encode)
-    assert episode.prompt_ids == (1, *encode("Hi")) and episode.completion_ids == ()
 
 
 def test_calls_are_bounded():

@@ -300,3 +300,18 @@ def test_with_adapters_they_agree_too_and_the_reference_is_the_model_without():
         logits = model.apply({"params": params}, jnp.asarray(row)[None]) / 0.8
         expected = jax.nn.log_softmax(logits[0, n - 1 : n + c - 1])[np.arange(c), ids[:c]]
         np.testing.assert_allclose(batch["ref_logprobs"][p, 0, :c], expected, atol=1e-4)
+
+
+def test_a_rollout_in_bfloat16_is_weighted_for_it_and_an_evaluation_is_not_in_bfloat16():
+    model, params = tiny_family("llama")
+    trainer, _, given, metrics = drawn_by(model, params, rollout_dtype="bfloat16")
+    assert 1e-4 < metrics["sampling/logp_difference/max"] < 0.1
+    name = "sampling/importance_sampling_ratio"
+    low, mean, high = (metrics[f"{name}/{kind}"] for kind in ("min", "mean", "max"))
+    assert 0.9 < low < mean < high < 1.1
+    assert "old_logprobs" not in given.batch
+    state = trainer.create_train_state(KEY)
+    item = {"prompt_ids": PROMPTS, "rows": [{}, {}]}
+    drawn = trainer.generate(state, item, KEY, trainer.eval_sampling)
+    own = trainer.token_logprobs(trainer.model_params(state.params, state.frozen), drawn)
+    assert np.abs(np.where(drawn.mask, own - drawn.logprobs, 0)).max() < 1e-4

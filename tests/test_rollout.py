@@ -6,14 +6,8 @@ from rl import rollout_of
 
 from relax.sampling import SamplingConfig
 from relax.sampling.output import padded as sampled
-from relax.trainers.rl.rollout import (
-    bucket,
-    concatenate,
-    is_truncated,
-    make_rollout,
-    reward_metrics,
-    rollout_metrics,
-)
+from relax.trainers.rl.metrics import reward_metrics, rollout_metrics
+from relax.trainers.rl.rollout import bucket, concatenate, is_truncated, make_rollout
 
 ITEM = {"prompt_ids": [[5, 6], [7]], "rows": [{"prompt": "a"}, {"prompt": "b"}]}
 OUTPUT = sampled(

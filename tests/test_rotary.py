@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.models.config import Rope, RopeScaling
+from relax.models.rope import Rope, RopeScaling
 from relax.models.rotary import frequencies, rotary_angles, rotate, scale_queries
 
 THETA, R = 100.0, 8
@@ -196,7 +196,7 @@ def test_rotation_computes_in_float32_and_gives_the_dtype_it_was_given():
 
 def test_an_unknown_scaling_is_an_error():
     with pytest.raises(
-        ValueError, match="unknown rope scaling 'spiral'. Known: linear, ntk, llama3"
+        ValueError, match="unknown rope scaling 'spiral'. Known: linear, proportional, ntk, llama3"
     ):
         frequencies(Rope(THETA, RopeScaling("spiral")), R)
 

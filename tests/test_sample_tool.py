@@ -8,7 +8,7 @@ from test_data_prepare import CHATML, byte_tokenizer
 from test_data_templates import LARGE, SLOW
 
 from relax.engine.model_source import ModelSource
-from relax.errors import DataError, ModelLoadError
+from relax.errors import ConfigError, DataError, ModelLoadError
 from relax.tools.sample.config import SampleConfig
 from relax.tools.sample.sample import sample
 
@@ -62,6 +62,23 @@ def test_sampling_obeys_the_limits_of_training(template, options, reason, source
     rows = [{"prompt": "1+1="}, {"prompt": "2+2=", "kept": [["a longer row"]]}]
     with pytest.raises(DataError, match=reason):
         run(tmp_path, rows, **options)
+
+
+def test_without_a_chat_template_messages_and_its_limits_are_refused(source, tmp_path):
+    config = SampleConfig().replace(model_name_or_path="m", prompt="2+2=", chat=False)
+    assert not config.problems()
+    for limit in ("template_timeout_s", "template_output_ratio", "template_memory_mib"):
+        (problem,) = config.replace(**{limit: 9}).problems()
+        assert problem == f"{limit} has no effect: chat is false"
+    rows = [{"prompt": "2+2="}, {"prompt": [{"role": "user", "content": "2+2="}]}]
+    with pytest.raises(DataError, match="jsonl:2: the prompt is a list of .* chat is false"):
+        run(tmp_path, rows, chat=False)
+
+
+@pytest.mark.parametrize("place", [".", "missing/out.jsonl"])
+def test_an_output_file_that_cannot_be_written_is_refused_first(source, tmp_path, place):
+    with pytest.raises(ConfigError, match="output_file must be a file in a directory that exists"):
+        run(tmp_path, [{"prompt": "2+2="}], output_file=str(tmp_path / place))
 
 
 def test_what_sampling_normalises_or_leaves_out_is_noted(source, tmp_path, capsys):

@@ -14,7 +14,7 @@ from relax.errors import NonFiniteError
 from relax.losses.logprobs import linear_logprobs
 from relax.models import load_pretrained
 from relax.sampling import SamplingConfig, generate, stop_decoder
-from relax.sampling.batch import Row, plan_segment
+from relax.sampling.rows import Row, plan_segment
 from tests.families import FAMILY_NAMES, NEWER, tiny_family
 
 V = 23  # of the tiny model
@@ -156,9 +156,9 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples(llama, monkeypatch):
     prefilled = []
     prefill = step.prefill
 
-    def counting(model, params, prompts):
+    def counting(model, params, prompts, lengths):
         prefilled.extend(map(tuple, prompts))
-        return prefill(model, params, prompts)
+        return prefill(model, params, prompts, lengths)
 
     monkeypatch.setattr(step, "prefill", counting)
     prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 8, 7, 6]]
@@ -254,11 +254,11 @@ def test_logits_that_are_no_numbers_stop_generation_with_a_sentence(llama):
 @pytest.mark.parametrize(
     ("drawn", "waiting", "plan"),
     [
-        ([0] * 8, False, (4, 12, 6)),  # until two rows are left, which fit a cache of two
-        ([0] * 2, False, (4, 12, 8)),  # until all have ended
-        ([0] * 8, True, (4, 12, 1)),
-        ([0] * 5, True, (4, 12, 4)),  # three slots are free already
-        ([7, 9], False, (3, 20, 8)),  # no row has more than three tokens to go
+        ([0] * 8, False, (4, 13, 6)),  # until two rows are left, which fit a cache of two
+        ([0] * 2, False, (4, 13, 8)),  # until all have ended
+        ([0] * 8, True, (4, 13, 1)),
+        ([0] * 5, True, (4, 13, 4)),  # three slots are free already
+        ([7, 9], False, (3, 21, 8)),  # no row has more than three tokens to go
     ],
 )
 def test_a_segment_ends_when_another_one_pays(drawn, waiting, plan):

@@ -11,6 +11,7 @@ import pytest
 from conftest import bits, packed_batch
 
 from relax.data import DataLoader, Encoded
+from relax.models.forward import neftune_noise
 from relax.optimizers import adamw, learning_rate_schedule
 from relax.trainers import SFTTrainer
 
@@ -256,3 +257,28 @@ def test_a_model_learns_from_the_loader_and_exact_match_is_what_greedy_decoding_
     assert trainer.validate(state, packed) == pytest.approx(
         trainer.validate(state, every), rel=1e-5
     )
+
+
+def test_noise_on_embeddings_follows_the_length_of_each_document():
+    """By hand: ±6 / sqrt(L D) with L of 3 and 1 tokens of one row, and 6 of the other; D is 64."""
+    segments = jnp.array([[1, 1, 1, 2, 0, 0], [1] * 6])
+    noise = np.abs(neftune_noise(KEY, (2, 6, 64), segments, 6.0))
+    bounds = 6 / np.sqrt(np.array([[3, 3, 3, 1, 2, 2], [6] * 6]) * 64)
+    assert (noise <= bounds[:, :, None]).all()
+    assert (noise.max(axis=2) > 0.8 * bounds).all()
+    whole = np.abs(neftune_noise(KEY, (2, 6, 64), None, 6.0))
+    np.testing.assert_array_equal(whole[1], noise[1])
+
+
+def test_noise_is_of_training_alone_and_of_the_key(tiny_model, tiny_params):
+    options = {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "z_loss_coef": 0.01}
+    trainer = trainer_of(tiny_model, tiny_params, **options)
+    batch = packed_batch(ROWS, 16)
+    loss_of = jax.jit(lambda key: trainer.compute_loss(tiny_params, batch, rng=key).loss)
+    found = [float(loss_of(key)) for key in (KEY, KEY, jax.random.key(2))]
+    calm = trainer.eval_step(tiny_params, {}, batch)
+    assert found[0] == found[1] and len({*found, float(calm.loss)}) == 3
+    nll = dense(tiny_model, tiny_params, batch)[0]["loss"]
+    np.testing.assert_allclose(calm.metrics["nll"], nll, rtol=1e-5)
+    with pytest.raises(ValueError, match="smooths the targets of loss_type nll, got loss_type"):
+        trainer_of(tiny_model, tiny_params, loss_type="dft", label_smoothing_factor=0.1)

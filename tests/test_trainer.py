@@ -109,7 +109,8 @@ def test_twelve_lines_make_a_trainer_of_any_flax_model(kind, tiny_model, tmp_pat
 
 def test_the_contract_has_two_abstract_methods_and_nine_hooks():
     assert Trainer.__abstractmethods__ == {"create_train_state", "compute_loss"}
-    assert set(HOOKS) == {name for name in vars(Callback) if name.startswith("on_")}
+    # Those of `train`, and one that trainers call whose completions are scored.
+    assert {*HOOKS, "on_scored"} == {name for name in vars(Callback) if name.startswith("on_")}
 
 
 def test_no_attribute_of_a_trainer_changes_while_it_trains():

@@ -1,12 +1,15 @@
 """Runs of two processes over loopback, as the tests and the campaigns start them."""
 
+import contextlib
 import json
+import random
 import socket
 import time
 from pathlib import Path
 
 import runs
 
+from relax.parallel import processes
 from relax.trainers import Trainer
 
 SFT = {
@@ -26,10 +29,16 @@ SFT = {
 
 
 def port() -> int:
-    """A port of loopback that nobody uses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port of loopback that nobody uses, and that the system gives to nobody who asks for any.
+
+    The ports that it gives out (32768 and up) are also those of the connections between processes:
+    one of another test could take the port before process 0 listens there.
+    """
+    while True:
+        number = random.randrange(10_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", number))
+            return number
 
 
 def start_two(
@@ -71,6 +80,18 @@ def slow_steps():
         return train_on(self, state, item)
 
     Trainer.make_batches = make_batches
+
+
+def slow_steps_and_last_words():
+    """As `slow_steps`, and comes to its end later than the other process."""
+    slow_steps()
+    last_words = processes._last_words
+
+    def late(error):
+        time.sleep(3)
+        return last_words(error)
+
+    processes._last_words = late
 
 
 def ended(children) -> list[int]:

@@ -14,6 +14,7 @@ import numpy as np
 from relax.config.text import join_some, nan_to_null
 from relax.files import fsync_path, json_object
 from relax.trainers.callback import Callback, Event
+from relax.trainers.sources import COUNT, PREFIX
 
 # Fields that depend on the clock; all others are the same in every run of a configuration.
 CLOCK_FIELDS = ("tokens_per_second", "elapsed_s", "step_time", "eps")
@@ -142,6 +143,8 @@ class MetricsLog(Callback):
                 record[name] = self.counts[name]
             elif name == "learning_rate":
                 record[name] = values[-1]
+            elif name.startswith(PREFIX):
+                record |= _source_mean(name, self._window)
             elif name.startswith(PHASE):
                 record[name] = sum(values) / len(self._window)
             else:
@@ -230,3 +233,11 @@ def exclude_from_timing(event: Event) -> Iterator[None]:
     yield
     for log in logs:
         log.restart_clock()
+
+
+def _source_mean(name: str, window: list[dict]) -> dict[str, float]:
+    """A source's mean over the items of the window, or nothing if it had none."""
+    counts = f"{name.rpartition('/')[0]}/{COUNT}"
+    parts = [(metrics[name], metrics[counts]) for metrics in window if name in metrics]
+    total = sum(count for _, count in parts)
+    return {name: sum(value * count for value, count in parts) / total} if total else {}

@@ -105,7 +105,8 @@ def host_copy(array):
     """A copy on the host, which outlives the array."""
     if isinstance(array, np.ndarray):
         return array.copy()
-    return jax.device_put(array, array.sharding.with_memory_kind(_HOST))
+    where = array.sharding.with_memory_kind(_HOST)
+    return jax.device_put(array, where, may_alias=False)  # it may be on the host already
 
 
 def where(directory: Path) -> str:

@@ -1,11 +1,13 @@
 """The configuration of a run: dataclasses, files and the strict command line. Imports no jax."""
 
+from relax.config.distill import DistillConfig
 from relax.config.dpo import DPOConfig
+from relax.config.grpo import GRPOConfig
 from relax.config.loader import ConfigLoader, create_default_config, from_dict
+from relax.config.online_dpo import OnlineDPOConfig
 from relax.config.options import option, options, resolve_steps, section
 from relax.config.ppo import PPOConfig
 from relax.config.reward import RewardModelConfig
-from relax.config.rl import GRPOConfig
 from relax.config.schema import (
     DataConfig,
     DebugConfig,
@@ -16,22 +18,23 @@ from relax.config.schema import (
     OutputConfig,
     ProfileConfig,
     RowsConfig,
-    SFTConfig,
-    SFTSection,
     SystemConfig,
     TrainerConfig,
     diff,
 )
+from relax.config.sft import SFTConfig, SFTSection
 
 __all__ = [
     "ConfigLoader",
     "DPOConfig",
     "DataConfig",
     "DebugConfig",
+    "DistillConfig",
     "GRPOConfig",
     "Hyperparams",
     "InferenceConfig",
     "ModelConfig",
+    "OnlineDPOConfig",
     "OutputConfig",
     "PPOConfig",
     "ProfileConfig",

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from relax.config.foreign import advice
+from relax.config.foreign import advice, nearest_value, own_value
 from relax.config.loader import ConfigLoader
 from relax.config.names import ALIASES, normal, ratio_problem, unknown
 from relax.config.options import options
@@ -69,8 +69,11 @@ def run(
         wrong; the `exit_code` of a `RelaxError` or an interruption that leaves `main`.
     """
     words = " ".join(program or ("python", Path(sys.argv[0]).name))
+    given = sys.argv[1:] if argv is None else [*argv]
+    if config_class.positional and given and not given[0].startswith("-"):
+        given[0] = f"--{config_class.positional}={given[0]}"
     try:
-        line = read_command(config_class, sys.argv[1:] if argv is None else argv)
+        line = read_command(config_class, given)
     except ConfigError as error:
         _refuse(error, words)
     if line.help:
@@ -247,10 +250,14 @@ def _text(flag: _Typed, field: str, negated: bool, annotation: Any) -> str:
                 "(the = is needed where a value looks like a flag)"
             )
         return "true"
-    value = parse_text(annotation, flag.text)
+    text = str(own_value(field, flag.text))
+    try:
+        value = parse_text(annotation, text)
+    except ValueError as error:
+        raise ValueError(f"{error}{nearest_value(field, text)}") from None
     if problem := ratio_problem(flag.name, value):
         raise ValueError(problem.removeprefix(f"{flag.name} "))
-    return flag.text
+    return text
 
 
 def _unknown(name: str, types: dict[str, Any]) -> str:

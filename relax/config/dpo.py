@@ -5,19 +5,29 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from relax.config.options import option, section
-from relax.config.rules import NoEffect, Rule, Values, needs, warns
-from relax.config.schema import Hyperparams, OutputConfig, PeftConfig, RowsConfig, TrainerConfig
+from relax.config.rules import NoEffect, Rule, Values, needs, unknown_choice, warns
+from relax.config.schema import (
+    CachedRowsConfig,
+    Hyperparams,
+    OutputConfig,
+    PeftConfig,
+    TrainerConfig,
+)
 
 KTO = "kto"
 # The names in `relax.losses.PREFERENCE_LOSSES`; this module imports no jax. A test compares them.
 LOSSES = (
     "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "exo_pair",
-    "nca_pair", "bco_pair", "sppo_hard", "sft", "simpo", "orpo",
+    "nca_pair", "bco_pair", "sppo_hard", "discopop", "aot", "aot_unpaired", "sft", "simpo", "orpo",
 )  # fmt: skip
 WITHOUT_REFERENCE = ("sft", "simpo", "orpo")
+ANY_DIVERGENCE = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop")
+COMPARING = ("aot", "aot_unpaired")
 READERS = {
-    "label_smoothing": ("sigmoid", "robust", "exo_pair"),
+    "label_smoothing": ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"),
     "simpo_gamma": ("simpo",),
+    "discopop_tau": ("discopop",),
+    "f_divergence_type": ANY_DIVERGENCE,
     "desirable_weight": (KTO,),
     "undesirable_weight": (KTO,),
     "beta": tuple(name for name in (*LOSSES, KTO) if name != "sft"),
@@ -25,7 +35,7 @@ READERS = {
 
 
 @dataclass(slots=True, kw_only=True)
-class PreferenceConfig(RowsConfig):
+class PreferenceConfig(CachedRowsConfig):
     """Training and evaluation pairs, truncation and packing."""
 
     max_length: int | None = option(
@@ -67,13 +77,28 @@ class DPOSection(ReferenceSection):
 
     loss_type: list[str] = option(
         ["sigmoid"],
-        "Losses, added up, such as sigmoid,sft; see docs/dpo.md. kto takes unpaired completions.",
+        "Losses, added up, such as sigmoid,sft, or your own, path/to/file.py:function; see "
+        "docs/dpo.md. kto takes unpaired completions.",
     )
     loss_weights: list[float] | None = option(None, "Weight of each loss; none = all 1.")
     label_smoothing: float = option(
         0.0, "Assumed fraction of pairs with swapped labels.", at_least=0, below=0.5
     )
     simpo_gamma: float = option(0.5, "Target margin of simpo.")
+    discopop_tau: float = option(0.05, "Temperature of discopop.", above=0, below=1)
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        option("reverse_kl", "Divergence from the reference that the loss is derived from.")
+    )
+    f_alpha_divergence_coef: float = option(0.5, "Alpha of alpha_divergence; not 1.")
+    ld_alpha: float | None = option(
+        None,
+        "Weight of the tokens of a completion past the length of the other one (LD-DPO); none = 1.",
+        at_least=0,
+        at_most=1,
+    )
+    use_weighting: bool = option(
+        False, "Weight pairs by the policy's probability of their completions (WPO)."
+    )
     desirable_weight: float = option(1.0, "Weight of desirable completions in kto.", above=0)
     undesirable_weight: float = option(1.0, "Weight of undesirable completions in kto.", above=0)
     precompute_ref_log_probs: bool = option(
@@ -90,8 +115,7 @@ class DPOSection(ReferenceSection):
 def _losses(v: Values) -> Iterator[str]:
     names, weights = v["loss_type"], v["loss_weights"]
     for name in names:
-        if name not in (*LOSSES, KTO):
-            yield f"loss_type must be one of {', '.join((*LOSSES, KTO))}, got {name!r}"
+        yield from unknown_choice("loss_type", name, (*LOSSES, KTO))
     if not names or len(set(names)) < len(names):
         yield f"loss_type must name each loss once, got {','.join(names) or 'none'}"
     if KTO in names and len(names) > 1:
@@ -102,7 +126,31 @@ def _losses(v: Values) -> Iterator[str]:
         yield "loss_type exo_pair needs label_smoothing above 0; its authors use 0.001"
 
 
+def _variants(v: Values) -> Iterator[str]:
+    names, kind = v["loss_type"], v["f_divergence_type"]
+    fixed = [n for n in names if n in LOSSES and n not in (*ANY_DIVERGENCE, *WITHOUT_REFERENCE)]
+    if kind != "reverse_kl" and fixed and names != [KTO]:
+        yield (
+            f"f_divergence_type {kind} is defined for {', '.join(ANY_DIVERGENCE)}, got loss_type "
+            f"{','.join(fixed)}"
+        )
+    if kind == "alpha_divergence" and abs(v["f_alpha_divergence_coef"] - 1) < 1e-6:
+        yield "f_alpha_divergence_coef 1 is f_divergence_type reverse_kl; use that"
+    if v["use_weighting"] and set(names) & set(COMPARING):
+        yield f"use_weighting weights pairs, and loss_type {','.join(names)} sorts those of all"
+    if v["ld_alpha"] is not None and v["precompute_ref_log_probs"]:
+        yield (
+            "ld_alpha excludes precompute_ref_log_probs, which keeps only the sums of the "
+            "reference's logprobs"
+        )
+
+
 def _reference(v: Values) -> Iterator[str]:
+    if v["precompute_ref_log_probs"] and v["lora_modules_to_save"]:
+        yield (
+            "precompute_ref_log_probs keeps no reference, whose modules lora_modules_to_save "
+            "trains: leave one of them out"
+        )
     if not v["sync_ref_model"] or _reads_no_reference(v):
         return
     if v["precompute_ref_log_probs"]:
@@ -122,9 +170,8 @@ def _reads_no_reference(v: Values) -> bool:
 
 
 def _only(name: str, readers: tuple[str, ...]) -> NoEffect:
-    return warns(
-        name, lambda v: not set(readers) & set(v["loss_type"]), f"only {', '.join(readers)} use it"
-    )
+    others = {*LOSSES, KTO} - set(readers)  # a loss of the user's own may read any
+    return warns(name, lambda v: set(v["loss_type"]) <= others, f"only {', '.join(readers)} use it")
 
 
 DPO = (
@@ -134,6 +181,9 @@ DPO = (
         "kto has desirable_weight and undesirable_weight",
     ),
     *(_only(name, readers) for name, readers in READERS.items()),
+    needs("f_alpha_divergence_coef", "f_divergence_type", "alpha_divergence", warn=True),
+    NoEffect("ld_alpha use_weighting", lambda v: v["loss_type"] == [KTO], "kto has no pairs"),
+    warns("ld_alpha", _reads_no_reference, "loss_type {loss_type} uses no reference"),
     warns(
         "precompute_ref_log_probs sync_ref_model",
         _reads_no_reference,
@@ -167,7 +217,7 @@ class DPOConfig(TrainerConfig):
         "eval_on_start": True,
         "per_device_eval_batch_size": 250,
     }
-    rules: ClassVar[tuple[Rule, ...]] = (_losses, _reference, pairs_problems)
+    rules: ClassVar[tuple[Rule, ...]] = (_losses, _variants, _reference, pairs_problems)
     no_effect: ClassVar[tuple[NoEffect, ...]] = TrainerConfig.no_effect + DPO
 
     hyperparams: Hyperparams = section(Hyperparams, learning_rate=1e-6)

@@ -35,7 +35,9 @@ def help_text(
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
     width = min(max(width, 80), 120)
     colour = _colour() if colour is None else colour
-    lines = [f"usage: {program} [--flag VALUE ...]", "", config_class.__doc__ or "", ""]
+    word = "MODEL " * bool(config_class.positional)
+    usage = f"usage: {program} {word}[--flag VALUE ...]"
+    lines = [usage, "", config_class.__doc__ or "", ""]
     lines += [*textwrap.wrap(_NOTES, width), ""]
     if config_class.examples:
         lines.append(_bold("examples", colour))

@@ -6,10 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from relax.config.foreign import nearest_value, own_value
 from relax.config.names import ALIASES, ratio_problem, suggestion, unknown
 from relax.config.options import options
-from relax.config.schema import Settings, SFTConfig
+from relax.config.schema import Settings
 from relax.config.settings import ALGORITHMS
+from relax.config.sft import SFTConfig
 from relax.config.values import check_value
 from relax.errors import ConfigError
 
@@ -117,11 +119,11 @@ def _fields(data: dict[str, Any], config_class: type[Settings], where: str) -> d
         elif problem := ratio_problem(name, value):
             problems.append(problem)
         else:
-            found[field] = value
+            found[field] = own_value(field, value)
             try:
-                found[field] = check_value(known[field].type, value)
+                found[field] = check_value(known[field].type, found[field])
             except ValueError as error:
-                problems.append(f"{name} {error}")
+                problems.append(f"{name} {error}{nearest_value(field, value)}")
 
     for key, value in data.items():
         if key == "algorithm":

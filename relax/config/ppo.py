@@ -8,6 +8,7 @@ from relax.config.options import option, section
 from relax.config.rl import (
     CompletionsConfig,
     RLConfig,
+    broken_age,
     broken_groups,
     generation_problems,
     one_update,
@@ -75,6 +76,7 @@ class PPOSection:
 
 def _sizes(v: Values) -> Iterator[str]:
     yield from broken_groups(v, v["gradient_accumulation_steps"] * v["num_mini_batches"])
+    yield from broken_age(v, v["num_ppo_epochs"] * v["num_mini_batches"])
 
 
 def _critic(v: Values) -> Iterator[str]:
@@ -83,6 +85,15 @@ def _critic(v: Values) -> Iterator[str]:
         yield (
             f"critic_warmup_steps must leave steps for the policy, got {warmup} of {steps} "
             "steps; lower it"
+        )
+    if v["target_kl"] is not None and v["offload_optimizer"]:
+        yield (
+            "target_kl undoes an update, for which offload_optimizer keeps no old state; remove one"
+        )
+    if v["value_model"] == "policy" and v["quantize_base"]:
+        yield (
+            "value_model policy trains all weights of a copy, which quantize_base rounds: give the "
+            "critic's directory, or no value_model for a head on the policy's trunk"
         )
 
 

@@ -22,6 +22,11 @@ class RewardModelSection:
 def _adapters(v: Values) -> Iterator[str]:
     if v.given("merge_lora"):
         yield "merge_lora must be true: a reward model is saved whole, with its head"
+    if v["eval_tasks"]:
+        yield (
+            "eval_tasks are for models that write, and a reward model scores; got "
+            f"{','.join(v['eval_tasks'])}"
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,14 +1,13 @@
-"""The configurations of reinforcement learning."""
+"""The options that all algorithms of reinforcement learning share."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from relax.config.dpo import ReferenceSection
 from relax.config.options import option, section
-from relax.config.rules import NoEffect, Rule, Values, needs, warns
+from relax.config.rules import NoEffect, Values, needs, warns
 from relax.config.run_rules import NO_ROW
-from relax.config.schema import Hyperparams, OutputConfig, PeftConfig, TrainerConfig
+from relax.config.schema import Dtype, Hyperparams, PeftConfig, TrainerConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,8 +36,35 @@ class CompletionsConfig(SamplingOptions):
     recompute_old_logprobs: bool = option(
         False,
         "Recompute the log-probabilities of samples by a forward pass; always on with top_k, "
-        "top_p, min_p or repetition_penalty.",
+        "top_p, min_p, repetition_penalty, async_rollouts or a rollout_dtype of its own.",
     )
+    rollout_dtype: Dtype | None = option(
+        None, "Data type of weights and cache in rollouts; none = dtype."
+    )
+    async_rollouts: int = option(
+        0,
+        "Updates by which rollouts may be older than the policy, drawn beside the updates; "
+        "0 = drawn from the policy itself.",
+        at_least=0,
+    )
+    rollout_devices: int = option(
+        0, "Devices for async_rollouts alone, the last ones; 0 = those of the updates.", at_least=0
+    )
+    rollout_reuse: bool = option(
+        False,
+        "In later epochs, verify a prompt's last completions in one pass and sample only what "
+        "changed.",
+    )
+    importance_sampling_correction: bool = option(
+        True, "Correct updates for rollouts of another rollout_dtype or of an older policy."
+    )
+    importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = option(
+        "token_truncate",
+        "Ratio of trainer to sampler per token or sequence; above the bound truncated, or masked.",
+    )
+    importance_sampling_clip_max: float = option(3.0, "Upper bound of that ratio.", above=0)
     num_generations_eval: int | None = option(
         None, "Completions per prompt in evaluation; none = num_generations.", at_least=1
     )
@@ -49,16 +75,6 @@ class CompletionsConfig(SamplingOptions):
 
 
 @dataclass(slots=True, kw_only=True)
-class RolloutConfig(CompletionsConfig):
-    """Sampling of completions, and their reuse in training."""
-
-    steps_per_generation: int | None = option(
-        None, "Micro-batches per rollout; none = gradient_accumulation_steps.", at_least=1
-    )
-    num_iterations: int = option(1, "Passes over the completions of a rollout.", at_least=1)
-
-
-@dataclass(slots=True, kw_only=True)
 class RewardConfig:
     """Reward functions."""
 
@@ -66,10 +82,6 @@ class RewardConfig:
         [],
         "Reward functions: built-in names, package.module.function, path/to/file.py:function, "
         "or model:DIR.",
-    )
-    environment: str | None = option(
-        None,
-        "Environment of several turns: calculator, package.module.Class or path/to/file.py:Class.",
     )
     reward_weights: list[float] | None = option(
         None, "Weight of each reward function; none = all 1."
@@ -84,64 +96,48 @@ class RewardConfig:
     max_reward_errors: float = option(
         0.1, "Fraction of completions on which a reward function may fail.", at_least=0, at_most=1
     )
-    pass_reward: float = option(1.0, "Reward from which a completion counts as passed, for pass@k.")
+    pass_reward: float = option(
+        1.0, "Reward from which a completion counts as passed, for pass@k and curriculum."
+    )
+    curriculum: Literal["pass_rate"] | None = option(
+        None, "Order of prompts: pass_rate = those always or never solved come seldom; none = all."
+    )
+    curriculum_floor: float = option(
+        0.1,
+        "How often such a prompt comes, as a share of one solved half the time.",
+        above=0,
+        at_most=1,
+    )
     log_completions: bool = option(False, "Print a table of completions every logging_steps.")
     num_completions_to_print: int = option(8, "Number of completions in that table.", at_least=1)
 
 
 @dataclass(slots=True, kw_only=True)
-class GRPOSection(ReferenceSection):
-    """Objective and advantages of GRPO."""
+class EpisodesConfig:
+    """Tools and environments of several turns."""
 
-    beta: float = option(0.0, "KL coefficient; 0 disables the reference model.", at_least=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = option(
-        "k3", "Estimator of the KL divergence per token."
+    tools: list[str] = option(
+        [],
+        "Functions that the model may call: package.module.function or "
+        "path/to/file.py:function[,function].",
     )
-    kl_in_reward: bool = option(
-        False, "Subtract the KL penalty from the reward instead of adding it to the loss."
+    environment_factory: str | None = option(
+        None,
+        "Environment that answers the model: calculator, package.module.Class or "
+        "path/to/file.py:Class.",
     )
-    use_bias_correction_kl: bool = option(
-        True, "Multiply the KL penalty per token by the importance ratio."
+    max_tool_calling_iterations: int | None = option(
+        None, "Turns of an episode that may call tools; none = any number.", at_least=1
     )
-    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "cispo_absolute"] = option(
-        "dapo", "Objective and its aggregation over tokens."
+    tool_format: str | None = option(
+        None, "How the model writes calls of tools; none = as its chat template does."
     )
-    epsilon: float = option(0.2, "Lower clipping range, below 1 - epsilon.", above=0)
-    epsilon_high: float | None = option(
-        None, "Upper clipping range, above 1 + epsilon_high; none = epsilon.", above=0
+    tool_timeout_s: float = option(
+        30.0, "Time limit of one call of a tool or an environment, in seconds.", above=0
     )
-    delta: float | None = option(
-        None, "Upper bound of the ratio where the advantage is negative; none = no bound.", above=1
+    tool_workers: int = option(
+        32, "Calls of tools and environments that run at a time.", at_least=1
     )
-    importance_sampling_level: Literal["token", "sequence", "trajectory"] = option(
-        "token", "Ratio per token, its geometric mean per sequence (GSPO), or its product (RLOO)."
-    )
-    scale_rewards: Literal["group", "batch", "none", "rloo"] = option(
-        "group",
-        "Normalisation of advantages: std of the group or the batch, none, or leave-one-out.",
-    )
-    mask_truncated_completions: bool = option(
-        False, "Exclude completions that reached max_completion_length from the loss."
-    )
-    entropy_coef: float = option(0.0, "Entropy bonus coefficient.", at_least=0)
-    max_resample_rounds: int = option(
-        0, "Rounds in which groups of equal rewards are replaced by new prompts (DAPO).", at_least=0
-    )
-    loss_chunk_size: int = option(
-        256, "Tokens per chunk of logits; smaller saves memory.", at_least=1
-    )
-
-
-def _rollout(v: Values) -> Iterator[str]:
-    accumulation = v["gradient_accumulation_steps"]
-    steps = v["steps_per_generation"] or accumulation
-    if steps % accumulation:
-        yield (
-            "steps_per_generation must be a multiple of gradient_accumulation_steps, got "
-            f"{steps} and {accumulation}"
-        )
-    else:
-        yield from broken_groups(v, steps)
 
 
 def broken_groups(v: Values, micro_batches: int) -> Iterator[str]:
@@ -158,13 +154,34 @@ def broken_groups(v: Values, micro_batches: int) -> Iterator[str]:
     )
 
 
+def broken_age(v: Values, updates: int) -> Iterator[str]:
+    """Refuses an age of rollouts that is not one of whole rollouts.
+
+    Args:
+      updates: updates per rollout.
+    """
+    age = v["async_rollouts"]
+    if age % updates:
+        yield (
+            f"async_rollouts must be a multiple of the {updates} updates of a rollout, got {age}; "
+            f"{age // updates * updates + updates} would do"
+        )
+
+
 def generation_problems(v: Values) -> Iterator[str]:
+    """Contradictions of sampling in evaluation and of the reward functions, of which some exist."""
+    yield from sampling_problems(v)
+    unscored = v["environment_factory"] is None and v.get("agent") is None
+    if not v["reward_funcs"] and unscored:
+        yield "reward_funcs must name a reward function, got none; see docs/rewards.md"
+
+
+def sampling_problems(v: Values) -> Iterator[str]:
     """Contradictions of sampling in evaluation and of the reward functions."""
     functions, weights = v["reward_funcs"], v["reward_weights"]
+    yield from _reuse_problems(v)
     if v["num_generations_eval"] not in (None, 1) and v["eval_temperature"] == 0:
         yield "eval_temperature 0 always gives the same completion; set num_generations_eval 1"
-    if not functions and v["environment"] is None:
-        yield "reward_funcs must name a reward function, got none; see docs/rewards.md"
     if weights is not None and len(weights) != len(functions):
         yield (
             f"reward_weights must be one per reward function, got {len(weights)} for "
@@ -172,14 +189,16 @@ def generation_problems(v: Values) -> Iterator[str]:
         )
 
 
-def _grpo(v: Values) -> Iterator[str]:
-    if v["num_generations"] < 2:
-        yield (
-            "num_generations must be at least 2, since advantages compare the completions of a "
-            f"prompt, got {v['num_generations']}"
-        )
-    if v["beta"] and v["sync_ref_model"] and (v["use_peft"] or v["freeze"]):
-        yield "sync_ref_model excludes use_peft and freeze: the reference is the frozen base"
+def _reuse_problems(v: Values) -> Iterator[str]:
+    if not v["rollout_reuse"]:
+        return
+    for name in ("agent", "tools", "environment_factory"):
+        if v.get(name):
+            yield f"rollout_reuse excludes {name}: it is for completions of one turn"
+    if v["async_rollouts"]:
+        yield "rollout_reuse excludes async_rollouts, which draws ahead of the updates"
+    if v["repetition_penalty"] != 1:
+        yield "rollout_reuse excludes repetition_penalty, which a packed pass does not have"
 
 
 def one_update(v: Values, updates: int) -> bool:
@@ -187,69 +206,47 @@ def one_update(v: Values, updates: int) -> bool:
     return updates <= 1 and not (v["use_peft"] and v["lora_dropout"]) and v["dtype"] == "float32"
 
 
-def _on_policy(v: Values) -> bool:
-    accumulation = max(v["gradient_accumulation_steps"], 1)
-    steps = v["steps_per_generation"] or accumulation
-    return one_update(v, steps // accumulation * v["num_iterations"])
-
-
-def _upper_bound(v: Values) -> float:
-    """Upper clipping bound of the ratio, without delta."""
-    return 1 + (v["epsilon"] if v["epsilon_high"] is None else v["epsilon_high"])
-
-
+# Options of a loss that reads the sampler's log-probabilities.
+READS_SAMPLER = (
+    "recompute_old_logprobs importance_sampling_correction importance_sampling_mode "
+    "importance_sampling_clip_max async_rollouts rollout_devices"
+)
 GENERATION = (
     warns(
         "recompute_old_logprobs",
         lambda v: v.given("top_k", "top_p", "min_p", "repetition_penalty"),
         "top_k, top_p, min_p and repetition_penalty always recompute them",
     ),
-    NoEffect(
-        "num_generations_eval eval_temperature pass_reward", lambda v: not v.holds_out(), NO_ROW
+    warns("rollout_dtype", lambda v: v["rollout_dtype"] == v["dtype"], "it is the dtype already"),
+    needs("rollout_devices", "async_rollouts"),
+    warns(
+        "rollout_reuse",
+        lambda v: v["num_train_epochs"] == 1 and v["max_steps"] < 0,
+        "no prompt comes twice in one epoch; raise num_train_epochs",
     ),
+    warns(
+        "importance_sampling_correction importance_sampling_mode importance_sampling_clip_max",
+        lambda v: not v["rollout_dtype"] and not v["async_rollouts"],
+        "rollout_dtype is none and async_rollouts is 0; give one of them",
+    ),
+    needs(
+        "importance_sampling_mode importance_sampling_clip_max",
+        "importance_sampling_correction",
+        warn=True,
+    ),
+    NoEffect("num_generations_eval eval_temperature", lambda v: not v.holds_out(), NO_ROW),
+    NoEffect("pass_reward", lambda v: not v.holds_out() and not v["curriculum"], NO_ROW),
+    needs("curriculum_floor", "curriculum"),
     warns(
         "reward_workers",
         lambda v: v["reward_workers"] > max(len(v["reward_funcs"]), 1),
         "more processes than reward functions; lower it",
     ),
     needs("num_completions_to_print", "log_completions"),
-)
-_ONE_UPDATE = (
-    "a rollout is one step, so the ratio is 1; give num_iterations or steps_per_generation"
-)
-GRPO = (
-    needs("kl_estimator kl_in_reward use_bias_correction_kl sync_ref_model", "beta", warn=True),
-    warns(
-        "use_bias_correction_kl",
-        lambda v: v["kl_in_reward"],
-        "kl_in_reward subtracts the penalty from the reward",
-    ),
-    needs("ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model"),
-    warns(
-        "delta",
-        lambda v: v["loss_type"].startswith("cispo"),
-        "loss_type {loss_type} does not use it",
-    ),
-    warns(
-        "epsilon",
-        lambda v: v["loss_type"] == "cispo_absolute",
-        "loss_type cispo_absolute bounds by epsilon_high alone",
-    ),
-    warns(
-        "delta",
-        lambda v: v["delta"] is not None and v["delta"] <= _upper_bound(v),
-        "epsilon_high, or else epsilon, bounds the ratio by less; raise delta",
-    ),
-    warns(
-        "epsilon epsilon_high delta",
-        # The bound of cispo_absolute may be below 1.
-        lambda v: _on_policy(v) and v["loss_type"] != "cispo_absolute",
-        _ONE_UPDATE,
-    ),
-    warns(
-        "importance_sampling_level",
-        lambda v: _on_policy(v) and v["loss_type"].startswith("cispo"),
-        _ONE_UPDATE,
+    NoEffect(
+        "max_tool_calling_iterations tool_format tool_timeout_s tool_workers",
+        lambda v: not v["tools"] and v["environment_factory"] is None,
+        "there are no tools; give tools or environment_factory",
     ),
 )
 
@@ -279,24 +276,4 @@ class RLConfig(TrainerConfig):
     peft: PeftConfig = section(PeftConfig, lora_dropout=0.0)
     rollout: CompletionsConfig = section(CompletionsConfig)
     reward: RewardConfig = section(RewardConfig)
-
-
-@dataclass(slots=True, kw_only=True)
-class GRPOConfig(RLConfig):
-    """GRPO: reward functions score groups of completions of a prompt."""
-
-    algorithm: ClassVar[str] = "grpo"
-    demo: ClassVar[dict[str, Any]] = RLConfig.demo | {
-        "learning_rate": 2e-4,
-        "warmup_steps": 30.0,
-        "per_device_train_batch_size": 512,
-        "max_steps": 700,
-        "logging_steps": 10.0,
-        "eval_steps": 100.0,
-    }
-    rules: ClassVar[tuple[Rule, ...]] = (_rollout, generation_problems, _grpo)
-    no_effect: ClassVar[tuple[NoEffect, ...]] = RLConfig.no_effect + GRPO
-
-    output: OutputConfig = section(OutputConfig, output_dir="outputs/grpo")
-    rollout: RolloutConfig = section(RolloutConfig)
-    grpo: GRPOSection = section(GRPOSection)
+    episodes: EpisodesConfig = section(EpisodesConfig)

@@ -11,9 +11,12 @@ configuration lists every field, and must load again.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from relax.config.foreign import nearest_value
+from relax.config.names import suggestion
 from relax.config.options import INT_MAX, Option
 from relax.config.text import quote
 from relax.config.values import check_value, value_text
+from relax.config.watch_rules import is_reference
 
 _LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "above": (lambda value, limit: value > limit, "above"),
@@ -85,6 +88,16 @@ def needs(fields: str, other: str, *values: str, warn: bool = False) -> NoEffect
     return NoEffect(fields, lambda v: not v.get(other), f"{other} is {{{other}}}; give it", warn)
 
 
+def unknown_choice(name: str, value: str, known: Iterable[str]) -> Iterator[str]:
+    """Refuses a value that is neither known nor a function in a file or a package."""
+    known = list(known)
+    if value not in known and not is_reference(value):
+        yield (
+            f"{name} must be one of {', '.join(known)}, or path/to/file.py:function, got "
+            f"{quote(value)}.{suggestion(value, known)}"
+        )
+
+
 def without_effect(table: Iterable[NoEffect], values: Values) -> dict[str, tuple[str, bool]]:
     """Maps each given field without effect to a sentence and whether it only warns."""
     found: dict[str, tuple[str, bool]] = {}
@@ -102,7 +115,7 @@ def type_problems(known: Mapping[str, Option], values: Mapping[str, Any]) -> Ite
         try:
             check_value(option.type, values[name])
         except ValueError as error:
-            yield f"{name} {error}"
+            yield f"{name} {error}{nearest_value(name, values[name])}"
 
 
 def range_problems(known: Mapping[str, Option], values: Mapping[str, Any]) -> Iterator[str]:

@@ -21,11 +21,13 @@ NO_ROW = "no rows are held out; give eval_dataset_name or test_size"
 
 # Options that each optimizer uses, besides learning_rate and weight_decay, which all use.
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_MOMENT = "momentum_dtype"
 OPTIMIZER_FIELDS: dict[str, tuple[str, ...]] = {
-    "adamw": _ADAM,
+    "adamw": (*_ADAM, _MOMENT),
+    "adamw_8bit": _ADAM,
     "adafactor": (),
-    "lion": _ADAM[:2],
-    "muon": _ADAM,  # for weights that are not matrices
+    "lion": (*_ADAM[:2], _MOMENT),
+    "muon": (*_ADAM, _MOMENT),  # adam_*: for weights that are not matrices
     "sgd": (),
     "schedule_free_adamw": _ADAM,
 }
@@ -52,16 +54,28 @@ NO_EFFECT = (
         lambda v: v["lr_scheduler_type"] == "constant",
         "use lr_scheduler_type constant_with_warmup",
     ),
-    *map(_is_read, _ADAM),
+    *map(_is_read, (*_ADAM, _MOMENT)),
     needs("num_decay_steps", "lr_scheduler_type", "wsd", warn=True),
     needs("min_lr_rate", "lr_scheduler_type", "cosine_with_min_lr", "wsd", warn=True),
     needs("gradient_checkpointing_policy", "gradient_checkpointing", warn=True),
-    needs("lora_r lora_alpha lora_dropout lora_target_modules merge_lora", "use_peft"),
+    NoEffect("offload_optimizer", lambda v: v["optim"] == "sgd", "sgd has no state"),
+    needs(
+        "lora_r lora_alpha lora_dropout lora_target_modules merge_lora use_rslora use_dora "
+        "lora_modules_to_save rank_pattern alpha_pattern "
+        "quantize_base",
+        "use_peft",
+    ),
+    NoEffect(
+        "quantize_base",
+        lambda v: v["model_name_or_path"] is None,
+        "the demo model is made here, not read; give model_name_or_path",
+    ),
     NoEffect("freeze", lambda v: v["use_peft"], "use_peft freezes all weights but the adapters"),
     needs("dataset_config dataset_kwargs dataset_train_split dataset_test_split", "dataset_name"),
-    needs("dataset_text_field eval_dataset_name test_size", "dataset_name"),
+    needs("dataset_text_field eval_dataset_name test_size mixing_strategy", "dataset_name"),
     needs("packing_strategy eval_packing", "packing"),
     needs("truncation_mode", "max_length"),
+    needs("train_on", "assistant_only_loss"),
     NoEffect(
         "truncation_mode",
         lambda v: _all_packed(v) and v["packing_strategy"] != "bfd",
@@ -74,7 +88,7 @@ NO_EFFECT = (
     ),
     NoEffect(
         "stop_sequences",
-        lambda v: "max_completion_length" not in v and not v["num_samples"],
+        lambda v: "max_completion_length" not in v and not _samples(v),
         "the run samples nothing; give num_samples for previews",
     ),
     needs("eval_steps", "eval_strategy", "steps"),
@@ -88,7 +102,12 @@ NO_EFFECT = (
         lambda v: "max_completion_length" in v,
         "max_completion_length limits completions",
     ),
-    needs("max_new_tokens", "num_samples"),
+    NoEffect(
+        "max_new_tokens",
+        lambda v: not _samples(v),
+        "num_samples is {num_samples}; give it, or eval_tasks",
+    ),
+    needs("eval_tasks_limit eval_reward_funcs", "eval_tasks"),
     needs("save_steps", "save_strategy", "steps"),
     needs("save_total_limit save_async", "save_strategy", "steps", "epoch"),
     NoEffect("allow_config_change", lambda v: v["resume"] == "never", "resume is never"),
@@ -111,6 +130,11 @@ NO_EFFECT = (
         "coordinator auto takes it from the environment",
     ),
 )
+
+
+def _samples(v: Values) -> bool:
+    """Whether the run samples completions besides those that it trains on."""
+    return bool(v["num_samples"] or v["eval_tasks"])
 
 
 def _all_packed(v: Values) -> bool:
@@ -147,6 +171,10 @@ def _peft(v: Values) -> Iterator[str]:
         yield "lora_target_modules must name linear layers, or be all-linear, got none"
     elif "all-linear" in targets and len(targets) > 1:
         yield f"lora_target_modules must be all-linear or names, got {','.join(targets)}"
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        for key, value in v[name].items():
+            if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+                yield f"{name} must give each name a number above 0, got {key}: {quote(value)}"
     try:
         re.compile(freeze or "")
     except re.error as error:

@@ -20,7 +20,10 @@ from relax.config.rules import NoEffect, Rule
 from relax.config.settings import Settings
 
 Dtype = Literal["float32", "bfloat16"]
-Optimizer = Literal["adamw", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw"]
+CheckpointingPolicy = Literal["matmuls", "attention", "nothing"]
+Optimizer = Literal[
+    "adamw", "adamw_8bit", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw"
+]
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "wsd"
 ]
@@ -56,6 +59,12 @@ class Hyperparams:
     adam_beta1: float = option(0.9, "Adam beta1.", at_least=0, below=1)
     adam_beta2: float = option(0.999, "Adam beta2.", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "Adam epsilon.", above=0)
+    momentum_dtype: Dtype = option(
+        "float32", "Precision of the stored first moment of adamw, lion and muon."
+    )
+    offload_optimizer: bool = option(
+        False, "Keep the optimizer's state in the host's memory, and copy it layer by layer."
+    )
     max_grad_norm: float = option(
         1.0, "Gradient clipping: maximum global norm; 0 = off.", at_least=0
     )
@@ -64,7 +73,7 @@ class Hyperparams:
     gradient_checkpointing: bool = option(
         True, "Recompute activations in the backward pass to save memory."
     )
-    gradient_checkpointing_policy: Literal["matmuls", "attention", "nothing"] = option(
+    gradient_checkpointing_policy: CheckpointingPolicy = option(
         "matmuls", "Activations kept: outputs of all matrix products, of attention only, or none."
     )
 
@@ -76,7 +85,9 @@ class ModelConfig:
     model_name_or_path: str | None = option(
         None, "Hugging Face model directory or hub name; none = the demo model."
     )
-    dtype: Dtype = option("float32", "Precision of the computation.")
+    dtype: Dtype | None = option(
+        None, "Precision of the computation; none = bfloat16 on GPUs and TPUs, float32 on CPUs."
+    )
     param_dtype: Dtype = option("float32", "Precision of the parameters.")
     attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = option(
         "auto", "Attention kernel in training; auto = the fastest that the device supports."
@@ -90,12 +101,29 @@ class PeftConfig:
     use_peft: bool = option(False, "Train LoRA adapters and freeze the model.")
     lora_r: int = option(16, "LoRA rank.", at_least=1)
     lora_alpha: int = option(32, "LoRA scaling: lora_alpha / lora_r.", at_least=1)
+    use_rslora: bool = option(False, "Scale adapters by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = option(
+        False, "Train the norms of weights too, and by adapters their directions alone (DoRA)."
+    )
     lora_dropout: float = option(0.05, "LoRA dropout.", at_least=0, below=1)
     lora_target_modules: list[str] = option(
-        ["all-linear"], "Linear layers with adapters, such as q_proj,v_proj; or all-linear."
+        ["all-linear"],
+        "Layers with adapters, such as q_proj,v_proj, and embed_tokens; or all-linear, experts "
+        "included.",
     )
+    lora_modules_to_save: list[str] = option(
+        [],
+        "Modules trained in full beside adapters and saved with them, such as embed_tokens,norm.",
+    )
+    rank_pattern: dict = option(
+        {}, "Other ranks by regular expressions of ends of modules' names, as JSON."
+    )
+    alpha_pattern: dict = option({}, "Other values of lora_alpha, in the same way.")
     merge_lora: bool = option(
         False, "Save the merged model, not the adapter; always on for a base without a directory."
+    )
+    quantize_base: Literal["nf4", "int8"] | None = option(
+        None, "Hold the frozen linear layers in 4 or 8 bits (QLoRA); none = as param_dtype."
     )
     freeze: str | None = option(
         None, "Regular expression; weights whose path matches it are frozen."
@@ -107,7 +135,14 @@ class RowsConfig:
     """Training and evaluation data."""
 
     dataset_name: str | None = option(
-        None, "File, directory, hub name or reasoning_gym/TASK; none = the demo task, addition."
+        None,
+        "File, directory, hub name or reasoning_gym/TASK, or several as FILE:WEIGHT,...; "
+        "none = the demo task, addition.",
+    )
+    mixing_strategy: Literal["concat", "first_exhausted", "all_exhausted"] | None = option(
+        None,
+        "End of an epoch of several sources: every row once, or one source or all exhausted; "
+        "none = concat, with weights first_exhausted.",
     )
     dataset_config: str | None = option(None, "Configuration of a hub data set.")
     dataset_kwargs: dict = option({}, "Options of a reasoning_gym task, as JSON.")
@@ -124,14 +159,25 @@ class RowsConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class DataConfig(RowsConfig):
+class CachedRowsConfig(RowsConfig):
+    """Training and evaluation data whose tokens are kept between runs."""
+
+    dataset_cache_dir: str | None = option(
+        "auto",
+        "Directory that keeps tokenised rows between runs; auto: ~/.cache/relax/data, for files of "
+        "16 MiB or more; none: not kept.",
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig(CachedRowsConfig):
     """Training and evaluation data, truncation and packing."""
 
     dataset_text_field: str = option("text", "Column of plain-text rows.")
     max_length: int | None = option(1024, "Maximum tokens per row; none = no limit.", at_least=2)
-    truncation_mode: Literal["keep_start", "keep_end", "drop", "error"] = option(
+    truncation_mode: Literal["keep_start", "keep_end", "drop", "error", "turns"] = option(
         "keep_start",
-        "Treatment of longer rows: keep their start or end, drop them, or stop with an error.",
+        "Treatment of longer rows: keep their start, their end or whole turns, drop them, or stop.",
     )
     packing: bool = option(
         False, "Pack several rows into one of max_length tokens; they do not attend to each other."
@@ -176,7 +222,11 @@ class LimitsConfig:
 
     max_row_bytes: int = option(8 * 2**20, "Maximum bytes of a row; see docs/data.md.", above=0)
     max_json_depth: int = option(64, "Maximum nesting of lists and objects in a row.", above=0)
-    max_file_gib: float = option(32.0, "Maximum GiB of the files of a split together.", above=0)
+    max_file_gib: float = option(
+        32.0,
+        "Maximum GiB of the files of a split together, where they are held in memory.",
+        above=0,
+    )
     template_timeout_s: float = option(
         5.0, "Maximum seconds to render one conversation with the chat template.", above=0
     )
@@ -206,6 +256,17 @@ class InferenceConfig:
         None, "Maximum number of evaluation batches; none = all.", at_least=1
     )
     eval_on_start: bool = option(False, "Also evaluate before the first step.")
+    eval_tasks: list[str] = option(
+        [],
+        "Tasks of relax eval, such as lm_eval/NAME, evaluated with every evaluation; see "
+        "docs/after.md.",
+    )
+    eval_tasks_limit: int | None = option(
+        None, "Rows of each of these tasks, from its first; none = all.", at_least=1
+    )
+    eval_reward_funcs: list[str] = option(
+        [], "Reward functions of tasks that are files of prompts; none = reward_funcs."
+    )
     num_samples: int = option(
         0, "Held-out prompts whose sampled completions are shown at every evaluation.", at_least=0
     )
@@ -312,19 +373,6 @@ class DebugConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class SFTSection:
-    """Supervised fine-tuning."""
-
-    completion_only_loss: bool | None = option(
-        None, "Train on completions only; none = yes where rows have a prompt."
-    )
-    assistant_only_loss: bool = option(False, "Train on assistant messages only.")
-    loss_chunk_size: int = option(
-        256, "Tokens per chunk of logits; smaller saves memory.", at_least=1
-    )
-
-
-@dataclass(slots=True, kw_only=True)
 class TrainerConfig(Settings):
     """The sections that all algorithms share; an algorithm adds one of its own."""
 
@@ -341,33 +389,6 @@ class TrainerConfig(Settings):
     output: OutputConfig = section(OutputConfig)
     system: SystemConfig = section(SystemConfig)
     debug: DebugConfig = section(DebugConfig)
-
-
-@dataclass(slots=True, kw_only=True)
-class SFTConfig(TrainerConfig):
-    """Supervised fine-tuning (SFT): next-token cross-entropy."""
-
-    algorithm: ClassVar[str] = "sft"
-    examples: ClassVar[tuple[str, ...]] = (
-        "--max_steps 100",
-        "--model_name_or_path DIR --dataset_name rows.jsonl --output_dir outputs/mine",
-    )
-    # Defaults of the run without flags, which learns addition from scratch in about a minute.
-    demo: ClassVar[dict[str, Any]] = {
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 50.0,
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "per_device_train_batch_size": 128,
-        "pad_to_multiple_of": 4,
-        "max_steps": 900,
-        "logging_steps": 100.0,
-    }
-
-    data: DataConfig = section(DataConfig)
-    output: OutputConfig = section(OutputConfig, output_dir="outputs/sft")
-    sft: SFTSection = section(SFTSection)
 
 
 def diff(old: TrainerConfig, new: TrainerConfig) -> list[tuple[str, Any, Any]]:

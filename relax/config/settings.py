@@ -23,6 +23,7 @@ class Settings:
     Attributes:
       algorithm: its name in files and on the command line.
       script: the script that runs it, if it is not run_ALGORITHM.py.
+      positional: the option that a first word without dashes sets; empty: none.
       examples: flags of typical commands, for `--help`.
       demo: defaults of the demo run, which names neither a model nor a data set.
       shared_rules, rules: find contradictions; `rules` run if `shared_rules` find none.
@@ -31,6 +32,7 @@ class Settings:
 
     algorithm: ClassVar[str] = ""
     script: ClassVar[str] = ""
+    positional: ClassVar[str] = ""
     examples: ClassVar[tuple[str, ...]] = ()
     demo: ClassVar[dict[str, Any]] = {}
     shared_rules: ClassVar[tuple[Rule, ...]] = ()

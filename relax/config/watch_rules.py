@@ -28,7 +28,7 @@ def is_reference(spec: str) -> bool:
 
 def best_metric(values: Mapping[str, Any], algorithm: str) -> str:
     """The metric that selects the best state: the configured one, or the algorithm's."""
-    rewarded = algorithm in ("grpo", "rl", "ppo")
+    rewarded = algorithm in ("grpo", "rl", "ppo", "online_dpo")
     return values["metric_for_best_model"] or ("eval_reward" if rewarded else "eval_loss")
 
 

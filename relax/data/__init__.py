@@ -6,6 +6,7 @@ from relax.data.examples import IGNORE, Encoded, Examples
 from relax.data.formats import FormatOptions
 from relax.data.limits import Limits
 from relax.data.loader import DataLoader
+from relax.data.mixing import Mixture
 from relax.data.packing import pack
 from relax.data.preference import Preferences, prepare_preferences
 from relax.data.preference_loader import PreferenceLoader
@@ -13,6 +14,7 @@ from relax.data.prepare import prepare
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
 from relax.data.reading import Rows, read_rows
 from relax.data.report import DataReport, render
+from relax.data.stream import StreamLoader
 from relax.data.tokenizer import adapt_tokenizer, arithmetic_tokenizer, load_tokenizer
 
 __all__ = [
@@ -23,11 +25,13 @@ __all__ = [
     "Examples",
     "FormatOptions",
     "Limits",
+    "Mixture",
     "PreferenceLoader",
     "Preferences",
     "PromptLoader",
     "Prompts",
     "Rows",
+    "StreamLoader",
     "adapt_tokenizer",
     "arithmetic_rows",
     "arithmetic_tokenizer",

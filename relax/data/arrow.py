@@ -105,12 +105,30 @@ def without_aligned_nulls(rows: list[dict], shapes: Mapping[str, Shape]) -> list
     >>> without_aligned_nulls(rows, {"tools": [{"a": None, "b": None}]})
     [{'tools': [{'a': 1}]}, {'tools': [{'b': 2}]}]
     """
-    columns = [name for name in COLUMNS if isinstance(shapes.get(name), dict | list)]
-    found: set[tuple] = set()
+    alignment = Alignment(shapes)
     for row in rows:
-        for name in columns:
-            _find_values(row.get(name), shapes[name], (name,), found)
-    return [_cleaned_row(row, columns, shapes, found) for row in rows]
+        alignment.look(row)
+    return [alignment.cleaned(row) for row in rows]
+
+
+class Alignment:
+    """Finds the keys that alignment added: `look` at all rows, then `cleaned` removes them.
+
+    Attributes:
+      columns: those of conversations and tools that hold objects or lists.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape]):
+        self.shapes = shapes
+        self.columns = [name for name in COLUMNS if isinstance(shapes.get(name), dict | list)]
+        self._found: set[tuple] = set()
+
+    def look(self, row: dict) -> None:
+        for name in self.columns:
+            _find_values(row.get(name), self.shapes[name], (name,), self._found)
+
+    def cleaned(self, row: dict) -> dict:
+        return _cleaned_row(row, self.columns, self.shapes, self._found)
 
 
 def _cleaned_row(row: dict, columns: list[str], shapes, found: set[tuple]) -> dict:

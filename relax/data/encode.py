@@ -1,19 +1,19 @@
 """Encodes rows as tokens and labels: chat templates, joint tokenisation, loss masks, end tokens."""
 
-import re
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from relax.data.examples import IGNORE, Encoded
+from relax.data.examples import IGNORE, Draft
 from relax.data.formats import Format, FormatOptions, conversation
 from relax.data.templates import ChatRenderer, Job, require_template
-from relax.data.tokens import common_length, end_token, token_mask, tokenize, with_end_token
-from relax.errors import ConfigError, DataError
+from relax.data.thoughts import with_thinking
+from relax.data.tokens import common_length, end_token, tokenize, with_end_token
+from relax.data.turn_labels import TurnLabeller, is_trained
 
 CHUNK = 1000  # rows per call, which fast tokenizers process in parallel
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Encoder:
@@ -21,7 +21,9 @@ class Encoder:
 
     Attributes:
       counts: `merged`, rows whose tokenised prompt is not a prefix of the whole: a token spans the
-        border, or the template renders the prompt differently before a completion.
+        border, or the template renders the prompt differently before a completion; `stripped`,
+        messages without the thoughts that they had.
+      turns: labels the assistant's turns of conversations.
       renderer: renders conversations; its notes list what the template omits.
 
     Args:
@@ -38,38 +40,47 @@ class Encoder:
         self.counts: Counter[str] = Counter()
         self.renderer = ChatRenderer(tokenizer, options.limits)
         self.eos = options.eos_token or tokenizer.eos_token
+        self.turns: TurnLabeller | None = None
         if found.conversational:
-            self._check_template()
+            require_template(tokenizer, f"rows of format {found.name}", options.eos_token)
+            self.turns = TurnLabeller(tokenizer, self.renderer, options)
         elif found.name != "tokens":
             self.eos = end_token(tokenizer, options.eos_token)
         with_prompt = found.name == "prompt-completion" or "completion_mask" in found.columns
         asked = options.completion_only_loss
         self.completion_only = with_prompt if asked is None else asked
 
-    def encode(self, rows: list[dict], origin: Callable[[int], str]) -> Iterator[Encoded]:
+    def encode(self, rows: Iterable[dict], origin: Callable[[int], str]) -> Iterator[Draft]:
         """Yields the tokens and labels of each row, in order, not yet truncated."""
         encode_chunk = {
             "tokens": self._given_tokens,
             "text": self._texts,
             "prompt-completion": self._prompt_completions,
         }.get(self.format.name, self._conversations)
-        for first in range(0, len(rows), CHUNK):
-            chunk = rows[first : first + CHUNK]
-            yield from encode_chunk(chunk, [origin(first + i) for i in range(len(chunk))])
+        remaining = iter(rows)
+        for first in itertools.count(0, CHUNK):
+            chunk = list(itertools.islice(remaining, CHUNK))
+            if not chunk:
+                return
+            # Places are made for conversations only.
+            yield from encode_chunk(chunk, map(origin, range(first, first + len(chunk))))
 
-    def _check_template(self) -> None:
-        what = f"rows of format {self.format.name}"
-        require_template(self.tokenizer, what, self.options.eos_token)
-        templates = self.tokenizer.chat_template
-        templates = templates.values() if isinstance(templates, dict) else [templates]
-        if self.options.assistant_only_loss and not any(map(_GENERATION.search, templates)):
-            raise ConfigError(
-                "assistant_only_loss needs a chat template that marks the assistant's words with "
-                "{% generation %} ... {% endgeneration %}, and the tokenizer's does not: give one "
-                "with --chat_template_path, or use prompt and completion columns."
+    def notes(self) -> Iterator[str]:
+        """What was left out of conversations, by the template or by an option."""
+        yield from self.renderer.notes()
+        if self.turns and self.turns.thoughtless:
+            count, first = len(self.turns.thoughtless), self.turns.thoughtless[0]
+            yield (
+                f"the chat template leaves out the thoughts of {count:,} assistant messages: first "
+                f"{first}. They are not trained on; most templates leave out those of earlier turns"
+            )
+        if self.counts["stripped"]:
+            yield (
+                f"{self.counts['stripped']:,} messages are without the thoughts that they had "
+                f"(thinking={self.options.thinking})"
             )
 
-    def _given_tokens(self, rows, where) -> Iterator[Encoded]:
+    def _given_tokens(self, rows, where) -> Iterator[Draft]:
         for row in rows:
             ids = np.asarray(row["input_ids"], np.int64)
             labels = np.array(row.get("labels", ids), np.int64)
@@ -81,29 +92,29 @@ class Encoder:
             if "attention_mask" in self.format.columns:
                 real = np.asarray(row["attention_mask"]) != 0
                 ids, labels = ids[real], labels[real]
-            yield Encoded(ids, labels)
+            yield Draft(ids, labels)
 
-    def _texts(self, rows, where) -> Iterator[Encoded]:
+    def _texts(self, rows, where) -> Iterator[Draft]:
         texts = [with_end_token(row[self.format.columns[0]], self.eos) for row in rows]
-        for ids in self._tokenize(texts, special=True):
-            yield Encoded(np.asarray(ids, np.int64), np.asarray(ids, np.int64))
+        yield from _all_trained(self._tokenize(texts, special=True))
 
-    def _prompt_completions(self, rows, where) -> Iterator[Encoded]:
+    def _prompt_completions(self, rows, where) -> Iterator[Draft]:
         chat = self.format.conversational
         if chat:
+            jobs = self._jobs(rows, where)
             prompts = self.renderer.texts(
                 [
-                    Job(self._messages(row, "prompt"), row, place, add_generation_prompt=True)
-                    for row, place in zip(rows, where, strict=True)
+                    job._replace(
+                        messages=job.messages[: len(job.messages) - len(job.row["completion"])],
+                        add_generation_prompt=True,
+                    )
+                    for job in jobs
                 ]
             )
+            wholes = self._rendered(jobs)
         else:
             prompts = [row["prompt"] for row in rows]
-        if self.options.assistant_only_loss:
-            wholes = self._marked(rows, where)
-        else:
-            fulls = self._rendered(rows, where) if chat else [self._joined(row) for row in rows]
-            wholes = _all_trained(self._tokenize(fulls, special=not chat))
+            wholes = _all_trained(self._tokenize([self._joined(row) for row in rows], special=True))
         all_prompt_ids = self._tokenize(prompts, special=not chat)
         for prompt_ids, whole in zip(all_prompt_ids, wholes, strict=True):
             length = common_length(prompt_ids, whole.input_ids.tolist())
@@ -112,24 +123,32 @@ class Encoder:
                 whole.labels[:length] = IGNORE
             yield whole
 
-    def _conversations(self, rows, where) -> Iterator[Encoded]:
-        if self.options.assistant_only_loss:
-            yield from self._marked(rows, where)
-        else:
-            yield from _all_trained(self._tokenize(self._rendered(rows, where), special=False))
+    def _conversations(self, rows, where) -> Iterator[Draft]:
+        yield from self._rendered(self._jobs(rows, where))
 
-    def _rendered(self, rows, where) -> list[str]:
-        return self.renderer.texts(
-            [Job(self._whole(row), row, place) for row, place in zip(rows, where, strict=True)]
-        )
+    def _rendered(self, jobs: list[Job]) -> list[Draft]:
+        """Conversations with the labels of their turns, or all trained."""
+        by_turns = self.options.assistant_only_loss or self.options.truncation_mode == "turns"
+        if by_turns or not all(is_trained(m) for job in jobs for m in job.messages):
+            assert self.turns is not None
+            return self.turns.encode(jobs)
+        return _all_trained(self._tokenize(self.renderer.texts(jobs), special=False))
 
-    def _messages(self, row: dict, column: str) -> list[dict]:
-        return conversation(row, column, self.options)
+    def _jobs(self, rows, where) -> list[Job]:
+        jobs = []
+        for row, place in zip(rows, where, strict=True):
+            messages = self._messages(row)
+            thoughtful = with_thinking(messages, self.options.thinking)
+            pairs = zip(messages, thoughtful, strict=True)
+            self.counts["stripped"] += sum(old is not new for old, new in pairs)
+            jobs.append(Job(thoughtful, row, place))
+        return jobs
 
-    def _whole(self, row: dict) -> list[dict]:
+    def _messages(self, row: dict) -> list[dict]:
         if self.format.name == "prompt-completion":
-            return self._messages(row, "prompt") + self._messages(row, "completion")
-        return self._messages(row, self.format.columns[0])
+            columns = ("prompt", "completion")
+            return [m for name in columns for m in conversation(row, name, self.options)]
+        return conversation(row, self.format.columns[0], self.options)
 
     def _joined(self, row: dict) -> str:
         return row["prompt"] + with_end_token(row["completion"], self.eos)
@@ -137,31 +156,13 @@ class Encoder:
     def _tokenize(self, texts: list[str], special: bool) -> list[list[int]]:
         return tokenize(self.tokenizer, texts, special=special)
 
-    def _marked(self, rows, where) -> list[Encoded]:
-        """Conversations with labels where the template marks the assistant's words."""
-        jobs = [Job(self._whole(row), row, place) for row, place in zip(rows, where, strict=True)]
-        special = _special_ids(self.tokenizer)
-        made = []
-        for job, (text, spans) in zip(jobs, self.renderer.render(jobs, spans=True), strict=True):
-            out = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            mask = token_mask(out["offset_mapping"], out["input_ids"], spans, special)
-            if not any(mask):
-                raise DataError(
-                    f"{job.where}: assistant_only_loss found no assistant message: the row has "
-                    f"the roles {[m['role'] for m in job.messages]}."
-                )
-            ids = np.array(out["input_ids"], np.int64)
-            made.append(Encoded(ids, np.where(mask, ids, IGNORE)))
-        return made
 
-
-def _all_trained(all_ids: list[list[int]]) -> list[Encoded]:
-    return [Encoded(np.array(ids, np.int64), np.array(ids, np.int64)) for ids in all_ids]
-
-
-def _special_ids(tokenizer) -> set[int]:
-    """Ids of all special tokens, also of those without a name such as EOS."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+def _all_trained(all_ids: list[list[int]]) -> list[Draft]:
+    """Drafts whose tokens and labels are parts of two arrays: one for each row costs more."""
+    ends = list(itertools.accumulate(map(len, all_ids), initial=0))
+    ids = np.fromiter(itertools.chain.from_iterable(all_ids), np.int64, ends[-1])
+    labels = ids.copy()
+    return [
+        Draft(ids[start:stop], labels[start:stop])
+        for start, stop in zip(ends, ends[1:], strict=False)
+    ]

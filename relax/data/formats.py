@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from relax.data.limits import DEFAULT, Limits
+from relax.data.thoughts import THINKING
 from relax.errors import ConfigError, DataError
 
-TRUNCATION_MODES = ("keep_start", "keep_end", "drop", "error")
+TRUNCATION_MODES = ("keep_start", "keep_end", "drop", "error", "turns")
+TRAIN_ON = ("all_assistant", "last_assistant")
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -19,9 +21,10 @@ _SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+_CHATS = ("messages", "conversations")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # read by chat templates
-ALPACA = ("instruction", "output")  # and "input", which may be empty
 _OF_SFT = ("messages", "conversations", "prompt-completion")
+_KNOWN = {"truncation_mode": TRUNCATION_MODES, "train_on": TRAIN_ON, "thinking": THINKING}
 _MASKS = ("labels", "completion_mask", "assistant_masks")
 
 
@@ -32,17 +35,23 @@ class FormatOptions:
     Args:
       text_field: the column of plain texts.
       completion_only_loss: train on completions only; None: if rows have a prompt.
-      assistant_only_loss: train on what the template marks as the assistant's only.
+      assistant_only_loss: train on the assistant's messages only.
+      train_on: with assistant_only_loss, which of them: `all_assistant` or `last_assistant`.
+      thinking: the assistant's thoughts: `keep`, `strip`, or `last_only`, those behind the last
+        message of the user.
       system_prompt: system message of conversations that have none.
       eos_token: end token of plain texts; None: the tokenizer's.
       max_length: tokens per row, >= 2; None: any number (packing splits long rows itself).
-      truncation_mode: treatment of longer rows: `keep_start`, `keep_end`, `drop`, `error`.
+      truncation_mode: treatment of longer rows: `keep_start`, `keep_end`, `drop`, `error`, or
+        `turns`: keep as many whole turns from the start as fit.
       limits: on rendering.
     """
 
     text_field: str = "text"
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
+    train_on: str = "all_assistant"
+    thinking: str = "keep"
     system_prompt: str | None = None
     eos_token: str | None = None
     max_length: int | None = 1024
@@ -50,10 +59,11 @@ class FormatOptions:
     limits: Limits = DEFAULT
 
     def __post_init__(self):
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ConfigError(
-                f"unknown truncation_mode {self.truncation_mode!r}: use one of {TRUNCATION_MODES}."
-            )
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}: use one of {known}.")
+        if self.train_on != "all_assistant" and not self.assistant_only_loss:
+            raise ConfigError(f"train_on {self.train_on} needs assistant_only_loss.")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
                 f"max_length must be at least 2, got {self.max_length}: "
@@ -74,6 +84,12 @@ class Format:
     name: str
     columns: tuple[str, ...]
     conversational: bool = False
+
+    @property
+    def title(self) -> str:
+        """The format in words, for messages."""
+        kind = "messages" if self.conversational else "texts"
+        return self.name if self.name in (kind, "text", "tokens") else f"{self.name} of {kind}"
 
 
 def columns_of(rows: Iterable[dict]) -> tuple[str, ...]:
@@ -108,7 +124,17 @@ def find_format(
         )
     for name in ("assistant_only_loss", "system_prompt"):
         if getattr(options, name) and not found.conversational:
-            raise ConfigError(f"{name} needs conversations, but {where} is of format {found.name}.")
+            chatml = found.name == "text" and is_chatml(row[found.columns[0]])
+            raise ConfigError(
+                f"{name} needs conversations, but {where} is of format {found.name}"
+                + (": `relax data convert` makes messages of ChatML texts." if chatml else ".")
+            )
+    for name, value in (("thinking", "keep"), ("truncation_mode", "turns")):
+        given = getattr(options, name)
+        if (given == value) == (name == "truncation_mode") and not found.conversational:
+            raise ConfigError(
+                f"{name} {given} needs conversations, but {where} is of format {found.name}."
+            )
     return found
 
 
@@ -121,21 +147,23 @@ def _recognise(row: dict, where: str, options: FormatOptions, columns: Iterable[
         return Format("tokens", ("input_ids", *masks))
     if options.text_field != FormatOptions.text_field:
         return Format("text", (options.text_field,))  # asked for by name
-    chats = [name for name in ("messages", "conversations") if name in present]
+    chats = [name for name in _CHATS if name in present]
     # Next to whole conversations, `prompt` repeats their beginning, as in UltraChat.
     if "completion" in present or ("prompt" in present and not chats):
         conversational = isinstance(row.get("prompt"), list)
         columns = ("prompt", "completion", *(extra if conversational else ()))
         return Format("prompt-completion", columns, conversational)
     if chats:
-        return Format(chats[0], (chats[0], *extra), True)
+        system = ("system",) if "system" in columns else ()
+        return Format(chats[0], (chats[0], *system, *extra), True)
     if options.text_field in present:
         return Format("text", (options.text_field,))
     known = ("messages", "prompt", "completion", "conversations", "input_ids")
     close = [
         f"{key!r} (did you mean {match[0]!r}?)"
         for key in row
-        if (match := difflib.get_close_matches(key, (options.text_field, *known), 1))
+        # "input" is far from "input_ids" by this measure.
+        if (match := difflib.get_close_matches(key, (options.text_field, *known), 1, 0.75))
     ]
     raise DataError(
         f"{where}: no known column: {'; '.join(close) or 'the row has ' + _names(row)}. A row has "
@@ -144,16 +172,23 @@ def _recognise(row: dict, where: str, options: FormatOptions, columns: Iterable[
     )
 
 
-def check_row(row: dict, found: Format, where: str) -> None:
-    """Raises DataError if a column of the format is missing or has a wrong type."""
+def check_row(row: dict, found: Format, where: str, *, only_assistant: bool = False) -> None:
+    """Raises DataError if a column of the format is missing or has a wrong type.
+
+    Args:
+      only_assistant: whether assistant messages alone are trained on.
+    """
     for column in found.columns:
         value = row.get(column)
         if column == "chat_template_kwargs":
             if value is not None and not isinstance(value, dict):
-                raise _wrong_type(where, column, "an object", value)
+                raise wrong_type(where, column, "an object", value)
+        elif column == "system" and found.conversational:
+            if value is not None and not isinstance(value, str):
+                raise wrong_type(where, column, "a string", value)
         elif column == "tools":
             if value is not None and not isinstance(value, list | str):
-                raise _wrong_type(where, column, "a list", value)
+                raise wrong_type(where, column, "a list", value)
         elif value is None:
             close = difflib.get_close_matches(column, [k for k in row if k != column], 1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -164,11 +199,11 @@ def check_row(row: dict, found: Format, where: str) -> None:
         elif found.name == "tokens":
             _check_integers(value, column, row, where)
         elif found.conversational:
-            _check_messages(value, column, where, found.name == "conversations")
+            _check_messages(value, column, where)
             if found.name in _OF_SFT and column != "prompt":
-                _check_weights(value, column, where)
+                _check_weights(value, column, where, only_assistant)
         elif not isinstance(value, str):
-            raise _wrong_type(where, column, "a string", value)
+            raise wrong_type(where, column, "a string", value)
 
 
 def _check_integers(value, column: str, row: dict, where: str) -> None:
@@ -177,7 +212,7 @@ def _check_integers(value, column: str, row: dict, where: str) -> None:
     if not isinstance(value, list) or not all(
         isinstance(item, int) and abs(item) < 2**31 for item in value
     ):
-        raise _wrong_type(where, column, "a list of 32-bit integers", value)
+        raise wrong_type(where, column, "a list of 32-bit integers", value)
     if len(value) != len(row["input_ids"]):
         raise DataError(
             f"{where}: {column!r} has {len(value)} items, 'input_ids' has {len(row['input_ids'])}: "
@@ -185,14 +220,15 @@ def _check_integers(value, column: str, row: dict, where: str) -> None:
         )
 
 
-def _check_messages(value, column: str, where: str, sharegpt: bool) -> None:
+def _check_messages(value, column: str, where: str) -> None:
     if not isinstance(value, list) or not value:
-        raise _wrong_type(where, column, "a list of messages", value)
+        raise wrong_type(where, column, "a list of messages", value)
+    sharegpt = _is_sharegpt(value, column)
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     for i, message in enumerate(value):
         place = f"{column}[{i}]"
         if not isinstance(message, dict):
-            raise _wrong_type(where, place, "an object", message)
+            raise wrong_type(where, place, "an object", message)
         role, content = message.get(role_key), message.get(content_key)
         if not isinstance(role, str):
             raise DataError(
@@ -204,60 +240,65 @@ def _check_messages(value, column: str, where: str, sharegpt: bool) -> None:
             )
         # Content may be a list of parts, or absent if the assistant only calls tools.
         if not isinstance(content, str | list) and not message.get("tool_calls"):
+            if content is not None:
+                raise wrong_type(where, f"{place}.{content_key}", "a string", content)
             raise DataError(
                 f"{where}: {place} needs a string {content_key!r}, it has {_names(message)}."
             )
 
 
-def _check_weights(messages: list[dict], column: str, where: str) -> None:
-    """Refuses messages that their row excludes from training, which no algorithm reads."""
+def _check_weights(messages: list[dict], column: str, where: str, only_assistant: bool) -> None:
+    """Refuses weights between 0 and 1, and those of messages whose tokens are not told apart."""
     for i, message in enumerate(messages):
+        role = _SHAREGPT_ROLES.get(message.get("from", ""), message.get("role"))
         for key in ("weight", "train"):
             value = message.get(key)
-            if value is not None and value != 1:
-                raise DataError(
-                    f"{where}: {column}[{i}] has {key!r} {value!r}, and messages have no weights "
-                    "here: train on the last turn with 'prompt' and 'completion', or on the "
-                    f"assistant's with assistant_only_loss, and leave {key!r} out."
-                )
+            if value is None:
+                continue
+            place = f"{where}: {column}[{i}] has {key!r} {value!r}, and"
+            if value not in (0, 1):
+                raise DataError(f"{place} a message is trained on or not: use 0 or 1.")
+            if role != "assistant" and value == only_assistant:
+                say = "only the assistant's messages are trained on" if only_assistant else (
+                    "only an assistant's message can be left out: use assistant_only_loss"
+                )  # fmt: skip
+                raise DataError(f"{place} its role is {role!r}: {say}, or leave {key!r} out.")
 
 
 def conversation(row: dict, column: str, options: FormatOptions) -> list[dict]:
-    """The messages of a column, with the system prompt if they have no system message."""
+    """The messages of a column, with a system message if they have none.
+
+    It is that of the row's column `system`, or else the system prompt.
+    """
     messages = row[column]
-    if column == "conversations":
+    if _is_sharegpt(messages, column):
         messages = [
             {n: v for n, v in m.items() if n not in ("from", "value")}
             | {"role": _SHAREGPT_ROLES[m["from"]], "content": m["value"]}
             for m in messages
         ]
+    system = row.get("system") if column in _CHATS else None
+    system = system if isinstance(system, str) and system else options.system_prompt
     has_system = messages[0]["role"] in ("system", "developer")
-    if options.system_prompt and not has_system and column != "completion":
-        messages = [{"role": "system", "content": options.system_prompt}, *messages]
+    if system and not has_system and column != "completion":
+        messages = [{"role": "system", "content": system}, *messages]
     return messages
 
 
-def from_alpaca(row: dict, where: str, *, conversational: bool) -> dict:
-    r"""A row with Alpaca's columns as a prompt and a completion.
-
-    >>> from_alpaca({"instruction": "Add", "input": "2, 3", "output": "5"}, "row 0",
-    ...             conversational=False)
-    {'prompt': 'Add\n\n2, 3', 'completion': '5'}
-    """
-    for column in ALPACA:
-        if not isinstance(row.get(column), str):
-            raise _wrong_type(where, column, "a string", row.get(column))
-    prompt = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-    others = {n: v for n, v in row.items() if n not in (*ALPACA, "input")}
-    if not conversational:
-        return others | {"prompt": prompt, "completion": row["output"]}
-    return others | {
-        "prompt": [{"role": "user", "content": prompt}],
-        "completion": [{"role": "assistant", "content": row["output"]}],
-    }
+def _is_sharegpt(messages: list, column: str) -> bool:
+    """Whether messages have `from` and `value`: `conversations`, unless they have a role."""
+    first = messages[0]
+    return column in _CHATS and isinstance(first, dict) and (
+        "from" in first or (column == "conversations" and "role" not in first)
+    )  # fmt: skip
 
 
-def _wrong_type(where: str, place: str, expected: str, value) -> DataError:
+def is_chatml(text) -> bool:
+    """Whether a text is a conversation in ChatML's form."""
+    return isinstance(text, str) and text.lstrip().startswith("<|im_start|>")
+
+
+def wrong_type(where: str, place: str, expected: str, value) -> DataError:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return DataError(f"{where}: {place!r} must be {expected}, it is {shown}.")

@@ -4,6 +4,7 @@ Every reader calls `normalize`, so all algorithms see the same rows. A row in no
 returned as it is, not copied.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,12 +48,18 @@ def normalize(
     normal = []
     for i, row in enumerate(rows):
         changes: set[str] = set()
-        normal.append(_row(row, origin(i), limits, changes))
+        normal.append(normal_row(row, origin(i), limits, changes))
         counts.update(changes)
-    return normal, tuple(NOTES[name].format(f"{counts[name]:,}") for name in NOTES if counts[name])
+    return normal, change_notes(counts)
 
 
-def _row(row: dict, where: str, limits: Limits, changes: set[str]) -> dict:
+def change_notes(counts: Mapping[str, int]) -> tuple[str, ...]:
+    """A note for each kind of change, by its number of rows."""
+    return tuple(NOTES[name].format(f"{counts[name]:,}") for name in NOTES if counts.get(name))
+
+
+def normal_row(row: dict, where: str, limits: Limits, changes: set[str]) -> dict:
+    """The normal form of a row; adds the kinds of its changes."""
     check_values(row, where, limits)
     new: dict[str, Any] = {}
     for column in CHAT_COLUMNS:
@@ -75,9 +82,12 @@ def _row(row: dict, where: str, limits: Limits, changes: set[str]) -> dict:
 def _chat(value, column: str, where: str, changes: set[str]):
     """The messages of a column; any other value is returned as it is."""
     if isinstance(value, str):
-        if column not in _ALWAYS_CHAT or not value.lstrip().startswith("["):
+        if column in _ALWAYS_CHAT and value.lstrip().startswith("["):
+            value = parse_json(value, f"{where}: {column!r}")
+        elif (messages := _messages_in(value)) is not None:
+            value = messages
+        else:
             return value
-        value = parse_json(value, f"{where}: {column!r}")
         changes.add("json")
     if hasattr(value, "tolist"):
         value = value.tolist()  # numpy's, of a pandas frame or a formatted data set
@@ -88,6 +98,18 @@ def _chat(value, column: str, where: str, changes: set[str]):
     ]
     same = len(messages) == len(value) and all(a is b for a, b in zip(messages, value, strict=True))
     return value if same and isinstance(value, list) else messages
+
+
+def _messages_in(text: str) -> list | None:
+    """The messages of which a text is the JSON, as in a CSV file; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    are_messages = found and all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in found)
+    return found if are_messages else None
 
 
 def _without_prompt(completion, prompt, changes: set[str]):

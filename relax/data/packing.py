@@ -1,12 +1,17 @@
 """Packing: assigns pieces of documents to rows. Pure functions of lengths."""
 
+from array import array
 from bisect import bisect_left, insort
-from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
 
 from relax.errors import ConfigError
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
+_BLOCK = 2**16  # pieces of which Python numbers are made at a time
 
 
 class Segment(NamedTuple):
@@ -17,7 +22,74 @@ class Segment(NamedTuple):
     stop: int
 
 
-def pack(lengths, max_length: int, strategy: str = "bfd") -> list[list[Segment]]:
+class Pieces(NamedTuple):
+    """The document, the start and the stop of each piece, int32."""
+
+    document: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+class PackedRows(Sequence):
+    """Rows of pieces of documents, in four flat arrays; `rows[i]` is a list of `Segment`.
+
+    Attributes:
+      pieces: row by row.
+      offsets: int64, where the pieces of each row begin, and the end of the last one.
+    """
+
+    def __init__(self, pieces: Pieces, offsets: np.ndarray):
+        self.pieces, self.offsets = pieces, offsets
+
+    @classmethod
+    def joined(cls, parts: Sequence["PackedRows"], starts: Sequence[int]) -> "PackedRows":
+        """The rows of several parts, whose documents are numbered from `starts` on."""
+        documents = [
+            part.pieces.document + np.int32(start)
+            for part, start in zip(parts, starts, strict=True)
+        ]
+        begins, stops = ([part.pieces[i] for part in parts] for i in (1, 2))
+        counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        return cls(Pieces(*map(np.concatenate, (documents, begins, stops))), _offsets(counts))
+
+    @property
+    def documents(self) -> np.ndarray:
+        """The first document of each row."""
+        return self.pieces.document[self.offsets[:-1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        first, last = self.offsets[index % len(self)], self.offsets[index % len(self) + 1]
+        columns = (column[first:last].tolist() for column in self.pieces)
+        return [Segment(*piece) for piece in zip(*columns, strict=True)]
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.sums(self.pieces.stop - self.pieces.start)
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of some rows, by their indices."""
+        return self._lengths[rows]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """The sum over each row of a number for each piece, int64."""
+        return np.diff(_offsets(values)[self.offsets])
+
+    def select(self, rows: np.ndarray) -> "PackedRows":
+        """Some of the rows."""
+        counts = np.diff(self.offsets)[rows]
+        offsets = _offsets(counts)
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], counts)
+        return PackedRows(Pieces(*(column[places] for column in self.pieces)), offsets)
+
+
+def pack(lengths, max_length: int, strategy: str = "bfd") -> PackedRows:
     """Assigns documents to rows of at most `max_length` tokens.
 
     `bfd` is best-fit decreasing: the longest document first (ties in input order), each into the
@@ -42,59 +114,80 @@ def pack(lengths, max_length: int, strategy: str = "bfd") -> list[list[Segment]]
     """
     if max_length < 1:
         raise ConfigError(f"a packed row needs at least one token, got max_length={max_length}.")
+    lengths = np.asarray(lengths, np.int64)
     if strategy == "wrapped":
         return _wrap(lengths, max_length)
+    filled = np.flatnonzero(lengths > 0)
     if strategy == "bfd":
-        pieces = [Segment(i, 0, min(int(n), max_length)) for i, n in enumerate(lengths) if n > 0]
+        documents, starts = filled, np.zeros(len(filled), np.int64)
+        stops = np.minimum(lengths[filled], max_length)
     elif strategy == "bfd_split":
-        pieces = [
-            Segment(i, start, min(start + max_length, int(n)))
-            for i, n in enumerate(lengths)
-            for start in range(0, int(n), max_length)
-        ]
+        counts = -(-lengths[filled] // max_length)
+        documents = np.repeat(filled, counts)
+        starts = (np.arange(len(documents)) - np.repeat(_offsets(counts)[:-1], counts)) * max_length
+        stops = np.minimum(starts + max_length, lengths[documents])
     else:
         raise ConfigError(f"unknown packing strategy {strategy!r}: use one of {STRATEGIES}.")
-    return _best_fit_decreasing(pieces, max_length)
+    order = np.argsort(starts - stops, kind="stable")  # longest first
+    rows = _best_fit(_numbers((stops - starts)[order]), max_length)
+    by_row = np.argsort(rows, kind="stable")
+    order = order[by_row]
+    return _packed(documents[order], starts[order], stops[order], rows[by_row])
 
 
-def _best_fit_decreasing(pieces: list[Segment], max_length: int) -> list[list[Segment]]:
-    rows: list[list[Segment]] = []
-    # Open rows by free space, and the sorted free spaces: a search per piece is logarithmic in
-    # their number, which is at most max_length.
-    rows_with: dict[int, deque[list[Segment]]] = defaultdict(deque)
+def _best_fit(lengths: Iterable[int], max_length: int) -> np.ndarray:
+    """The row of each piece, int32: the fullest with room for it, the oldest of equals."""
+    # Open rows by free space, in queues that are linked by `behind`, and the sorted free spaces:
+    # a search per piece is logarithmic in their number, which is at most max_length.
+    heads: dict[int, int] = {}
+    tails: dict[int, int] = {}
+    behind, rows = array("i"), array("i")
     spaces: list[int] = []
-    row: list[Segment]
-    for piece in sorted(pieces, key=lambda p: p.start - p.stop):  # a stable sort, longest first
-        length = piece.stop - piece.start
+    for length in lengths:
         found = bisect_left(spaces, length)
         if found == len(spaces):
-            row, space = [], max_length
-            rows.append(row)
+            row, space = len(behind), max_length
+            behind.append(-1)
         else:
             space = spaces[found]
-            row = rows_with[space].popleft()
-            if not rows_with[space]:
-                del spaces[found]
-        row.append(piece)
+            row = heads[space]
+            if behind[row] < 0:
+                del heads[space], spaces[found]
+            else:
+                heads[space], behind[row] = behind[row], -1
+        rows.append(row)
         left = space - length
-        if left:
-            if not rows_with[left]:
-                insort(spaces, left)
-            rows_with[left].append(row)
-    return rows
+        if not left:
+            continue
+        if left in heads:
+            behind[tails[left]] = row
+        else:
+            heads[left] = row
+            insort(spaces, left)
+        tails[left] = row
+    return np.frombuffer(rows, np.int32)
 
 
-def _wrap(lengths, max_length: int) -> list[list[Segment]]:
-    rows: list[list[Segment]] = []
-    left = 0
-    for document, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            if left == 0:
-                rows.append([])
-                left = max_length
-            stop = min(start + left, int(length))
-            rows[-1].append(Segment(document, start, stop))
-            left -= stop - start
-            start = stop
-    return rows
+def _wrap(lengths: np.ndarray, max_length: int) -> PackedRows:
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    stops = np.union1d(ends[lengths > 0], np.arange(max_length, total, max_length))
+    starts = np.concatenate([np.zeros(min(len(stops), 1), np.int64), stops[:-1]])
+    documents = np.searchsorted(ends, starts, side="right")
+    begins = (ends - lengths)[documents]
+    return _packed(documents, starts - begins, stops - begins, starts // max_length)
+
+
+def _packed(documents, starts, stops, rows: np.ndarray) -> PackedRows:
+    """Rows of pieces, which are in the order of their rows; none is without a piece."""
+    pieces = Pieces(*(column.astype(np.int32) for column in (documents, starts, stops)))
+    return PackedRows(pieces, _offsets(np.bincount(rows)))
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _numbers(values: np.ndarray) -> Iterator[int]:
+    for first in range(0, len(values), _BLOCK):
+        yield from values[first : first + _BLOCK].tolist()

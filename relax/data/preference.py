@@ -11,19 +11,25 @@ Reward models also read `margin`, the wanted difference of the scores, and need 
 they score the whole text.
 """
 
+import array
 import dataclasses
-import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
+from relax.data.cache import Entry, ExampleCache, Writer, cache_key, report_of
 from relax.data.formats import FormatOptions
 from relax.data.limits import DEFAULT, Limits
-from relax.data.preference_encode import MARGIN, PAIRED, PairEncoder, Preference, split_prompt
+from relax.data.mixing import Mixture
+from relax.data.preference_arrays import PairColumns, Pairs, Preference
+from relax.data.preference_encode import MARGIN, PairEncoder, split_prompt
 from relax.data.preference_report import PreferenceReport
 from relax.data.reading import Rows, read_rows
 from relax.data.report import percentiles
+from relax.data.stored import notes_of
 from relax.errors import ConfigError, DataError
 
 __all__ = ["Preference", "Preferences", "prepare_preferences", "split_prompt"]
@@ -31,11 +37,20 @@ __all__ = ["Preference", "Preferences", "prepare_preferences", "split_prompt"]
 
 @dataclasses.dataclass(frozen=True)
 class Preferences:
-    """Tokenised rows."""
+    """Tokenised rows; a list of them becomes `Pairs`."""
 
-    items: list[Preference]
+    items: Sequence[Preference]
     is_paired: bool
     has_margins: bool = False
+    mixture: Mixture | None = None  # how they are mixed, where they are of several sources
+
+    def __post_init__(self):
+        object.__setattr__(self, "items", self.pairs)
+
+    @property
+    def pairs(self) -> Pairs:
+        """The items as arrays."""
+        return self.items if isinstance(self.items, Pairs) else Pairs(self.items)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -43,12 +58,7 @@ class Preferences:
     @property
     def digest(self) -> int:
         """A checksum of every token, where completions begin, the labels and the margins."""
-        crc = 0
-        for *parts, is_desirable, margin in self.items:
-            for part in parts:
-                crc = zlib.crc32(part.tobytes(), zlib.crc32(len(part).to_bytes(8, "big"), crc))
-            crc = zlib.crc32(bytes([is_desirable]) + np.float64(margin).tobytes(), crc)
-        return crc
+        return self.pairs.digest
 
 
 def prepare_preferences(
@@ -63,6 +73,7 @@ def prepare_preferences(
     truncation_mode: str = "keep_start",
     vocab_size: int | None = None,
     limits: Limits = DEFAULT,
+    cache: ExampleCache | None = None,
 ) -> tuple[Preferences, PreferenceReport]:
     """Converts rows to tokens of prompts and completions, split from the tokenised whole.
 
@@ -81,14 +92,15 @@ def prepare_preferences(
         `keep_end` the start of the prompt, by what the longer completion needs; `drop`; `error`.
       vocab_size: rows of the model's embedding; None: not checked.
       limits: on rows and rendering.
+      cache: keeps the tokens of rows that have a `key`, and has those of earlier runs.
 
     Raises:
       DataError: a row is invalid (with file and line), no row is left, or all unpaired rows have
         one prompt.
     """
     rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=limits)
-    if not rows.rows:
-        raise DataError("the data set has no rows.")
+    if truncation_mode == "turns":
+        raise ConfigError("truncation_mode turns is one of SFT: completions have no turns.")
     options = FormatOptions(
         system_prompt=system_prompt,
         eos_token=eos_token,
@@ -96,6 +108,50 @@ def prepare_preferences(
         truncation_mode=truncation_mode,
         limits=limits,
     )
+    make = partial(_prepared, rows, tokenizer, options, unpaired, for_reward_model, vocab_size)
+    key = cache and cache_key(
+        rows.key, tokenizer, "preferences", options, unpaired, for_reward_model, vocab_size
+    )
+    entry = cache.find_or_make(key, partial(_kept, make)) if cache and key else None
+    made = make(None) if entry is None else _found(entry)
+    mixture = None if rows.mixture is None else rows.mixture.resized(made.sizes)
+    return Preferences(made.pairs, not unpaired, made.has_margins, mixture), made.report
+
+
+class _Prepared(NamedTuple):
+    pairs: Pairs
+    report: PreferenceReport
+    has_margins: bool
+    sizes: list[int]  # rows of each source
+
+
+def _kept(make: Callable[[Writer], _Prepared], writer: Writer) -> dict:
+    made = make(writer)
+    report = dataclasses.asdict(made.report)
+    fields = {"has_margins": made.has_margins, "sizes": made.sizes}
+    return {"report": report, "digest": made.pairs.digest} | fields
+
+
+def _found(entry: Entry) -> _Prepared:
+    columns = PairColumns(*(entry.columns[name] for name in PairColumns._fields))
+    about = entry.about
+    pairs = Pairs(columns=columns, digest=about["digest"])
+    report = report_of(PreferenceReport, about["report"])
+    return _Prepared(pairs, report, about["has_margins"], about["sizes"])
+
+
+def _prepared(
+    rows: Rows,
+    tokenizer,
+    options: FormatOptions,
+    unpaired: bool,
+    for_reward_model: bool,
+    vocab_size: int | None,
+    writer: Writer | None,
+) -> _Prepared:
+    """The pairs, in files of `writer` if there is one, their report, and what is known of them."""
+    if not len(rows):
+        raise DataError("the data set has no rows.")
     maker = PairEncoder(rows, tokenizer, options, for_reward_model)
     if not maker.is_pair and not unpaired:
         kto = "rows" if for_reward_model else "--loss_type kto, or rows"
@@ -103,32 +159,48 @@ def prepare_preferences(
             f"{rows.origin(0)}: rows with 'completion' and 'label' are no pairs: use {kto} with "
             "'chosen' and 'rejected'."
         )
-    cutter = _PairTruncator(rows, maker, max_length, truncation_mode, vocab_size)
-    # The prompt of a row before anything of it is cut, by which KTO tells prompts apart.
-    cut = [(cutter(item, i), maker.prompts[i]) for i, item in enumerate(maker)]
-    items = [item for item, _ in cut if item is not None]
-    prompts = [prompt for item, prompt in cut if item is not None]
-    if unpaired and maker.is_pair:
-        items, prompts = _unpaired(items), [prompt for prompt in prompts for _ in PAIRED]
-    if not items:
+    cutter = _PairTruncator(rows, maker, options, vocab_size)
+    splits = unpaired and maker.is_pair
+    items = _kept_items(maker, cutter, splits)
+    pairs = _pairs(items, writer, "first_" * unpaired)
+    if not len(pairs):
         reasons = "; ".join(f"{count} {reason}" for reason, count in cutter.dropped.items())
         raise DataError(f"none of {len(rows)} rows can be trained on ({reasons}).")
-    report = _report(maker, cutter, items, tokenizer)
-    items = _with_partners(items, prompts, rows.origin(0)) if unpaired else items
-    return Preferences(items, not unpaired, maker.has_margins), report
+    report = _report(maker, cutter, pairs, tokenizer)
+    kept = np.frombuffer(cutter.kept, np.int64).repeat(1 + splits)
+    if unpaired:
+        # The prompt of a row before anything of it is cut, by which KTO tells prompts apart.
+        prompts = np.frombuffer(maker.prompts, np.uint64)[kept]
+        pairs = _pairs(_with_partners(pairs, prompts, rows.origin(0)), writer)
+        if writer is not None:
+            for name in PairColumns._fields:
+                writer.remove("first_" + name)
+    sizes = [len(pairs)] if rows.mixture is None else [*rows.mixture.kept(kept).sizes]
+    return _Prepared(pairs, report, maker.has_margins, sizes)
+
+
+def _pairs(items: Iterable[Preference], writer: Writer | None, prefix: str = "") -> Pairs:
+    return Pairs(items) if writer is None else Pairs.written(items, writer, prefix)
+
+
+def _kept_items(maker: PairEncoder, cutter: "_PairTruncator", splits: bool) -> Iterator[Preference]:
+    for i, item in enumerate(maker):
+        kept = cutter(item, i)
+        if kept is not None:
+            yield from _unpaired(kept) if splits else (kept,)
 
 
 class _PairTruncator:
     """Checks, truncates, drops and counts rows."""
 
-    def __init__(self, rows: Rows, maker: PairEncoder, max_length, mode: str, vocab_size):
+    def __init__(self, rows: Rows, maker: PairEncoder, options: FormatOptions, vocab_size):
         self.rows, self.is_pair, self.vocab_size = rows, maker.is_pair, vocab_size
         self.for_reward_model = maker.for_reward_model
-        self.max_length, self.mode = max_length, mode
+        self.max_length, self.mode = options.max_length, options.truncation_mode
         self.dropped: Counter[str] = Counter()
         self.truncated = 0
-        self.lengths: list[int] = []
-        self.completion_lengths: list[int] = []
+        self.kept = array.array("q")
+        self.lengths, self.completion_lengths = array.array("q"), array.array("q")
 
     def __call__(self, item: Preference, i: int) -> Preference | None:
         self._check(item, i)
@@ -136,6 +208,7 @@ class _PairTruncator:
         if isinstance(kept, str):
             self.dropped[kept] += 1
             return None
+        self.kept.append(i)
         return kept
 
     def _cut(self, item: Preference, i: int) -> Preference | str:
@@ -143,7 +216,7 @@ class _PairTruncator:
         completions = (item.chosen, item.rejected)
         longest = max(map(len, completions))
         self.lengths.append(len(item.prompt) + longest)
-        self.completion_lengths += map(len, completions)
+        self.completion_lengths.extend(map(len, completions))
         if self.is_pair and np.array_equal(*completions):
             return "chosen equals rejected"
         if not self._is_trained(item):
@@ -200,16 +273,13 @@ class _PairTruncator:
                 )
 
 
-def _unpaired(items: list[Preference]) -> list[Preference]:
-    """Splits each pair into a desirable and an undesirable row."""
-    return [
-        Preference(p.prompt, completion, completion, good)
-        for p in items
-        for completion, good in ((p.chosen, True), (p.rejected, False))
-    ]
+def _unpaired(pair: Preference) -> Iterator[Preference]:
+    """A desirable and an undesirable row of a pair."""
+    for completion, good in zip((pair.chosen, pair.rejected), (True, False), strict=True):
+        yield Preference(pair.prompt, completion, completion, good)
 
 
-def _with_partners(items: list[Preference], prompts: list[bytes], where: str) -> list[Preference]:
+def _with_partners(items: Pairs, prompts: np.ndarray, where: str) -> Iterator[Preference]:
     """Adds to each row the completion of another prompt, truncated to the longest row.
 
     KTO estimates its KL term from completions of other prompts. The partner is the next row with
@@ -218,51 +288,53 @@ def _with_partners(items: list[Preference], prompts: list[bytes], where: str) ->
     Raises:
       DataError: all rows have one prompt.
     """
-    partners = _next_others(range(len(items)), prompts)
-    if not partners:
+    everything = np.arange(len(items))
+    partners = _next_others(everything, prompts)
+    if partners is None:
         raise DataError(
             f"{where}: KTO needs completions of at least two different prompts, and the set has "
             f"one prompt in all of its {len(items)} rows: its KL term is estimated from "
             "completions of other prompts. Add rows with other prompts, or train on pairs with "
             "another loss_type."
         )
-    longest = max(len(item.prompt) + len(item.chosen) for item in items)
+    longest = int(items.sizes[:, :2].sum(axis=1).max())
     for label in (True, False):
-        same = [i for i, item in enumerate(items) if item.is_desirable == label]
-        partners |= _next_others(same, prompts)
-    return [
-        item._replace(rejected=items[partners[i]].chosen[: longest - len(item.prompt)])
-        for i, item in enumerate(items)
-    ]
+        same = np.flatnonzero(items.columns.is_desirable == label)
+        found = _next_others(same, prompts)
+        if found is not None:
+            partners[same] = found
+    for item, partner in zip(items, partners.tolist(), strict=True):
+        yield item._replace(rejected=items[partner].chosen[: longest - len(item.prompt)])
 
 
-def _next_others(places: Iterable[int], prompts: list[bytes]) -> dict[int, int]:
-    """Maps each place to the next one, cyclically, with another prompt, if there is one.
+def _next_others(places: np.ndarray, prompts: np.ndarray) -> np.ndarray | None:
+    """For each place the next one, cyclically, with another prompt; None: there is none.
 
-    >>> _next_others([0, 1, 2], [b"a", b"a", b"b"])
-    {2: 0, 1: 2, 0: 2}
+    >>> _next_others(np.arange(3), np.array([7, 7, 8])).tolist()
+    [2, 2, 0]
     """
-    places, found = list(places), {}
-    last: int | None = None
-    for i, following in [*zip(places, places[1:] + places[:1], strict=True)][::-1] * 2:
-        if prompts[following] != prompts[i]:
-            last = following
-        if last is not None:
-            found[i] = last
-    return found
+    own = prompts[places]
+    ends = np.flatnonzero(own != np.roll(own, -1))  # of stretches with one prompt
+    if not len(ends):
+        return None
+    stretch = np.searchsorted(ends, np.arange(len(places))) % len(ends)
+    return places[(ends[stretch] + 1) % len(places)]
 
 
-def _report(maker: PairEncoder, cutter: _PairTruncator, items, tokenizer) -> PreferenceReport:
+def _report(
+    maker: PairEncoder, cutter: _PairTruncator, items: Pairs, tokenizer
+) -> PreferenceReport:
     rows, used = maker.rows, {*maker.format.columns}
     used |= set() if maker.is_pair else {"label"}
     used |= {MARGIN} if maker.has_margins else set()
-    notes = [*rows.notes, *maker.renderer.notes()]
+    notes = [*rows.notes, *notes_of(rows.rows), *maker.renderer.notes()]
+    prompt, chosen, rejected = (int(n) for n in items.sizes.sum(axis=0, dtype=np.int64))
     if maker.ignores_prompt:
-        notes.append("the prompt is the beginning of the conversations; the column is not used")
+        notes.append("the prompt is that of the conversations; the column is not used")
     return PreferenceReport(
         format=maker.format.name + (", conversational" if maker.format.conversational else ""),
         columns=tuple(sorted(used)),
-        unused_columns=tuple(sorted({str(k) for row in rows.rows for k in row} - used)),
+        unused_columns=tuple(sorted({str(name) for name in maker.columns} - used)),
         num_rows=len(rows),
         num_examples=len(items),
         dropped=dict(cutter.dropped),
@@ -270,7 +342,7 @@ def _report(maker: PairEncoder, cutter: _PairTruncator, items, tokenizer) -> Pre
         merged=maker.merged,
         lengths=percentiles(cutter.lengths),
         completion_lengths=percentiles(cutter.completion_lengths),
-        num_tokens=sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in items),
+        num_tokens=2 * prompt + chosen + rejected,
         example=tuple(tokenizer.decode(part.tolist()) for part in items[0][:3]),
         notes=tuple(notes),
     )

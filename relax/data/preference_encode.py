@@ -1,21 +1,25 @@
 """Encodes pairs and labelled completions as tokens, without truncation."""
 
+import array
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from relax.data.ahead import in_lists
 from relax.data.encode import CHUNK
 from relax.data.formats import (
     TEMPLATE_COLUMNS,
     Format,
     FormatOptions,
     check_row,
-    columns_of,
     conversation,
 )
+from relax.data.preference_arrays import Preference
 from relax.data.reading import Rows
+from relax.data.sources import check_same_formats
 from relax.data.templates import ChatRenderer, Job, require_template
 from relax.data.tokens import common_length, end_token, tokenize, with_end_token
 from relax.errors import ConfigError, DataError
@@ -26,38 +30,28 @@ MARGIN = "margin"
 UNPAIRED_NAME = "unpaired preference"
 
 
-class Preference(NamedTuple):
-    """A prompt and two completions, int32.
-
-    In unpaired data the second completion is another row's, for KTO's KL term.
-    """
-
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-    is_desirable: bool = True  # the first completion; always true in a pair
-    margin: float = 0.0
-
-
 class PairEncoder:
     """Iterates over the rows as tokens, not truncated.
 
     Attributes:
+      columns: the names of all columns, and whether some row has a value there.
       prompts: a digest of each row's whole prompt, so far; the prompts of the items may be shorter.
       merged: number of items with a shortened prompt, so far.
     """
 
     def __init__(self, rows: Rows, tokenizer, options: FormatOptions, for_reward_model: bool):
         self.rows, self.tokenizer, self.for_reward_model = rows, tokenizer, for_reward_model
-        columns = columns_of(rows.rows)
+        self.columns = _columns_of(rows.rows)
+        columns = [name for name, has_value in self.columns.items() if has_value]
         self.format = find_format(rows.rows[0], rows.origin(0), for_reward_model, columns)
+        check_same_formats(rows, lambda row, where: find_format(row, where, for_reward_model))
         self.has_margins = for_reward_model and MARGIN in columns
         self.options = options
         self.is_pair = self.format.name != UNPAIRED_NAME
         reads_prompt = self.format.name == "tokens" or "prompt" in self.format.columns
         self.ignores_prompt = "prompt" in columns and not reads_prompt
         self.renderer = ChatRenderer(tokenizer, options.limits)
-        self.prompts: list[bytes] = []
+        self.prompts = array.array("Q")
         self.merged = 0
         for i, row in enumerate(rows.rows):
             _check(row, self.format, rows.origin(i))
@@ -78,21 +72,22 @@ class PairEncoder:
                 if "prompt_ids" not in self.format.columns:
                     split = split_prompt(row["chosen_ids"], row["rejected_ids"], may_be_empty=True)
                     columns = {f"{name}_ids": ids for name, ids in split.items()}
-                self._note_prompt(columns["prompt_ids"], i)
+                self._note_prompt(columns["prompt_ids"], row, i)
                 prompt, chosen, rejected = (np.asarray(columns[n], np.int32) for n in TOKENS)
                 yield Preference(prompt, chosen, rejected, margin=self._margin(row))
             return
-        for first in range(0, len(self.rows), CHUNK):
-            places = range(first, min(first + CHUNK, len(self.rows)))
-            parts = [self._parts(self.rows.rows[i], self.rows.origin(i)) for i in places]
+        first = 0
+        for some in in_lists(self.rows.rows, CHUNK):
+            parts = [self._parts(row, self.rows.origin(i)) for i, row in enumerate(some, first)]
             chat = self.format.conversational
             texts = [part for row in parts for part in row]
             if chat:
                 texts = self.renderer.texts(texts)
             # Templates write their own special tokens.
             all_ids = iter(tokenize(self.tokenizer, texts, special=not chat))
-            for i, one in zip(places, parts, strict=True):
-                yield self._item([next(all_ids) for _ in one], i)
+            for i, (row, one) in enumerate(zip(some, parts, strict=True), first):
+                yield self._item([next(all_ids) for _ in one], row, i)
+            first += len(some)
 
     def _parts(self, row: dict, where: str) -> list:
         """The prompt, if any, and the prompt with each completion: texts or conversations."""
@@ -109,27 +104,37 @@ class PairEncoder:
         wholes = [prompt + row[name] for name in columns]
         return [Job(prompt, row, where, True), *(Job(whole, row, where) for whole in wholes)]
 
-    def _item(self, parts: list[list[int]], i: int) -> Preference:
+    def _item(self, parts: list[list[int]], row: dict, i: int) -> Preference:
         *before, first, last = parts if self.is_pair else (*parts, parts[-1])
         prompt, wholes = before[0] if before else [], (first, last)
-        self._note_prompt(prompt, i)
+        self._note_prompt(prompt, row, i)
         length = min(common_length(prompt, whole) for whole in wholes)
         self.merged += length < len(prompt)
         completions = [np.array(whole[length:], np.int32) for whole in wholes]
-        row, shared = self.rows.rows[i], np.array(prompt[:length], np.int32)
-        label = self.is_pair or row["label"]
+        shared = np.array(prompt[:length], np.int32)
+        label = self.is_pair or bool(_label(row))
         return Preference(shared, completions[0], completions[-1], label, self._margin(row))
 
-    def _note_prompt(self, prompt: list[int], i: int) -> None:
-        self.prompts.append(hashlib.blake2b(np.asarray(prompt, np.int32).tobytes()).digest()[:16])
+    def _note_prompt(self, prompt: list[int], row: dict, i: int) -> None:
+        digest = hashlib.blake2b(np.asarray(prompt, np.int32).tobytes(), digest_size=8)
+        self.prompts.frombytes(digest.digest())
         if not prompt and not self.for_reward_model:
+            found = "" if "prompt" in row else ", as the completions share no beginning"
             raise DataError(
-                f"{self.rows.origin(i)}: the prompt has no token: it needs one for a completion to "
-                "follow."
+                f"{self.rows.origin(i)}: the prompt has no token{found}: it needs one for a "
+                "completion to follow."
             )
 
     def _margin(self, row: dict) -> float:
         return float(row[MARGIN]) if self.has_margins else 0.0
+
+
+def _columns_of(rows: Iterable[dict]) -> dict[str, bool]:
+    found: dict[str, bool] = {}
+    for row in rows:
+        for name, value in row.items():
+            found[name] = found.get(name, False) or value is not None
+    return found
 
 
 def find_format(
@@ -174,8 +179,18 @@ def _check(row: dict, found: Format, where: str) -> None:
                 raise DataError(f"{where}: {name!r} must be a list of 32-bit integers.")
         return
     check_row(row, found, where)
-    if found.name == UNPAIRED_NAME and not isinstance(row.get("label"), bool):
+    if found.name == UNPAIRED_NAME and not isinstance(_label(row), bool):
         raise DataError(f"{where}: 'label' must be true or false, it is {row.get('label')!r}.")
+
+
+def _label(row: dict):
+    """The label of a row; all values of a CSV file are texts."""
+    value = row.get("label")
+    return (
+        {"true": True, "false": False}.get(value.lower(), value)
+        if isinstance(value, str)
+        else value
+    )
 
 
 def _check_no_prompt(row: dict, found: Format, where: str) -> None:
@@ -192,6 +207,9 @@ def _check_no_prompt(row: dict, found: Format, where: str) -> None:
 
 def _check_margin(row: dict, where: str) -> None:
     value = row.get(MARGIN)
+    if isinstance(value, str):  # of a CSV file
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
         raise DataError(f"{where}: 'margin' must be a number in every row, it is {value!r}.")
 
@@ -212,9 +230,9 @@ def split_prompt(chosen, rejected, where: str = "row", may_be_empty: bool = Fals
         common = common if common < min(len(chosen), len(rejected)) else 0
     elif not 0 < common < min(len(chosen), len(rejected)):
         raise DataError(
-            f"{where}: without 'prompt' the messages of 'chosen' and 'rejected' must begin alike "
-            f"and differ in a later one, and {common} of {len(chosen)} and {len(rejected)} are "
-            "alike."
+            f"{where}: without a 'prompt' of messages those of 'chosen' and 'rejected' must begin "
+            f"alike and differ in a later one, and {common} of {len(chosen)} and {len(rejected)} "
+            "are alike."
         )
     return {
         "prompt": chosen[:common],

@@ -5,11 +5,13 @@ A batch holds padded arrays, which the trainers pack into rows of real tokens, e
 Axes: N pairs, L tokens of a prompt, C tokens of a completion.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from relax.data.batching import bucket
 from relax.data.loader import RowBatches
-from relax.data.packing import pack
+from relax.data.packing import PackedRows, pack
 from relax.data.preference import Preference, Preferences
 from relax.errors import ConfigError
 
@@ -21,8 +23,9 @@ class PreferenceLoader(RowBatches):
     `completion_lengths` [N, 2], chosen completions first. A row is a pair or, with `packed_length`,
     K pairs, of which some are empty: completions and prompt of length 0. A batch also holds
     `index`, the pair's index in the data set (-1: none), and `mean_chosen_length`, the same number
-    for each pair; unpaired ones also `is_desirable`; those with margins `margin`; and
-    `ref_logprobs` [N, 2] if the loader has them.
+    for each pair; unpaired ones also `is_desirable`; those with margins `margin`;
+    `ref_logprobs` [N, 2] if the loader has them; and those of several sources `source_ids` [N],
+    0 for empty ones. Pairs of several sources share no row.
 
     Args:
       preferences: result of `prepare_preferences`.
@@ -48,24 +51,33 @@ class PreferenceLoader(RowBatches):
     ):
         super().__init__(batch_size, seed, shuffle)
         self.preferences, self.packed_length = preferences, packed_length
+        self.packed: PackedRows | None = None
         self.ref_logprobs: np.ndarray | None = None
-        self.longest_row = max(
-            len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in preferences.items
-        )
+        sizes = preferences.pairs.sizes
+        self.longest_row = int((sizes[:, 0] + sizes[:, 1:].max(axis=1)).max())
         self.pairs_per_row = 1
-        sizes = [sum(map(len, p[:3])) for p in preferences.items]
-        self.num_tokens = sum(sizes)
+        totals = sizes.sum(axis=1, dtype=np.int64)
+        self.num_tokens = int(totals.sum())
+        self.mixture = preferences.mixture
+        self.rows: Sequence = range(len(preferences))
         if packed_length is None:
-            self.rows = [[i] for i in range(len(preferences))]
             return
-        if max(sizes) > packed_length:
+        if totals.max() > packed_length:
             raise ConfigError(
-                f"a packed row must have room for the longest pair, {max(sizes)} tokens, got "
+                f"a packed row must have room for the longest pair, {totals.max()} tokens, got "
                 f"{packed_length}."
             )
-        packed = pack(sizes, packed_length)
-        self.rows = [[segment.document for segment in row] for row in packed]
-        self.pairs_per_row = max(map(len, self.rows))
+        counts = (len(totals),) if self.mixture is None else self.mixture.sizes
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        parts = [
+            pack(totals[start : start + count], packed_length)
+            for start, count in zip(starts, counts, strict=True)
+        ]
+        self.packed = PackedRows.joined(parts, starts)
+        self.rows = self.packed
+        if self.mixture is not None:
+            self.mixture = self.mixture.kept(self.packed.documents)
+        self.pairs_per_row = int(np.diff(self.packed.offsets).max())
 
     @property
     def fill(self) -> float | None:
@@ -76,23 +88,29 @@ class PreferenceLoader(RowBatches):
 
     def _batch(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
         index = np.full((self.batch_size, self.pairs_per_row), -1, np.int32)
-        for places_of_row, row in zip(index, (self.rows[i] for i in chosen), strict=False):
-            places_of_row[: len(row)] = row
+        if self.packed is None:
+            index[: len(chosen), 0] = chosen
+        else:
+            for places_of_row, row in zip(index, chosen, strict=False):
+                pairs = [piece.document for piece in self.packed[row]]
+                places_of_row[: len(pairs)] = pairs
         return self._arrays(index.reshape(-1))
 
     def _arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        items, exists = self.preferences.items, index >= 0
+        items, exists = self.preferences.pairs, index >= 0
         chosen = [items[i] if i >= 0 else None for i in index]
         batch = _padded(chosen) | {"index": index}
         # Without a prompt the first token of a completion is not predicted.
         lengths = batch["completion_lengths"][exists, 0] - (batch["prompt_lengths"][exists] == 0)
         batch["mean_chosen_length"] = np.full(len(index), lengths.mean(), np.float32)
         if not self.preferences.is_paired:
-            labels = np.array([item.is_desirable for item in items])
-            batch["is_desirable"] = np.where(exists, labels[index], False)
+            batch["is_desirable"] = np.where(exists, items.columns.is_desirable[index], False)
         if self.preferences.has_margins:
-            margins = np.array([item.margin for item in items], np.float32)
-            batch["margin"] = np.where(exists, margins[index], np.float32(0))
+            margins = items.columns.margin[index].astype(np.float32)
+            batch["margin"] = np.where(exists, margins, np.float32(0))
+        if self.preferences.mixture is not None:
+            sources = self.preferences.mixture.source_of(index)
+            batch["source_ids"] = np.where(exists, sources, 0).astype(np.int32)
         if self.ref_logprobs is not None:
             batch["ref_logprobs"] = np.where(
                 exists[:, None], self.ref_logprobs[index], np.float32(0)

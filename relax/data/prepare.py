@@ -1,31 +1,34 @@
 """Converts rows to training examples, with a report of truncated and dropped rows."""
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
+from relax.data.cache import Entry, ExampleCache, Writer, cache_key, report_of
+from relax.data.conversion import with_known_columns
 from relax.data.encode import Encoder
-from relax.data.examples import IGNORE, Encoded, Examples
-from relax.data.formats import (
-    ALPACA,
-    Format,
-    FormatOptions,
-    check_row,
-    columns_of,
-    find_format,
-    from_alpaca,
-)
+from relax.data.examples import IGNORE, Block, Columns, Examples
+from relax.data.formats import Format, FormatOptions, check_row, find_format
 from relax.data.reading import Rows, read_rows
 from relax.data.report import DataReport, percentiles, spans
+from relax.data.sources import by_source, check_same_formats
+from relax.data.stored import notes_of
+from relax.data.tokens import ending_ids
+from relax.data.truncation import Truncator
 from relax.errors import DataError
 
 _SHOWN = 5  # number of examples in the report
 
 
 def prepare(
-    rows, tokenizer, options: FormatOptions | None = None, vocab_size: int | None = None
+    rows,
+    tokenizer,
+    options: FormatOptions | None = None,
+    vocab_size: int | None = None,
+    cache: ExampleCache | None = None,
 ) -> tuple[Examples, DataReport]:
     """Converts rows to tokens and labels, with a report.
 
@@ -37,6 +40,7 @@ def prepare(
       tokenizer: a Hugging Face tokenizer.
       options: options for encoding.
       vocab_size: rows of the model's embedding; None: not checked.
+      cache: keeps the examples of rows that have a `key`, and has those of earlier runs.
 
     Returns:
       The examples and the report.
@@ -47,107 +51,89 @@ def prepare(
     """
     options = options or FormatOptions()
     rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=options.limits)
-    if not rows.rows:
+    make = partial(_prepared, rows, tokenizer, options, vocab_size)
+    key = cache and cache_key(rows.key, tokenizer, options, vocab_size)
+    entry = cache.find_or_make(key, partial(_kept, make)) if cache and key else None
+    examples, report, sizes = make(Examples.of_blocks) if entry is None else _found(entry)
+    if rows.mixture is not None:
+        examples.mixture = rows.mixture.resized(sizes)
+    return examples, report
+
+
+def _kept(make: Callable, writer: Writer) -> dict:
+    _, report, sizes = make(writer.write)
+    return {"report": dataclasses.asdict(report), "sizes": sizes}
+
+
+def _found(entry: Entry) -> tuple[Examples, DataReport, list[int]]:
+    columns = Columns(*(entry.columns[name] for name in Columns._fields))
+    checksums = [entry.checksums[name] for name in Columns._fields]
+    examples = Examples(columns=columns, checksums=checksums)
+    return examples, report_of(DataReport, entry.about["report"]), entry.about["sizes"]
+
+
+def _prepared(
+    rows: Rows,
+    tokenizer,
+    options: FormatOptions,
+    vocab_size: int | None,
+    keep: Callable[[Iterable[Block]], Examples],
+) -> tuple[Examples, DataReport, list[int]]:
+    """The examples, as `keep` keeps them, their report, and the number of each source's."""
+    if not len(rows):
         raise DataError("the data set has no rows.")
-    rows = _with_known_columns(rows, tokenizer, options)
-    found = find_format(rows.rows[0], rows.origin(0), options, columns_of(rows.rows))
-    for i, row in enumerate(rows.rows):
-        check_row(row, found, rows.origin(i))
+    with_template = bool(tokenizer.chat_template)
+
+    def convert(part: Rows) -> Rows:
+        return with_known_columns(part, conversational=with_template, text_field=options.text_field)
+
+    rows = by_source(rows, convert)
+    check_same_formats(rows, lambda row, where: find_format(row, where, options))
+    found, columns = _checked(rows, options)
     encoder = Encoder(tokenizer, found, options)
-    fate = _Truncator(rows, options, vocab_size, _ending_tokens(tokenizer, encoder.eos))
-    examples = Examples(fate.keep(encoder.encode(rows.rows, rows.origin)))
+    fate = Truncator(rows, options, vocab_size, _ending_tokens(tokenizer, encoder.eos))
+    examples = keep(fate.keep(encoder.encode(rows.rows, rows.origin)))
     if not len(examples):
         raise DataError(_nothing_left(fate, options))
-    return examples, _report(rows, found, encoder, fate, examples, tokenizer)
+    sizes = [len(examples)]
+    if rows.mixture is not None:
+        sizes = [*rows.mixture.kept(np.frombuffer(fate.kept, np.int64)).sizes]
+    return examples, _report(rows, found, columns, encoder, fate, examples, tokenizer), sizes
 
 
-def _with_known_columns(rows: Rows, tokenizer, options: FormatOptions) -> Rows:
-    """Converts Alpaca's columns to prompt and completion; other rows are unchanged."""
-    present = columns_of(rows.rows[:1])
-    others = {"input_ids", "text", "messages", "conversations", "prompt", "completion"}
-    if not set(ALPACA) <= set(present) or others & {*present, options.text_field} - {"text"}:
-        return rows
-    chat = bool(tokenizer.chat_template)
-    made = [
-        from_alpaca(row, rows.origin(i), conversational=chat) for i, row in enumerate(rows.rows)
-    ]
-    kind = "messages" if chat else "texts, since the tokenizer has no chat template"
-    note = f"instruction and input are read as the prompt, output as the completion ({kind})"
-    return dataclasses.replace(rows, rows=made, notes=(*rows.notes, note))
+class _Columns(NamedTuple):
+    """The columns of rows: those that have a value in some row, and all."""
+
+    with_values: dict[str, None]
+    all: set[str]
 
 
-class _Truncator:
-    """Truncates, drops and counts rows."""
-
-    def __init__(self, rows: Rows, options: FormatOptions, vocab_size, ending_tokens: np.ndarray):
-        self.rows, self.options, self.vocab_size = rows, options, vocab_size
-        self.ending_tokens = ending_tokens
-        self.dropped: Counter[str] = Counter()
-        self.truncated = self.endless = 0
-        self.lengths: list[int] = []
-
-    def keep(self, encoded: Iterator[Encoded]) -> Iterator[Encoded]:
-        for i, example in enumerate(encoded):
-            self.lengths.append(len(example.input_ids))
-            self._check_ids(example, i)
-            cut = self._truncate(example, i)
-            if cut is None:
-                self.dropped["longer than max_length"] += 1
-                continue
-            cut.labels[:1] = IGNORE  # the first token has no context
-            trained = cut.labels[cut.labels != IGNORE]
-            if not len(trained):
-                had_some = (example.labels[1:] != IGNORE).any()
-                reason = "no trained token within max_length" if had_some else "no trained token"
-                self.dropped[reason] += 1
-                continue
-            self.truncated += len(cut.input_ids) < len(example.input_ids)
-            # Templates may write a line break after the end token and mark both.
-            self.endless += not np.isin(trained[-3:], self.ending_tokens).any()
-            yield cut
-
-    def _check_ids(self, example: Encoded, i: int) -> None:
-        ids, labels = example
-        wrong = ids[(ids < 0) | (ids >= (self.vocab_size or np.inf))]
-        wrong_labels = labels[(labels != IGNORE) & (labels != ids)]
-        if len(wrong):
-            raise DataError(
-                f"{self.rows.origin(i)}: token id {wrong[0]} is outside of the model's embedding "
-                f"of {self.vocab_size} rows: is the tokenizer this model's?"
-            )
-        if len(wrong_labels):
-            raise DataError(
-                f"{self.rows.origin(i)}: label {wrong_labels[0]} is neither the token at its place "
-                "nor -100: labels must not be shifted; each is at its own token."
-            )
-
-    def _truncate(self, example: Encoded, i: int) -> Encoded | None:
-        ids, labels = example
-        limit, mode = self.options.max_length, self.options.truncation_mode
-        if limit is None or len(ids) <= limit:
-            return Encoded(ids, labels.copy())
-        if mode == "error":
-            raise DataError(
-                f"{self.rows.origin(i)}: the row has {len(ids)} tokens, max_length={limit}: raise "
-                "max_length, or choose a truncation_mode that cuts or drops."
-            )
-        if mode == "drop":
-            return None
-        kept = slice(limit) if mode == "keep_start" else slice(len(ids) - limit, None)
-        return Encoded(ids[kept], labels[kept].copy())
+def _checked(rows: Rows, options: FormatOptions) -> tuple[Format, _Columns]:
+    """The format of rows, each of which is checked, and their columns."""
+    where, only = rows.origin, options.assistant_only_loss
+    first = find_format(rows.rows[0], where(0), options)
+    columns = _Columns({}, set())
+    for i, row in enumerate(rows.rows):
+        for name, value in row.items():
+            if value is not None:
+                columns.with_values[name] = None
+        columns.all.update(row)
+        try:
+            check_row(row, first, "", only_assistant=only)
+        except DataError:  # the place of a row costs more than its check
+            check_row(row, first, where(i), only_assistant=only)
+    found = find_format(rows.rows[0], where(0), options, columns.with_values)
+    if found != first:  # later rows have columns that the first one has not
+        for i, row in enumerate(rows.rows):
+            check_row(row, found, where(i), only_assistant=only)
+    return found, columns
 
 
-def _ending_tokens(tokenizer, eos: str | None) -> np.ndarray:
-    """Ids that may end a turn: all special tokens, since not every template uses EOS."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ending = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-    ending -= {tokenizer.bos_token_id, tokenizer.unk_token_id}
-    if eos:
-        ending.add(tokenizer.convert_tokens_to_ids(eos))
-    return np.array(sorted(ending), np.int64)
+def _ending_tokens(tokenizer, eos: str | None) -> set[int]:
+    return ending_ids(tokenizer) | ({tokenizer.convert_tokens_to_ids(eos)} if eos else set())
 
 
-def _nothing_left(fate: _Truncator, options: FormatOptions) -> str:
+def _nothing_left(fate: Truncator, options: FormatOptions) -> str:
     reasons = "; ".join(f"{count} {reason}" for reason, count in fate.dropped.items())
     advice = "check the masks or labels of the rows."
     if fate.dropped["no trained token"] < len(fate.lengths):
@@ -156,11 +142,19 @@ def _nothing_left(fate: _Truncator, options: FormatOptions) -> str:
     return f"none of {len(fate.lengths)} rows can be trained on ({reasons}): {advice}"
 
 
-def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examples, tokenizer):
+def _report(
+    rows: Rows,
+    found: Format,
+    columns: _Columns,
+    encoder: Encoder,
+    fate: Truncator,
+    examples: Examples,
+    tokenizer,
+) -> DataReport:
     last = examples[0].labels[examples[0].labels != IGNORE][-1]
     used = set(found.columns)
-    notes = [*rows.notes, *encoder.renderer.notes()]
-    ignored = {"prompt", "completion"} & set(columns_of(rows.rows))
+    notes = [*rows.notes, *notes_of(rows.rows), *encoder.notes()]
+    ignored = {"prompt", "completion"} & set(columns.with_values)
     if found.name in ("messages", "conversations") and ignored:
         notes.append(
             f"{found.name} are used, the {' and '.join(sorted(ignored))} next to them is not"
@@ -180,19 +174,20 @@ def _report(rows: Rows, found: Format, encoder: Encoder, fate: _Truncator, examp
             ", conversational" if found.name == "prompt-completion" and found.conversational else ""
         ),
         columns=found.columns,
-        unused_columns=tuple(sorted({str(k) for row in rows.rows for k in row} - used)),
-        num_rows=len(rows),
+        unused_columns=tuple(sorted({str(name) for name in columns.all} - used)),
+        num_rows=len(fate.lengths),
         num_examples=len(examples),
         dropped=dict(fate.dropped),
         truncated=fate.truncated,
         merged=encoder.counts["merged"],
         endless=fate.endless,
         lengths=percentiles(fate.lengths),
-        num_tokens=int(examples.lengths.sum()),
-        num_trained_tokens=int((examples.labels != IGNORE).sum()),
+        num_tokens=int(examples.offsets[-1]),
+        num_trained_tokens=int(examples.trained.sum(dtype=np.int64)),
         trained_on=_trained_on(found, encoder),
         last_trained_token=tokenizer.decode([int(last)]),
-        ends_trained=bool(np.isin(examples[0].labels[-3:], fate.ending_tokens).any()),
+        ends_trained=not fate.ending_tokens.isdisjoint(examples[0].labels[-3:].tolist()),
+        turns={how: n for how, n in encoder.turns.counts.items() if n} if encoder.turns else {},
         notes=tuple(notes),
         examples=tuple(spans(example, tokenizer) for example in examples[:_SHOWN]),
     )
@@ -204,6 +199,10 @@ def _trained_on(found: Format, encoder: Encoder) -> str:
     parts = []
     if encoder.completion_only:
         parts.append("completions")
-    if encoder.options.assistant_only_loss or "assistant_masks" in found.columns:
+    if encoder.options.train_on == "last_assistant":
+        parts.append("the assistant's last words")
+    elif encoder.options.assistant_only_loss or "assistant_masks" in found.columns:
         parts.append("the assistant's words")
+    if not parts and encoder.turns and encoder.turns.counts["untrained"]:
+        return "every token but those of messages that are left out"
     return " that are ".join(parts) or "every token"

@@ -1,16 +1,19 @@
 """Prompts for reinforcement learning: rows as tokens that a completion follows."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from relax.data.curriculum import PassRateCurriculum
 from relax.data.formats import TEMPLATE_COLUMNS, Format, FormatOptions, check_row, conversation
 from relax.data.limits import DEFAULT, Limits
-from relax.data.loader import epoch_order
+from relax.data.mixing import Mixture
+from relax.data.order import epoch_order
 from relax.data.reading import Rows, read_rows
 from relax.data.report import percentiles
+from relax.data.sources import check_same_formats
 from relax.data.templates import ChatRenderer, Job, require_template
 from relax.data.tokens import tokenize
-from relax.errors import DataError
+from relax.errors import ConfigError, DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +24,15 @@ class Prompts:
       prompt_ids: token ids of each prompt.
       rows: dicts with the columns of all rows, for reward functions; None where a row has no value.
       conversational: prompts are lists of messages.
-      notes: normalised data, and content that the chat template omits.
+      notes: normalised data, content that the chat template omits, prompts that end with an answer.
+      mixture: how they are mixed, where they are of several sources.
     """
 
     prompt_ids: list[list[int]]
     rows: list[dict]
     conversational: bool
     notes: tuple[str, ...] = ()
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,6 +61,7 @@ def prepare_prompts(
     vocab_size: int | None = None,
     max_prompt_length: int | None = None,
     limits: Limits = DEFAULT,
+    tools: Sequence[dict] = (),
 ) -> Prompts:
     """Converts rows with a `prompt`, a string or messages, to tokens.
 
@@ -68,9 +74,11 @@ def prepare_prompts(
       vocab_size: rows of the model's embedding; None: not checked.
       max_prompt_length: longer prompts are refused, never truncated; None: any length.
       limits: on rows and rendering.
+      tools: JSON schemas of tools that all prompts are rendered with.
 
     Raises:
-      DataError: a row has no prompt, a format other than the first row's, or is too long.
+      DataError: a row has no prompt, a format other than the first row's, is too long, or has tools
+        of its own besides `tools`.
     """
     rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=limits)
     if not rows.rows:
@@ -78,18 +86,30 @@ def prepare_prompts(
     conversational = isinstance(rows.rows[0].get("prompt"), list)
     extra = TEMPLATE_COLUMNS if conversational else ()
     found = Format("prompts", ("prompt", *extra), conversational)
+    check_same_formats(
+        rows, lambda row, where: Format("prompts", (), isinstance(row.get("prompt"), list))
+    )
     for i, row in enumerate(rows.rows):
         check_row(row, found, rows.origin(i))
     if system_prompt and not conversational:
         raise DataError("system_prompt needs conversations, and the prompts are texts.")
     if conversational:
         require_template(tokenizer, "prompts of messages")
+
+    def with_tools(row: dict, i: int) -> dict:
+        if tools and row.get("tools"):
+            raise DataError(
+                f"{rows.origin(i)}: the row has tools of its own, which no function would answer: "
+                "leave out the column, or --tools."
+            )
+        return row | {"tools": list(tools)} if tools else row
+
     options = FormatOptions(system_prompt=system_prompt, limits=limits)
     renderer = ChatRenderer(tokenizer, limits)
     if conversational:
         texts = renderer.texts(
             [
-                Job(conversation(row, "prompt", options), row, rows.origin(i), True)
+                Job(conversation(row, "prompt", options), with_tools(row, i), rows.origin(i), True)
                 for i, row in enumerate(rows.rows)
             ]
         )
@@ -101,14 +121,8 @@ def prepare_prompts(
     # Reward functions get the same columns whatever rows form a batch.
     columns = dict.fromkeys(name for row in rows.rows for name in row)
     full = [dict.fromkeys(columns) | row for row in rows.rows]
-    notes = (*rows.notes, *renderer.notes(), *_ended_prompts(rows.rows if conversational else []))
-    return Prompts(all_ids, full, conversational, notes)
-
-
-def _ended_prompts(rows: list[dict]) -> list[str]:
-    count = sum(row["prompt"][-1].get("role") == "assistant" for row in rows)
-    what = "end with a message of the assistant, which is complete: a completion begins a new one"
-    return [f"the prompts of {count:,} rows {what}"] if count else []
+    notes = (*rows.notes, *renderer.notes())
+    return Prompts(all_ids, full, conversational, notes, rows.mixture)
 
 
 def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int | None) -> None:
@@ -130,7 +144,8 @@ def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int |
 class PromptLoader:
     """Items of a fixed number of prompts, ordered by (seed, epoch, position).
 
-    An item is a dict: `prompt_ids`, a list of token lists, and `rows`, their dicts. The last
+    An item is a dict: `prompt_ids`, a list of token lists, and `rows`, their dicts; of prompts of
+    several sources also the names of their `sources`. The last
     prompts of an epoch that do not fill an item are dropped from that epoch and counted in
     `num_left_out`; the next epoch has another order.
 
@@ -142,6 +157,8 @@ class PromptLoader:
       keep_last: the remaining prompts form a last, shorter item (for evaluation).
       extra_prompts: additional prompts per item, drawn from all, under the key `extra_prompts`;
         they may replace groups without a gradient.
+      curriculum: chooses the prompts of every item when it is drawn, from all of them; its state,
+        next to (seed, epoch, position), decides on the order. None: the order of the epoch.
     """
 
     def __init__(
@@ -153,44 +170,79 @@ class PromptLoader:
         shuffle: bool = True,
         keep_last: bool = False,
         extra_prompts: int = 0,
+        curriculum: PassRateCurriculum | None = None,
     ):
-        if not 0 < prompts_per_item <= len(prompts) and not keep_last:
-            raise DataError(
-                f"a rollout needs {prompts_per_item} prompts and the data set has {len(prompts)}. "
-                "Lower per_device_train_batch_size, or raise num_generations."
+        if curriculum is not None and not (prompts.mixture is None or prompts.mixture.is_concat):
+            raise ConfigError(
+                "a curriculum chooses among the prompts of all sources, and weights would choose "
+                "too: leave out the weights and mixing_strategy, or the curriculum."
             )
+        self.curriculum = curriculum
         self.prompts, self.prompts_per_item = prompts, prompts_per_item
         self.seed, self.shuffle, self.keep_last = seed, shuffle, keep_last
         self.extra_prompts = extra_prompts
+        if not 0 < prompts_per_item <= self.prompts_per_epoch and not keep_last:
+            raise DataError(
+                f"a rollout needs {prompts_per_item} prompts and the data set has "
+                f"{self.prompts_per_epoch}. Lower per_device_train_batch_size, or raise "
+                "num_generations."
+            )
+
+    @property
+    def mixture(self) -> Mixture | None:
+        return self.prompts.mixture
+
+    @property
+    def prompts_per_epoch(self) -> int:
+        return len(self.prompts) if self.mixture is None else len(self.mixture)
+
+    def order(self, epoch: int) -> list[int]:
+        """The prompts of an epoch in their order."""
+        return self._order(epoch, self.shuffle)
+
+    def _order(self, epoch: int, shuffle: bool) -> list[int]:
+        if self.prompts.mixture is not None:
+            return self.prompts.mixture.order(self.seed, epoch, shuffle).tolist()
+        count = len(self.prompts)
+        return epoch_order(count, self.seed, epoch).tolist() if shuffle else [*range(count)]
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.prompts), self.prompts_per_item)
+        full, rest = divmod(self.prompts_per_epoch, self.prompts_per_item)
         return full + bool(rest and self.keep_last)
 
     @property
     def num_left_out(self) -> int:
-        return 0 if self.keep_last else len(self.prompts) % self.prompts_per_item
+        return 0 if self.keep_last else self.prompts_per_epoch % self.prompts_per_item
 
     def __iter__(self) -> Iterator[dict]:
         return self.batches(0)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[dict]:
         """The items of an epoch from position `start`."""
-        count, n = len(self.prompts), self.prompts_per_item
-        order = epoch_order(count, self.seed, epoch).tolist() if self.shuffle else range(count)
+        n, order = self.prompts_per_item, self.order(epoch)
         for position in range(start, len(self)):
+            if self.curriculum is not None:
+                due = self.curriculum.order(self.seed, epoch, self.shuffle)
+                due = due[: n + self.extra_prompts].tolist()
+                yield self._item(due[:n]) | (
+                    {"extra_prompts": self._item(due[n:])} if self.extra_prompts else {}
+                )
+                continue
             chosen = order[position * n : (position + 1) * n]
             item = self._item(chosen)
             if self.extra_prompts:
                 # A separate order, without the prompts of the item.
-                others = epoch_order(count, self.seed, count * (epoch + 1) + position).tolist()
+                others = self._order(len(self.prompts) * (epoch + 1) + position, True)
                 taken = set(chosen)
                 others = [i for i in others if i not in taken]
                 item["extra_prompts"] = self._item(others[: self.extra_prompts])
             yield item
 
     def _item(self, chosen) -> dict:
-        return {
+        item = {
             "prompt_ids": [self.prompts.prompt_ids[i] for i in chosen],
             "rows": [self.prompts.rows[i] for i in chosen],
         }
+        if (mixture := self.prompts.mixture) is not None:
+            item["sources"] = [mixture.names[i] for i in mixture.source_of(chosen)]
+        return item

@@ -10,9 +10,12 @@ from typing import Any
 
 from relax.data.arrow import Shape, read_json, shape_of_schema
 from relax.data.limits import Limits, json_reason, row_too_large
+from relax.data.normalize import CHAT_COLUMNS
 from relax.errors import DataError
 
-_BATCH = 64  # Arrow rows per decoding call
+# Columns of texts that tell an object of columns from a row.
+_TEXTS = ("text", "prompt", "completion", "response", "instruction", "output", "chosen", "rejected")
+BATCH = 64  # Arrow rows per decoding call
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,23 @@ def read_file(path: Path, limits: Limits) -> FileRows:
     Raises:
       DataError: as "file:line: reason".
     """
-    try:
+    with readable(path):
         found = READERS[path.suffix](path, limits)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if not found.rows:
         raise DataError(f"{path}: the file holds no rows.")
     return found
 
 
-def _lines(path: Path, limits: Limits) -> Iterator[tuple[int, str]]:
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Context whose errors of the system name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def lines(path: Path, limits: Limits) -> Iterator[tuple[int, str]]:
     """Line numbers and texts; a line above the limit is refused before it is read completely."""
     with path.open("rb") as file:
         number = 0
@@ -54,15 +64,15 @@ def _lines(path: Path, limits: Limits) -> Iterator[tuple[int, str]]:
             where = f"{path}:{number}"
             if len(raw) > limits.max_row_bytes and not raw.endswith(b"\n"):
                 raise row_too_large(where, None, limits)
-            yield number, _decode(raw, where, first=number == 1)
+            yield number, decode(raw, where, first=number == 1)
 
 
 def _read_jsonl(path: Path, limits: Limits) -> FileRows:
     rows, numbers = [], []
-    for number, text in _lines(path, limits):
+    for number, text in lines(path, limits):
         if text.strip():
             where = f"{path}:{number}"
-            rows.append(_object(_parse_line(text, where), where))
+            rows.append(parse_row(text, where))
             numbers.append(number)
     return FileRows(rows, numbers)
 
@@ -70,7 +80,7 @@ def _read_jsonl(path: Path, limits: Limits) -> FileRows:
 def _read_text(path: Path, limits: Limits) -> FileRows:
     """A row for each line that is not blank; only a line feed ends a line, unlike in `str`."""
     rows, numbers = [], []
-    for number, text in _lines(path, limits):
+    for number, text in lines(path, limits):
         if text.strip():
             rows.append({"text": text.rstrip("\r\n")})
             numbers.append(number)
@@ -82,17 +92,17 @@ def _read_csv(path: Path, limits: Limits) -> FileRows:
     rows, numbers = [], []
     line = 0  # the last line read; the csv module counts whole rows
 
-    def lines() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         nonlocal line
-        for number, text in _lines(path, limits):
+        for number, text in lines(path, limits):
             line = number
             yield text
 
     # A quoted cell may span lines, and the csv module's cell limit is lower than ours.
     csv.field_size_limit(max(csv.field_size_limit(), limits.max_row_bytes))
-    reader = csv.DictReader(lines(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    reader = csv.DictReader(texts(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
-        _check_columns(reader.fieldnames or (), path)
+        check_columns(reader.fieldnames or (), path)
         for row in reader:
             where = f"{path}:{line}"
             if None in row or None in row.values():
@@ -108,12 +118,12 @@ def _read_csv(path: Path, limits: Limits) -> FileRows:
     return FileRows(rows, numbers)
 
 
-def _check_columns(names: Iterable[str], path: Path) -> None:
+def check_columns(names: Iterable[str], path: Path) -> None:
     if (name := _repeated(names)) is not None:
         raise DataError(f"{path}: two columns are named {name!r}: rename or remove one.")
 
 
-def _decode(raw: bytes, where: str, first: bool) -> str:
+def decode(raw: bytes, where: str, first: bool) -> str:
     try:
         text = raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -129,9 +139,14 @@ def _decode(raw: bytes, where: str, first: bool) -> str:
     return text
 
 
+def parse_row(text: str, where: str) -> dict:
+    """The object of a line of JSON."""
+    return _object(_parse_line(text, where), where)
+
+
 def _parse_line(text: str, where: str):
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return _ROW.decode(text)
     except (ValueError, RecursionError) as error:
         if not text.endswith("\n"):
             raise DataError(
@@ -151,6 +166,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
     return found
 
 
+_ROW = json.JSONDecoder(object_pairs_hook=_unique)  # making one costs as much as a short row
+
+
 def _repeated(names: Iterable[str]) -> str | None:
     """The first name that occurs twice, if any."""
     seen: set[str] = set()
@@ -168,14 +186,18 @@ def _object(value, where: str) -> dict:
 
 
 def _read_json(path: Path, limits: Limits) -> FileRows:
-    """Reads a list of objects; a file that begins with an object is read as JSON lines."""
+    """Reads a list of objects, an object of columns, or JSON lines."""
     text = "".join(
-        _decode(raw, f"{path}:{number}", first=number == 1)
+        decode(raw, f"{path}:{number}", first=number == 1)
         for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), 1)
     )
     position = _skip_space(text, 0)
     if not text.startswith("[", position):
-        return _read_jsonl(path, limits)
+        try:
+            columns = _columns(text, position)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}.") from error
+        return _read_jsonl(path, limits) if columns is None else columns
     rows, numbers = [], []
     decoder = json.JSONDecoder(object_pairs_hook=_unique)
     line, counted = 1, 0  # the line number at position `counted`
@@ -201,6 +223,33 @@ def _read_json(path: Path, limits: Limits) -> FileRows:
     return FileRows(rows, numbers)
 
 
+def _columns(text: str, position: int) -> FileRows | None:
+    """The rows of a file that is one object of columns: lists, or pandas' objects by "0", "1", ...
+
+    A single row may hold lists too, of messages or of token ids, so one column must hold texts or
+    conversations.
+    """
+    try:
+        value, end = json.JSONDecoder(object_pairs_hook=_unique).raw_decode(text, position)
+    except (ValueError, RecursionError):
+        return None
+    if text[end:].strip() or not isinstance(value, dict) or not value:
+        return None
+    if all(isinstance(v, dict) and [*v] == [str(i) for i in range(len(v))] for v in value.values()):
+        value = {name: [*column.values()] for name, column in value.items()}
+    if not all(isinstance(column, list) and column for column in value.values()):
+        return None
+    inner = {name: {type(item) for item in column} for name, column in value.items()}
+    is_text = any(inner.get(name) == {str} for name in _TEXTS)
+    if not is_text and not any(inner.get(name) == {list} for name in CHAT_COLUMNS):
+        return None
+    lengths = {name: len(column) for name, column in value.items()}
+    if len({*lengths.values()}) > 1:
+        raise ValueError(f"its columns have different lengths: {lengths}")
+    rows = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    return FileRows(rows, list(range(1, len(rows) + 1)))
+
+
 def _skip_space(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
@@ -208,16 +257,16 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _read_parquet(path: Path, limits: Limits) -> FileRows:
-    pyarrow = _pyarrow(path)
-    with _readable(path, pyarrow):
+    pyarrow = import_pyarrow(path)
+    with readable_arrow(path, pyarrow):
         with pyarrow.parquet.ParquetFile(path) as file:
-            return _arrow_rows(path, file.schema_arrow, file.iter_batches(batch_size=_BATCH))
+            return _arrow_rows(path, file.schema_arrow, file.iter_batches(batch_size=BATCH))
 
 
 def _read_arrow(path: Path, limits: Limits) -> FileRows:
     """Reads a file of `datasets.save_to_disk`, or any Arrow stream or file."""
-    pyarrow = _pyarrow(path)
-    with _readable(path, pyarrow), path.open("rb") as file:
+    pyarrow = import_pyarrow(path)
+    with readable_arrow(path, pyarrow), path.open("rb") as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         if is_file:
@@ -229,7 +278,7 @@ def _read_arrow(path: Path, limits: Limits) -> FileRows:
 
 
 def _arrow_rows(path: Path, schema, batches) -> FileRows:
-    _check_columns(schema.names, path)
+    check_columns(schema.names, path)
     shapes = shape_of_schema(schema)
     rows: list[dict] = []
     for batch in batches:
@@ -239,7 +288,8 @@ def _arrow_rows(path: Path, schema, batches) -> FileRows:
     return FileRows(rows, list(range(1, len(rows) + 1)), shapes)
 
 
-def _pyarrow(path: Path):
+def import_pyarrow(path: Path):
+    """The package `pyarrow`, or an error that says how to install it."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -252,7 +302,8 @@ def _pyarrow(path: Path):
 
 
 @contextlib.contextmanager
-def _readable(path: Path, pyarrow):
+def readable_arrow(path: Path, pyarrow):
+    """Context whose errors of Arrow name the file."""
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:

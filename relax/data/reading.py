@@ -1,18 +1,27 @@
 """Reads rows from files, directories, hub names and Python objects, with the place of each row."""
 
+import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from relax.data.arrow import shape_of_features, without_aligned_nulls
+from relax.data.digest import files_key
+from relax.data.examples import checksum
 from relax.data.limits import DEFAULT, Limits, check_files
+from relax.data.mixing import Mixture
 from relax.data.normalize import normalize
 from relax.data.readers import READERS, SUFFIXES, FileRows, read_file
+from relax.data.stored import SUFFIXES as STORED
+from relax.data.stored import Selected, StoredRows
 from relax.data.tasks import is_task, task_rows_and_faults
 from relax.errors import ConfigError, DataError
 
+MOST_UNCOUNTED = 1_000_000  # rows of an iterable without a length
 _SPLITS = re.compile(r"(train|test|validation|valid|val|eval|dev)([-_.\d].*)?")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 # Metadata written by the `datasets` library, without rows.
@@ -28,14 +37,36 @@ class Rows:
       rows: one dict each.
       origin: `origin(i)` is the place of row i for messages, such as "file:line".
       notes: what was normalised, for the report.
+      mixture: how they are mixed, where they are of several sources.
+      key: a digest of the files that they are read from; None: they are changed, or of no files.
     """
 
-    rows: list[dict]
+    rows: Sequence[dict]
     origin: Callable[[int], str]
     notes: tuple[str, ...] = ()
+    mixture: Mixture | None = None
+    key: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first row of each source."""
+        sizes = (len(self.rows),) if self.mixture is None else self.mixture.sizes
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def select(self, chosen: Sequence[int] | np.ndarray) -> "Rows":
+        """Some of the rows."""
+        mixture = None if self.mixture is None else self.mixture.kept(chosen)
+        rows = Selected(self.rows, chosen)
+        key = self.key and f"{self.key}/{checksum(np.asarray(chosen, np.int64)):08x}"
+
+        def origin(i: int) -> str:
+            return self.origin(int(chosen[i]))
+
+        kept = [*rows] if isinstance(self.rows, list) else rows
+        return Rows(kept, origin, self.notes, mixture, key)
 
 
 def read_rows(
@@ -44,6 +75,7 @@ def read_rows(
     config: str | None = None,
     options: Mapping | None = None,
     limits: Limits = DEFAULT,
+    stored_from: int | None = None,
 ) -> Rows:
     """Reads a data set from any source and normalises its rows.
 
@@ -58,6 +90,8 @@ def read_rows(
       config: a subdirectory, which holds a configuration of a hub data set.
       options: options of a task, see `relax.data.tasks.task_rows`.
       limits: limits on rows and files.
+      stored_from: bytes of all files from which on their rows stay in them, and are read again for
+        every use; of `relax.data.stored.SUFFIXES` only. None: all rows are held in memory.
 
     Raises:
       DataError: as "file:line: reason" if a row is broken, or nothing can be read.
@@ -89,14 +123,29 @@ def read_rows(
         files = [_single_file(path, split)]
     elif path.is_dir():
         files = split_files(path, split, config)
+    elif path.exists():
+        raise DataError(
+            f"{str(path)!r} is a pipe or a device, and rows are read more than once: write them to "
+            "a .jsonl file, or train on a relax.data.StreamLoader."
+        )
     else:
         files = split_files(_download(str(dataset)), split, config)
-    check_files([file.stat().st_size for file in files], str(dataset), limits)
-    joined = _join([(file, read_file(file, limits)) for file in files])
+    return _file_rows(files, str(dataset), limits, stored_from)
+
+
+def _file_rows(files: list[Path], name: str, limits: Limits, stored_from: int | None) -> Rows:
     names = sorted({file.name for file in files if not _SHARD.search(file.stem)})
     notes = (f"the split is read from {', '.join(names)}",) if len(names) > 1 else ()
-    rows, changes = normalize(joined.rows, joined.origin, limits)
-    return Rows(rows, joined.origin, (*notes, *changes))
+    sizes = [file.stat().st_size for file in files]
+    is_large = stored_from is not None and sum(sizes) >= stored_from
+    key = files_key(files, limits) if is_large else None
+    if is_large and all(file.suffix in STORED for file in files):
+        stored = StoredRows(files, limits)
+        return Rows(stored, stored.origin, notes, key=key)
+    check_files(sizes, name, limits)
+    joined = _join([(file, read_file(file, limits)) for file in files])
+    rows, changes = normalize([*joined.rows], joined.origin, limits)
+    return Rows(rows, joined.origin, (*notes, *changes), key=key)
 
 
 def split_files(directory: Path, split: str, config: str | None = None) -> list[Path]:
@@ -232,7 +281,7 @@ def _python_rows(dataset, split: str, limits: Limits) -> Rows:
         dataset = dataset[split]
     if isinstance(dataset, Mapping | bytes) or not isinstance(dataset, Iterable):
         raise DataError(f"rows must be an iterable of dicts, got a {type(dataset).__name__}.")
-    rows = list(dataset)
+    rows = list(dataset) if hasattr(dataset, "__len__") else _held(dataset)
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(f"row {i}: is a {type(row).__name__}, not a dict.")
@@ -245,6 +294,18 @@ def _python_rows(dataset, split: str, limits: Limits) -> Rows:
         rows = without_aligned_nulls(rows, shape_of_features(features.to_dict(), json_shape=None))
     normal, notes = normalize(rows, _row_number, limits)
     return Rows(normal, _row_number, notes)
+
+
+def _held(stream: Iterable) -> list:
+    """The rows of an iterable that does not say how many it has."""
+    rows = list(itertools.islice(stream, MOST_UNCOUNTED + 1))
+    if len(rows) > MOST_UNCOUNTED:
+        raise DataError(
+            f"rows that come without a length are held in memory, and more than {MOST_UNCOUNTED:,} "
+            "came: write them to a .jsonl file, whose rows stay on the disk, or train on a "
+            "relax.data.StreamLoader, which takes streams without an end."
+        )
+    return rows
 
 
 def _row_number(i: int) -> str:

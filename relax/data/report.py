@@ -1,6 +1,7 @@
 """The report on the data before the first step, and its form on a terminal."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,8 @@ class DataReport:
         border, or the chat template renders the prompt differently before a completion. The prompt
         is the common beginning, and the rest is trained on.
       endless: number of rows without a trained end token.
+      turns: number of assistant messages found `by marks` of the template and `by rendering`, and
+        of those `untrained`; empty where the loss is not by messages.
       lengths: tokens per row before truncation, by percentile.
       num_tokens: tokens of the examples.
       num_trained_tokens: trained tokens of the examples.
@@ -56,6 +59,7 @@ class DataReport:
     trained_on: str
     last_trained_token: str
     ends_trained: bool
+    turns: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     examples: tuple[tuple[tuple[str, bool], ...], ...] = ()
     packing: str | None = None
@@ -87,7 +91,7 @@ class DataReport:
         }
 
 
-def percentiles(lengths: list[int]) -> dict[int, int]:
+def percentiles(lengths: Sequence[int]) -> dict[int, int]:
     """Minimum, median, 90th and 99th percentile, and maximum of the lengths.
 
     >>> percentiles([1, 2, 3, 4, 5])
@@ -152,6 +156,9 @@ def _lines(report: DataReport):
     yield "tokens a row", ", ".join(f"{names[p]} {n:,}" for p, n in report.lengths.items())
     trained = f"{report.num_trained_tokens:,} trained ({report.share:.1%}): {report.trained_on}"
     yield "tokens", f"{report.num_tokens:,}, of which {trained}"
+    if report.turns:
+        found = (f"{count:,} {how}" for how, count in report.turns.items())
+        yield "assistant turns", ", ".join(found)
     if report.packing:
         packed = f"{report.num_packed_rows:,} rows, {report.packing_fill:.1%} full"
         yield "packing", f"{report.packing}: {packed}"

@@ -1,8 +1,8 @@
 """Renders chat templates, which are downloaded code, in a separate process.
 
-Run by `relax.data.templates`. It writes "ready", reads lines of JSON, each a list of jobs, and
-writes a line for each job. SIGALRM ends the process if a job exceeds its time, even in a loop in C;
-RLIMIT_AS bounds its memory.
+Run by `relax.data.template_process`. It writes "ready", reads lines of JSON, each with the
+templates and jobs of a request, and writes a line for each job. SIGALRM ends the process if a job
+exceeds its time, even in a loop in C; RLIMIT_AS bounds its memory.
 """
 
 import json
@@ -24,7 +24,9 @@ def main() -> None:
     out.write('"ready"\n')
     out.flush()
     for line in sys.stdin:
-        for job in json.loads(line):
+        request = json.loads(line)
+        for job in request["jobs"]:
+            job["chat_template"] = request["templates"][job["chat_template"]]
             out.write(json.dumps(_result(render_jinja_template, job, options)) + "\n")
             out.flush()
 
@@ -39,7 +41,42 @@ def _limit_memory(mib: int) -> None:
 
 
 def _result(render, job: dict, options: dict) -> dict:
-    """`text` and `spans` of a rendered job, or `error`, or `limit`, the limit that was exceeded."""
+    """`text`, `spans` and `variants` of a rendered job, or `error`, or `limit`, the one exceeded.
+
+    A variant renders a part of the conversation, or one with other messages. Its result is the
+    length of its text where the whole text begins with that, else the text, or its error.
+    """
+    variants, only = job.pop("variants", ()), job.pop("variants_only", False)
+    made: dict = {"text": "", "spans": []} if only else _rendered(render, job, options)
+    if "text" not in made or not variants:
+        return made
+    found = made["variants"] = []
+    for variant in variants:
+        other = _rendered(render, _varied(job, **variant), options)
+        if "limit" in other:
+            return other
+        text = other.get("text")
+        found.append(other if text is None else _shared(text, made["text"]))
+    return made
+
+
+def _shared(text: str, whole: str) -> int | str:
+    return len(text) if whole.startswith(text) else text
+
+
+def _varied(job: dict, upto: int, prompt: bool, changed: list) -> dict:
+    """The job of the first `upto` messages, with `changed`, pairs of a place and a message."""
+    messages = list(job["conversations"][0])
+    for place, message in changed:
+        messages[place] = message
+    return job | {
+        "conversations": [messages[:upto]],
+        "add_generation_prompt": prompt,
+        "return_assistant_tokens_mask": False,
+    }
+
+
+def _rendered(render, job: dict, options: dict) -> dict:
     signal.setitimer(signal.ITIMER_REAL, options["timeout_s"])
     try:
         texts, spans = render(**job)
@@ -51,9 +88,11 @@ def _result(render, job: dict, options: dict) -> dict:
         return {"error": reason[:500]}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    given = sum(len(json.dumps(job[name], ensure_ascii=False)) for name in job)
-    if len(text) > options["output_ratio"] * given:
-        return {"limit": "output", "output": len(text), "input": given}
+    ratio = options["output_ratio"]
+    if len(text) > ratio * len(job["chat_template"]):  # counting the rest of the input takes longer
+        given = sum(len(json.dumps(job[name], ensure_ascii=False)) for name in job)
+        if len(text) > ratio * given:
+            return {"limit": "output", "output": len(text), "input": given}
     return {"text": text, "spans": spans[0] if spans else []}
 
 

@@ -1,23 +1,21 @@
 """Chat templates: render conversations as text, within limits; the only place that does so.
 
 transformers renders in its sandbox; a separate process bounds time, memory and output, which no
-sandbox does (`relax.data.template_worker`).
+sandbox does (`relax.data.template_process`).
 """
 
-import atexit
+import functools
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
+import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from relax.data.limits import DEFAULT, Limits
+from relax.data.template_process import results
+from relax.data.thoughts import REASONING
 from relax.errors import ConfigError, DataError
 
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _BATCH = 64  # conversations per request
 # Arguments that a row's chat_template_kwargs may not set, since they follow from the data.
 _OWN = (
@@ -29,8 +27,9 @@ _OWN = (
     "add_generation_prompt",
     "continue_final_message",
     "return_assistant_tokens_mask",
+    "variants",
+    "variants_only",
 )
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def require_template(tokenizer, what: str, eos_token: str | None = None) -> None:
@@ -72,11 +71,32 @@ class Job(NamedTuple):
     add_generation_prompt: bool = False
 
 
+class Variant(NamedTuple):
+    """Another rendering of a job's conversation.
+
+    Attributes:
+      upto: number of its first messages that are rendered.
+      add_generation_prompt: end with the header of the assistant's turn.
+      changed: messages in place of others, by their index.
+    """
+
+    upto: int
+    add_generation_prompt: bool = False
+    changed: tuple[tuple[int, dict], ...] = ()
+
+
 class Rendered(NamedTuple):
-    """A rendered conversation; `spans` are the characters within {% generation %} blocks."""
+    """A rendered conversation.
+
+    Attributes:
+      text: the text.
+      spans: the characters within {% generation %} blocks.
+      variants: the text of each variant, or None where the template refuses it.
+    """
 
     text: str
     spans: list[tuple[int, int]]
+    variants: list[str | None]
 
 
 class ChatRenderer:
@@ -85,11 +105,13 @@ class ChatRenderer:
     Attributes:
       dropped: kinds of content that the template omits ("tool_calls", "tools", "reasoning_content",
         "system messages", ...), each with the places of its rows.
+      ended: places of the rows whose prompt ends with a message of the assistant.
     """
 
     def __init__(self, tokenizer, limits: Limits = DEFAULT):
         self.tokenizer, self.limits = tokenizer, limits
         self.dropped: dict[str, set[str]] = {}
+        self.ended: set[str] = set()
         self._takes_parts: bool | None = None
 
     def texts(self, jobs: Sequence[Job]) -> list[str]:
@@ -100,33 +122,79 @@ class ChatRenderer:
         """
         return [rendered.text for rendered in self.render(jobs)]
 
-    def render(self, jobs: Sequence[Job], *, spans: bool = False) -> list[Rendered]:
-        """As `texts`, with the spans of assistant text if `spans` is true."""
+    def render(
+        self,
+        jobs: Sequence[Job],
+        *,
+        spans: bool = False,
+        variants: Sequence[Sequence[Variant]] = (),
+    ) -> list[Rendered]:
+        """As `texts`, with the spans of assistant text if `spans` is true, and each job's variants.
+
+        Args:
+          variants: those of each job, or empty.
+        """
         made = []
         for first in range(0, len(jobs), _BATCH):
             some = jobs[first : first + _BATCH]
-            requests = [self._request(job, spans) for job in some]
+            others = variants[first : first + _BATCH] or [()] * len(some)
+            requests = [self._request(*pair, spans) for pair in zip(some, others, strict=True)]
             # A job that exceeds a limit is the last one answered, and is refused.
-            for job, result in zip(some, _results(requests, self.limits), strict=False):
-                if "text" not in result and _wants_text_arguments(result, job):
-                    request = self._request(_with_text_arguments(job), spans)
-                    (result,) = _results([request], self.limits)
+            for i, result in enumerate(results(requests, self.limits)):
+                job = some[i]
+                if _wants_text_arguments(result, job):
+                    (result,) = results([_with_texts(requests[i])], self.limits)
                 text = _checked(result, job.where, self.limits)
-                made.append(Rendered(text, [tuple(span) for span in result["spans"]]))
+                found = [_variant_text(text, other) for other in result.get("variants", ())]
+                made.append(Rendered(text, [tuple(span) for span in result["spans"]], found))
                 for name in _left_out(job, text):
                     self.dropped.setdefault(name, set()).add(job.where)
+                if job.add_generation_prompt and job.messages[-1].get("role") == "assistant":
+                    self.ended.add(job.where)
         return made
 
+    def parts(
+        self, jobs: Sequence[Job], variants: Sequence[Sequence[Variant]]
+    ) -> list[list[str | None]]:
+        """The text of each variant of each job, or None where the template refuses it."""
+        made = []
+        for first in range(0, len(jobs), _BATCH):
+            some = slice(first, first + _BATCH)
+            pairs = zip(jobs[some], variants[some], strict=True)
+            requests = [self._request(*pair, False) | {"variants_only": True} for pair in pairs]
+            for job, request, result in zip(
+                jobs[some], requests, results(requests, self.limits), strict=False
+            ):
+                if _wants_text_arguments(result, job):
+                    (result,) = results([_with_texts(request)], self.limits)
+                _checked(result, job.where, self.limits)
+                made.append([_variant_text("", other) for other in result["variants"]])
+        return made
+
+    def has_marks(self, job: Job) -> bool:
+        """Whether the template that renders the job marks the assistant's words."""
+        return _has_marks(self._template(job))
+
     def notes(self) -> tuple[str, ...]:
-        """A warning for each kind of content that the template omits."""
+        """Warnings: content that the template omits, prompts that end with an assistant's turn."""
+        ended = (
+            f"the prompts of {len(self.ended):,} rows end with a message of the assistant, which "
+            "is complete: a completion begins a new one"
+        )
         return tuple(
             f"the chat template does not render the {name} of {len(places):,} rows: "
             f"first {min(places, key=_natural)}. They are not trained on; another template is "
             "given with --chat_template_path"
             for name, places in sorted(self.dropped.items())
-        )
+        ) + (ended,) * bool(self.ended)
 
-    def _request(self, job: Job, spans: bool) -> dict:
+    def _template(self, job: Job) -> str:
+        try:
+            return self.tokenizer.get_chat_template(None, job.row.get("tools") or None)
+        except ValueError as error:
+            raise DataError(f"{job.where}: the chat template refuses the row: {error}") from error
+
+    def _request(self, job: Job, variants: Sequence[Variant], spans: bool) -> dict:
         extra = job.row.get("chat_template_kwargs") or {}
         taken = [name for name in extra if name in _OWN]
         if taken:
@@ -134,18 +202,17 @@ class ChatRenderer:
                 f"{job.where}: the chat template refuses the row: its chat_template_kwargs set "
                 f"{taken[0]!r}, which rows cannot."
             )
-        tools = job.row.get("tools") or None
-        try:
-            template = self.tokenizer.get_chat_template(None, tools)
-        except ValueError as error:
-            raise DataError(f"{job.where}: the chat template refuses the row: {error}") from error
-        # transformers treats a missing key and null alike.
-        messages = [{k: v for k, v in m.items() if v is not None} for m in job.messages]
-        if self._parts(template):
-            messages = [_with_parts(message) for message in messages]
+        template = self._template(job)
+        parts = self._parts(template)
+        others = [
+            (variant.upto, variant.add_generation_prompt,
+             [(i, _for_template(message, parts)) for i, message in variant.changed])
+            for variant in variants
+        ]  # fmt: skip
         return {
-            "conversations": [messages],
-            "tools": tools,
+            "conversations": [[_for_template(message, parts) for message in job.messages]],
+            "variants": [dict(zip(("upto", "prompt", "changed"), o, strict=True)) for o in others],
+            "tools": job.row.get("tools") or None,
             "chat_template": template,
             "return_assistant_tokens_mask": spans,
             "add_generation_prompt": job.add_generation_prompt,
@@ -160,7 +227,7 @@ class ChatRenderer:
             common = {"chat_template": template, **self.tokenizer.special_tokens_map}
             self._takes_parts = False
             for message, means_parts in ((probe, False), (_with_parts(probe), True)):
-                (result,) = _results([{"conversations": [[message]], **common}], self.limits)
+                (result,) = results([{"conversations": [[message]], **common}], self.limits)
                 if "limit" in result or "PROBE" in result.get("text", ""):
                     self._takes_parts = means_parts and "text" in result
                     break
@@ -181,6 +248,23 @@ def render_template(
     return ChatRenderer(tokenizer, limits).texts([job])[0]
 
 
+@functools.lru_cache(maxsize=16)
+def _has_marks(template: str) -> bool:
+    return bool(_GENERATION.search(template))
+
+
+def _for_template(message: dict, parts: bool) -> dict:
+    # transformers treats a missing key and null alike.
+    message = {name: value for name, value in message.items() if value is not None}
+    return _with_parts(message) if parts else message
+
+
+def _variant_text(text: str, result: int | str | dict) -> str | None:
+    if isinstance(result, int):
+        return text[:result]
+    return result if isinstance(result, str) else None
+
+
 def _with_parts(message: dict) -> dict:
     content = message.get("content")
     if not isinstance(content, str):
@@ -190,25 +274,34 @@ def _with_parts(message: dict) -> dict:
 
 def _wants_text_arguments(result: dict, job: Job) -> bool:
     """Whether the template failed because it concatenates a call's arguments with text."""
-    error = result.get("error", "")
-    return "concatenate str" in error and any(m.get("tool_calls") for m in job.messages)
+    found = [result, *(v for v in result.get("variants", ()) if isinstance(v, dict))]
+    wanted = any("concatenate str" in one.get("error", "") for one in found)
+    return wanted and any(m.get("tool_calls") for m in job.messages)
 
 
-def _with_text_arguments(job: Job) -> Job:
-    """The job with the arguments of calls as JSON texts, which DeepSeek's templates expect."""
+def _with_texts(request: dict) -> dict:
+    """The request with the arguments of calls as JSON texts."""
+    (messages,) = request["conversations"]
+    variants = [
+        variant | {"changed": [(i, _with_text_arguments(m)) for i, m in variant["changed"]]}
+        for variant in request["variants"]
+    ]
+    messages = [_with_text_arguments(message) for message in messages]
+    return request | {"conversations": [messages], "variants": variants}
+
+
+def _with_text_arguments(message: dict) -> dict:
+    """The message with the arguments of its calls as JSON texts, which DeepSeek expects."""
 
     def text(function: dict) -> dict:
         arguments = json.dumps(function.get("arguments", {}), ensure_ascii=False)
         return {**function, "arguments": arguments}
 
-    messages = []
-    for message in job.messages:
-        calls = [
-            {**call, "function": text(call["function"])} if "function" in call else text(call)
-            for call in message.get("tool_calls") or ()
-        ]
-        messages.append({**message, "tool_calls": calls} if calls else message)
-    return job._replace(messages=messages)
+    calls = [
+        {**call, "function": text(call["function"])} if "function" in call else text(call)
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _checked(result: dict, where: str, limits: Limits) -> str:
@@ -235,12 +328,15 @@ def _left_out(job: Job, text: str) -> Iterable[str]:
     if any(name not in text for name in names if name):
         yield "tools"
     messages = job.messages
-    calls = [c for m in messages for c in m.get("tool_calls") or () if isinstance(c, dict)]
-    if any(name not in text for name in map(_name, calls) if name):
-        yield "tool_calls"
-    elif calls and names and text.count(_name(calls[0]) or "") < 2:
-        yield "tool_calls"  # the name found is that of the tool
-    thoughts = [m[key] for m in messages for key in _REASONING if isinstance(m.get(key), str)]
+    kinds = {"tool_calls": [call for m in messages for call in m.get("tool_calls") or ()]}
+    kinds["function_call"] = [m.get("function_call") for m in messages]
+    for kind, found in kinds.items():
+        calls = [call for call in found if isinstance(call, dict)]
+        if any(name not in text for name in map(_name, calls) if name):
+            yield kind
+        elif calls and names and text.count(_name(calls[0]) or "") < 2:
+            yield kind  # the name found is that of the tool
+    thoughts = [m[key] for m in messages for key in REASONING if isinstance(m.get(key), str)]
     # Templates omit the thoughts of earlier turns on purpose.
     if any(map(str.strip, thoughts)) and not any(t.strip() in text for t in thoughts if t.strip()):
         yield "reasoning_content"
@@ -267,124 +363,3 @@ def _natural(place: str) -> tuple:
     """Sorts "a.jsonl:9" before "a.jsonl:10"."""
     head, _, number = place.replace(" ", ":").rpartition(":")
     return head, int(number) if number.isdigit() else 0
-
-
-def _results(requests: list[dict], limits: Limits) -> list[dict]:
-    """The worker's result for each request, up to the first that ends it."""
-    messages = [_json(request) for request in requests]
-    sent = [m for m in messages if isinstance(m, str)]
-    with _lock:
-        worker = _worker_of(limits)
-        answers, status = worker.ask(sent)
-    if len(answers) < len(sent):
-        answers.append({"limit": "time" if status == -signal.SIGALRM else "memory"})
-    given = iter(answers)
-    results = []
-    for message in messages:
-        result = next(given, None) if isinstance(message, str) else message
-        if result is None:
-            break
-        results.append(result)
-    return results
-
-
-def _json(request: dict) -> str | dict:
-    try:
-        return json.dumps(request)
-    except (TypeError, ValueError, RecursionError) as error:
-        return {"error": f"it contains a value that is not JSON: {error}"}
-
-
-class _Worker:
-    """The rendering process, started at the first conversation and restarted whenever it ends."""
-
-    def __init__(self, limits: Limits):
-        options = {
-            "path": [os.path.abspath(path) for path in sys.path],
-            "timeout_s": limits.template_timeout_s,
-            "memory_mib": limits.template_memory_mib,
-            "output_ratio": limits.template_output_ratio,
-        }
-        program = str(Path(__file__).with_name("template_worker.py"))
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", program, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # the parent handles Ctrl-C
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        if self._read() != "ready":
-            raise RuntimeError(
-                "the process that renders chat templates did not start, exit code "
-                f"{self.close()}: is transformers installed correctly?"
-            )
-
-    def ask(self, jobs: list[str]) -> tuple[list[dict], int | None]:
-        """The results received, and the exit status if the process ended before the last one.
-
-        Args:
-          jobs: each a JSON object.
-        """
-        answers: list[dict] = []
-        try:
-            self._write("[" + ",".join(jobs) + "]")
-            while len(answers) < len(jobs) and (line := self._read()) is not None:
-                answers.append(line)
-        except (
-            BaseException
-        ):  # after Ctrl-C between request and answer, the next answer would be the wrong one
-            self.close()
-            raise
-        return answers, None if len(answers) == len(jobs) else self.close()
-
-    def _write(self, line: str) -> None:
-        try:
-            self.stdin.write(line.encode() + b"\n")
-            self.stdin.flush()
-        except BrokenPipeError:
-            pass  # the process has ended, which reading will show
-
-    def _read(self):
-        line = self.stdout.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
-
-    def close(self) -> int:
-        """Ends the process; returns its exit status, negative for a signal."""
-        for pipe in (self.stdin, self.stdout):
-            try:
-                pipe.close()
-            except OSError:
-                pass  # unwritten data has no reader any more
-        try:
-            return self.process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-
-
-_lock = threading.Lock()  # one request at a time, from any thread
-_workers: dict[tuple, _Worker] = {}
-
-
-def _worker_of(limits: Limits) -> _Worker:
-    """The worker of this process with these limits."""
-    key = (
-        os.getpid(),
-        limits.template_timeout_s,
-        limits.template_memory_mib,
-        limits.template_output_ratio,
-    )
-    worker = _workers.get(key)
-    if worker is None or worker.process.poll() is not None or worker.stdin.closed:
-        worker = _workers[key] = _Worker(limits)
-    return worker
-
-
-@atexit.register
-def _close_workers() -> None:
-    for (pid, *_), worker in _workers.items():
-        if pid == os.getpid():
-            worker.close()

@@ -1,5 +1,7 @@
 """Memory check of an update: an error with the flags that lower its memory."""
 
+import math
+
 from relax.config import TrainerConfig
 from relax.config.text import format_bytes
 from relax.engine.memory import Capacity, Sizes
@@ -18,7 +20,8 @@ FLAGS = (
     ),
     ("--dtype bfloat16", "dtype", "bfloat16"),
     ("--use_peft", "use_peft", True),
-    ("--optim adafactor", "optim", "adafactor"),
+    ("--quantize_base nf4", "quantize_base", "nf4"),
+    ("--optim adamw_8bit", "optim", "adamw_8bit"),
     ("--param_dtype bfloat16", "param_dtype", "bfloat16"),
     ("a lower --max_length", "max_length", None),
 )
@@ -38,13 +41,12 @@ def check(sizes: Sizes, capacity: Capacity, config: TrainerConfig) -> str | None
     Raises:
       ConfigError: it needs more than the device has.
     """
-    is_cpu = capacity.name == "cpu"
     needs = format_bytes(sizes.total)
-    if capacity.total is not None and sizes.total > capacity.total * (1 if is_cpu else MARGIN):
+    if sizes.total > most_bytes(capacity):
         least = "" if sizes.activations else "at least "
         raise ConfigError(
             f"an update needs {least}{needs}, and {capacity.name} has "
-            f"{format_bytes(capacity.total)}. {advice(config)}"
+            f"{format_bytes(capacity.total or 0)}. {advice(config)}"
         )
     if capacity.free is not None and sizes.total > capacity.free:
         return (
@@ -52,6 +54,13 @@ def check(sizes: Sizes, capacity: Capacity, config: TrainerConfig) -> str | None
             f"out: {advice(config)}"
         )
     return None
+
+
+def most_bytes(capacity: Capacity) -> float:
+    """The most that an update may need: what the device has, with `MARGIN` unless it is a CPU."""
+    if capacity.total is None:
+        return math.inf
+    return capacity.total * (1 if capacity.name == "cpu" else MARGIN)
 
 
 def advice(config: TrainerConfig) -> str:
@@ -64,10 +73,12 @@ def advice(config: TrainerConfig) -> str:
     """
     values = config.flat()
     left = [flag for flag, field, reached in FLAGS if values.get(field, reached) != reached]
-    if values["optim"] == "sgd":  # its state is smaller still
-        left.remove("--optim adafactor")
+    if values["optim"] in ("sgd", "adafactor"):  # their state is smaller still
+        left.remove("--optim adamw_8bit")
     if values["freeze"] is not None:  # adapters and frozen weights exclude each other
-        left.remove("--use_peft")
+        left = [flag for flag in left if flag not in ("--use_peft", "--quantize_base nf4")]
+    if values["model_name_or_path"] is None and "--quantize_base nf4" in left:
+        left.remove("--quantize_base nf4")  # the demo model is not read
     if not left:
         return "No flag lowers it: use a smaller model or a larger device."
     return f"These lower it, in this order: {', '.join(left)}; --dry_run shows the table."

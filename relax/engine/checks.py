@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from relax import parallel
 from relax.checkpoint.checkpointer import check_space, tree_bytes
 from relax.config import ConfigLoader, TrainerConfig
 from relax.config.watch_rules import keeps_best
-from relax.engine import advice, devices, memory
+from relax.engine import advice, devices, fitting, memory
 from relax.engine.output import warn_unchecked
 from relax.engine.resume import check_same_config
 from relax.errors import ConfigError, ErrorList, RelaxError
 from relax.models import TransformerConfig
+from relax.models.quantization import is_quantized
 from relax.models.trainable import merge
 
 
@@ -62,16 +64,37 @@ def read_data(read: Callable, model_config: TransformerConfig, found: ErrorList)
     return None
 
 
-def check_state_memory(config: TrainerConfig, trainer) -> None:
+def check_state_memory(config: TrainerConfig, trainer, data, steps: int, console) -> None:
     """Raises an error if the state cannot fit in memory, before it is created.
 
+    Args:
+      data, steps: of the run, from which the largest batch follows where rows are batches.
+
     Raises:
-      ConfigError: it needs more than the device has; suggests flags.
+      ConfigError: it needs more than the device has; names flags that make it fit.
     """
     state = jax.eval_shape(trainer.create_train_state, jax.random.key(0))
     state = parallel.sharded_shapes(state)
     sizes = memory.state_sizes(state, trainer.gradient_accumulation_steps)
-    advice.check(sizes, memory.capacity(), config)
+    there = memory.capacity()
+    try:
+        advice.check(sizes, there, config)
+    except ConfigError as error:
+        batch = None
+        if config.algorithm == "sft":
+            batch = memory.largest_batch(data.train, steps, trainer, state)
+        raise _with_flags(error, config, trainer, batch, there, console) from None
+
+
+def _with_flags(error: ConfigError, config, trainer, batch, there: memory.Capacity, console):
+    """The error with the flags that make the update fit, in place of a list to try."""
+    if batch is None or there.total is None:
+        return error
+    say = partial(console.print, markup=False)
+    found = fitting.cheapest(trainer, config, batch, advice.most_bytes(there), say)
+    if found is None:
+        return error
+    return ConfigError(f"{str(error).removesuffix(advice.advice(config)).strip()} {found}")
 
 
 def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -> memory.Sizes:
@@ -81,12 +104,15 @@ def check_update_memory(config: TrainerConfig, trainer, state, batch, console) -
       batch: the largest batch, or its shapes.
 
     Raises:
-      ConfigError: it needs more than the device has; suggests flags.
+      ConfigError: it needs more than the device has; names flags that make it fit.
     """
-    there = memory.capacity(parallel.bytes_per_device(state))
+    there = memory.capacity(memory.state_sizes(state, 1).held)
     sizes = memory.update_sizes(trainer, state, batch)
     console.print(memory.table(sizes, there, memory.rows_of(batch)), markup=False)
-    warning = advice.check(sizes, there, config)
+    try:
+        warning = advice.check(sizes, there, config)
+    except ConfigError as error:
+        raise _with_flags(error, config, trainer, batch, there, console) from None
     if warning is not None and sizes.activations:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     return sizes
@@ -126,6 +152,15 @@ def check_disk(
         copies = max(copies - saved_steps, 1)
     copies += 2 * keeps_best(config.flat())  # the best state and its replacement
     checkpoint = tree_bytes(state.replace(frozen={}) if only_trained else state)
-    model = tree_bytes(state.params if only_adapter else merge(state.params, state.frozen))
+    whole = merge(state.params, state.frozen)
+    whole = jax.tree.map(partial(_written, config), whole, is_leaf=is_quantized)
+    model = tree_bytes(state.params if only_adapter else whole)
     check_space(directory, checkpoint, copies, others=model)
     return copies, checkpoint, model
+
+
+def _written(config: TrainerConfig, leaf):
+    """What is written of a weight, which is not quantised."""
+    if not is_quantized(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, config.model.param_dtype)

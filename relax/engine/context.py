@@ -20,6 +20,7 @@ from relax.engine.model_source import ModelSource
 from relax.engine.terminal import standard_console
 from relax.engine.watch import RunMonitor, report_start
 from relax.errors import CheckpointError, ConfigError, ErrorList, Problems, RelaxError
+from relax.models.huggingface.quantized import BaseQuantizer
 from relax.parallel import processes
 from relax.trainers.interrupt import Interrupt, Interrupted
 
@@ -59,6 +60,8 @@ class RunContext(Generic[C_co]):
         self.resume_from: str | None = None  # "auto" or the path of a checkpoint
         self.has_begun = False  # the directory holds a run that can be resumed
         self.tokenizer: Any = None
+        self.task_evaluation: Any = None  # the callback of eval_tasks
+        self._quantizer: BaseQuantizer | None = None
         self.keeps_frozen = False  # frozen weights are reloaded, not stored in checkpoints
         self._stack = contextlib.ExitStack()
 
@@ -99,6 +102,8 @@ class RunContext(Generic[C_co]):
         """Joins the other processes, makes the mesh, and applies this run's jax settings."""
         opened = devices.open_mesh(self.config, self.console, lambda: self.source.model_config)
         self.config, self.console = stack.enter_context(opened)
+        self.config = devices.with_dtype(self.config, self.console)
+        devices.check_host_memory(self.config, self.console)
         self.local_config = self.config  # for config.json: batch sizes per device
         self.config = devices.for_all_devices(self.config)
         if self.config.debug.debug_nans:

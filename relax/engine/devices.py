@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from relax.errors import ConfigError, ModelLoadError
 from relax.files import content_digest
 from relax.models import TransformerConfig
 from relax.models.huggingface.directories import find_directory
+from relax.optimizers.host import MEMORY_KIND
 from relax.parallel import Rule, processes
 
 C = TypeVar("C", bound=TrainerConfig)
@@ -72,7 +74,7 @@ def open_mesh(
             system.coordinator, system.num_processes, system.process_id, system.heartbeat_s
         )
     with processes.abort_on_error():
-        mesh = parallel.make_mesh(system.mesh)
+        mesh = parallel.make_mesh(system.mesh, devices_of_updates(config))
         rules: Sequence[Rule] = parallel.RULES
         if system.sharding_rules is not None:
             rules = parallel.read_rules(system.sharding_rules)
@@ -83,11 +85,35 @@ def open_mesh(
         _check_possible(config)
         if not processes.is_main():
             console = Console(quiet=True)
-        with parallel.use(mesh, rules, model_config().num_key_value_heads) as layout:
+        with parallel.use(mesh, rules, model_config().tensor_heads) as layout:
             assert layout is not None  # there is a mesh
             for line in layout.describe():
                 console.print(line, markup=False)
             yield config.replace(mesh=mesh_text(layout.sizes)), console
+
+
+def devices_of_updates(config: TrainerConfig) -> list[jax.Device]:
+    """All devices but those that `rollout_devices` takes, the last ones.
+
+    Raises:
+      ConfigError: none is left.
+    """
+    devices, apart = jax.devices(), config.flat().get("rollout_devices", 0)
+    if apart >= len(devices):
+        raise ConfigError(
+            f"rollout_devices must leave a device for the updates, got {apart} of the "
+            f"{len(devices)} devices. Lower it."
+        )
+    return devices[: len(devices) - apart]
+
+
+def rollout_mesh(config: TrainerConfig) -> jax.sharding.Mesh | None:
+    """The mesh of `rollout_devices`, each with whole weights; None: there are none."""
+    apart = config.flat().get("rollout_devices", 0)
+    if not apart:
+        return None
+    own = jax.devices()[len(devices_of_updates(config)) :]
+    return parallel.make_mesh(f"data={apart}", own)
 
 
 def _digests(config: TrainerConfig) -> dict[str, str]:
@@ -108,12 +134,58 @@ def _digests(config: TrainerConfig) -> dict[str, str]:
 
 
 def _check_possible(config: TrainerConfig) -> None:
-    environment = config.flat().get("environment")
-    if environment is not None and processes.count() > 1:
+    options = config.flat()
+    given = options.get("tools") or options.get("environment_factory")
+    if given and processes.count() > 1:
         raise ConfigError(
-            "an environment needs a single process, since its answers must be the same everywhere, "
-            f"got {processes.count()} processes. Remove --coordinator or --environment."
+            "tools and environments need a single process, since their answers must be the same "
+            f"everywhere, got {processes.count()} processes. Remove --coordinator, or --tools and "
+            "--environment_factory."
         )
+
+
+def with_dtype(config: C, console: Console) -> C:
+    """The configuration with the precision of the computation, which is printed.
+
+    Unless it is given, that is bfloat16 on accelerators, whose matrix units are made for it, and
+    float32 on CPUs, which have none.
+
+    Raises:
+      ConfigError: options contradict the precision.
+    """
+    platform, given = parallel.platform(), config.model.dtype
+    dtype = given or ("float32" if platform == "cpu" else "bfloat16")
+    why = "as --dtype says" if given else f"the default on {platform}; --dtype changes it"
+    console.print(f"precision: {dtype}, {why}", markup=False)
+    if given:
+        return config
+    known = config.warnings()
+    config = config.replace(dtype=dtype)
+    config.check()
+    for text in config.warnings():
+        if text not in known:  # an option that this precision leaves without effect
+            warnings.warn(text, stacklevel=2)
+    return config
+
+
+def check_host_memory(config: TrainerConfig, console: Console) -> None:
+    """Checks that the optimizer's state can lie in the host's memory, if it is to.
+
+    Raises:
+      ConfigError: the devices cannot read the host's memory.
+    """
+    if not config.hyperparams.offload_optimizer:
+        return
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if MEMORY_KIND not in kinds:
+        raise ConfigError(
+            f"offload_optimizer needs devices that read the host's memory ({MEMORY_KIND}), and "
+            f"{device.device_kind} has only {', '.join(kinds)}. Remove it."
+        )
+    if device.platform == "cpu":
+        text = "warning: offload_optimizer saves nothing on a CPU, whose memory is the host's"
+        console.print(text, style="yellow", markup=False)
 
 
 def for_all_devices(config: C) -> C:

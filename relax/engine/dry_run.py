@@ -31,7 +31,7 @@ def dry_run(run, trainer, data: Data) -> dict[str, float]:
       RelaxError: all problems together.
     """
     found, steps, disk, sizes = run.problems, run.steps(data), None, None
-    checks.check_state_memory(run.config, trainer)
+    checks.check_state_memory(run.config, trainer, data, steps, run.console)
     state, _ = run.first_state(trainer)
     with found.catch():
         disk = run.check_disk(state, data)

@@ -15,7 +15,7 @@ import numpy as np
 
 from relax import parallel
 from relax.config.text import format_bytes
-from relax.data.loader import DataLoader, epoch_order
+from relax.data.loader import DataLoader
 from relax.parallel.cpu import release_freed_memory
 from relax.trainers.trainer import LoggedBatch
 
@@ -33,6 +33,7 @@ class Sizes:
       gradients: gradients of all parameters, and their sums over micro-batches.
       optimizer: the optimizer's state.
       activations: the rest of XLA's allocation, including batch and results.
+      host: what lies in the host's memory, apart from the device; not part of the total.
     """
 
     parameters: int
@@ -40,10 +41,16 @@ class Sizes:
     gradients: int
     optimizer: int
     activations: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(dataclasses.astuple(self)) - self.host
+
+    @property
+    def held(self) -> int:
+        """Bytes of the state, which outlives an update."""
+        return self.parameters + self.frozen + self.optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +73,13 @@ def state_sizes(state, accumulation: int) -> Sizes:
     parameters, frozen, optimizer = map(
         parallel.bytes_per_device, (state.params, state.frozen, state.opt_state)
     )
+    host = parallel.bytes_on_host(state.opt_state) if parallel.platform() != "cpu" else 0
     gradients = parameters
     if accumulation > 1:  # float32 sums in addition to the gradient of a micro-batch
         gradients += parallel.bytes_per_device(
             jax.tree.map(_in_float32, state.params, is_leaf=lambda leaf: hasattr(leaf, "shape"))
         )
-    return Sizes(parameters, frozen, gradients, optimizer)
+    return Sizes(parameters, frozen, gradients, optimizer - host, host=host)
 
 
 def _in_float32(leaf):
@@ -120,9 +128,9 @@ def largest_batch(loader, steps: int, trainer=None, state=None):
     """
     if not isinstance(loader, DataLoader):
         return None
-    lengths, B = loader.row_lengths, loader.batch_size
-    order = epoch_order(len(lengths), loader.seed, 0) if loader.shuffle else slice(None)
-    padded = np.pad(lengths[order], (0, -len(lengths) % B)).reshape(-1, B)[:steps]
+    B = loader.batch_size
+    lengths = loader.row_lengths(loader.order(0)[: steps * B])
+    padded = np.pad(lengths, (0, -len(lengths) % B)).reshape(-1, B)
     chosen = {int(padded.sum(axis=1).argmax()), int(padded.max(axis=1).argmax())}
     items = [next(loader.batches(0, position)) for position in sorted(chosen)]
     batches = [item if trainer is None else first_update(trainer, state, item) for item in items]
@@ -219,4 +227,6 @@ def table(sizes: Sizes, capacity: Capacity, rows: tuple[int, int]) -> str:
     )
     free = "" if capacity.free is None else f", {format_bytes(capacity.free)} free"
     lines.append(f"  {'together':{width}} {format_bytes(sizes.total):>10}{have}{free}")
+    if sizes.host:
+        lines.append(f"  {'on the host':{width}} {format_bytes(sizes.host):>10}")
     return "\n".join([f"memory of an update of {rows[0]} x {rows[1]} tokens", *lines])

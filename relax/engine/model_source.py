@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from relax import data
 from relax.config import TrainerConfig
-from relax.errors import DataError
+from relax.errors import ConfigError, DataError
 from relax.models import (
     Transformer,
     TransformerConfig,
@@ -19,8 +19,15 @@ from relax.models import (
     read_pretrained_config,
 )
 from relax.models.config import LoRA
-from relax.models.huggingface.peft import base_of, is_adapter_directory, load_merged
+from relax.models.huggingface.peft import (
+    base_of,
+    check_mergeable,
+    is_adapter_directory,
+    load_merged,
+)
 from relax.models.huggingface.pretrained import find_directory
+from relax.models.huggingface.quantized import BaseQuantizer
+from relax.models.huggingface.text_parts import has_text_part
 
 # The demo model, trained from scratch if no model is named: 0.8 M parameters.
 DEMO_MODEL = TransformerConfig(
@@ -74,6 +81,12 @@ class ModelSource:
         assert self.directory is not None
         return self.directory
 
+    @property
+    def surroundings(self) -> Path | None:
+        """The directory of a model of images and text whose text part is trained."""
+        base = self.base_directory
+        return base if base is not None and has_text_part(base) else None
+
     @functools.cached_property
     def generation_config(self) -> dict:
         """The fields of generation_config.json; {} for the demo model."""
@@ -92,7 +105,16 @@ class ModelSource:
         return data.load_tokenizer(self.directory if own else self.base_directory, *changes)
 
     def load(self, dtype, **options) -> tuple[Transformer, dict]:
-        """Loads model and parameters, merging an adapter; arguments as for `load_pretrained`."""
+        """Loads model and parameters, merging an adapter; arguments as for `load_pretrained`.
+
+        Raises:
+          ConfigError: the weights of an adapter's base are to be quantised.
+        """
+        if self.is_adapter and options.get("quantize") is not None:
+            raise ConfigError(
+                f"quantize_base needs the directory of a model, but '{self.path}' holds an "
+                "adapter. Merge it into its base first, with --merge_lora or relax merge."
+            )
         load = load_merged if self.is_adapter else load_pretrained
         return load(self.files, dtype, **options)
 
@@ -134,13 +156,19 @@ class ModelSource:
 
 
 def make_model(
-    source: ModelSource, config: TrainerConfig, *, weights: bool, load: Callable | None = None
+    source: ModelSource,
+    config: TrainerConfig,
+    *,
+    weights: bool,
+    load: Callable | None = None,
+    quantize: BaseQuantizer | None = None,
 ) -> tuple[Transformer, dict | None]:
     """Makes the model with the settings of a run's flags, and its parameters.
 
     Args:
       weights: False: load no parameters, since a checkpoint supplies them.
       load: replaces `ModelSource.load`.
+      quantize: see `load_pretrained`.
 
     Returns:
       `(model, params)`; `params` is None without `weights`, and for the demo model.
@@ -151,14 +179,33 @@ def make_model(
     }
     dtype = jnp.dtype(config.model.dtype)
     if weights and source.path is not None:
+        if quantize is not None:
+            options["quantize"] = quantize
         model, params = (load or source.load)(dtype, **options)
     else:
         model, params = Transformer(source.model_config, dtype, **options), None
     p = config.peft
     if p.use_peft:
-        targets = tuple(p.lora_target_modules)
-        model = model.clone(lora=LoRA(p.lora_r, p.lora_alpha, p.lora_dropout, targets))
+        if p.use_dora and source.model_config.num_experts:
+            raise ConfigError(
+                "use_dora excludes models with experts, for whose layers PEFT has no DoRA; got "
+                f"model_type {source.model_config.model_type}. Use plain adapters."
+            )
+        model = model.clone(lora=adapters_of(config))
+        if source.adapter_base(config) is None:
+            check_mergeable(model)
     return model.clone(
         gradient_checkpointing_policy=config.hyperparams.gradient_checkpointing_policy,
         attn_implementation=config.model.attn_implementation,
     ), params
+
+
+def adapters_of(config: TrainerConfig) -> LoRA:
+    """The adapters that the flags describe."""
+    p = config.peft
+    scale: dict[str, Any] = {"use_rslora": p.use_rslora, "use_dora": p.use_dora}
+    scale["rank_pattern"] = tuple(p.rank_pattern.items())
+    scale["alpha_pattern"] = tuple(p.alpha_pattern.items())
+    scale["modules_to_save"] = tuple(p.lora_modules_to_save)
+    targets = tuple(p.lora_target_modules)
+    return LoRA(p.lora_r, p.lora_alpha, p.lora_dropout, targets, **scale)

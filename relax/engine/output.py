@@ -11,6 +11,7 @@ from relax.config.cli import program_words
 from relax.config.watch_rules import best_metric, is_greater_better
 from relax.errors import ConfigError
 from relax.files import atomic_write, json_object, list_steps, write_json
+from relax.models.quantization import is_quantized
 from relax.monitor.run_files import read_lines
 
 
@@ -40,7 +41,8 @@ def show_plan(console, config: TrainerConfig, state, steps: int, plan: str) -> N
       plan: the composition of an update.
     """
     trained, frozen = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen)
+        sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantized))
+        for tree in (state.params, state.frozen)
     )
     of_all = f"{trained:,} of {trained + frozen:,}" if frozen else f"{trained:,}"
     console.print(

@@ -9,9 +9,9 @@ from relax.errors import ConfigError
 # Fields that affect where and when files are written, not what is computed.
 FREE_FIELDS = frozenset(
     "output_dir resume overwrite_output_dir allow_config_change config print_config "
-    "compilation_cache_dir grace_s print_examples dry_run "
+    "compilation_cache_dir dataset_cache_dir grace_s print_examples dry_run "
     "num_samples max_new_tokens report_to run_name profile_steps max_nonfinite_steps "
-    "mesh sharding_rules coordinator num_processes process_id heartbeat_s".split()
+    "mesh rollout_devices sharding_rules coordinator num_processes process_id heartbeat_s".split()
 )
 FREE_PREFIX = "save_"
 

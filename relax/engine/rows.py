@@ -1,17 +1,24 @@
 """Rows of a run: read from files, datasets or Python, and converted by the profile."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from relax import data
 from relax.config import TrainerConfig, resolve_steps
 from relax.data import Rows, profiles
-from relax.data.loader import epoch_order
+from relax.data.cache import MIN_BYTES, ExampleCache
+from relax.data.mixing import Mixture, parse_sources
+from relax.data.order import epoch_order
+from relax.data.sources import read_sources as read_sources_of
 from relax.errors import ConfigError, ErrorList
+
+AUTO = "auto"
 
 
 def source_rows(config: TrainerConfig, given=None):
@@ -24,17 +31,18 @@ def source_rows(config: TrainerConfig, given=None):
         return data.arithmetic_rows("train"), data.arithmetic_rows("test")
     train_source, eval_source = given or (d.dataset_name, d.eval_dataset_name)
     options, split = d.dataset_kwargs, d.dataset_test_split
-    limits = limits_of(config)
+    limits, stored_from = limits_of(config), _stored_from(config)
     found, train, sets = ErrorList(), None, {}
     with found.catch():
-        name = d.dataset_train_split
-        train = data.read_rows(train_source, name, d.dataset_config, options, limits)
+        train = _training_rows(d, train_source, limits, stored_from)
     if eval_source is not None:
         with found.catch():
             named = named_sets(eval_source, split)
             for name, source in ({"": eval_source} if named is None else named).items():
                 with found.catch():
-                    sets[name] = data.read_rows(source, split, limits=limits)
+                    sets[name] = data.read_rows(
+                        source, split, limits=limits, stored_from=stored_from
+                    )
     found.raise_all()
     if sets:
         return train, sets[""] if list(sets) == [""] else sets
@@ -42,12 +50,53 @@ def source_rows(config: TrainerConfig, given=None):
         return _split(train, resolve_steps(d.test_size, len(train)), data_seed(config))
     if config.inference.eval_strategy == "no" and not config.inference.eval_on_start:
         return train, None
-    if given is not None or d.dataset_name is None or Path(d.dataset_name).is_file():
+    has_splits = given is None and train.mixture is None
+    is_whole = d.dataset_name is None or not has_splits or Path(d.dataset_name).is_file()
+    if is_whole and config.inference.eval_tasks:
+        return train, None
+    if is_whole:
         raise ConfigError(
             "eval_strategy and eval_on_start need evaluation rows: pass --eval_dataset_name "
             "FILE, or --test_size 0.1 to hold out a tenth of the rows."
         )
-    return train, data.read_rows(d.dataset_name, split, d.dataset_config, options, limits)
+    return train, data.read_rows(
+        d.dataset_name, split, d.dataset_config, options, limits, stored_from
+    )
+
+
+def _stored_from(config: TrainerConfig) -> int | None:
+    """Bytes of files from which on rows stay in their files, and their tokens are kept."""
+    asked = config.flat().get("dataset_cache_dir")
+    return None if asked is None else MIN_BYTES if asked == AUTO else 0
+
+
+def example_cache(config: TrainerConfig, console: Console) -> ExampleCache | None:
+    """The tokenised rows of this and of earlier runs; None: they are not kept."""
+    asked = config.flat().get("dataset_cache_dir")
+    if asked is None:
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = home / "relax" / "data" if asked == AUTO else Path(asked)
+    return ExampleCache(directory, lambda line: console.print(line, markup=False))
+
+
+def _training_rows(d, source, limits: data.Limits, stored_from: int | None) -> Rows:
+    """The rows of `dataset_name`, or of Python, of one source or several."""
+    split, options = d.dataset_train_split, d.dataset_kwargs
+    sources = parse_sources(source) if isinstance(source, str) else None
+    if sources is None:
+        if d.mixing_strategy is not None:
+            raise ConfigError(
+                f"mixing_strategy {d.mixing_strategy} mixes several sources, and dataset_name is "
+                "one: name them as FILE:WEIGHT,FILE:WEIGHT, or leave it out."
+            )
+        return data.read_rows(source, split, d.dataset_config, options, limits, stored_from)
+    if d.dataset_config is not None:
+        raise ConfigError(
+            f"dataset_config is of a single data set, got {d.dataset_config!r} and several "
+            "sources: name the directories of the configurations instead."
+        )
+    return read_sources_of(sources, d.mixing_strategy, split, options, limits, stored_from)
 
 
 def named_sets(source, split: str) -> dict | None:
@@ -85,15 +134,14 @@ def _split(rows: data.Rows, size: int, seed: int) -> tuple[data.Rows, data.Rows]
         raise ConfigError(
             f"test_size must leave rows to train on, got {size} of {len(rows)} rows. Lower it."
         )
-    held_out = sorted(epoch_order(len(rows), seed, 0)[:size].tolist())
-    chosen = set(held_out)
-    kept = [i for i in range(len(rows)) if i not in chosen]
-
-    def part(indices):
-        origins = [rows.origin(i) for i in indices]
-        return data.Rows([rows.rows[i] for i in indices], origins.__getitem__, rows.notes)
-
-    return part(kept), part(held_out)
+    held_out = np.sort(epoch_order(len(rows), seed, 0)[:size])
+    is_kept = np.ones(len(rows), bool)
+    is_kept[held_out] = False
+    kept = np.flatnonzero(is_kept)
+    if rows.mixture is None:
+        return rows.select(kept), rows.select(held_out)
+    evaluation = dataclasses.replace(rows, mixture=rows.mixture.once())
+    return rows.select(kept), evaluation.select(held_out)
 
 
 def limits_of(config) -> data.Limits:
@@ -118,6 +166,7 @@ class Sources:
       profile: the profile that converted the rows.
       system_prompt: the system prompt for rows that got none from the profile.
       stop_sequences: texts that end sampled completions.
+      cache: tokenised rows of earlier runs, where they are kept.
     """
 
     kind: profiles.Kind
@@ -126,6 +175,7 @@ class Sources:
     profile: profiles.DataProfile
     system_prompt: str | None
     stop_sequences: tuple[str, ...]
+    cache: ExampleCache | None = None
 
     @property
     def sets(self) -> dict[str, Rows]:
@@ -197,6 +247,7 @@ def read_sources(
         profile,
         profiles.remaining_system_prompt(profile, base),
         stops,
+        example_cache(config, console),
     )
 
 
@@ -236,6 +287,15 @@ class Data:
     updates_per_item: int = 1
     stop_sequences: tuple[str, ...] = ()
     fill_batch: Callable[[Any], Any] = lambda item: item
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """How rows of several sources are mixed in `train`; None: there is one source."""
+        return getattr(self.train, "mixture", None)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return () if self.mixture is None else self.mixture.names
 
     @property
     def updates_per_epoch(self) -> int:

@@ -34,10 +34,14 @@ from relax.engine.context import C_co, RunContext
 from relax.engine.dry_run import dry_run
 from relax.engine.model_source import make_model
 from relax.engine.rows import Data, read_sources, source_rows
+from relax.engine.tasks.callback import task_evaluation
 from relax.errors import CheckpointError
 from relax.models import kernels, save_pretrained
-from relax.models.huggingface.peft import save_adapter
+from relax.models.huggingface.peft_save import save_adapter
+from relax.models.huggingface.quantized import BaseQuantizer, original_weights
 from relax.models.lora import merge_adapters
+from relax.monitor.card import write_card
+from relax.monitor.run_files import read_run
 from relax.parallel import processes
 from relax.trainers.interrupt import Interrupted
 
@@ -110,9 +114,15 @@ class Run(RunContext[C_co]):
         is_partial = config.peft.use_peft or config.peft.freeze is not None
         self.keeps_frozen = is_partial or has_initial_reference
         weights = self.resume_from is None or self.keeps_frozen
-        make = partial(make_model, config=config, weights=weights, load=load)
+        kind = config.peft.quantize_base
+        self._quantizer = None if kind is None else BaseQuantizer(kind)
+        make = partial(
+            make_model, config=config, weights=weights, load=load, quantize=self._quantizer
+        )
         with working(self.console, "loading the model"):
             model, params = self.attempt(lambda: make(self.source)) or (None, None)
+        if self._quantizer is not None and params is not None:
+            self.console.print(self._quantizer.report(), markup=False)
         if model is not None:
             length = self.config.flat().get("pad_to_multiple_of") or 8
             parents = config.algorithm != "sft" and model.attn_implementation != "splash"
@@ -144,10 +154,17 @@ class Run(RunContext[C_co]):
             if sources is not None:
                 make = partial(read, self.config, tokenizer, sources=sources, **parts)
                 data = checks.read_data(make, model.config, self.problems)
+        end = self.source.end_tokens(tokenizer)
+        make_tasks = partial(task_evaluation, self.config, tokenizer, model.config, end)
+        self.task_evaluation = self.attempt(make_tasks)
         self.problems.raise_all()
         assert data is not None  # where it is None there was a problem
         self.console.print(f"attention: {self._attention}", markup=False)
         data.show(self.console)
+        if data.mixture is not None:
+            epochs = self.steps(data) / data.updates_per_epoch
+            for line in data.mixture.lines(epochs):
+                self.console.print(line, markup=False)
         asked, steps = self.config.hyperparams.max_steps, self.steps(data)
         if 0 < asked != steps:
             self.console.print(
@@ -209,7 +226,7 @@ class Run(RunContext[C_co]):
         config, steps = self.config, self.steps(data)
         if evaluate_demo is not None:
             evaluate_demo = partial(evaluate_demo, self.console) if self.is_demo else None
-        checks.check_state_memory(config, trainer)
+        checks.check_state_memory(config, trainer, data, steps, self.console)
         state, progress = self.first_state(trainer)
         self._begin(trainer, data, state)
         if evaluate_demo is not None and progress is None:
@@ -225,15 +242,18 @@ class Run(RunContext[C_co]):
             state=state,
             progress=progress,
             max_steps=steps,
-            eval_loader=data.eval,
+            eval_loader={} if data.eval is None and self.task_evaluation else data.eval,
             eval_steps=schedule.eval_interval(config, steps),
             eval_on_start=config.inference.eval_on_start,
             max_eval_batches=config.inference.max_eval_batches,
             checkpointer=self.saver if config.output.save_strategy != "no" else None,
             save_steps=schedule.save_interval(config, steps),
         )
-        if self.interrupt.requested is not None:
-            raise Interrupted(self.interrupt.requested)
+        asked = (
+            self.interrupt.agree()
+        )  # a signal after the last update has reached one process only
+        if asked is not None:
+            raise Interrupted(asked, in_all=True)
         self.metrics |= output.last_evaluation(self.run_dir.path / "metrics.jsonl")
         state, evaluation = self.monitor.best_state(state)
         self.metrics |= evaluation
@@ -291,8 +311,9 @@ class Run(RunContext[C_co]):
     def _callbacks(self, data: Data, own: tuple) -> tuple:
         """All callbacks: metrics and progress, then the algorithm's, then those of every run."""
         self.progress = Progress(self.console)
+        tasks = () if self.task_evaluation is None else (self.task_evaluation,)
         others = self.monitor.callbacks(
-            own,
+            (*tasks, *own),
             self.tokenizer,
             data.eval,
             eos_token_ids=self.source.end_tokens(self.tokenizer),
@@ -343,9 +364,13 @@ class Run(RunContext[C_co]):
             if self._adapter_base is not None:
                 return save_adapter(model_dir, model, weights, self._adapter_base, tokenizer)
             if model.lora is not None:
+                if self._quantizer is not None:
+                    weights = original_weights(weights, self._quantizer)
                 weights = merge_adapters(weights, model.lora)
-            generation = self.source.generation_config
-            return save(model_dir, model, weights, tokenizer, generation_config=generation)
+            options: dict[str, Any] = {"generation_config": self.source.generation_config}
+            if save is save_pretrained and self.source.surroundings is not None:
+                options["beside"] = self.source.surroundings
+            return save(model_dir, model, weights, tokenizer, **options)
         except (OSError, SafetensorError) as error:
             reason = full_disk(error) or str(error)
             raise CheckpointError(
@@ -353,6 +378,9 @@ class Run(RunContext[C_co]):
             ) from error
 
     def _finish(self, state, model_dir: Path, headline: tuple[str, ...]) -> RunResult:
+        if jax.process_index() == 0:
+            made = read_run(self.run_dir.path, previews=0, completions=0)
+            write_card(model_dir, made, self.metrics, self.source.base_directory)
         paths = {"model": model_dir, "metrics": self.run_dir.path / "metrics.jsonl"}
         if self.config.output.save_strategy != "no":
             paths["checkpoints"] = self.run_dir.checkpoints

@@ -2,7 +2,7 @@
 
 from relax.config import TrainerConfig, resolve_steps
 from relax.config.run_rules import OPTIMIZER_FIELDS
-from relax.optimizers import OPTIMIZERS, learning_rate_schedule
+from relax.optimizers import OPTIMIZERS, learning_rate_schedule, offload
 from relax.optimizers.stochastic_rounding import stochastic_rounding
 
 
@@ -24,9 +24,16 @@ def make_optimizer(config: TrainerConfig, steps: int):
         min_lr_rate=h.min_lr_rate,
         num_decay_steps=resolve_steps(h.num_decay_steps, steps),
     )
-    arguments = {"adam_beta1": "b1", "adam_beta2": "b2", "adam_epsilon": "eps"}
+    arguments = {
+        "adam_beta1": "b1",
+        "adam_beta2": "b2",
+        "adam_epsilon": "eps",
+        "momentum_dtype": "mu_dtype",
+    }
     settings = {arguments[field]: getattr(h, field) for field in OPTIMIZER_FIELDS[h.optim]}
     optimizer = OPTIMIZERS[h.optim](schedule, weight_decay=h.weight_decay, **settings)
+    if h.offload_optimizer:
+        optimizer = offload(optimizer)
     if config.model.param_dtype == "bfloat16":
         optimizer = stochastic_rounding(optimizer, h.seed)
     return optimizer

@@ -107,6 +107,42 @@ def linear_logprobs(
     return TokenLogprobs(*run(hidden, matrix, targets))
 
 
+def linear_collision(
+    hidden: jax.Array,
+    matrix: jax.Array,
+    targets: jax.Array,
+    *,
+    softcap: float | None = None,
+    chunk_size: int = 256,
+) -> jax.Array:
+    """log Σ_v p(v)² of p = softmax(z), the log-probability that two draws agree, `[M]` nats.
+
+    Arguments as for `linear_logprobs`, at temperature 1; 0 where the target is `IGNORED`. It has no
+    gradient.
+
+    Example:
+      >>> found = linear_collision(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.array([1, -100]))
+      >>> found.round(4)  # -log 4
+      Array([-1.3863,  0.    ], dtype=float32)
+    """
+
+    def collision(hidden, matrix, targets):
+        narrow = matrix.astype(hidden.dtype)
+
+        def of_row(row):
+            logits = chunks.logits_and_slope(row[None], narrow, softcap)[0][0]
+            return jax.nn.logsumexp(2 * logits) - 2 * jax.nn.logsumexp(logits)
+
+        hidden = jnp.where((targets != IGNORED)[:, None], hidden, 0)
+        found = jax.lax.map(of_row, hidden, batch_size=min(chunk_size, hidden.shape[0]))
+        return jnp.where(targets == IGNORED, 0.0, found)
+
+    targets = jnp.asarray(targets)
+    chunks.check_shapes(hidden, matrix, targets)
+    run = parallel.per_device(collision, (("batch",), None, ("batch",)), ("batch",), auto=True)
+    return run(*jax.lax.stop_gradient((hidden, matrix)), targets)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _ordered(hidden, matrix, targets, temperature, softcap, chunk_size):
     narrow = matrix.astype(hidden.dtype)

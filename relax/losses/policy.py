@@ -1,258 +1,108 @@
-"""The clipped-surrogate family of policy losses, as a composition of pure functions.
+"""Policy losses of GRPO and related algorithms, as a composition of pure functions.
 
     ρ = exp(log π_θ - log π_old)                       `RATIOS`        token, sequence, trajectory
-    l = objective(ρ, Â, log π_θ)       per token
+    l = objective(tokens, options)     per token       `LOSS_TYPES`    dapo, sapo, gmpo, ...
     L = aggregation(l + penalty, mask)                 `AGGREGATIONS`  token_mean, ...
 
-`LOSS_TYPES` has the named pairs of objective and aggregation. To add your own:
+A `loss_type` is an objective and its aggregation. To add your own:
 
     @register_loss("mine", aggregation="token_mean")
-    def mine(ratio, advantages, logprobs, clip):  # [B, T] each, except clip
-        return -ratio * advantages
-
-Log-ratios are masked to 0 *before* the exponential, so values of padding do not matter; a mask
-after it would leave 0 · inf = NaN in the gradient.
+    def mine(tokens, options):  # -> [B, T]
+        return -tokens.ratio * tokens.advantages
 
 Axes: B completions, T tokens of a completion.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from relax.losses.masked import masked_mean, masked_sum
+from relax.losses.aggregation import AGGREGATIONS, Aggregation
+from relax.losses.ratios import RATIOS, Clip, log_ratios, ratio_interval
 from relax.losses.registry import Registry
 from relax.losses.shapes import require_same_shape
 
-# The exponent of a ratio is clamped to this: e^88.8 is infinite in float32, and even where clipping
-# removes the gradient of the ratio, 0 · inf would be NaN. verl and OpenRLHF clamp it at 20 too. A
-# ratio of e^20 is far outside any clip interval, so only the gradient of unclipped tokens (A < 0
-# without `delta`) differs from the formula: it is 0 beyond the bound.
-MAX_LOG_RATIO = 20.0
 
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """Bounds of the probability ratio.
+class Tokens(NamedTuple):
+    """The tokens of a batch of completions, `[B, T]` each, as an objective gets them.
 
     Attributes:
-      low, high: the ratio's interval is [1 - low, 1 + high]. `high` above `low` is DAPO's
-        clip-higher (Yu et al., DAPO, 2025, https://arxiv.org/abs/2503.14476, eq. 10).
-      delta: upper bound of the ratio for negative advantages, above 1 + high; None: none
-        (Prime Intellect, INTELLECT-2, 2025, https://arxiv.org/abs/2505.07291, section 3.4; Ye et
-        al., 2020, https://arxiv.org/abs/1912.09729, eq. 5, dual-clip PPO).
+      ratio: ρ, or `[B, 1]` for ratios per completion; 1 where masked.
+      advantages: Â, or `[B, 1]`.
+      logprobs: log π_θ, nats; 0 where masked.
+      old_logprobs: log π_old, nats; 0 where masked.
+      mask: bool, true on the policy's tokens.
+      key: for objectives that draw tokens at random; None: no randomness.
     """
 
-    low: float = 0.2
-    high: float = 0.2
-    delta: float | None = None
+    ratio: jax.Array
+    advantages: jax.Array
+    logprobs: jax.Array
+    old_logprobs: jax.Array
+    mask: jax.Array
+    key: jax.Array | None
 
 
-RATIOS: Registry[Callable[[jax.Array, jax.Array], jax.Array]] = Registry(
-    "importance_sampling_level"
-)
+class PolicyOptions(NamedTuple):
+    """Hyperparameters of the policy losses; each loss reads some of them.
 
-
-@RATIOS.register("token")
-def token_ratio(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-    """ρ_t = exp(log π_θ(y_t) - log π_old(y_t)), one per token.
-
-    Args:
-      log_ratio: `[B, T]` nats, 0 where masked (`log_ratios`).
-      mask: `[B, T]` bool.
-
-    Returns:
-      `[B, T]`, at most e^20.
-    """
-    del mask
-    return _exp(log_ratio)
-
-
-@RATIOS.register("sequence")
-def sequence_ratio(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-    """ρ = (π_θ(y) / π_old(y))^(1 / |y|), one per completion.
-
-    Args and range as for `token_ratio`; returns `[B, 1]`.
-
-    References:
-      Zheng et al., GSPO, 2025, https://arxiv.org/abs/2507.18071, eq. 7
-    """
-    return _exp(masked_mean(log_ratio, mask, axis=1))[:, None]
-
-
-@RATIOS.register("trajectory")
-def trajectory_ratio(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-    """ρ = π_θ(y) / π_old(y), one per completion, as in RLOO.
-
-    Args and range as for `token_ratio`; returns `[B, 1]`.
-
-    References:
-      Ahmadian et al., Back to Basics, 2024, https://arxiv.org/abs/2402.14740, section 3.2
-    """
-    return _exp(masked_sum(log_ratio, mask, axis=1))[:, None]
-
-
-def _exp(log_ratio):
-    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-
-
-Objective = Callable[[jax.Array, jax.Array, jax.Array, Clip], jax.Array]
-Aggregation = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array | int]]
-
-
-def clipped(ratio: jax.Array, advantages: jax.Array, logprobs: jax.Array, clip: Clip) -> jax.Array:
-    """-min(ρ Â, clip(ρ, 1 - low, 1 + high) Â) per token.
-
-    Args:
-      ratio, advantages, logprobs: `[B, T]`, or shapes that broadcast to it.
+    Attributes:
       clip: bounds of the ratio.
-
-    Returns:
-      `[B, T]` losses.
-
-    References:
-      Schulman et al., PPO, 2017, https://arxiv.org/abs/1707.06347, eq. 7
+      sapo_temperature_pos, sapo_temperature_neg: τ of SAPO for Â > 0 and Â <= 0, above 0.
+      vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and λ of VESPO for Â >= 0 and
+        Â < 0, at least 0.
+      clip_cov_ratio, clip_cov_lb, clip_cov_ub: share of tokens that Clip-Cov drops, in (0, 1], and
+        the bounds of their covariance.
+      kl_cov_ratio, kl_cov_coef: share of tokens that KL-Cov penalises, in (0, 1], and by how much.
     """
-    del logprobs
-    bounded = ratio if clip.delta is None else jnp.minimum(ratio, clip.delta)
-    inside = jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high)
-    return -jnp.minimum(bounded * advantages, inside * advantages)
+
+    clip: Clip = Clip()
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    clip_cov_ratio: float = 2e-4
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 2e-4
+    kl_cov_coef: float = 1.0
 
 
-def cispo(ratio: jax.Array, advantages: jax.Array, logprobs: jax.Array, clip: Clip) -> jax.Array:
-    """-sg(clip(ρ, 1 - low, 1 + high)) Â log π_θ: no token loses its gradient.
-
-    Args and result as for `clipped`. TRL's bound is `epsilon_high` itself: `cispo_absolute`.
-
-    References:
-      MiniMax, MiniMax-M1, 2025, https://arxiv.org/abs/2506.13585, eq. 4 and 5
-    """
-    weight = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip.low, 1.0 + clip.high))
-    return -weight * advantages * logprobs
-
-
-def cispo_absolute(
-    ratio: jax.Array, advantages: jax.Array, logprobs: jax.Array, clip: Clip
-) -> jax.Array:
-    """-sg(min(ρ, high)) Â log π_θ, as in TRL: `high` is the bound itself, such as 5.
-
-    Args and result as for `clipped`.
-    """
-    weight = jax.lax.stop_gradient(jnp.minimum(ratio, clip.high))
-    return -weight * advantages * logprobs
-
-
-AGGREGATIONS: Registry[Aggregation] = Registry("aggregation")
-
-
-@AGGREGATIONS.register("token_mean")
-def token_mean(losses: jax.Array, mask: jax.Array, max_length: int):
-    """Mean over tokens, Σ m l / Σ m: every token has the same weight.
-
-    Args:
-      losses, mask: `[B, T]`.
-      max_length: maximum tokens of a completion.
-
-    Returns:
-      The loss, and its weight: the number of tokens.
-
-    References:
-      Yu et al., DAPO, 2025, https://arxiv.org/abs/2503.14476, eq. 8
-    """
-    del max_length
-    return masked_mean(losses, mask), mask.sum()
-
-
-@AGGREGATIONS.register("sequence_mean")
-def sequence_mean(losses: jax.Array, mask: jax.Array, max_length: int):
-    """Mean over completions of their means over tokens: every completion has the same weight.
-
-    Args as for `token_mean`; the weight is B, completions without a token included (as in TRL).
-
-    References:
-      Shao et al., DeepSeekMath, 2024, https://arxiv.org/abs/2402.03300, eq. 3
-    """
-    del max_length
-    return masked_mean(losses, mask, axis=1).mean(), mask.shape[0]
-
-
-@AGGREGATIONS.register("constant_mean")
-def constant_mean(losses: jax.Array, mask: jax.Array, max_length: int):
-    """Σ m l / (B · max_length): the length of a completion does not scale its tokens.
-
-    Args as for `token_mean`; the weight is B.
-
-    References:
-      Liu et al., Understanding R1-Zero-Like Training (Dr. GRPO), 2025,
-      https://arxiv.org/abs/2503.20783, eq. 2
-    """
-    return masked_sum(losses, mask) / (mask.shape[0] * max_length), mask.shape[0]
+Objective = Callable[[Tokens, PolicyOptions], jax.Array]
 
 
 class LossType(NamedTuple):
-    """A policy loss: losses per token, and their aggregation."""
+    """A policy loss.
+
+    Attributes:
+      objective: losses per token.
+      aggregation: makes the loss of the batch from them.
+      level: the name in `RATIOS` that the loss is defined with; None: any.
+      reads: the options that it uses, by their names in `GRPOTrainer`.
+      vanishes: whether the gradient of a completion of advantage 0 is 0, whatever the others are.
+      interval: the interval that it clips ratios to, for metrics; None: it clips none.
+    """
 
     objective: Objective
     aggregation: Aggregation
+    level: str | None = None
+    reads: tuple[str, ...] = ()
+    vanishes: bool = False
+    interval: Callable[[Clip], tuple] | None = None
 
 
-LOSS_TYPES: Registry[LossType] = Registry("loss_type")
-
-
-def register_loss(
-    name: str, *, aggregation: str | Aggregation = "token_mean"
-) -> Callable[[Objective], Objective]:
-    """Decorator that registers an objective as a `loss_type`.
-
-    Args:
-      name: its name in `policy_loss` and `GRPOTrainer`.
-      aggregation: a name in `AGGREGATIONS`, or a function like those.
-
-    Example:
-      >>> @register_loss("reinforce", aggregation="sequence_mean")
-      ... def reinforce(ratio, advantages, logprobs, clip):
-      ...     return -advantages * logprobs
-      >>> LOSS_TYPES.pop("reinforce").objective is reinforce
-      True
-    """
+def _loss_type(
+    objective: Objective, *, aggregation: str | Aggregation = "token_mean", **properties
+) -> LossType:
     chosen = AGGREGATIONS[aggregation] if isinstance(aggregation, str) else aggregation
-
-    def add(objective: Objective) -> Objective:
-        LOSS_TYPES[name] = LossType(objective, chosen)
-        return objective
-
-    return add
+    return LossType(objective, chosen, **properties)
 
 
-register_loss("grpo", aggregation="sequence_mean")(clipped)
-# TRL's bnpo divides by the tokens of a micro-batch and its dapo by those of a generation; here both
-# divide by those of the update and are the same.
-register_loss("bnpo")(clipped)
-register_loss("dr_grpo", aggregation="constant_mean")(clipped)
-register_loss("dapo")(clipped)
-register_loss("cispo")(cispo)
-register_loss("cispo_absolute")(cispo_absolute)
-
-
-def log_ratios(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """log π_θ - log π_old per token, 0 where masked.
-
-    Args:
-      logprobs, old_logprobs: `[B, T]` nats; masked entries are ignored.
-      mask: `[B, T]` bool. Any shape common to the three works.
-
-    Raises:
-      ValueError: the shapes differ.
-
-    Example:
-      >>> log_ratios(jnp.array([-1.0, jnp.nan]), jnp.array([-1.5, 0.0]), jnp.array([True, False]))
-      Array([0.5, 0. ], dtype=float32)
-    """
-    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask)
-    return jnp.where(mask, logprobs, 0.0) - jnp.where(mask, old_logprobs, 0.0)
+LOSS_TYPES: Registry[LossType] = Registry("loss_type", _loss_type)
 
 
 class PolicyLoss(NamedTuple):
@@ -278,11 +128,13 @@ def policy_loss(
     *,
     loss_type: str = "dapo",
     importance_sampling_level: str = "token",
-    clip: Clip = Clip(),  # noqa: B008
+    options: PolicyOptions = PolicyOptions(),  # noqa: B008
     penalty: jax.Array | None = None,
     kl: jax.Array | None = None,
     unbiased_kl: bool = False,
+    keep: jax.Array | None = None,
     max_length: int | None = None,
+    key: jax.Array | None = None,
 ) -> PolicyLoss:
     """Loss of PPO, GRPO and related algorithms, by default that of DAPO:
 
@@ -294,16 +146,20 @@ def policy_loss(
       old_logprobs: `[B, T]` of the same tokens under the policy that drew them, nats.
       advantages: `[B]` per completion, or `[B, T]` per token.
       mask: `[B, T]` bool, true on the policy's tokens; other entries are ignored.
-      loss_type: a name in `LOSS_TYPES`: `dapo`, `grpo`, `bnpo`, `dr_grpo`, `cispo`,
-        `cispo_absolute`, or one of your own (`register_loss`).
-      importance_sampling_level: a name in `RATIOS`: `token`, `sequence` (GSPO) or `trajectory`.
-      clip: bounds of the ratio.
+      loss_type: a name in `LOSS_TYPES`, such as `dapo` or `sapo`, or one of your own
+        (`register_loss`), also as `path/to/file.py:name`.
+      importance_sampling_level: a name in `RATIOS`: `token`, `sequence` (GSPO) or `trajectory`; a
+        loss that is defined with one of them has that one.
+      options: hyperparameters of the losses.
       penalty: `[B, T]`, added per token, such as -c times the entropy.
       kl: `[B, T]`, β times a KL estimate, added per token.
       unbiased_kl: multiply `kl` by the ratio. The tokens were drawn by the old policy, and
         E_old[ρ k] = E_θ[k] (DeepSeek-AI, DeepSeek-V3.2, 2025, https://arxiv.org/abs/2512.02556,
         section 3.1).
+      keep: `[B, T]` or `[B, 1]` bool, true on tokens that the objective is computed on; the others
+        count in the denominators, with a loss of 0 before `penalty` and `kl`. None: all.
       max_length: tokens that a completion may have, for `dr_grpo`; None: T.
+      key: for losses that draw tokens at random (`clip_cov`).
 
     Returns:
       A `PolicyLoss`: the loss, its weight, the ratio.
@@ -321,22 +177,32 @@ def policy_loss(
     References:
       Yu et al., DAPO, 2025, https://arxiv.org/abs/2503.14476, eq. 8; others: see the parts.
     """
-    objective, aggregation = LOSS_TYPES[loss_type]
+    loss_of = LOSS_TYPES[loss_type]
     log_ratio = log_ratios(logprobs, old_logprobs, mask)
     require_same_shape(2, mask=mask, penalty=penalty, kl=kl)
-    ratio = RATIOS[importance_sampling_level](log_ratio, mask)
+    ratio = RATIOS[loss_of.level or importance_sampling_level](log_ratio, mask)
     per_token, advantages = jnp.broadcast_arrays(ratio, _per_token(advantages, mask))
-    losses = objective(per_token, advantages, jnp.where(mask, logprobs, 0.0), clip)
+    logprobs, old_logprobs = (jnp.where(mask, x, 0.0) for x in (logprobs, old_logprobs))
+    tokens = Tokens(per_token, advantages, logprobs, old_logprobs, mask, key)
+    losses = loss_of.objective(tokens, options)
+    if keep is not None:
+        losses = jnp.where(keep, losses, 0.0)
     if penalty is not None:
         losses = losses + penalty
     if kl is not None:
         losses = losses + (ratio * kl if unbiased_kl else kl)
     losses = jnp.broadcast_to(losses, mask.shape)
-    loss, weight = aggregation(losses, mask, max_length or mask.shape[1])
+    loss, weight = loss_of.aggregation(losses, mask, max_length or mask.shape[1])
     return PolicyLoss(loss, jnp.asarray(weight), ratio)
 
 
-def clip_fractions(ratio: jax.Array, advantages: jax.Array, mask: jax.Array, clip: Clip) -> dict:
+def clip_fractions(
+    ratio: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    clip: Clip,
+    interval: Callable[[Clip], tuple] = ratio_interval,
+) -> dict:
     """Tokens whose ratio has left its interval on the side that the clipped objective cuts.
 
     Args:
@@ -344,10 +210,11 @@ def clip_fractions(ratio: jax.Array, advantages: jax.Array, mask: jax.Array, cli
       advantages: `[B]` or `[B, T]`.
       mask: `[B, T]` bool.
       clip: bounds of the ratio.
+      interval: `ratio_interval` or `log_interval`.
 
     Returns:
-      `[B, T]` bool each, false where masked: `low` (ρ < 1 - low and Â < 0) and `high`
-      (ρ > 1 + high and Â > 0).
+      `[B, T]` bool each, false where masked: `low` (ρ below the interval and Â < 0) and `high`
+      (ρ above it and Â > 0).
 
     Example:
       >>> ratio, mask = jnp.array([[0.5, 1.5]]), jnp.array([[True, True]])
@@ -355,8 +222,8 @@ def clip_fractions(ratio: jax.Array, advantages: jax.Array, mask: jax.Array, cli
       [[False, True]]
     """
     advantages = _per_token(advantages, mask)
-    low = (ratio < 1.0 - clip.low) & (advantages < 0)
-    high = (ratio > 1.0 + clip.high) & (advantages > 0)
+    lowest, highest = interval(clip)
+    low, high = (ratio < lowest) & (advantages < 0), (ratio > highest) & (advantages > 0)
     return {"low": low & mask, "high": high & mask}
 
 

@@ -1,12 +1,13 @@
 """Flax Linen decoder-only transformers, and Hugging Face directories."""
 
-from relax.models.config import RopeScaling, TransformerConfig
+from relax.models.config import TransformerConfig
 from relax.models.huggingface.pretrained import (
     load_pretrained,
     read_generation_config,
     read_pretrained_config,
     save_pretrained,
 )
+from relax.models.rope import RopeScaling
 from relax.models.transformer import Transformer
 
 __all__ = [

@@ -64,9 +64,13 @@ def attend(
     *,
     multiplier: float | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
     """softmax(cap(q kᵀ · multiplier)) v, softmax in float32; cap(x) = c tanh(x / c).
+
+    A sink is one more score of a head, of a key that every query sees and whose value is 0.
+    Agarwal et al., gpt-oss-120b & gpt-oss-20b Model Card, 2025, section 2.
 
     Args:
       q: `[B, T, K, G, H]`.
@@ -74,6 +78,7 @@ def attend(
       mask: `[B, T, S]` bool.
       multiplier: None: 1 / sqrt(H).
       softcap: c; None: no cap.
+      sinks: `[K, G]`, the score of each head's sink; None: none.
       block: queries and keys per block of scores, for longer rows. Blocks without any visible key
         (the future, outside the window, other documents) are skipped.
 
@@ -84,13 +89,13 @@ def attend(
     # Rows and heads are merged below, and XLA cannot shard the merged axis: run per device.
     run = parallel.per_device(
         functools.partial(_attend_part, multiplier=multiplier, softcap=softcap, block=block),
-        (heads, heads, heads, ("batch",)),
+        (heads, heads, heads, ("batch",), ("heads",)),
         heads,
     )
-    return run(q, k, v, mask)
+    return run(q, k, v, mask, sinks)
 
 
-def _attend_part(q, k, v, mask, *, multiplier, softcap, block):
+def _attend_part(q, k, v, mask, sinks, *, multiplier, softcap, block):
     B, T, K, G, H = q.shape
     # Merged axes give XLA plain batched matrix products; einsums over [B, T, K, G, H] compile to
     # strided ones that take twice the time on CPUs, backward pass included.
@@ -98,16 +103,18 @@ def _attend_part(q, k, v, mask, *, multiplier, softcap, block):
     q = (q * multiplier).transpose(0, 2, 3, 1, 4).reshape(B * K, G, T, H)
     k = k.transpose(0, 2, 1, 3).reshape(B * K, -1, H)
     v = v.transpose(0, 2, 1, 3).reshape(B * K, -1, H)
-    out = _attend(softcap, block, q, k, v, mask)
+    if sinks is not None:
+        sinks = jnp.tile(sinks.astype(jnp.float32), (B, 1))[:, :, None, None]
+    out = _attend(softcap, block, q, k, v, mask, sinks)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(softcap, block, q, k, v, mask):
-    return _forward(softcap, block, q, k, v, mask)[0]
+def _attend(softcap, block, q, k, v, mask, sinks):
+    return _forward(softcap, block, q, k, v, mask, sinks)[0]
 
 
-def _forward(softcap, block, q, k, v, mask):
+def _forward(softcap, block, q, k, v, mask, sinks):
     """Saves the output and one number per query for the backward pass, never a [T, S] array.
 
     Dao et al., FlashAttention, 2022, section 3.1 and appendix B.2.
@@ -116,20 +123,26 @@ def _forward(softcap, block, q, k, v, mask):
         top, total, out = _weighted(softcap, q, k, v, mask)
     else:
         top, total, out = _forward_blocks(softcap, q, k, v, _Blocks(mask, block))
+    if sinks is not None:  # [X, G, 1, 1]
+        one, zero = jnp.float32(1.0), jnp.float32(0.0)
+        top, total, out = _merge((top, total, out), (sinks, one, zero))
     out = checkpoint_name((out / total).astype(v.dtype), SAVED)
     log_total = checkpoint_name(top + jnp.log(total), SAVED)
-    return out, (q, k, v, mask, out, log_total)
+    return out, (q, k, v, mask, sinks, out, log_total)
 
 
 def _backward(softcap, block, residuals, d_out):
-    q, k, v, mask, out, log_total = residuals
+    q, k, v, mask, sinks, out, log_total = residuals
     mean = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     if max(mask.shape[1:]) <= block:
         d_q, d_k, d_v = _gradients(softcap, q, k, v, mask, log_total, mean, d_out)
     else:
         rows = (q, log_total, mean, d_out)
         d_q, d_k, d_v = _backward_blocks(softcap, rows, k, v, _Blocks(mask, block))
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    d_sinks = None
+    if sinks is not None:
+        d_sinks = -(jnp.exp(sinks - log_total) * mean).sum(axis=2, keepdims=True)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_sinks
 
 
 _attend.defvjp(_forward, _backward)

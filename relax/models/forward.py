@@ -13,11 +13,13 @@ forest (`relax.data.forest`). Values of its tokens, `[B, T]`, are gathered per c
 Axes: B rows, T tokens of a row, C tokens of a completion, D model.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from relax import parallel
 from relax.models.transformer import Transformer
@@ -25,22 +27,68 @@ from relax.models.transformer import Transformer
 States = tuple[jax.Array, jax.Array | None]  # hidden states and the load-balancing loss
 
 
+NEFTUNE = np.uint32(2**31 + 1)  # of the update's key: noise on embeddings
+
+
 def hidden_states(
-    model: Transformer, params, batch: Mapping, *, rng: jax.Array | None = None
+    model: Transformer,
+    params,
+    batch: Mapping,
+    *,
+    rng: jax.Array | None = None,
+    neftune_noise_alpha: float | None = None,
 ) -> States:
     """Hidden states of rows, `[B, T, D]`.
 
     Args:
       batch: `input_ids` `[B, T]` and, optionally, `positions`, `segment_ids` and `parent_ids`.
+      neftune_noise_alpha: α of `neftune_noise`; None, or no `rng`: no noise.
     """
     names = ("positions", "segment_ids", "parent_ids")
     inputs = (batch["input_ids"], *(batch.get(name) for name in names))
     dropout = rng is not None and model.lora is not None and model.lora.dropout > 0
     rngs: Any = {"dropout": rng} if dropout else None
+    if neftune_noise_alpha and rng is not None:
+        key, shape = jax.random.fold_in(rng, NEFTUNE), (*inputs[0].shape, model.config.hidden_size)
+        noise = neftune_noise(key, shape, batch.get("segment_ids"), neftune_noise_alpha)
+        inputs = (*inputs, noise)
     states: Any = model.apply(
         {"params": params}, *inputs, rngs=rngs, method="hidden_states_and_aux_loss"
     )
     return states
+
+
+def neftune_noise(
+    key: jax.Array, shape: tuple[int, int, int], segment_ids: jax.Array | None, alpha: float
+) -> jax.Array:
+    """NEFTune's noise on embeddings, uniform in ±α / sqrt(L D).
+
+    L is the number of tokens of the document that a token belongs to, whatever shares its row.
+
+    Args:
+      key: for the noise.
+      shape: (B, T, D).
+      segment_ids: `[B, T]`, as for `Transformer.hidden_states`; None: L = T.
+      alpha: α, above 0; the paper's is 5 to 15.
+
+    Returns:
+      `[B, T, D]` float32.
+
+    References:
+      Jain et al., NEFTune: Noisy Embeddings Improve Instruction Finetuning, 2023,
+      https://arxiv.org/abs/2310.05914, algorithm 1
+    """
+    B, T, D = shape
+    lengths = jnp.full((B, T), T)
+    if segment_ids is not None:
+        ends = jnp.sort(segment_ids, axis=1)
+        first, last = (
+            jax.vmap(functools.partial(jnp.searchsorted, side=side))(ends, segment_ids)
+            for side in ("left", "right")
+        )
+        lengths = last - first
+    bound = alpha / jnp.sqrt(lengths * D)
+    return jax.random.uniform(key, shape, minval=-1.0) * bound[:, :, None]
 
 
 def predicting_states(

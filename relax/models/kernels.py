@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from relax import parallel
 from relax.errors import ConfigError
 from relax.models.attention import SAVED, attend
+from relax.models.config import LayerSpec, TransformerConfig
 
 AUTO = "auto"
 KERNELS = {"cuda": "cudnn", "tpu": "splash"}  # the kernel of a platform; others have none
@@ -47,6 +48,7 @@ class AttentionSpec(NamedTuple):
       length: T.
       segments: rows hold several documents, or padding.
       parents: segments see a parent segment, too.
+      sinks: each head has a sink.
     """
 
     dtype: str
@@ -56,6 +58,7 @@ class AttentionSpec(NamedTuple):
     length: int = 1024
     segments: bool = True
     parents: bool = False
+    sinks: bool = False
 
 
 def this_device() -> Device:
@@ -81,6 +84,8 @@ def refusal(path: str, need: AttentionSpec, device: Device) -> str | None:
     if path == "splash":
         if device.platform != "tpu":
             return _elsewhere("splash is for TPUs", device)
+        if need.sinks:
+            return "attention sinks are not in splash"
         return "splash compares segments for equality alone" if need.parents else None
     if device.platform != "cuda":
         return _elsewhere("cuDNN is for NVIDIA GPUs", device)
@@ -88,6 +93,8 @@ def refusal(path: str, need: AttentionSpec, device: Device) -> str | None:
         return f"cuDNN has no attention in {need.dtype}"
     if need.softcap is not None:
         return "soft-capping is not in cuDNN"
+    if need.sinks:
+        return "attention sinks are not in cuDNN"
     capability = device.capability or (8, 0)
     if capability < (8, 0):
         return f"cuDNN needs compute capability 8.0, and this is {'.'.join(map(str, capability))}"
@@ -126,6 +133,29 @@ def choose(asked: str, need: AttentionSpec, device: Device) -> tuple[str, str]:
     return (kernel, device.platform) if reason is None else ("xla", reason)
 
 
+def choose_for_layer(
+    asked: str,
+    config: TransformerConfig,
+    layer: LayerSpec,
+    dtype,
+    length: int,
+    segments: bool,
+    parents: bool = False,
+) -> tuple[str, str]:
+    """`choose` for a layer with attention over rows of `length` tokens, on `this_device`."""
+    need = AttentionSpec(
+        jnp.dtype(dtype).name,
+        layer.head_dim,
+        layer.window,
+        config.attn_logit_softcapping,
+        length,
+        segments,
+        parents,
+        config.attention_sinks,
+    )
+    return choose(asked, need, this_device())
+
+
 def summary(choices: Iterable[tuple[str, str]]) -> str:
     """One line about the choices of all layers.
 
@@ -158,6 +188,7 @@ def attend_rows(
     window: int | None = None,
     multiplier: float | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention within rows by one of the paths.
 
@@ -168,12 +199,14 @@ def attend_rows(
       segment_ids: `[B, T]`, or None: one segment a row.
       path: `xla`, `cudnn` or `splash`, one for which `refusal` has nothing to say.
       window, multiplier, softcap: as in `TransformerConfig`.
+      sinks: `[K, G]`, for the path `xla` alone.
 
     Returns:
       `[B, T, K, G, H]`.
     """
     if path == "xla":
-        return attend(q, k, v, mask, multiplier=multiplier, softcap=softcap)
+        return attend(q, k, v, mask, multiplier=multiplier, softcap=softcap, sinks=sinks)
+    assert sinks is None, "the kernels have no sinks"
     heads = ("batch", None, "heads")
     if path == "splash":
         kernel = functools.partial(_splash, window=window, multiplier=multiplier, softcap=softcap)
@@ -247,5 +280,9 @@ def describe_attention(model, length: int, parents: bool = False) -> str:
     Raises:
       ConfigError: the path that is asked for cannot do what a layer needs.
     """
-    layers = model.config.layers
-    return summary(model.attention_choice(kind, length, True, parents) for kind in layers)
+    c, asked, dtype = model.config, model.attn_implementation, model.dtype
+    return summary(
+        choose_for_layer(asked, c, layer, dtype, length, True, parents)
+        for layer in c.layers
+        if layer.mixer == "attention"
+    )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.models.config import Rope, RopeScaling
+from relax.models.rope import Rope, RopeScaling
 
 
 class Angles(NamedTuple):
@@ -44,6 +44,9 @@ def frequencies(rope: Rope, R: int, lengths: jax.Array | None = None) -> jax.Arr
         return jnp.asarray(plain)
     if scaling.kind == "linear":
         return jnp.asarray(plain / np.float32(scaling.factor))
+    if scaling.kind == "proportional":
+        turns = np.arange(R // 2) < scaling.planes
+        return jnp.asarray(np.where(turns, plain, 0.0) / np.float32(scaling.factor))
     if scaling.kind == "ntk":
         raised = rope.theta * scaling.factor ** (R / (R - 2))
         return jnp.asarray(1.0 / np.float32(raised) ** exponents)
@@ -65,8 +68,8 @@ def frequencies(rope: Rope, R: int, lengths: jax.Array | None = None) -> jax.Arr
         is_long = (lengths > scaling.original_max_position_embeddings)[:, None]
         return jnp.where(is_long, (plain / long)[None, :], (plain / short)[None, :])
     raise ValueError(
-        f"unknown rope scaling {scaling.kind!r}. Known: linear, ntk, llama3, yarn, dynamic, "
-        "longrope."
+        f"unknown rope scaling {scaling.kind!r}. Known: linear, proportional, ntk, llama3, "
+        "yarn, dynamic, longrope."
     )
 
 

@@ -13,8 +13,11 @@ import flax.traverse_util
 import jax
 
 from relax.errors import ConfigError
+from relax.models.config import TransformerConfig
+from relax.models.families import family_of
 from relax.models.heads import HEAD
-from relax.models.lora import init_adapters, is_adapter
+from relax.models.lora import init_adapters, is_adapter, is_beside, target_weights
+from relax.models.quantization import is_quantized
 from relax.models.transformer import Transformer
 
 
@@ -59,10 +62,78 @@ def partition(
         return (params, {}) if freeze is None else _freeze(params, freeze)
     if freeze is not None:
         raise ConfigError("freeze has no effect: with adapters all other weights are frozen.")
-    trained, base = split(params, lambda path: is_adapter(path) or path[0] == HEAD)
+    names = module_names(model.config, params)
+    saved = _saved(model, params, names)
+    trained, base = split(params, lambda p: is_adapter(p) or p[0] == HEAD or p in saved)
     if not any(map(is_adapter, flax.traverse_util.flatten_dict(trained))):
-        trained |= init_adapters(key, base, model.lora)
+        made = init_adapters(key, base, model.lora, lambda path: names[path])
+        adapters, scales = split(made, is_adapter)
+        trained, base = _merged(trained, adapters), _merged(base, scales)
     return trained, {"base": base}
+
+
+def module_names(config: TransformerConfig, params) -> dict[tuple[str, ...], str]:
+    """Path -> name of the module, or of the parameter of experts, in transformers.
+
+    >>> config = TransformerConfig(2, 2, 2, 1, 1, 1, 2)
+    >>> module_names(config, {"layers_0": {"q_proj": {"bias": 0}}})
+    {('layers_0', 'q_proj', 'bias'): 'model.layers.0.self_attn.q_proj'}
+    """
+    family = family_of(config.model_type)
+    return {
+        path: module_name(family.tensor_name(path, family.in_memory))
+        for path in flax.traverse_util.flatten_dict(params)
+        if not is_beside(path) and path[0] != HEAD
+    }
+
+
+def module_name(tensor: str) -> str:
+    """The module of a tensor; experts in one tensor are parameters of one, and stay named."""
+    return tensor.removesuffix(".weight").removesuffix(".bias")
+
+
+def _saved(model: Transformer, params, names: dict) -> set[tuple[str, ...]]:
+    """The paths of what `modules_to_save` names, which is trained in full.
+
+    Raises:
+      ConfigError: it names nothing, an adapter's target, experts, what is quantised, or the output
+        matrix of a model that has none of its own.
+    """
+    assert model.lora is not None  # the caller has looked
+    lora = model.lora
+    found: dict[tuple[str, ...], str] = {}
+    flat = flax.traverse_util.flatten_dict(params)
+    for name in lora.modules_to_save:
+        paths = [path for path, module in names.items() if module.endswith(name)]
+        if not paths:
+            raise ConfigError(
+                f"lora_modules_to_save must name modules of the model, and none ends in {name!r}. "
+                "Names are those of transformers, such as embed_tokens, lm_head, norm or q_proj."
+            )
+        found |= dict.fromkeys(paths, name)
+    targets = set(target_weights(params, lora)) if found else set()
+    for path, name in found.items():
+        if path in targets or (*path[:-1], "kernel") in targets:
+            raise ConfigError(
+                f"lora_modules_to_save trains {name} in full, and lora_target_modules adapts it: "
+                "name it in one of them."
+            )
+        if path[-2:-1] == ("experts",) or is_quantized(flat[path]):
+            what = "experts" if path[-2:-1] == ("experts",) else "quantised weights"
+            raise ConfigError(
+                f"lora_modules_to_save cannot train {what} in full, got {name}. Adapt them instead."
+            )
+    return set(found)
+
+
+def overlaid(params, others) -> dict:
+    """Parameters with others in their places, or beside them.
+
+    >>> overlaid({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4})
+    {'a': {'b': 3, 'c': 2}, 'd': 4}
+    """
+    flat = flax.traverse_util.flatten_dict
+    return flax.traverse_util.unflatten_dict(flat(params) | flat(others))
 
 
 def split(params, is_chosen: Callable[[tuple[str, ...]], bool]) -> tuple[dict, dict]:

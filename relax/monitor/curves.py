@@ -11,6 +11,14 @@ WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 66, 16, 12, 32  # margins around the plot
 SMOOTHED_FROM = 40  # minimum points of a curve that is also shown smoothed
 COLOURS = 8  # colours in the palette, --c0 to --c7
+# Those of a picture of its own, which has no page's style.
+PALETTE = "#2f6fde #e0782a #1d9a6c #b0479b #c9a40f #d1495b #4aa5b8 #7a68d8".split()
+FILE_STYLE = """
+text{font:14px system-ui,"DejaVu Sans",sans-serif;fill:#687078}.title{fill:#1d2126;font-weight:600}
+.grid{stroke:#e4e4e0;fill:none}.axis{stroke:#687078;fill:none}
+.tick{text-anchor:end}.tick.x{text-anchor:middle}
+.s path{fill:none;stroke:var(--c);stroke-linejoin:round}
+.s .line{stroke-width:2.2}.s .raw{stroke-width:1;opacity:.32}.s circle{fill:var(--c)}"""
 
 
 class Series(NamedTuple):
@@ -129,17 +137,11 @@ def chart(title: str, series: Sequence[Series], most: int = 400, note: str = "")
       most: maximum number of points per curve.
       note: a line below the chart.
     """
-    series = [s for s in series if s.num_finite()]
-    bounds = limits(series)
-    if bounds is None or all(s.num_finite() < 2 for s in series):
+    plotted = _plot(series, most)
+    if plotted is None:
         return ""
-    x0, x1 = min(s.xs[0] for s in series), max(s.xs[-1] for s in series)
-    frame = _Frame(x0, x1 if x1 > x0 else x0 + 1, *bounds)
-    drawn, legend = [], []
-    for i, s in enumerate(series):
-        colour = (i if s.colour is None else s.colour) % COLOURS
-        drawn.append(_curve(s, frame, colour, most))
-        legend.append(_legend(s, colour))
+    series, frame, drawn = plotted
+    legend = [_legend(s, _colour(s, i)) for i, s in enumerate(series)]
     gaps = sum(1 for s in series for y in s.ys if not math.isfinite(y))
     notes = [note] if note else []
     notes += [f"{gaps} values are not finite"] if gaps else []
@@ -150,11 +152,59 @@ def chart(title: str, series: Sequence[Series], most: int = 400, note: str = "")
         f'<figure class="card"><figcaption>{name}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}" '
         f'data-x="{frame.x0:.6g} {frame.x1:.6g}">'
-        f"{_axes(frame)}{''.join(drawn)}<g class='cursor'></g></svg>"
+        f"{drawn}<g class='cursor'></g></svg>"
         f'<div class="legend">{"".join(legend)}</div>'
         + (f'<p class="note">{escape("; ".join(notes))}</p>' if notes else "")
         + "</figure>"
     )
+
+
+def picture(charts: Sequence[tuple[str, Sequence[Series]]], most: int = 200) -> str:
+    """An SVG file of charts below each other, with their legends; '' if none has two values.
+
+    Args:
+      charts: titles and curves.
+      most: maximum number of points per curve.
+    """
+    parts, y = [], 0
+    for title, given in charts:
+        plotted = _plot(given, most)
+        if plotted is None:
+            continue
+        series, _, drawn = plotted
+        names = "".join(
+            f'<tspan dx="16" style="fill:{PALETTE[_colour(s, i)]}">{escape(s.name)}</tspan>'
+            for i, s in enumerate(series)
+        )
+        parts.append(
+            f'<text class="title" x="{LEFT}" y="{y + 24}">{escape(title)}{names}</text>'
+            f'<svg x="0" y="{y + 34}" width="{WIDTH}" height="{HEIGHT}">{drawn}</svg>'
+        )
+        y += HEIGHT + 44
+    if not parts:
+        return ""
+    colours = ";".join(f"--c{i}:{colour}" for i, colour in enumerate(PALETTE))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" '
+        f'height="{y}"><style>svg{{{colours}}}{FILE_STYLE}</style>'
+        f'<rect width="{WIDTH}" height="{y}" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _plot(series: Sequence[Series], most: int) -> tuple[list[Series], "_Frame", str] | None:
+    """The curves with numbers, their frame, and axes and curves; None without two values."""
+    series = [s for s in series if s.num_finite()]
+    bounds = limits(series)
+    if bounds is None or all(s.num_finite() < 2 for s in series):
+        return None
+    x0, x1 = min(s.xs[0] for s in series), max(s.xs[-1] for s in series)
+    frame = _Frame(x0, x1 if x1 > x0 else x0 + 1, *bounds)
+    drawn = [_curve(s, frame, _colour(s, i), most) for i, s in enumerate(series)]
+    return series, frame, _axes(frame) + "".join(drawn)
+
+
+def _colour(series: Series, i: int) -> int:
+    return (i if series.colour is None else series.colour) % COLOURS
 
 
 class _Frame(NamedTuple):

@@ -21,6 +21,7 @@ CHARTS = (
     ("Completions that pass", r"eval_(.+_)?pass@\d+"),
     ("Loss", r"(eval_(.+_)?)?loss"),
     ("Token accuracy", r"(eval_(.+_)?)?mean_token_accuracy"),
+    ("Tasks", r"eval_tasks/.+/(acc|acc_norm|exact_match.*|f1|reasoning_gym)"),
     ("Exact match", r"eval_(.+_)?exact_match"),
     ("Pairs ranked correctly", r"(eval_(.+_)?)?(rewards/accuracies|accuracy)"),
     ("Rewards of chosen and rejected completions", r"rewards/(chosen|rejected|margins)"),
@@ -128,6 +129,21 @@ def alerts(run: Run) -> str:
         at = f"step {warning['step']}" if warning.get("step") is not None else "warning"
         out += f'<p class="alert"><b>{text(at)}</b>{text(warning.get("text"), 1000)}</p>'
     return out
+
+
+def charts_of(run: Run) -> list[tuple[str, list[Series]]]:
+    """The titles and curves of the most important charts that the run has."""
+    left = {name: s for name, s in run.series.items() if name not in UNDRAWN}
+    found = []
+    for title, pattern in CHARTS:
+        names = sorted(
+            (name for name in left if re.fullmatch(pattern, name)),
+            key=lambda name: name.startswith("eval_"),  # training gets the first colour
+        )
+        series = [_series(name, left.pop(name), len(names) > 1) for name in names]
+        if any(s.num_finite() > 1 for s in series):
+            found.append((title, series))
+    return found
 
 
 def curves(run: Run, points: int) -> str:

@@ -1,9 +1,11 @@
 """Optimizers and learning-rate schedules under transformers' names."""
 
+from relax.optimizers.host import lies_on_host, offload, select
 from relax.optimizers.optimizers import (
     OPTIMIZERS,
     adafactor,
     adamw,
+    adamw_8bit,
     eval_params,
     learning_rate,
     lion,
@@ -19,13 +21,17 @@ __all__ = [
     "SCHEDULES",
     "adafactor",
     "adamw",
+    "adamw_8bit",
     "eval_params",
     "freeze_for",
     "learning_rate",
     "learning_rate_schedule",
+    "lies_on_host",
     "lion",
     "muon",
+    "offload",
     "partition_by_key",
     "schedule_free_adamw",
+    "select",
     "sgd",
 ]

@@ -3,8 +3,9 @@
 Every optimizer is constructed as `adamw(schedule, weight_decay=0.1)`, wraps optax's, and
 
 - has its learning rate in its state, once, so that it can be logged;
-- keeps its state and computes in float32, whatever the dtype of the parameters: a mean of squares
-  that changes by a thousandth per update would not change at all in bfloat16;
+- computes in float32, whatever the dtype of the parameters, and keeps its state so unless it is
+  told otherwise: a mean of squares that changes by a thousandth per update would not change at all
+  in bfloat16;
 - decays matrices only, not norms and biases (arrays of at most one axis). The decay is decoupled:
   each update multiplies a parameter by 1 - learning rate * weight decay.
 """
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from relax.optimizers.eight_bit import scale_by_adam_8bit
+from relax.optimizers.host import is_on_host, to_device
 from relax.optimizers.wrappers import ByKeyState
 
 
@@ -30,24 +33,33 @@ def eval_params(opt_state, params):
       params: its parameters.
     """
 
-    def is_average(node):
-        return isinstance(node, optax.contrib.ScheduleFreeState)
+    def is_found(node):
+        return is_on_host(node) or isinstance(node, optax.contrib.ScheduleFreeState)
 
     if isinstance(opt_state, ByKeyState):
         return {name: eval_params(opt_state.parts[name], part) for name, part in params.items()}
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_average)
-    averages = [node for node in nodes if is_average(node)]
-    return _average(averages[0], params) if averages else params
+    nodes = filter(is_found, jax.tree.leaves(opt_state, is_leaf=is_found))
+    if (node := next(nodes, None)) is None:
+        return params
+    if is_on_host(node):
+        parts = {name: {name: part} for name, part in params.items()}
+        return {name: eval_params(node.on_host[name], parts[name])[name] for name in params}
+    return _average(node, params)
 
 
 @jax.jit
 def _average(state, params):
-    average = optax.contrib.schedule_free_eval_params(state, params)
+    average = optax.contrib.schedule_free_eval_params(to_device(state), params)
     return jax.tree.map(lambda x, y: x.astype(y.dtype), average, params)
 
 
 def learning_rate(opt_state) -> jax.Array | None:
     """Learning rate of the last update; None if the state holds none, or several."""
+
+    def first(node):  # of the parts of a state on the host, which have the same
+        return next(iter(node.on_host.values())) if is_on_host(node) else node
+
+    opt_state = jax.tree.map(first, opt_state, is_leaf=is_on_host)
     found = optax.tree.get_all_with_path(
         opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
     )
@@ -55,7 +67,12 @@ def learning_rate(opt_state) -> jax.Array | None:
 
 
 def _matrices(params):
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    """Which leaves are matrices, stacks of some included; the biases of experts are none."""
+
+    def is_matrix(path, leaf):
+        return leaf.ndim > 1 and not jax.tree_util.keystr(path[-1:], simple=True).endswith("bias")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -85,14 +102,30 @@ def _optimizer(make):
 
 
 @_optimizer
-def adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-    """Adam with decoupled weight decay.
+def adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, mu_dtype=None):
+    """Adam with decoupled weight decay; `mu_dtype`: dtype of the first moment, None: float32.
 
     Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019,
     https://arxiv.org/abs/1711.05101
     """
     return optax.adamw(
-        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_matrices
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=_matrices,
+        mu_dtype=mu_dtype,
+    )
+
+
+@_optimizer
+def adamw_8bit(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+    """AdamW whose moments are stored in 8 bits, see `relax.optimizers.eight_bit`."""
+    return optax.chain(
+        scale_by_adam_8bit(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, _matrices),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 
@@ -117,7 +150,7 @@ def adafactor(learning_rate, *, weight_decay=0.0):
 
 
 @_optimizer
-def lion(learning_rate, *, b1=0.9, b2=0.99, weight_decay=0.0):
+def lion(learning_rate, *, b1=0.9, b2=0.99, weight_decay=0.0, mu_dtype=None):
     """Steps by the sign of mixed gradient and momentum; use a third to a tenth of Adam's rate.
 
     Runs pass adam_beta1 and adam_beta2, as transformers' Trainer does; the paper uses 0.9 and
@@ -126,11 +159,13 @@ def lion(learning_rate, *, b1=0.9, b2=0.99, weight_decay=0.0):
     Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
     https://arxiv.org/abs/2302.06675
     """
-    return optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices)
+    return optax.lion(
+        learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices, mu_dtype=mu_dtype
+    )
 
 
 @_optimizer
-def muon(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+def muon(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, mu_dtype=None):
     """Orthogonalised Nesterov momentum (0.95) for matrices, AdamW for all other parameters.
 
     Matrices are the kernels of linear layers and each matrix of a stack, such as a layer's experts.
@@ -147,9 +182,16 @@ def muon(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
         weight_decay=weight_decay,
         muon_weight_dimension_numbers=lambda tree: jax.tree.map(_last_two_axes, tree),
         consistent_rms=0.2,
+        mu_dtype=mu_dtype,
     )
     others = optax.adamw(
-        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=_matrices
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=_matrices,
+        mu_dtype=mu_dtype,
     )
     return optax.partition({"muon": matrices, "adamw": others}, _muon_or_adamw)
 
@@ -159,11 +201,14 @@ def _last_two_axes(leaf):
 
 
 def _muon_or_adamw(params):
-    """Labels; heads (`lm_head`, `value_head`, `score`) and embeddings are recognised by name."""
+    """Labels; heads (`lm_head`, `value_head`, `score`) and embeddings are recognised by name.
+
+    So are the kernels of convolutions, `weight`, and biases of experts, which are no matrices.
+    """
 
     def label(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/").lower()
-        outer = re.search(r"embed|head(/|$)|(^|/)score(/|$)", name)
+        outer = re.search(r"embed|head(/|$)|(^|/)score(/|$)|/weight$|bias$", name)
         return "adamw" if leaf.ndim < 2 or outer else "muon"
 
     return jax.tree_util.tree_map_with_path(label, params)
@@ -199,5 +244,6 @@ def schedule_free_adamw(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_dec
 
 
 OPTIMIZERS = {
-    make.__name__: make for make in (adamw, adafactor, lion, muon, sgd, schedule_free_adamw)
+    make.__name__: make
+    for make in (adamw, adamw_8bit, adafactor, lion, muon, sgd, schedule_free_adamw)
 }

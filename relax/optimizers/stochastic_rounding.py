@@ -77,12 +77,12 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     Returns:
       float32, the same shape.
     """
-    noise = _noise(x.shape, key) >> 16
-    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+    below = noise(x.shape, key) >> 16
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + below) & jnp.uint32(0xFFFF0000)
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)
 
 
-def _noise(shape, key) -> jax.Array:
+def noise(shape, key) -> jax.Array:
     """A uint32 per entry: its index, hashed.
 
     `jax.random.bits` would take longer than the update itself on CPUs. The hash is the finaliser of

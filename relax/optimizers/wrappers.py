@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from relax.optimizers.host import select
+
 
 class ByKeyState(NamedTuple):
     """State of `partition_by_key`.
@@ -69,10 +71,12 @@ def freeze_for(optimizer: optax.GradientTransformation, steps: int) -> optax.Gra
         return DelayedState(optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def update(updates, state, params):
-        moves, inner = optimizer.update(updates, state.inner, params)
         waits = state.waited < steps
+        # NaN leaves a state on the host as it is.
+        updates = jax.tree.map(lambda update: jnp.where(waits, jnp.nan, update), updates)
+        moves, inner = optimizer.update(updates, state.inner, params)
         moves = jax.tree.map(lambda move: jnp.where(waits, 0, move), moves)
-        inner = jax.tree.map(lambda new, old: jnp.where(waits, old, new), inner, state.inner)
+        inner = select(~waits, inner, state.inner)
         return moves, DelayedState(inner, state.waited + waits)
 
     return optax.GradientTransformation(init, update)

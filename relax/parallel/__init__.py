@@ -1,6 +1,6 @@
 """Parallelism: a mesh of devices, sharding rules, and arrays sharded by them.
 
-    with parallel.use(parallel.make_mesh("data=2,fsdp=4"), heads=model.config.num_key_value_heads):
+    with parallel.use(parallel.make_mesh("data=2,fsdp=4"), heads=model.config.tensor_heads):
         state = trainer.train(loader, key=jax.random.key(0))
 
 Without an active mesh every function here leaves arrays unchanged.
@@ -8,6 +8,7 @@ Without an active mesh every function here leaves arrays unchanged.
 
 from relax.parallel.arrays import (
     batch_shapes,
+    bytes_on_host,
     bytes_per_device,
     constrain,
     constrain_tree,
@@ -33,6 +34,7 @@ __all__ = [
     "batch_shapes",
     "batch_shards",
     "init_sharded",
+    "bytes_on_host",
     "bytes_per_device",
     "constrain",
     "unshard_fsdp",

@@ -1,6 +1,7 @@
 """Sharded arrays: weights, optimizer state and batches placed by the rules, and read back.
 
-Without an active mesh every function returns its argument, and `init_sharded` calls its function.
+Without an active mesh every function returns its argument, and `init_sharded` calls its function;
+only the parts of a state that lie on the host have a placement there too.
 """
 
 import functools
@@ -9,9 +10,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from relax.optimizers import lies_on_host
+from relax.optimizers.host import MEMORY_KIND
 from relax.parallel.mesh import BATCH, Layout, layout
 from relax.parallel.rules import spec_of
 
@@ -24,7 +27,17 @@ def sharding_of(path: str, shape) -> NamedSharding | None:
 
 def _sharding(current: Layout, path: str, shape) -> NamedSharding:
     spec = spec_of(path, shape, current.rules, current.sizes, current.heads)
-    return NamedSharding(current.mesh, spec)
+    where = NamedSharding(current.mesh, spec)
+    return where.with_memory_kind(MEMORY_KIND) if lies_on_host(path, shape) else where
+
+
+def _place(current: Layout | None, path: str, shape) -> Sharding | None:
+    """The sharding of a leaf; None: wherever jax puts it, on one device."""
+    if current is not None:
+        return _sharding(current, path, shape)
+    if not lies_on_host(path, shape):
+        return None
+    return SingleDeviceSharding(jax.local_devices()[0], memory_kind=MEMORY_KIND)
 
 
 def _map(f, tree):
@@ -39,11 +52,11 @@ def _map(f, tree):
 def sharded_shapes(tree):
     """The shapes of a state or of parameters, with their shardings."""
     current = layout()
-    if current is None:
-        return tree
 
     def shape(path, leaf):
-        where = _sharding(current, path, leaf.shape)
+        where = _place(current, path, leaf.shape)
+        if where is None:
+            return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return _map(shape, tree)
@@ -52,10 +65,10 @@ def sharded_shapes(tree):
 def init_sharded(f, *args):
     """`f(*args)`, compiled so that every leaf is created with its final sharding."""
     current = layout()
-    if current is None:
-        return f(*args)
     shapes = jax.eval_shape(f, *args)
-    places = _map(lambda path, leaf: _sharding(current, path, leaf.shape), shapes)
+    places = _map(lambda path, leaf: _place(current, path, leaf.shape), shapes)
+    if not jax.tree.leaves(places):
+        return f(*args)
     return jax.jit(f, out_shardings=places)(*args)
 
 
@@ -74,11 +87,11 @@ def shard(tree):
     return _map(move, tree)
 
 
-def device_put(leaf, where: NamedSharding):
+def device_put(leaf, where: Sharding):
     """Puts an array, equal in every process, on the devices with sharding `where`."""
-    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(where, leaf.ndim):
+    if isinstance(leaf, jax.Array) and _is_there(leaf, where):
         return leaf
-    if where.is_fully_addressable:
+    if where.is_fully_addressable or not isinstance(where, NamedSharding):
         return jax.device_put(leaf, where)
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = device_put(jax.random.key_data(leaf), NamedSharding(where.mesh, P()))
@@ -87,6 +100,11 @@ def device_put(leaf, where: NamedSharding):
         return jax.jit(lambda x: x, out_shardings=where)(leaf)
     value = np.asarray(leaf)  # the same in every process
     return jax.make_array_from_callback(value.shape, where, value.__getitem__)
+
+
+def _is_there(leaf: jax.Array, where: Sharding) -> bool:
+    kinds = [sharding.memory_kind == MEMORY_KIND for sharding in (leaf.sharding, where)]
+    return kinds[0] == kinds[1] and leaf.sharding.is_equivalent_to(where, leaf.ndim)
 
 
 def constrain_tree(tree):
@@ -121,7 +139,8 @@ def unsharded_shapes(tree, dtype):
 
     def shape(path, leaf):
         where = NamedSharding(current.mesh, _in_use(current, path, leaf.shape))
-        kind = dtype if leaf.ndim > 1 else leaf.dtype
+        is_part = path.endswith(("/codes", "/scales"))  # of a quantised weight
+        kind = leaf.dtype if leaf.ndim < 2 or is_part else dtype
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where)
 
     return _map(shape, tree)
@@ -250,8 +269,18 @@ def to_host(array) -> np.ndarray:
     return np.asarray(array)
 
 
+def bytes_on_host(tree) -> int:
+    """Bytes of those leaves of a state (arrays or shapes with shardings) that are on the host."""
+
+    def is_there(leaf):
+        where = getattr(leaf, "sharding", None)
+        return where is not None and where.memory_kind == MEMORY_KIND
+
+    return bytes_per_device([leaf for leaf in jax.tree.leaves(tree) if is_there(leaf)])
+
+
 def bytes_per_device(tree) -> int:
-    """Bytes of a state's leaves (arrays or shapes) on one device."""
+    """Bytes of a state's leaves (arrays or shapes) for one device, wherever they lie."""
 
     def size(leaf):
         where = getattr(leaf, "sharding", None)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ import numpy as np
 from relax.errors import ConfigError, RelaxError
 
 _SAY_EVERY_S = 30.0
+_LEAVE_S = 30.0
 _PATIENCE_S = 24 * 3600  # for a live process; the heartbeat detects a dead one
 _asked: collections.Counter[str] = collections.Counter()
 
@@ -61,11 +63,16 @@ def start(
       timeout_s: seconds to wait for all processes.
 
     Raises:
-      ConfigError: not all processes joined in time.
+      ConfigError: not all processes joined in time, or another run has the port.
     """
     if jax.distributed.is_initialized():
         return
     address = None if coordinator == "auto" else coordinator
+    if address and process_id == 0 and _answers(address):
+        raise ConfigError(
+            f"process 0 listens at coordinator {address}, and another program, maybe another run, "
+            "answers there already: give each run a port of its own."
+        )
     where = f"at {address}" if address else "given by the environment"
     who = "this process" if process_id is None else f"process {process_id}"
     who += "" if num_processes is None else f" of {num_processes}"
@@ -87,6 +94,16 @@ def start(
             "with the same coordinator (HOST:PORT) and num_processes, and each its own process_id; "
             "coordinator auto is for SLURM, MPI, GKE and TPU pods."
         ) from error
+
+
+def _answers(address: str) -> bool:
+    """Whether a program listens at HOST:PORT; a second one could listen there too, unnoticed."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager
@@ -124,8 +141,25 @@ def abort_on_error() -> Iterator[None]:
         line, code = _last_words(error)
         sys.stdout.flush()
         os.write(2, line.encode() + b"\n")
+        if getattr(error, "in_all", False):
+            _leave_together()
         # A normal exit would wait for the other processes, which may be gone.
         os._exit(code)
+
+
+def _leave_together() -> None:
+    """Waits, for a time, until all processes have come to their end.
+
+    Process 0 serves the others: if it ended first, they would fail while they end.
+    """
+
+    def leave():
+        with contextlib.suppress(RuntimeError):  # another process has died meanwhile
+            jax.distributed.shutdown()
+
+    leaving = threading.Thread(target=leave, name="leaving", daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE_S)
 
 
 def _last_words(error: BaseException) -> tuple[str, int]:
@@ -135,7 +169,8 @@ def _last_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted", getattr(error, "exit_code", 130)
     text = "".join(traceback.format_exception(error))
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # Gloo, which carries arrays between processes on CPUs, may arrive as a ValueError.
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
         # The error does not show whether a peer or this process is at fault.
         text += (
             f"error: process {index()} of {count()} failed in jax's runtime, which happens when "

@@ -24,23 +24,32 @@ class Rule(NamedTuple):
     spec: P
 
 
+# Of attention and feed-forward blocks, and of convolutions and delta rules.
+_BY_COLUMNS, _BY_ROWS = "((q|k|v|g|gate|up)_proj|in_proj(_.*)?)", "(o|down|out)_proj"
+
 # The first match applies. Weights are gathered over fsdp when they are used, a layer at a time;
 # along tensor each device keeps its columns (or rows, if the preceding columns are sharded).
 RULES = (
-    Rule("embed_tokens|lm_head", P("tensor", "fsdp")),  # [V, D]
+    Rule("embed_tokens(_per_layer)?|lm_head", P("tensor", "fsdp")),  # [V, D]
+    Rule("per_layer_(input_gate|model_projection)/kernel", P("fsdp", None)),  # [D, F]
+    Rule("per_layer_projection/kernel", P(None, "fsdp")),  # [F, D]
     Rule("experts/(gate|up)_proj", P(None, "fsdp", "tensor")),  # [E, D, F]
     Rule("experts/down_proj", P(None, "tensor", "fsdp")),  # [E, F, D]
+    Rule("experts/(gate|up)_proj_lora_b", P(None, None, "tensor")),  # [E, r, F]
+    Rule("experts/down_proj_lora_a", P(None, "tensor", None)),  # [E, F, r]
+    Rule("experts/(gate|up)_proj_bias", P(None, "tensor")),  # [E, F]
     Rule("experts/router", P("fsdp", None)),  # [D, E]
-    Rule("(q|k|v|gate|up)_proj/kernel", P("fsdp", "tensor")),  # [D, F]
-    Rule("(o|down)_proj/kernel", P("tensor", "fsdp")),  # [F, D]
-    Rule("(q|k|v|gate|up)_proj/bias", P("tensor")),
-    Rule("(q|k|v|gate|up)_proj/lora_b", P(None, "tensor")),  # [r, F]
-    Rule("(o|down)_proj/lora_a", P("tensor", None)),  # [F, r]
+    Rule(f"{_BY_COLUMNS}/kernel", P("fsdp", "tensor")),  # [D, F]
+    Rule(f"{_BY_ROWS}/kernel", P("tensor", "fsdp")),  # [F, D]
+    Rule(f"{_BY_COLUMNS}/bias", P("tensor")),
+    Rule(f"{_BY_COLUMNS}/lora_b", P(None, "tensor")),  # [r, F]
+    Rule(f"{_BY_COLUMNS}/lora_magnitude", P("tensor")),
+    Rule(f"{_BY_ROWS}/lora_a", P("tensor", None)),  # [F, r]
     Rule("score/kernel", P("fsdp", None)),  # [D, 1]
     Rule(".*", P()),  # norms and the rest: replicated
 )
 
-_HEADS = re.compile(r"(^|/)[qkvo]_proj/")
+_HEADS = re.compile(r"(^|/)[qkvgo]_proj/")
 
 
 def spec_of(
@@ -69,6 +78,7 @@ def spec_of(
     >>> tuple(spec_of("layers_0/q_proj/kernel", (6, 8), RULES, sizes, heads=1))
     ('fsdp',)
     """
+    path = path.removesuffix("/codes").removesuffix("/scales")  # of a quantised array
     spec = next(rule.spec for rule in rules if fits(rule, path))
     if len(spec) != len(shape):
         return P()

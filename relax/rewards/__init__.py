@@ -2,9 +2,16 @@
 
 from relax.rewards.answers import get_exact_match, get_last_number_match
 from relax.rewards.batch import RewardBatch, RewardFailure, weighted_total
-from relax.rewards.environment import Environment, Episode, Observation
+from relax.rewards.environment import Environment, Observation, TextEnvironment
+from relax.rewards.episode_runner import EpisodeRunner
 from relax.rewards.lengths import get_repetition_penalty_reward, get_soft_overlong_punishment
-from relax.rewards.loading import SHIPPED, load_environment, load_reward, reward_factory
+from relax.rewards.loading import (
+    SHIPPED,
+    load_environment,
+    load_reward,
+    load_tool,
+    reward_factory,
+)
 from relax.rewards.mathematics import (
     accuracy_reward,
     get_cosine_scaled_reward,
@@ -18,12 +25,13 @@ from relax.rewards.tasks import reasoning_gym
 __all__ = [
     "SHIPPED",
     "Environment",
-    "Episode",
+    "EpisodeRunner",
     "Observation",
     "PendingRewards",
     "RewardBatch",
     "RewardFailure",
     "RewardRunner",
+    "TextEnvironment",
     "accuracy_reward",
     "collect_columns",
     "get_cosine_scaled_reward",
@@ -35,6 +43,7 @@ __all__ = [
     "get_soft_overlong_punishment",
     "load_environment",
     "load_reward",
+    "load_tool",
     "reasoning_accuracy_reward",
     "reasoning_gym",
     "reward_factory",

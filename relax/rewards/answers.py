@@ -9,7 +9,8 @@ from fractions import Fraction
 from relax.rewards.loading import reward_factory
 from relax.rewards.protocol import text_of
 
-_MINUS = str.maketrans("\u2212\ufe63\uff0d", "---")  # typographic minus signs
+_DIGITS = str.maketrans({0xFF10 + i: str(i) for i in range(10)})  # full-width, as in Chinese texts
+_PLAIN = _DIGITS | str.maketrans("\u2212\ufe63\uff0d\uff0e\uff0f", "---./")  # and typographic signs
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
 # A sign counts unless a digit, letter or bracket precedes it: "5-3" holds 5 and 3. A point begins a
 # number unless a digit or letter precedes it.
@@ -98,7 +99,7 @@ def last_number(text: str) -> Decimal | Fraction | None:
     >>> last_number("2/4 of them"), last_number("about = .5"), last_number("1e3")
     (Fraction(1, 2), Decimal('0.5'), Decimal('1E+3'))
     """
-    plain = _FRAC.sub(r"\1/\2", text.translate(_MINUS))
+    plain = _FRAC.sub(r"\1/\2", text.translate(_PLAIN))
     found = list(_NUMBER.finditer(plain))
     if not found:
         return None

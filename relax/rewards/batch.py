@@ -15,16 +15,16 @@ from relax.rewards.workers.scores import Kind, Scores
 
 # Names that trainers log; a reward function's metric of that name gets a prefix.
 _TRAINER_METRICS = frozenset(
-    "aux_loss critic_aux_loss critic_learning_rate elapsed_s entropy episode epoch eps "
-    "first_entropy frac_groups_skipped frac_reward_zero_std global_step grad_norm kl "
-    "learning_rate loss "
+    "aux_loss critic_aux_loss critic_learning_rate elapsed_s entropy entropy_coef episode epoch "
+    "eps first_entropy frac_groups_skipped frac_reward_zero_std frac_tokens_kept global_step "
+    "grad_norm kl learning_rate loss "
     "mean_token_accuracy mfu num_tokens resampled_groups reward reward_drawn reward_errors "
-    "reward_group_std reward_std skipped_minibatches skipped_steps step step_time time_left_s "
-    "tokens_per_second total_steps".split()
+    "reward_group_std reward_std skipped_minibatches skipped_steps step step_time "
+    "teacher_agreement time_left_s tokens_per_second total_steps".split()
 )
 _TRAINER_GROUPS = frozenset(
-    "clip_ratio completions dry_run logits logps loss memory objective perf policy rewards "
-    "sampling time val".split()
+    "clip_ratio completions dry_run episodes logits logps loss memory objective perf policy "
+    "rewards sampling sources tasks time tools val".split()
 )
 # Minimum number of completions for the fraction of failures: one early failure is no trend.
 _LEAST_SCORED = 100

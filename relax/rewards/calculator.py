@@ -58,6 +58,9 @@ def calculate(expression: str) -> str:
 
     The computation is exact; fractions are printed with ten significant digits.
 
+    Args:
+      expression: for example "12*(3+4)".
+
     Raises:
       ValueError: the text is no such expression, is too long, or divides by zero.
 

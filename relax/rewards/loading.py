@@ -142,6 +142,35 @@ def load_environment(spec: str) -> Callable:
     return found
 
 
+def load_tool(spec: str) -> Callable:
+    """Finds the function of a tool: a dotted path, or `path/to/file.py:function`.
+
+    Raises:
+      ConfigError: there is no such function.
+
+    >>> load_tool("relax.rewards.calculator.calculate")("1+2")
+    '3'
+    """
+    if ":" not in spec and "." not in spec:
+        raise ConfigError(
+            f"unknown tool {spec!r}. A tool is package.module.function or path/to/file.py:function."
+        )
+    found = load_object(spec, "tool")
+    if not callable(found):
+        raise ConfigError(f"tool {spec!r} is a {type(found).__name__}, not a function.")
+    return found
+
+
+def tool_specs(spec: str) -> list[str]:
+    """One name per function of `path/to/file.py:function[,function]`.
+
+    >>> tool_specs("tools.py:add,multiply"), tool_specs("package.module.f")
+    (['tools.py:add', 'tools.py:multiply'], ['package.module.f'])
+    """
+    path, colon, names = spec.rpartition(":")
+    return [f"{path}:{name.strip()}" for name in names.split(",")] if colon else [spec]
+
+
 def _find(spec: str, what: str = "reward"):
     path, colon, name = spec.rpartition(":")
     if spec.startswith("model:"):

@@ -80,7 +80,7 @@ class RewardRunner:
         try:
             for indices in dealt:
                 chosen = [ref for i in indices if (ref := references[i]) is not None]
-                hosts.append(Host(chosen, timeout_s, tuple(keep_env)))
+                hosts.append(Host({"functions": chosen}, timeout_s, tuple(keep_env)))
             for indices, host in zip(dealt, hosts, strict=True):
                 infos |= dict(zip(indices, host.infos(), strict=True))
         except BaseException:

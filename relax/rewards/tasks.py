@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import json
 import re
+from fractions import Fraction
 
 from relax.errors import ConfigError
 from relax.rewards.protocol import text_of
@@ -79,9 +80,9 @@ def gym_version() -> str:
 
 
 def pack(value):
-    """Converts to JSON types: tuples, sets and dicts with any keys become tagged lists.
+    """Converts to JSON types: tuples, sets, fractions and dicts with any keys: tagged lists.
 
-    >>> unpack(pack({(1, 2): {"a"}})) == {(1, 2): {"a"}}
+    >>> unpack(pack({(1, Fraction(1, 2)): {"a"}})) == {(1, Fraction(1, 2)): {"a"}}
     True
     """
     if isinstance(value, dict):
@@ -91,6 +92,8 @@ def pack(value):
         return {type(value).__name__: [pack(item) for item in items]}
     if isinstance(value, list):
         return [pack(item) for item in value]
+    if isinstance(value, Fraction):
+        return {"Fraction": [value.numerator, value.denominator]}
     if isinstance(value, str):
         return str(value)  # numpy's strings too
     return value.item() if hasattr(value, "item") else value
@@ -105,4 +108,6 @@ def unpack(value):
     (kind, items), *_ = value.items()
     if kind == "dict":
         return {unpack(key): unpack(item) for key, item in items}
+    if kind == "Fraction":
+        return Fraction(*items)
     return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(unpack, items))

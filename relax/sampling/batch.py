@@ -1,78 +1,37 @@
 """Continuous batching: the slots of a generation and the rows that pass through them.
 
 1. Prompts are split into batches of similar numbers of tokens and prefilled once, when the first of
-   their samples starts; every sample copies its prompt's keys and values into its slot.
+   their samples starts; every sample copies its prompt's state into its slot.
 2. A compiled segment decodes all slots until enough of them have finished, or for a number of
 tokens. 3. The host reads the new tokens, searches for stop strings, and gives the slots of finished
 rows to
    waiting ones; when none wait and few rows are left, these move to a smaller cache.
 4. The cache doubles when a row reaches its end.
+5. A row that is kept stays in its slot when it has ended: it can be extended by tokens that were
+   not sampled, such as the result of a tool, and goes on without being prefilled again.
 
 A row does not depend on the rows beside it: it has its own key and its own columns.
 """
 
 import collections
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from relax import parallel
-from relax.errors import NonFiniteError
+from relax.models.cache import has_columns_alone
 from relax.sampling import step
 from relax.sampling.config import SamplingConfig, max_positions
 from relax.sampling.distribution import Rules
-from relax.sampling.stops import Decode, find_stop
+from relax.sampling.rows import SHRINK, Plan, Row, check_finite, end_row, plan_segment
+from relax.sampling.stops import Decode
 
 COLUMNS = 64  # columns of the smallest cache
 PROMPT = 16  # tokens of the smallest prefill
 PREFILL_TOKENS = 1024  # tokens per prefill with padding, unless one prompt is longer
-SHRINK = 4  # a cache shrinks when at most one in SHRINK slots is in use
-
-
-@dataclasses.dataclass
-class Row:
-    """A completion in progress."""
-
-    number: int
-    prompt_index: int
-    prompt: np.ndarray
-    limit: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    reason: str | None = None
-
-    @property
-    def position(self) -> int:
-        """Position of the next token to decode: the last sampled one, or the prompt's last."""
-        return len(self.prompt) - 1 + len(self.tokens)
-
-
-class Plan(NamedTuple):
-    """The bounds of a segment."""
-
-    steps: int  # maximum tokens per row
-    columns: int  # columns of the cache that the rows need
-    stop_when: int  # number of finished or free slots at which it ends early
-
-
-def plan_segment(running: Sequence[Row], *, slots: int, waiting: bool, most: int) -> Plan:
-    """Plans a segment of at most `most` tokens for the rows in progress.
-
-    If rows are waiting, it ends as soon as a few more slots are free, which they then get.
-    Otherwise it ends when all have finished, or when the rest fits a smaller cache.
-    """
-    steps = min(most, max(row.limit - len(row.tokens) for row in running))
-    columns = max(row.position for row in running) + steps
-    if waiting:
-        stop_when = slots - len(running) + max(1, len(running) // 8)
-    else:
-        few = slots // SHRINK
-        stop_when = slots - few if len(running) > few else slots
-    return Plan(steps, columns, stop_when)
+EXTENSION = 256  # tokens per row that are appended in one call
 
 
 class Batch:
@@ -86,31 +45,76 @@ class Batch:
         keys: Callable[[list[int]], jax.Array],
         rows: Sequence[Row],
         decode: Decode | None,
+        *,
+        slots: int | None = None,
+        shrinks: bool = True,
+        prefilled: Mapping[int, tuple] | None = None,
     ):
-        """keys: a function from row numbers to their keys."""
+        """Makes the slots; `rows` wait for them.
+
+        Args:
+          keys: a function from row numbers to their keys.
+          slots: how many; None: as the configuration has them, or fewer if there are fewer rows.
+          shrinks: free slots are given up when no row waits, since none will be added.
+          prefilled: keys and values of prompts by their indices, as `prefilled` below.
+        """
         self.model, self.params, self.config = model, params, config
         self.keys, self.decode = keys, decode
         self.room = max_positions(model.config)[0]
-        self.rules = _rules(config, model.config.vocab_size)
+        self.rules = rules_of(config, model.config.vocab_size)
         self.ends = step.StopRules(
             jnp.asarray(config.eos_token_ids, jnp.int32), jnp.int32(config.min_new_tokens)
         )
-        # Prompts of similar length share a prefill; short ones, which need few columns, go first.
-        self.waiting = collections.deque(sorted(rows, key=lambda row: self._padded(row.prompt)))
-        self.prefilled: dict[int, tuple] = {}  # prompt -> (keys and values, prompts, row of these)
-        self.S = COLUMNS
+        self.waiting: collections.deque[Row] = collections.deque()
+        self.add(rows)
+        # prompt -> (keys and values, prompts, row of these)
+        self.prefilled: dict[int, tuple] = dict(prefilled or {})
+        self.extended: list[tuple[Row, int]] = []  # with the first token that is not in the cache
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.S, self.shrinks = COLUMNS, shrinks
         self.fewest = parallel.batch_shards()  # minimum number of slots
-        slots = _bucket(min(config.slots, len(rows)), self.fewest)
-        self.slots: list[Row | None] = [None] * slots
+        self.slots: list[Row | None] = [None] * bucket_size(
+            slots or min(config.slots, len(rows)), self.fewest
+        )
         self.cache, self.state = step.empty(
             model, keys([0] * len(self.slots)), len(self.slots), self.S, self._counts_seen()
         )
 
     def under_way(self) -> bool:
-        return bool(self.waiting) or any(self.slots)
+        """Whether a row waits or is decoded; a kept row that has ended does neither."""
+        return bool(self.waiting or self._running())
+
+    def can_advance(self) -> bool:
+        """Whether a row is decoded, or waits and a slot is free."""
+        return bool(self._running() or (self.waiting and None in self.slots))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Lets rows wait for slots."""
+        # Prompts of similar length share a prefill; short ones, which need few columns, go first.
+        self.waiting.extend(sorted(rows, key=lambda row: self._padded(row.prompt)))
+
+    def extend(self, row: Row, ids: np.ndarray, number: int, limit: int) -> None:
+        """Appends tokens to a kept row that has ended; it goes on under another number's key."""
+        known = len(row.prompt) + len(row.tokens) - 1  # all but the last token are in the cache
+        stale = row.dropped and not has_columns_alone(self.cache)
+        self.extended.append((row, 0 if stale else known))
+        row.prompt = np.concatenate([row.prompt, np.array(row.tokens, np.int32), ids])
+        row.number, row.limit, row.reason, row.dropped = number, limit, None, 0
+        row.tokens, row.logprobs = [], []
+
+    def release(self, row: Row) -> None:
+        """Gives a row's slot away, or its place among the waiting rows."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        self.extended = [(one, known) for one, known in self.extended if one is not row]
+        self.slots = [None if one is row else one for one in self.slots]
+
+    def _running(self) -> list[Row]:
+        return [row for row in self.slots if row is not None and row.reason is None]
 
     def fill(self) -> None:
-        """Puts waiting rows into free slots, one prefill after another."""
+        """Computes what was appended, and puts waiting rows into free slots."""
+        self._extend()
         free = [place for place, row in enumerate(self.slots) if row is None]
         while self.waiting and free:
             prefilled = self._prefilled(self.waiting[0].prompt_index)
@@ -128,17 +132,20 @@ class Batch:
 
     def advance(self) -> list[tuple[Row, list[int]]]:
         """Decodes one segment; returns the rows in progress with their new tokens."""
-        running = [row for row in self.slots if row is not None]
+        running = self._running()
         plan = plan_segment(
-            running, slots=len(self.slots), waiting=bool(self.waiting), most=self.config.segment
+            running,
+            slots=len(self.slots),
+            waiting=bool(self.waiting) or any(row.kept for row in running),
+            most=self.config.segment,
         )
         if plan.columns > self.S:
-            self._resize(range(len(self.slots)), _bucket(plan.columns, COLUMNS))
+            self._resize(range(len(self.slots)), bucket_size(plan.columns, COLUMNS))
         return self._take(self._decode(plan))
 
     def _decode(self, plan: Plan) -> step.Segment:
         """Runs a segment on the device and copies its tokens to the host."""
-        free = np.array([row is None for row in self.slots])
+        free = np.array([row is None or row.reason is not None for row in self.slots])
         self.cache, self.state, segment = step.run_segment(
             self.model,
             self.params,
@@ -150,6 +157,7 @@ class Batch:
             np.int32(plan.steps),
             np.int32(plan.stop_when),
             top_k=self.config.top_k,
+            coupled=self.config.coupled,
             N=self.config.segment,
         )
         return jax.device_get(segment)
@@ -158,33 +166,22 @@ class Batch:
         """Adds a segment's tokens to their rows, and frees the slots of finished rows."""
         taken = []
         for place, row in enumerate(self.slots):
-            if row is None:
+            if row is None or row.reason is not None:
                 continue
             count, before = int(segment.drawn[place]), len(row.tokens)
             row.tokens += segment.tokens[:count, place].tolist()
             logprobs = np.asarray(segment.logprobs[:count, place])
-            _check_finite(row, logprobs)
+            check_finite(row, logprobs)
             row.logprobs += logprobs.tolist()
-            self._end(row, before, bool(segment.ended[place]))
-            if row.reason is not None:
+            self.counts["sampled"] += count
+            end_row(row, before, bool(segment.ended[place]), self.config, self.decode)
+            if row.reason is not None and not row.kept:
                 self.slots[place] = None
             taken.append((row, row.tokens[before:]))
         return taken
 
-    def _end(self, row: Row, before: int, ended: bool) -> None:
-        config, eos = self.config, self.config.eos_token_ids
-        if config.stop and self.decode is not None and len(row.tokens) > before:
-            text = row.tokens[:-1] if row.tokens[-1] in eos else row.tokens
-            cut = find_stop(text, before, config.stop, config.min_new_tokens, self.decode)
-            if cut is not None:
-                del row.tokens[cut:], row.logprobs[cut:]
-                row.reason = "stop"
-                return
-        if ended:
-            row.reason = "eos" if row.tokens[-1] in eos else "length"
-
     def _padded(self, prompt: np.ndarray) -> int:
-        return min(_bucket(len(prompt) - 1, PROMPT, halves=True), self.room)
+        return min(bucket_size(len(prompt) - 1, PROMPT, halves=True), self.room)
 
     def _counts_seen(self) -> bool:
         return self.config.repetition_penalty != 1.0
@@ -196,32 +193,94 @@ class Batch:
         prompts = dict.fromkeys(row.prompt_index for row in self.waiting)
         by_index = {row.prompt_index: row.prompt for row in self.waiting}
         P = self._padded(by_index[prompt_index])
-        chosen = [i for i in prompts if self._padded(by_index[i]) == P]
-        chosen = chosen[: max(1, PREFILL_TOKENS // P)]
-        C, V = _bucket(len(chosen), 1), self.model.config.vocab_size
+        missing = [i for i in prompts if i not in self.prefilled]
+        chosen = [i for i in missing if self._padded(by_index[i]) == P]
+        fitting = max(1, PREFILL_TOKENS // P)
+        chosen = chosen[: 1 << (fitting.bit_length() - 1)]  # as C is one
+        C, V = bucket_size(len(chosen), 1), self.model.config.vocab_size
         ids = np.full((C, P), V, np.int32)
         for source, i in enumerate(chosen):
             ids[source, : len(by_index[i]) - 1] = by_index[i][:-1]
-        filled = step.prefill(self.model, self.params, np.where(ids == V, 0, ids))
+        real = ids < V
+        self.counts["prefilled"] += int(real.sum())
+        filled = step.prefill(self.model, self.params, np.where(real, ids, 0), real.sum(axis=1))
         for source, i in enumerate(chosen):
             self.prefilled[i] = (filled, ids, source)
         return self.prefilled[prompt_index]
 
+    def _extend(self) -> None:
+        """Computes the tokens appended to rows, in parts, and lets the rows go on."""
+        extended, self.extended = self.extended, []
+        if not extended:
+            return
+        longest = max(len(row.prompt) for row, _ in extended)
+        if longest > self.S:
+            self._resize(range(len(self.slots)), bucket_size(longest, COLUMNS))
+        parts = [(self.slots.index(row), row.prompt[first:-1], first) for row, first in extended]
+        parts = [part for part in parts if len(part[1])]
+        while parts:
+            parts.sort(key=lambda part: -len(part[1]))
+            T = min(bucket_size(len(parts[0][1]), PROMPT), EXTENSION)
+            now = parts[: max(1, PREFILL_TOKENS // T)]
+            self._append([(place, ids[:T], first) for place, ids, first in now], T)
+            left = [(place, ids[T:], first + T) for place, ids, first in now if len(ids) > T]
+            parts = left + parts[len(now) :]
+        self._go_on([row for row, _ in extended])
+
+    def _append(self, parts: list[tuple[int, np.ndarray, int]], T: int) -> None:
+        """Appends at most T tokens to some slots: (slot, tokens, position of the first)."""
+        B = len(self.slots)
+        everywhere = parallel.layout() is not None
+        C = B if everywhere else bucket_size(len(parts), 1)
+        ids, lengths, starts = np.zeros((C, T), np.int32), *np.zeros((2, C), np.int32)
+        places = np.full((C,), B, np.int32)
+        for i, (place, new, first) in enumerate(parts):
+            i = place if everywhere else i
+            ids[i, : len(new)], lengths[i], starts[i], places[i] = new, len(new), first, place
+        self.counts["appended"] += int(lengths.sum())
+        self.cache = step.extend(
+            self.model,
+            self.params,
+            self.cache,
+            None if everywhere else places,
+            ids,
+            starts,
+            lengths,
+            (starts == 0) & (lengths > 0),
+        )
+
+    def _go_on(self, rows: list[Row]) -> None:
+        C, B, V = bucket_size(len(rows), 1), len(self.slots), self.model.config.vocab_size
+        tokens, positions, drawn, limits = np.zeros((4, C), np.int32)
+        places, numbers = np.full((C,), B, np.int32), [rows[0].number] * C
+        for i, row in enumerate(rows):
+            places[i], numbers[i] = self.slots.index(row), row.number
+            tokens[i], positions[i], limits[i] = row.prompt[-1], row.position, row.limit
+        seen = None
+        if self._counts_seen():
+            longest = max(len(row.prompt) for row in rows)
+            seen = np.full((C, bucket_size(longest, COLUMNS)), V, np.int32)
+            for i, row in enumerate(rows):
+                seen[i, : len(row.prompt)] = row.prompt
+        ended, keys = np.zeros((C,), bool), self.keys(numbers)
+        values = step.Slots._make([tokens, positions, drawn, limits, ended, keys, None])
+        self.state = step.go_on(self.state, places, values, seen)
+
     def _admit(self, prefilled: tuple, admitted: list[tuple[int, Row, int]]) -> None:
         filled, ids, _ = prefilled
         if ids.shape[1] > self.S:
-            self._resize(range(len(self.slots)), _bucket(ids.shape[1], COLUMNS))
+            self._resize(range(len(self.slots)), bucket_size(ids.shape[1], COLUMNS))
         B, count = len(self.slots), len(admitted)
-        places, sources, tokens, positions, limits = np.zeros((5, B), np.int32)
+        places, sources, tokens, positions, drawn, limits = np.zeros((6, B), np.int32)
         numbers = [0] * B
         for i, (place, row, source) in enumerate(admitted):
             self.slots[place] = row
             places[i], sources[i], numbers[i] = place, source, row.number
-            tokens[i], positions[i], limits[i] = row.prompt[-1], row.position, row.limit
-        zeros = np.zeros((B,), np.int32)
+            tokens[i], positions[i] = row.last_token, row.position
+            drawn[i], limits[i] = len(row.tokens), row.limit
         ended, keys = np.zeros((B,), bool), self.keys(numbers)
         # Numpy arrays: the compiled program moves them to the device.
-        rows = step.Slots._make([tokens, positions, zeros, limits, ended, keys, None])
+        rows = step.Slots._make([tokens, positions, drawn, limits, ended, keys, None])
         self.cache, self.state = step.admit(
             self.cache,
             self.state,
@@ -235,8 +294,10 @@ class Batch:
 
     def _shrink(self) -> None:
         """Moves the rows in progress to a smaller cache if there are few."""
+        if not self.shrinks:
+            return
         running = [place for place, row in enumerate(self.slots) if row is not None]
-        B = _bucket(len(running), self.fewest)
+        B = bucket_size(len(running), self.fewest)
         if B * SHRINK <= len(self.slots):
             free = [place for place, row in enumerate(self.slots) if row is None]
             self._resize((running + free)[:B], self.S)
@@ -247,19 +308,9 @@ class Batch:
         self.slots, self.S = [self.slots[place] for place in places], S
 
 
-def _check_finite(row: Row, logprobs: np.ndarray) -> None:
-    """Raises an error if a row's last tokens were sampled from NaN or infinite logits."""
-    wrong = np.flatnonzero(~np.isfinite(logprobs))
-    if wrong.size:
-        place = len(row.tokens) - len(logprobs) + wrong[0]
-        raise NonFiniteError(
-            f"token {place} of completion {row.number} has the log-probability "
-            f"{logprobs[wrong[0]]}: the model's logits are NaN or infinite there. Look at its "
-            "weights, or compute in float32."
-        )
+def rules_of(config: SamplingConfig, V: int) -> Rules:
+    """The changes of the logits that a configuration asks for."""
 
-
-def _rules(config: SamplingConfig, V: int) -> Rules:
     def unless(off, value):
         return None if value == off else np.float32(value)
 
@@ -278,10 +329,10 @@ def _rules(config: SamplingConfig, V: int) -> Rules:
     )
 
 
-def _bucket(n: int, smallest: int, *, halves: bool = False) -> int:
+def bucket_size(n: int, smallest: int, *, halves: bool = False) -> int:
     """Rounds n up to `smallest` times a power of two, or with `halves` 1.5 times that.
 
-    >>> [_bucket(n, 16, halves=True) for n in (0, 16, 17, 25, 33)]
+    >>> [bucket_size(n, 16, halves=True) for n in (0, 16, 17, 25, 33)]
     [16, 16, 24, 32, 48]
     """
     size = smallest

@@ -31,6 +31,8 @@ class SamplingConfig:
       eos_token_ids: tokens that end a completion, as its last token.
       stop: texts that end a completion, with the token that completes one as its last; see
         `relax.sampling.stops`.
+      coupled: draw so that a key gives mostly the same token for nearly the same logits, as drafts
+        need (`relax.sampling.drafts`).
       n: completions per prompt.
       slots: rows decoded at the same time; further rows wait until some have finished.
       segment: tokens per row between two checks by the host for finished rows.
@@ -46,6 +48,7 @@ class SamplingConfig:
     min_p: float = 0.0
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    coupled: bool = False
     n: int = 1
     slots: int = 64
     segment: int = 32

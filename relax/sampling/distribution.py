@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.sampling.selection import BANNED, draw, greedy, largest, nucleus
+from relax.sampling.selection import BANNED, draw, draw_coupled, greedy, largest, nucleus
 
 Array = jax.Array | np.ndarray
 Scalar = jax.Array | np.float32
@@ -34,19 +34,23 @@ def sample_token(
     top_k: int = 0,
     seen: jax.Array | None = None,
     too_short: jax.Array | None = None,
+    coupled: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Samples one token per row, with its log-probability.
 
     Args:
       keys: `[B]`, one per row; unused without a temperature (greedy).
       logits, rules, top_k, seen, too_short: as for `process_logits`.
+      coupled: draw by `draw_coupled`.
 
     Returns:
       Tokens `[B]` int32 and log-probabilities `[B]` float32 under the distribution that was sampled
       from; under temperature 1 if greedy.
     """
     processed = process_logits(logits, rules, top_k=top_k, seen=seen, too_short=too_short)
-    return greedy(processed) if rules.temperature is None else draw(keys, processed)
+    if rules.temperature is None:
+        return greedy(processed)
+    return draw_coupled(keys, processed) if coupled else draw(keys, processed)
 
 
 def process_logits(

@@ -8,10 +8,12 @@ import numpy as np
 
 from relax import parallel
 from relax.errors import ConfigError
+from relax.models.quantization import is_quantized
 from relax.models.transformer import Transformer
 from relax.sampling import step
 from relax.sampling.batch import Batch, Row
 from relax.sampling.config import SamplingConfig, check_request, checked_prompts
+from relax.sampling.drafts import Verified, check_drafts, verify_drafts
 from relax.sampling.output import SampleOutput, padded
 from relax.sampling.stops import Decode
 
@@ -26,6 +28,7 @@ def generate(
     decode: Decode | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     limits: Sequence[int] | None = None,
+    drafts: Sequence[Sequence[int] | np.ndarray] | None = None,
 ) -> SampleOutput:
     """Samples `config.n` completions of every prompt.
 
@@ -38,6 +41,8 @@ def generate(
       decode: turns ids into text for stop strings: `relax.sampling.stops.stop_decoder(tokenizer)`.
       on_tokens: called with a row's number and its new tokens as they are sampled.
       limits: maximum new tokens of each row, up to `config.max_new_tokens`; None: that for all.
+      drafts: for each row the tokens that an earlier policy sampled with its key, or none; with
+        them the same completions take less time, see `relax.sampling.drafts`. None: no drafts.
 
     Returns:
       The completions, in the order of the prompts.
@@ -55,13 +60,21 @@ def generate(
         Row(number, number // config.n, arrays[number // config.n], int(limit))
         for number, limit in enumerate(most)
     ]
-    batch = Batch(model, _narrowed(params, model.dtype), config, keys, rows, decode)
-    while batch.under_way():
-        batch.fill()
-        for row, new in batch.advance():
-            if on_tokens is not None:
-                on_tokens(row.number, new)
-    return padded([(row.tokens, row.logprobs, row.reason or "length") for row in rows])
+    params, told = weights_for(model, params), on_tokens or (lambda number, new: None)
+    verified = Verified({}, 0)
+    if drafts is not None:
+        check_drafts(drafts, len(rows), model, config)
+        verified = verify_drafts(model, params, rows, drafts, keys, config, decode)
+        for row in (row for row in rows if row.tokens):
+            told(row.number, row.tokens)
+    if left := [row for row in rows if row.reason is None]:
+        batch = Batch(model, params, config, keys, left, decode, prefilled=verified.prefilled)
+        while batch.under_way():
+            batch.fill()
+            for row, new in batch.advance():
+                told(row.number, new)
+    output = padded([(row.tokens, row.logprobs, row.reason or "length") for row in rows])
+    return output._replace(reused=verified.accepted)
 
 
 class _Keys:
@@ -106,16 +119,38 @@ def _cast(leaves, like):
 @jax.jit
 def _gathered(params, like):
     """As `_narrowed`, and gathered along fsdp, which would dominate the time of every step."""
-    cast = jax.tree.map(lambda x: x.astype(like.dtype) if x.ndim > 1 else x, params)
-    return parallel.unshard_fsdp(cast)
+
+    def narrow(x):
+        return x if is_quantized(x) or x.ndim < 2 else x.astype(like.dtype)
+
+    return parallel.unshard_fsdp(jax.tree.map(narrow, params, is_leaf=is_quantized))
+
+
+def weights_for(model: Transformer, params):
+    """Parameters for generation, with matrices in the dtype of the computation.
+
+    The output matrix has that of the hidden states.
+    """
+    narrow = _narrowed(params, model.dtype)
+    if not model.cast_lm_head_to_fp32:
+        return narrow
+    name = "embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    return {**narrow, **_narrowed({name: params[name]}, np.dtype(np.float32))}
 
 
 def _narrowed(params, dtype):
-    """Casts matrices to the computation's dtype once for all steps; not norms and biases."""
+    """Casts matrices to the computation's dtype once for all steps; not norms and biases.
+
+    Quantised ones stay so: each step makes the matrix of a layer where it is used.
+    """
     if parallel.layout() is not None:
         return _gathered(params, np.zeros((), dtype))
-    leaves, structure = jax.tree.flatten(params)
-    wide = [i for i, leaf in enumerate(leaves) if leaf.ndim > 1 and leaf.dtype != dtype]
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_quantized)
+    wide = [
+        i
+        for i, leaf in enumerate(leaves)
+        if leaf.ndim > 1 and not is_quantized(leaf) and leaf.dtype != dtype
+    ]
     if wide:
         cast = _cast([leaves[i] for i in wide], np.zeros((), dtype))
         for i, leaf in zip(wide, cast, strict=True):

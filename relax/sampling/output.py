@@ -23,6 +23,7 @@ class SampleOutput(NamedTuple):
       mask: `[R, T]` bool, true on the completion.
       lengths: `[R]` int32, at least 1 each.
       finish_reasons: per row `eos`, `stop` (a stop string) or `length`.
+      reused: number of tokens that were those of drafts, see `generate`.
     """
 
     tokens: np.ndarray
@@ -30,6 +31,7 @@ class SampleOutput(NamedTuple):
     mask: np.ndarray
     lengths: np.ndarray
     finish_reasons: tuple[str, ...]
+    reused: int = 0
 
     @property
     def completions(self) -> list[list[int]]:

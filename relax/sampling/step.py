@@ -2,21 +2,23 @@
 
 A slot holds one row in progress. Its last token is not in the cache yet: a step decodes that token
 and samples the next one. So a slot first decodes the prompt's last token, and no step is wasted at
-the end of a row.
+the end of a row. A row that has ended stays as it is until its slot is given away, or the row is
+extended by tokens that were not sampled and goes on.
 
 Axes: B slots, S columns of the cache, C prompts of one prefill, P tokens of a padded prompt,
 V vocabulary, N maximum tokens of a segment.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from relax import parallel
 from relax.losses.logprobs import token_logits
-from relax.models.cache import Cache, empty_cache, insert, resized
+from relax.models.cache import Cache, frozen, insert, resized, returned, taken
+from relax.models.mixers import empty_cache
 from relax.models.transformer import Transformer
 from relax.sampling.distribution import Rules, sample_token
 
@@ -50,9 +52,9 @@ class Segment(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def prefill(model: Transformer, params, prompts: jax.Array):
-    """Computes keys and values of prompts `[C, P]`, padded on the right with any token."""
-    return model.apply({"params": params}, prompts, method="prefill")[1]
+def prefill(model: Transformer, params, prompts: jax.Array, lengths: jax.Array):
+    """Computes the states of prompts `[C, P]` of `lengths` `[C]`, padded with any token."""
+    return model.apply({"params": params}, prompts, lengths, method="prefill")[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "B", "S", "with_seen"))
@@ -61,20 +63,23 @@ def empty(model: Transformer, keys: jax.Array, B: int, S: int, with_seen: bool):
     config, zeros = model.config, jnp.zeros((B,), jnp.int32)
     seen = jnp.zeros((B, config.vocab_size), bool) if with_seen else None
     slots = Slots(zeros, zeros, zeros, zeros, jnp.ones((B,), bool), keys, seen)
-    return _pinned(empty_cache(config, B, S, model.dtype), slots)
+    return pinned(empty_cache(config, B, S, model.dtype), slots)
 
 
-def _pinned(cache: Cache, slots: Slots) -> tuple[Cache, Slots]:
+def pinned(cache: Cache, slots: Slots) -> tuple[Cache, Slots]:
     """Shards the slots over the devices of a mesh."""
-    cache = jax.tree.map(lambda x: parallel.constrain(x, "batch", "tensor", None, None), cache)
-    rows = jax.tree.map(lambda x: parallel.constrain(x, "batch", *(None,) * (x.ndim - 1)), slots)
-    return cache, rows
+
+    def pin(x, *dims):
+        return parallel.constrain(x, *dims, *(None,) * (x.ndim - len(dims)))
+
+    cache = jax.tree.map(lambda x: pin(x, "batch", "tensor"), cache)
+    return cache, jax.tree.map(lambda x: pin(x, "batch"), slots)
 
 
 @functools.partial(jax.jit, static_argnames=("S",))
 def resize(cache: Cache, slots: Slots, index: jax.Array, S: int) -> tuple[Cache, Slots]:
     """Selects slots `index` and resizes the cache to S columns."""
-    return _pinned(resized(cache, index, S), jax.tree.map(lambda x: x[index], slots))
+    return pinned(resized(cache, index, S), jax.tree.map(lambda x: x[index], slots))
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "slots"))
@@ -123,8 +128,40 @@ def _admit(cache, slots, prefilled, prompts, count, places, sources, rows):
     return jax.lax.fori_loop(0, count, one, (cache, slots))
 
 
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def extend(model: Transformer, params, cache: Cache, places, ids, starts, lengths, fresh) -> Cache:
+    """Appends tokens to rows of the cache, reusing its memory.
+
+    Args:
+      places: `[C]` int, the slots, B for none; None: all slots.
+      ids: `[C, T]`, the tokens, padded with any.
+      starts: `[C]` int, the position of the first one.
+      lengths: `[C]` int, how many there are.
+      fresh: `[C]` bool, slots whose rows are computed anew from position 0.
+    """
+    rows = taken(cache, places, fresh)
+    found: Any = model.apply({"params": params}, ids, starts, lengths, rows, method="extend")
+    return returned(cache, places, found[1])  # on a mesh `places` is None, and no slot moves
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def go_on(slots: Slots, places, rows: Slots, ids) -> Slots:
+    """Gives rows that have ended another turn.
+
+    Args:
+      places: `[C]` int, their slots; B for none.
+      rows: `[C]` each; `seen` is None.
+      ids: `[C, T]`, tokens that were appended, with V for padding; None if `slots.seen` is.
+    """
+    own = [old.at[places].set(x, mode="drop") for old, x in zip(slots[:-1], rows[:-1], strict=True)]
+    seen = slots.seen
+    if seen is not None:
+        seen = seen.at[places[:, None], ids].set(True, mode="drop")
+    return Slots._make([*own, seen])
+
+
 @functools.partial(
-    jax.jit, static_argnames=("model", "top_k", "N"), donate_argnames=("cache", "slots")
+    jax.jit, static_argnames=("model", "top_k", "coupled", "N"), donate_argnames=("cache", "slots")
 )
 def run_segment(
     model: Transformer,
@@ -138,13 +175,14 @@ def run_segment(
     stop_when: jax.Array,
     *,
     top_k: int,
+    coupled: bool = False,
     N: int,
 ) -> tuple[Cache, Slots, Segment]:
     """Decodes until each row has `steps` new tokens or `stop_when` slots have ended.
 
     Args:
       stopped: `[B]` bool, rows that the host has ended.
-      rules, top_k: sampling options.
+      rules, top_k, coupled: sampling options.
       ends: conditions that end a row.
       steps: number of steps, 1 to N.
       stop_when: number of slots, 1 to B.
@@ -164,15 +202,7 @@ def run_segment(
 
     def step(state):
         i, cache, slots, (tokens, logprobs) = state
-        hidden, cache = model.apply(
-            {"params": params}, slots.tokens, slots.positions, cache, method="decode"
-        )
-        logits = token_logits(
-            hidden, model.output_matrix(params), softcap=model.config.final_logit_softcapping
-        )
-        # Shard like the matrix first: gathering logits is cheap, gathering the matrix is not.
-        logits = parallel.constrain(logits, "batch", "tensor")
-        logits = parallel.constrain(logits, "batch", "replicated")
+        logits, cache = next_logits(model, params, cache, slots)
         drawn, logprob = sample_token(
             logits,
             jax.vmap(jax.random.fold_in)(slots.keys, slots.drawn),
@@ -180,19 +210,35 @@ def run_segment(
             top_k=top_k,
             seen=slots.seen,
             too_short=slots.drawn < ends.min_new_tokens,
+            coupled=coupled,
         )
-        slots = _advance(slots, drawn, ends)
+        slots = advance(slots, drawn, ends)
         return i + 1, cache, slots, (tokens.at[i].set(drawn), logprobs.at[i].set(logprob))
 
     state = (jnp.int32(0), cache, slots, buffers)
     _, cache, slots, (tokens, logprobs) = jax.lax.while_loop(continues, step, state)
-    cache, slots = _pinned(cache, slots)
+    cache, slots = pinned(cache, slots)
     drawn = Segment(tokens, logprobs, slots.drawn - before, slots.ended)
     whole = (parallel.constrain(x, *("replicated",) * x.ndim) for x in drawn)
     return cache, slots, Segment(*whole)  # every process reads all tokens
 
 
-def _advance(slots: Slots, drawn: jax.Array, ends: StopRules) -> Slots:
+def next_logits(model: Transformer, params, cache: Cache, slots: Slots):
+    """Decodes the last token of every slot; returns logits `[B, V]` and the cache with it."""
+    found: Any = model.apply(
+        {"params": params}, slots.tokens, slots.positions, cache, method="decode"
+    )
+    hidden, new = found
+    cache = frozen(cache, new, slots.ended)
+    logits = token_logits(
+        hidden, model.output_matrix(params), softcap=model.config.final_logit_softcapping
+    )
+    # Shard like the matrix first: gathering logits is cheap, gathering the matrix is not.
+    logits = parallel.constrain(logits, "batch", "tensor")
+    return parallel.constrain(logits, "batch", "replicated"), cache
+
+
+def advance(slots: Slots, drawn: jax.Array, ends: StopRules) -> Slots:
     """Advances the slots by one token, except finished ones."""
     moves = ~slots.ended
     is_end = (drawn[:, None] == ends.eos_token_ids[None, :]).any(axis=1)
@@ -203,7 +249,7 @@ def _advance(slots: Slots, drawn: jax.Array, ends: StopRules) -> Slots:
         seen = seen.at[jnp.arange(drawn.shape[0]), drawn].max(moves)
     return slots._replace(
         tokens=jnp.where(moves, drawn, slots.tokens),
-        positions=slots.positions + ~ended,  # finished rows keep their position
+        positions=slots.positions + moves,  # a finished row decodes its last token again and again
         drawn=count,
         ended=ended,
         seen=seen,

@@ -5,23 +5,45 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from relax.config import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig
-from relax.config.foreign import ADVICE, BY_PREFIX, RENAMED
+from relax.config import (
+    DistillConfig,
+    DPOConfig,
+    GRPOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
+from relax.config.foreign import ADVICE, BY_PREFIX, NEAREST_VALUES, RENAMED, SAME_VALUES
 from relax.config.helptext import section_class
 from relax.config.names import ALIASES
 from relax.config.options import Option, options
 from relax.config.settings import Settings
 from relax.config.values import type_name, value_text
+from relax.tools.evaluate.config import EvalConfig
+from relax.tools.export.config import ExportConfig
+from relax.tools.merge.config import MergeConfig
 from relax.tools.plan.config import PlanConfig
 from relax.tools.sample.config import SampleConfig
+from relax.tools.serve.config import ServeConfig
 
-ALGORITHMS = (SFTConfig, DPOConfig, RewardModelConfig, GRPOConfig, PPOConfig)
-TOOLS = (SampleConfig, PlanConfig)
+ALGORITHMS = (
+    SFTConfig,
+    DPOConfig,
+    RewardModelConfig,
+    GRPOConfig,
+    PPOConfig,
+    DistillConfig,
+    OnlineDPOConfig,
+)
+TOOLS = (SampleConfig, ServeConfig, PlanConfig, EvalConfig, MergeConfig, ExportConfig)
 MARK = "<!-- From here on generated: python -m relax.tools.reference docs/cli.md -->\n"
 PROGRAMS = {
+    "data convert ROWS FILE": "Convert rows of other forms to conversations.",
     "gguf FILE DIR": "Convert a GGUF file to a Hugging Face model directory.",
     "report DIR": "Write the report page of a run, or a page that compares several.",
     "monitor DIR": "Watch a run from another terminal.",
+    "lm_eval ...": "Run EleutherAI's lm_eval, which then knows `--model relax`.",
 }
 
 
@@ -40,11 +62,11 @@ def updated(page: str) -> str:
 
 
 def tables() -> str:
-    """Tables of all flags of all commands, and of advice for flags of other trainers."""
+    """Tables of all flags of all commands, and of flags and values of other trainers."""
     lines = ["", "## Commands", "", "| command | |", "|---|---|"]
     lines += [f"| `relax {c.algorithm}` | {c.__doc__} |" for c in (*ALGORITHMS, *TOOLS)]
     lines += [f"| `relax {usage}` | {text} |" for usage, text in PROGRAMS.items()]
-    lines += ["", "## Training", "", "Flags without a list of commands are flags of all five.", ""]
+    lines += ["", "## Training", "", "Flags without a list of commands are flags of all seven.", ""]
     lines += _sections(ALGORITHMS)
     lines += ["## Defaults of the demo task", "", "| command | defaults |", "|---|---|"]
     for config in ALGORITHMS:
@@ -52,7 +74,7 @@ def tables() -> str:
         lines.append(f"| {config.algorithm} | {', '.join(demo)} |")
     for tool in TOOLS:
         lines += ["", f"## relax {tool.algorithm}", "", *_sections((tool,))]
-    return "\n".join(lines + _foreign()).rstrip() + "\n"
+    return "\n".join(lines + _foreign() + _foreign_values()).rstrip() + "\n"
 
 
 def _sections(configs: Iterable[type[Settings]]) -> list[str]:
@@ -105,6 +127,22 @@ def _foreign() -> list[str]:
     ]
     lines += ["| flags | advice |", "|---|---|"]
     lines += [f"| {', '.join(flags)} | {text} |" for text, flags in names.items()]
+    return lines
+
+
+def _foreign_values() -> list[str]:
+    """The table of values of other libraries, one row per option and value here."""
+    lines = ["", "## Values of TRL and transformers", ""]
+    lines += [
+        "Values that mean the same are accepted; others are refused and the nearest is named."
+    ]
+    lines += ["", "| values | here |", "|---|---|"]
+    for table, word in ((SAME_VALUES, "the same as"), (NEAREST_VALUES, "refused; the nearest is")):
+        for option, values in table.items():
+            names: dict[str, list[str]] = {}
+            for name, ours in values.items():
+                names.setdefault(ours, []).append(f"`{name.replace('*', '...')}`")
+            lines += [f"| `--{option}` {', '.join(n)} | {word} {o} |" for o, n in names.items()]
     return lines
 
 

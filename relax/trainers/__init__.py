@@ -1,9 +1,11 @@
 """The algorithms, one file each, and their common `Trainer`."""
 
 from relax.trainers.callback import Callback, Event, StopTraining
+from relax.trainers.distillation_trainer import DistillationTrainer, Teacher
 from relax.trainers.dpo_trainer import DPOTrainer
 from relax.trainers.grpo_trainer import GRPOTrainer
 from relax.trainers.items import OrderedLoader
+from relax.trainers.online_dpo_trainer import OnlineDPOTrainer
 from relax.trainers.ppo_trainer import PPOTrainer
 from relax.trainers.reward_trainer import RewardTrainer
 from relax.trainers.rl_trainer import RLTrainer
@@ -15,12 +17,14 @@ __all__ = [
     "LoggedBatch",
     "Callback",
     "DPOTrainer",
+    "DistillationTrainer",
     "Event",
     "GRPOTrainer",
     "LossOutput",
     "Max",
     "Mean",
     "Min",
+    "OnlineDPOTrainer",
     "OrderedLoader",
     "PPOTrainer",
     "RLTrainer",
@@ -28,6 +32,7 @@ __all__ = [
     "SFTTrainer",
     "StopTraining",
     "Sum",
+    "Teacher",
     "TrainState",
     "Trainer",
 ]

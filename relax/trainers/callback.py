@@ -72,9 +72,16 @@ class Callback:
 
     def on_batch_end(self, event: Event) -> None: ...
 
+    def on_scored(self, scored) -> None:
+        """A rollout has its rewards, a `ScoredRollout`; the updates made of it follow."""
+
     def on_validation_begin(self, event: Event) -> None: ...
 
     def on_validation_end(self, event: Event) -> None: ...
+
+    def evaluate(self, event: Event) -> dict[str, float]:
+        """Metrics to add to those of an evaluation, before `on_validation_end`."""
+        return {}
 
     def on_save(self, event: Event) -> None: ...
 
@@ -86,14 +93,14 @@ class Callback:
     def close(self) -> None: ...
 
 
-def call(callbacks, hook: str, event: Event) -> bool:
-    """Calls one hook of every callback in order; adds the callback's name to an exception.
+def call(hook: str, event: Event) -> Event:
+    """Calls one hook of the trainer's callbacks in order; their name is added to an exception.
 
     Returns:
-      Whether one of them asked to end the run.
+      The event, with `stop` set if one of them asked to end the run.
     """
-    stop = False
-    for callback in callbacks:
+    stop = event.stop
+    for callback in event.trainer.callbacks:
         try:
             getattr(callback, hook)(event)
         except StopTraining:
@@ -101,7 +108,15 @@ def call(callbacks, hook: str, event: Event) -> bool:
         except Exception as error:
             error.add_note(f"raised by the callback {type(callback).__name__}.{hook}")
             raise
-    return stop
+    return dataclasses.replace(event, stop=stop)
+
+
+def evaluations(event: Event) -> dict[str, float]:
+    """The metrics that the trainer's callbacks add to an evaluation."""
+    found: dict[str, float] = {}
+    for callback in event.trainer.callbacks:
+        found |= callback.evaluate(event)
+    return found
 
 
 def state_dicts(callbacks) -> dict[str, dict]:

@@ -8,9 +8,9 @@
     L = - log σ(β (s_chosen - s_rejected))
 
 Rafailov et al., Direct Preference Optimization, 2023, https://arxiv.org/abs/2305.18290, eq. 7.
-`relax.losses.dpo` has the losses. KTO takes single completions, good or bad. The second completion
-of its pairs comes from another row: the mean s of these over the micro-batch is the reference
-  point.
+`relax.losses.preference` and `relax.losses.dpo` have the losses. KTO takes single completions, good
+or bad. The second completion of its pairs comes from another row: the mean s of these over the
+micro-batch is the reference point.
 
 Differences from TRL: `label_smoothing` works with sigmoid (cDPO); means are over all pairs of an
 update, and the sft loss over all its chosen tokens, however they are split into micro-batches.
@@ -32,13 +32,18 @@ from relax.losses import (
     Pairs,
     kto_loss,
     kto_reference_point,
+    ld_weights,
+    linear_collision,
     linear_logprobs,
     masked_mean,
     target_hits,
+    wpo_weights,
 )
+from relax.losses.preference import check_divergence
 from relax.models.forward import at_places, predicting_states
 from relax.models.trainable import merge
 from relax.trainers.groups import completion_targets, num_tokens, pack_groups, predicted_lengths
+from relax.trainers.sources import row_metrics
 from relax.trainers.state import (
     TrainState,
     copy_tree,
@@ -55,7 +60,7 @@ KTO = "kto"
 class DPOTrainer(Trainer):
     """Trainer for pairs of completions, or with `loss_type="kto"` for single ones.
 
-    An item is a batch of `relax.data.PreferenceLoader`, which `make_batches` packs.
+    An item is a batch of `relax.data.PreferenceLoader`, which `pack` lays out.
 
     Args:
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`.
@@ -63,14 +68,19 @@ class DPOTrainer(Trainer):
       ref_params: parameters of the reference (copied); None: the initial ones. With adapters the
         reference is the model without them and needs no extra memory.
       freeze: as for `SFTTrainer`.
-      loss_type: one or several names in `PREFERENCE_LOSSES`, whose sum is minimised, or `kto`.
+      loss_type: one or several names in `PREFERENCE_LOSSES`, or `path/to/file.py:function`, whose
+        sum is minimised; or `kto`.
       loss_weights: weights of several losses; None: 1 each.
-      beta, label_smoothing, simpo_gamma: see `LossOptions`.
+      beta, label_smoothing, ...: see `LossOptions`.
+      ld_alpha: α of `ld_weights`, by which losses with a reference weight log-probabilities; None:
+        1.
+      use_weighting: multiply the loss of each pair by `wpo_weights`.
       desirable_weight, undesirable_weight: weights of good and bad completions in KTO.
       precomputed: batches contain `ref_logprobs`, and the state holds no reference.
       sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: see `update_reference`.
       loss_chunk_size: tokens whose logits are in memory at once (>= 1).
       pad_to_multiple_of: the length of rows is a multiple of it (>= 1).
+      sources: names of the sources whose losses are metrics, by the batch's `source_ids`.
       **options: of `Trainer`.
 
     Metrics, with TRL's names: `rewards/...` are β s (for losses without a reference β log π / |y|);
@@ -92,6 +102,11 @@ class DPOTrainer(Trainer):
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         simpo_gamma: float = 0.5,
+        discopop_tau: float = 0.05,
+        f_divergence_type: str = "reverse_kl",
+        f_alpha_divergence_coef: float = 0.5,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         precomputed: bool = False,
@@ -100,13 +115,22 @@ class DPOTrainer(Trainer):
         ref_model_sync_steps: int = 512,
         loss_chunk_size: int = 256,
         pad_to_multiple_of: int = 1,
+        sources: Sequence[str] = (),
         **options,
     ):
         super().__init__(model, optimizer, **options)
+        self.sources = tuple(sources)
         names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
-        self.loss_weights = _checked(names, loss_weights, beta, label_smoothing)
+        divergence = (f_divergence_type, f_alpha_divergence_coef)
+        self.options = LossOptions(beta, label_smoothing, simpo_gamma, discopop_tau, *divergence)
+        self.loss_weights = _checked(names, loss_weights, self.options, ld_alpha, use_weighting)
         self.loss_names, self.is_paired = names, names != (KTO,)
-        self.options = LossOptions(beta, label_smoothing, simpo_gamma)
+        self.ld_alpha, self.use_weighting = ld_alpha, use_weighting
+        if ld_alpha is not None and precomputed:
+            raise ValueError(
+                "ld_alpha weights the reference's log-probabilities per token: it excludes "
+                "precomputed, which has only their sums."
+            )
         self.kto_weights = {
             "desirable_weight": desirable_weight,
             "undesirable_weight": undesirable_weight,
@@ -149,20 +173,9 @@ class DPOTrainer(Trainer):
         every = self.ref_model_sync_steps
         return update_reference(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
 
-    def make_batches(self, state: TrainState, item):
-        return (self.pack(item),)
-
-    def evaluate_item(self, state: TrainState, params, item, index: int):
-        packed = self.pack(item, parallel.batch_shards())
-        return super().evaluate_item(state, params, packed, index)
-
     def pack(self, item, blocks: int | None = None) -> dict[str, np.ndarray]:
-        """The batch that `compute_loss` takes, from one of the loader, see `pack_groups`.
-
-        Args:
-          blocks: None: the micro-batches of an update times the devices that share them.
-        """
-        blocks = blocks or self.gradient_accumulation_steps * parallel.batch_shards()
+        """The batch of an item's prompts and completions, see `pack_groups`."""
+        blocks = blocks or self.num_blocks
         packed = pack_groups(item, [self.model], blocks, multiple=self.pad_to_multiple_of)
         chosen = packed["places"][:, 0].reshape(blocks, -1)
         is_chosen = np.zeros((blocks, packed["input_ids"].size // blocks), bool)
@@ -175,13 +188,21 @@ class DPOTrainer(Trainer):
         weights = merge(params, frozen)
         hidden, targets, aux_loss = self._states(weights, batch, rng)
         tokens = self._logprobs(weights, hidden, targets)
-        logprobs = _per_completion(batch, tokens.logprobs)  # [N, 2]
+        plain = _per_completion(batch, tokens.logprobs)  # [N, 2]
+        logprobs = plain
+        if self.ld_alpha is not None:
+            logprobs = _per_completion(batch, tokens.logprobs, self.ld_alpha)
         ref_logprobs = self._reference_logprobs(frozen, batch, logprobs)
         lengths = predicted_lengths(batch)
         mask = (lengths > 0).all(axis=1)
-        losses = self._pair_losses if self.is_paired else self._kto_losses
-        losses, metrics = losses(batch, logprobs, ref_logprobs, lengths, mask)
+        if self.is_paired:
+            losses, metrics = self._pair_losses(batch, plain, logprobs, ref_logprobs, lengths, mask)
+        else:
+            losses, metrics = self._kto_losses(batch, logprobs, ref_logprobs, lengths, mask)
+        if self.use_weighting:
+            losses *= self._wpo_weights(weights, batch, hidden, targets, tokens)
         loss = masked_mean(losses, mask)
+        metrics |= row_metrics(self.sources, batch, losses, mask)
         scores = logprobs - ref_logprobs
         if not self.needs_reference:
             scores = logprobs / jnp.maximum(lengths, 1)
@@ -202,12 +223,13 @@ class DPOTrainer(Trainer):
             return jnp.zeros_like(logprobs)
         given = batch.get("ref_logprobs")
         if given is None:
-            given = self._answer_logprobs(reference_params(frozen), batch)
+            given = self._answer_logprobs(reference_params(frozen), batch, self.ld_alpha)
         return jax.lax.stop_gradient(given)
 
-    def _answer_logprobs(self, params, batch):
+    def _answer_logprobs(self, params, batch, alpha: float | None = None):
         hidden, targets, _ = self._states(params, batch, None)
-        return _per_completion(batch, self._logprobs(params, hidden, targets).logprobs)
+        logprobs = self._logprobs(params, hidden, targets).logprobs
+        return _per_completion(batch, logprobs, alpha)
 
     def _states(self, params, batch, rng):
         """Hidden states `[M, D]` before completion tokens, those tokens `[M]`, and the aux loss."""
@@ -223,7 +245,14 @@ class DPOTrainer(Trainer):
         cap = self.model.config.final_logit_softcapping
         return {"chunk_size": self.loss_chunk_size, "softcap": cap}
 
-    def _pair_losses(self, batch, logprobs, ref_logprobs, lengths, mask):
+    def _wpo_weights(self, params, batch, hidden, targets, tokens):
+        matrix = self.model.output_matrix(params)
+        collision = linear_collision(hidden, matrix, targets, **self._vocabulary())
+        parts = (tokens.logprobs, collision, targets != IGNORED)
+        rows = batch["input_ids"].shape
+        return wpo_weights(*(at_places(x.reshape(rows), batch["places"]) for x in parts))
+
+    def _pair_losses(self, batch, plain, logprobs, ref_logprobs, lengths, mask):
         lengths = jnp.maximum(lengths, 1)
         mean = batch.get("mean_chosen_length")
         if mean is None:
@@ -236,10 +265,14 @@ class DPOTrainer(Trainer):
             chosen_length=lengths[:, 0],
             rejected_length=lengths[:, 1],
             mean_chosen_length=mean,
+            mask=mask,
         )
+        # Losses without a reference, such as sft, are of the text itself.
+        texts = pairs._replace(chosen=plain[:, 0], rejected=plain[:, 1])
         metrics, losses = {}, jnp.zeros_like(mean)
         for name, weight in zip(self.loss_names, self.loss_weights, strict=True):
-            part = PREFERENCE_LOSSES[name].function(pairs, self.options)
+            function = PREFERENCE_LOSSES[name]
+            part = function(pairs if function.needs_reference else texts, self.options)
             losses += weight * part
             if len(self.loss_names) > 1:
                 metrics[f"loss/{name}"] = masked_mean(part, mask)
@@ -299,17 +332,15 @@ class DPOTrainer(Trainer):
         }
 
 
-def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float, ...]:
+def _checked(
+    names, weights, options: LossOptions, ld_alpha: float | None, use_weighting: bool
+) -> tuple[float, ...]:
     """Checks the losses and returns their weights.
 
     Raises:
-      ValueError: an unknown loss, a wrong number of weights, or a value out of range.
+      ValueError: an unknown loss, a wrong number of weights, options that exclude a loss, or a
+        value out of range.
     """
-    for name in names:
-        if name != KTO and name not in PREFERENCE_LOSSES:
-            raise ValueError(
-                f"unknown loss_type {name!r}. Known: {', '.join((*PREFERENCE_LOSSES, KTO))}."
-            )
     if not names or (KTO in names and len(names) > 1):
         raise ValueError(
             f"loss_type must name one or more losses, or kto alone, got {list(names)}."
@@ -318,15 +349,31 @@ def _checked(names, weights, beta: float, label_smoothing: float) -> tuple[float
         raise ValueError(
             f"loss_weights must be one per loss_type, got {len(weights)} for {len(names)}."
         )
-    if beta <= 0 or not 0 <= label_smoothing < 0.5 or ("exo_pair" in names and not label_smoothing):
+    beta, noise, kind = options.beta, options.label_smoothing, options.f_divergence_type
+    if beta <= 0 or not 0 <= noise < 0.5 or ("exo_pair" in names and not noise):
         raise ValueError(
             "beta must be above 0 and label_smoothing in [0, 0.5), above 0 for exo_pair, got "
-            f"{beta} and {label_smoothing}."
+            f"{beta} and {noise}."
         )
+    if names == (KTO,):
+        if ld_alpha is not None or use_weighting or kind != "reverse_kl":
+            raise ValueError(
+                "kto has no ld_alpha, use_weighting or f_divergence_type, got "
+                f"{ld_alpha}, {use_weighting} and {kind!r}."
+            )
+        return tuple(weights or (1.0,))
+    for name in names:
+        check_divergence(name, options)
+        if use_weighting and PREFERENCE_LOSSES[name].compares_pairs:
+            raise ValueError(
+                f"use_weighting weights pairs, and loss_type {name!r} sorts the completions of all."
+            )
     return tuple(weights or (1.0,) * len(names))
 
 
-def _per_completion(batch, values: jax.Array) -> jax.Array:
-    """Sums values over the tokens of each completion, `[M]` -> `[N, 2]`."""
-    values = values.reshape(batch["input_ids"].shape)
-    return at_places(values, batch["places"]).sum(axis=2)
+def _per_completion(batch, values: jax.Array, alpha: float | None = None) -> jax.Array:
+    """Sums values over the tokens of each completion, `[M]` -> `[N, 2]`; `alpha`: `ld_weights`."""
+    values = at_places(values.reshape(batch["input_ids"].shape), batch["places"])
+    if alpha is not None:
+        values *= ld_weights(batch["completion_lengths"], values.shape[2], alpha)
+    return values.sum(axis=2)

@@ -31,7 +31,8 @@ def evaluate(trainer, state, loader, max_batches: int | None, items) -> Evaluati
 
     Args:
       loader: a loader of batches, or a mapping of names to such loaders: then `set_metric` is the
-        metric of one set, and `metric` that of all sets together.
+        metric of one set, and `metric` that of all sets together. With no set only callbacks
+        evaluate.
       max_batches: batches per loader; None: all.
       items: a function from a loader to its items.
 
@@ -57,5 +58,6 @@ def evaluate(trainer, state, loader, max_batches: int | None, items) -> Evaluati
         if len(sets) > 1:
             whole = trainer.reduce_evaluation(parts[name])
             found |= {f"{name}_{metric}": value for metric, value in whole.items()}
-    overall = trainer.reduce_evaluation([part for some in parts.values() for part in some])
+    everything = [part for some in parts.values() for part in some]
+    overall = trainer.reduce_evaluation(everything) if everything else {}
     return Evaluation(overall | found, parts, trainer.reduce_evaluation)

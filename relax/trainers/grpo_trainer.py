@@ -24,7 +24,7 @@ Axes: P prompts, G completions of a group, g of them in a row, C tokens of a com
 B = P * g completions of a batch.
 """
 
-from collections.abc import Iterator
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -36,30 +36,33 @@ from relax.losses import (
     LOSS_TYPES,
     RATIOS,
     Clip,
+    PolicyOptions,
     clip_fractions,
+    gdpo_advantages,
+    high_entropy,
     kl_estimate,
     masked_mean,
+    near_policy,
     policy_loss,
 )
 from relax.trainers.rl.differences import difference_metrics
+from relax.trainers.rl.entropy import EntropyControl
 from relax.trainers.rl.finite import check_finite
-from relax.trainers.rl.rollout import concatenate, has_zero_std
+from relax.trainers.rl.resampling import replace_groups
+from relax.trainers.rl.rollout import has_zero_std
 from relax.trainers.rl_trainer import (
     RESAMPLING,
-    ROLLOUT,
     RLTrainer,
     ScoredRollout,
 )
 from relax.trainers.state import TrainState, reference_params, update_reference
-from relax.trainers.trainer import LoggedBatch
 from relax.trainers.update import LossOutput, Max, Mean, Min
 
-# Losses whose gradient vanishes with the advantage.
-VANISHING = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "cispo_absolute")
+LOSS_STREAM = np.uint32(2**31)  # of the update's key: tokens that a loss draws at random
 
 
 class GRPOTrainer(RLTrainer):
-    """Trainer for GRPO and, by its options, DAPO, Dr. GRPO, GSPO, CISPO and RLOO.
+    """Trainer for GRPO and, by its options, related algorithms, see docs/grpo.md.
 
     Args:
       model, optimizer, reward_funcs, tokenizer, **options: as for `RLTrainer`.
@@ -70,15 +73,23 @@ class GRPOTrainer(RLTrainer):
       use_bias_correction_kl: multiply the penalty per token by the ratio (TRL's name and default),
         which estimates the KL of the current policy from tokens sampled by an older one.
       epsilon, epsilon_high, delta: bounds of the ratio, see `Clip`; epsilon_high None: epsilon.
-      loss_type: dapo, grpo, bnpo, dr_grpo, cispo, cispo_absolute, or a registered one.
+      loss_type: a name in `LOSS_TYPES`, or `path/to/file.py:function`.
       importance_sampling_level: `token`, `sequence` (GSPO) or `trajectory` (RLOO).
-      scale_rewards: group, batch, none or rloo, or a registered advantage.
+      scale_rewards: a name in `ADVANTAGES`, or `path/to/file.py:function`.
+      multi_objective_aggregation: `sum_then_normalize`, or `normalize_then_sum`, which is
+        `gdpo_advantages` in place of `scale_rewards`.
       mask_truncated_completions: do not train on truncated completions. Their rewards still count
         in their group's mean and standard deviation.
+      off_policy_mask_threshold: exclude completions by `near_policy`; None: none.
+      top_entropy_quantile: train on this fraction of the tokens, see `high_entropy`; 1: on all.
       entropy_coef: coefficient of the entropy bonus, which is subtracted from the loss.
+      use_adaptive_entropy, entropy_target, entropy_coef_delta, entropy_coef_min, entropy_coef_max:
+        adapt the coefficient, see `EntropyControl`.
       max_resample_rounds: maximum number of times that groups of equal rewards are replaced by
         groups of the item's `extra_prompts` (DAPO's dynamic sampling); 0: never.
+      cast_lm_head_to_fp32: compute logits in float32 throughout, see `Transformer`.
       sync_ref_model, ref_model_mixup_alpha, ref_model_sync_steps: see `update_reference`.
+      sapo_temperature_pos, ...: other fields of `PolicyOptions`.
     """
 
     def __init__(
@@ -96,14 +107,25 @@ class GRPOTrainer(RLTrainer):
         loss_type: str = "dapo",
         importance_sampling_level: str = "token",
         scale_rewards: str = "group",
+        multi_objective_aggregation: str = "sum_then_normalize",
         mask_truncated_completions: bool = False,
+        off_policy_mask_threshold: float | None = None,
+        top_entropy_quantile: float = 1.0,
         entropy_coef: float = 0.0,
+        use_adaptive_entropy: bool = False,
+        entropy_target: float = 0.2,
+        entropy_coef_delta: float = 0.005,
+        entropy_coef_min: float = 0.0,
+        entropy_coef_max: float = 1.0,
         max_resample_rounds: int = 0,
+        cast_lm_head_to_fp32: bool = False,
         sync_ref_model: bool = False,
         ref_model_mixup_alpha: float = 0.6,
         ref_model_sync_steps: int = 512,
         **options,
     ):
+        named = {name: options.pop(name) for name in PolicyOptions._fields if name in options}
+        model = model.clone(cast_lm_head_to_fp32=True) if cast_lm_head_to_fp32 else model
         super().__init__(model, optimizer, reference=beta != 0, **options)
         if self.num_generations < 2:
             raise ValueError(
@@ -119,10 +141,19 @@ class GRPOTrainer(RLTrainer):
             registry[name]  # fails on an unknown name here, not in the first update
         self.beta, self.kl_estimator, self.kl_in_reward = beta, kl_estimator, kl_in_reward
         high = epsilon if epsilon_high is None else epsilon_high
-        self.clip = Clip(epsilon, high, delta)
+        self.loss_options = PolicyOptions(Clip(epsilon, high, delta), **named)
         self.use_bias_correction_kl = use_bias_correction_kl
         self.loss_type, self.importance_sampling_level = loss_type, importance_sampling_level
-        self.scale_rewards = scale_rewards
+        self.scale_rewards, self.top_entropy_quantile = scale_rewards, top_entropy_quantile
+        self.sums_normalized = _sums_normalized(multi_objective_aggregation, kl_in_reward)
+        self.off_policy_mask_threshold = off_policy_mask_threshold
+        if loss_type == "gmpo" and top_entropy_quantile < 1:
+            raise ValueError(
+                "loss_type 'gmpo' has one ratio for all tokens of a completion: leave "
+                f"top_entropy_quantile at 1, got {top_entropy_quantile}."
+            )
+        bounds = (entropy_target, entropy_coef_delta, entropy_coef_min, entropy_coef_max)
+        self.entropy_control = EntropyControl(*bounds) if use_adaptive_entropy else None
         self.mask_truncated_completions = mask_truncated_completions
         self.entropy_coef, self.max_resample_rounds = entropy_coef, max_resample_rounds
         if sync_ref_model and (not beta or model.lora is not None):
@@ -134,6 +165,22 @@ class GRPOTrainer(RLTrainer):
         self.ref_model_mixup_alpha = ref_model_mixup_alpha
         self.ref_model_sync_steps = ref_model_sync_steps
 
+    def create_train_state(self, key: jax.Array) -> TrainState:
+        state, adapts = super().create_train_state(key), self.entropy_control
+        control: dict = {} if adapts is None else {"control": adapts.start(self.entropy_coef)}
+        return dataclasses.replace(state, **control)
+
+    def update(self, state: TrainState, batch):
+        """Makes an update, and adapts the entropy coefficient in `state.control`."""
+        adapts, control = self.entropy_control, state.control
+        if adapts is None:
+            return super().update(state, batch)
+        coef = adapts.applied(control)
+        rows = jnp.broadcast_to(coef, batch["laid"].shape)
+        state, metrics = super().update(state, batch | {"entropy_coef": rows})
+        control = adapts.adapted(control, metrics["entropy"])
+        return dataclasses.replace(state, control=control), metrics | {"entropy_coef": coef}
+
     def advantages(self, rewards: np.ndarray):
         """Each completion's reward relative to its group, `[P, G]` -> `[P, G]`.
 
@@ -142,15 +189,15 @@ class GRPOTrainer(RLTrainer):
         """
         return ADVANTAGES[self.scale_rewards](rewards)
 
-    def make_batches(self, state: TrainState, item) -> Iterator[LoggedBatch]:
-        with self.rewards.tally.undone_if_interrupted():
-            collected = self.collect(state, item, self._key(state, ROLLOUT))  # generate, score
-            if self.max_resample_rounds:
-                collected = self.resample(state, item, collected)
-            experience = self.timed_experience(state, collected)
-        yield from self.split_updates(state, collected, *experience)
+    def collect_item(self, state: TrainState, item, lag: int = 0) -> ScoredRollout:
+        collected = super().collect_item(state, item, lag)  # generate, score
+        if self.max_resample_rounds:
+            collected = self.resample(state, item, collected, lag)
+        return collected
 
-    def resample(self, state: TrainState, item, collected: ScoredRollout) -> ScoredRollout:
+    def resample(
+        self, state: TrainState, item, collected: ScoredRollout, lag: int = 0
+    ) -> ScoredRollout:
         """Replaces groups of equal rewards, which have no gradient, by groups of unused prompts.
 
         Each of up to `max_resample_rounds` rounds uses one of the item's `extra_prompts` per such
@@ -172,9 +219,9 @@ class GRPOTrainer(RLTrainer):
             }
             if not fresh_item["rows"]:
                 break
-            key = jax.random.fold_in(self._key(state, RESAMPLING), attempt)
+            key = jax.random.fold_in(self._key(state, RESAMPLING, lag), attempt)
             fresh = self.collect(state, fresh_item, key)
-            kept, replaced = _replace(kept, fresh, flat)
+            kept, replaced = replace_groups(kept, fresh, flat)
             metrics["resampled_groups"] += replaced
             for name in ("time/rollout", "time/reward", "reward_errors"):
                 metrics[name] += fresh.metrics[name]
@@ -187,21 +234,24 @@ class GRPOTrainer(RLTrainer):
         mask = rollout.mask
         if self.mask_truncated_completions:
             mask = mask & ~rollout.truncated[:, :, None]
-        old_logprobs = self.old_logprobs(state, rollout)
-        arrays = {
-            "mask": mask,
-            "old_logprobs": old_logprobs,
-            "sampling_logprobs": rollout.logprobs,
-        }
+        arrays = {"mask": mask, "sampling_logprobs": rollout.logprobs}
+        if not self.uses_own_logprobs:
+            arrays["old_logprobs"] = self.old_logprobs(state, rollout)
         if self.beta:
             reference = reference_params(state.frozen)
             ref_logprobs = self.token_logprobs(reference, rollout)
             check_finite("the reference's log-probability", ref_logprobs, rollout, reference)
             if self.kl_in_reward:
-                kl = kl_estimate(old_logprobs, ref_logprobs, rollout.mask, self.kl_estimator)
+                own = arrays["old_logprobs"]
+                kl = kl_estimate(own, ref_logprobs, rollout.mask, self.kl_estimator)
                 rewards = rewards - self.beta * np.asarray(kl, np.float64).sum(axis=2)
             arrays["ref_logprobs"] = ref_logprobs
-        advantages = np.array(self.advantages(rewards), np.float32)
+        if self.sums_normalized:
+            weights = np.append(self.rewards.weights, [1.0] if self.has_environment else [])
+            found = gdpo_advantages(collected.by_function, weights)
+        else:
+            found = self.advantages(rewards)
+        advantages = np.array(found, np.float32)
         # A completion without any reward gets advantage 0. NaN of any other origin stays, so that
         # the update is skipped and counted.
         advantages[np.isnan(rewards)] = np.nan
@@ -216,6 +266,14 @@ class GRPOTrainer(RLTrainer):
         return super().make_batch(arrays | {"laid": laid})
 
     @property
+    def uses_own_logprobs(self) -> bool:
+        """Whether an update's old log-probabilities are those of its own forward pass.
+
+        So it is when the sampler's are of another distribution, and a rollout is one update.
+        """
+        return self.recomputes_old_logprobs and self.updates_per_item == 1 and not self.kl_in_reward
+
+    @property
     def skips_zero_advantages(self) -> bool:
         """Whether completions of advantage 0 add exactly nothing to the gradient.
 
@@ -223,9 +281,11 @@ class GRPOTrainer(RLTrainer):
         the user's own.
         """
         return (
-            self.loss_type in VANISHING
+            LOSS_TYPES[self.loss_type].vanishes
             and not self.beta
             and not self.entropy_coef
+            and self.entropy_control is None
+            and self.top_entropy_quantile == 1
             and not getattr(self.model.config, "num_experts", 0)
             and type(self).compute_loss is GRPOTrainer.compute_loss
         )
@@ -240,15 +300,24 @@ class GRPOTrainer(RLTrainer):
         (logprobs, entropy), aux_loss = self.completion_logprobs(weights, batch, rng)
         C = logprobs.shape[-1]
         logprobs, entropy = logprobs.reshape(-1, C), entropy.reshape(-1, C)  # [B, C]
-        mask, old_logprobs, sampled = (
-            batch[name].reshape(-1, C) for name in ("mask", "old_logprobs", "sampling_logprobs")
-        )
+        mask, sampled = (batch[name].reshape(-1, C) for name in ("mask", "sampling_logprobs"))
         # What is not computed has a ratio of 1, and counts in the loss's denominator.
         laid = jnp.repeat(batch["laid"], len(mask) // len(batch["laid"]))[:, None]
+        if self.uses_own_logprobs:
+            old_logprobs = jnp.where(laid, jax.lax.stop_gradient(logprobs), sampled)
+        else:
+            old_logprobs = batch["old_logprobs"].reshape(-1, C)
         logprobs, computed = jnp.where(laid, logprobs, old_logprobs), mask & laid
         advantages = batch["advantages"].reshape(-1)
+        keep, bonus = self._kept(logprobs, sampled, entropy, advantages, mask, computed)
+        metrics: dict = {}
+        if self.correction is not None:
+            corrected = self.correction.apply(advantages, old_logprobs, sampled, computed)
+            advantages, metrics = corrected
         # Not multiplied by a coefficient of 0: the entropy's gradient costs as much as the loss's.
-        penalty, kl = (-self.entropy_coef * entropy if self.entropy_coef else None), None
+        penalty, kl = None, None
+        if self.entropy_coef or self.entropy_control is not None:
+            penalty = -batch.get("entropy_coef", jnp.float32([self.entropy_coef]))[0] * bonus
         if self.beta:
             ref_logprobs = batch["ref_logprobs"].reshape(-1, C)
             kl = kl_estimate(logprobs, ref_logprobs, mask, self.kl_estimator)
@@ -259,21 +328,36 @@ class GRPOTrainer(RLTrainer):
             mask,
             loss_type=self.loss_type,
             importance_sampling_level=self.importance_sampling_level,
-            clip=self.clip,
+            options=self.loss_options,
             penalty=penalty,
             kl=None if kl is None or self.kl_in_reward else self.beta * kl,
             unbiased_kl=self.use_bias_correction_kl,
+            keep=keep,
             max_length=self.sampling.max_new_tokens,
+            key=None if rng is None else jax.random.fold_in(rng, LOSS_STREAM),
         )
-        metrics: dict = {"entropy": Mean(masked_mean(entropy, computed), computed.sum())}
+        metrics["entropy"] = Mean(masked_mean(entropy, computed), computed.sum())
         if kl is not None:
             metrics["kl"] = Mean(masked_mean(kl, mask), mask.sum())
         if aux_loss is not None:
             loss += self.model.config.router_aux_loss_coef * aux_loss
             metrics["aux_loss"] = aux_loss
+        if keep is not None:
+            metrics["frac_tokens_kept"] = Mean(masked_mean(keep & mask, mask), mask.sum())
         metrics |= self._clip_metrics(ratio, advantages, mask)
         metrics |= difference_metrics(logprobs, sampled, computed)
         return LossOutput(loss=loss, weight=weight, metrics=metrics)
+
+    def _kept(self, logprobs, sampled, entropy, advantages, mask, computed):
+        """Tokens to train on (None: all), and the entropies that the bonus is computed from."""
+        keep = None
+        if self.off_policy_mask_threshold is not None:
+            delta = self.off_policy_mask_threshold
+            keep = near_policy(logprobs, sampled, advantages, mask, threshold=delta)
+        if self.top_entropy_quantile == 1:
+            return keep, entropy
+        top = high_entropy(entropy, computed, fraction=self.top_entropy_quantile)
+        return (top if keep is None else top & keep), jnp.where(top, entropy, 0.0)
 
     def update_frozen(self, frozen, params, step):
         if not self.sync_ref_model or "ref" not in frozen:
@@ -282,7 +366,11 @@ class GRPOTrainer(RLTrainer):
         return update_reference(frozen, params, step, alpha=self.ref_model_mixup_alpha, every=every)
 
     def _clip_metrics(self, ratio, advantages, mask) -> dict:
-        tokens, clipped = mask.sum(), clip_fractions(ratio, advantages, mask, self.clip)
+        clip, interval = self.loss_options.clip, LOSS_TYPES[self.loss_type].interval
+        if interval is None:
+            return {}
+        tokens = mask.sum()
+        clipped = clip_fractions(ratio, advantages, mask, clip, interval)
         shares = {name: masked_mean(where, mask, axis=1) for name, where in clipped.items()}
         region = clipped["low"] | clipped["high"]
         return {
@@ -294,22 +382,16 @@ class GRPOTrainer(RLTrainer):
         }
 
 
-def _replace(
-    kept: ScoredRollout, fresh: ScoredRollout, flat: np.ndarray
-) -> tuple[ScoredRollout, int]:
-    """Replaces the groups `flat` by fresh groups of unequal rewards; also returns their number."""
-    good = np.flatnonzero(~has_zero_std(fresh.rewards))
-    source = np.arange(len(kept.rewards))
-    source[flat[: len(good)]] = len(kept.rewards) + good
-    both = ScoredRollout(
-        concatenate([kept.rollout, fresh.rollout]),
-        np.concatenate([kept.rewards, fresh.rewards]),
-        np.concatenate([kept.by_function, fresh.by_function]),
-        {
-            name: np.concatenate([values, fresh.extras[name]])
-            for name, values in kept.extras.items()
-            if name in fresh.extras
-        },
-        kept.metrics,
-    )
-    return both.take(source), len(good)
+def _sums_normalized(aggregation: str, kl_in_reward: bool) -> bool:
+    """Whether rewards are normalised before they are summed.
+
+    Raises:
+      ValueError: the aggregation is unknown, or excludes a penalty in the reward.
+    """
+    known = ("sum_then_normalize", "normalize_then_sum")
+    if aggregation not in known or (aggregation == known[1] and kl_in_reward):
+        raise ValueError(
+            f"multi_objective_aggregation must be {' or '.join(known)}, the latter without "
+            f"kl_in_reward, got {aggregation!r} and kl_in_reward {kl_in_reward}."
+        )
+    return aggregation == known[1]

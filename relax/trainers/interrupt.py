@@ -32,11 +32,16 @@ _URGENT = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when a signal stops the run. Not an `Exception`, so that no library catches it."""
+    """Raised when a signal stops the run. Not an `Exception`, so that no library catches it.
 
-    def __init__(self, signum: int):
+    Args:
+      signum: the signal.
+      in_all: all processes of the run raise it, as after `Interrupt.agree`.
+    """
+
+    def __init__(self, signum: int, *, in_all: bool = False):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
+        self.signum, self.in_all = signum, in_all
 
     @property
     def exit_code(self) -> int:
@@ -87,12 +92,17 @@ class Interrupt:
         """The exit code for the process: 0, or 128 plus the signal number."""
         return 0 if self.requested is None else 128 + self.requested
 
-    def agree(self) -> None:
-        """Stops all processes if one of them was asked to stop. All of them must call it."""
-        asked = [signum for signum in processes.gather(self.requested) if signum is not None]
-        if asked and self.requested is None:
+    def agree(self) -> int | None:
+        """The signal that asked one of the processes to stop, or None. All of them must call it.
+
+        The result is the same in all of them, and `requested` may not be: a signal that arrives
+        while this process waits for the others counts at the next call.
+        """
+        asked = next((s for s in processes.gather(self.requested) if s is not None), None)
+        if asked is not None and self.requested is None:
             owner = self._outer or self
-            owner._signum = asked[0]
+            owner._signum = asked
+        return asked
 
     def arm(self) -> None:
         """Makes the first signal set `requested` instead of raising; the caller must poll it.
@@ -159,6 +169,7 @@ class Interrupt:
         self._start_watcher()
         for signum in _handled():
             self._previous[signum] = signal.signal(signum, self._handle)
+        self._old_hook, sys.unraisablehook = sys.unraisablehook, self._report_lost
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -170,6 +181,7 @@ class Interrupt:
                 # None means a handler that was not installed from Python.
                 signal.signal(signum, signal.SIG_DFL if handler is None else handler)
             self._previous.clear()
+            sys.unraisablehook = self._old_hook
             self._stop_watcher()
             Interrupt._active = None
 
@@ -185,6 +197,11 @@ class Interrupt:
             raise Interrupted(signum)
         if first:
             self._say("finishing this step, then saving (press Ctrl-C again to stop at once)")
+
+    def _report_lost(self, lost) -> None:
+        """Prints no traceback of a signal in a callback of the garbage collector: it is noted."""
+        if not isinstance(lost.exc_value, Interrupted):
+            self._old_hook(lost)
 
     def _start_watcher(self) -> None:
         self._read_fd, self._write_fd = os.pipe()

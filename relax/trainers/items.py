@@ -29,6 +29,15 @@ def items_of(loader, epoch: int, start: int) -> Iterator:
     return items
 
 
+def require_items(position: int, epoch: int) -> None:
+    """Raises a ValueError if an epoch has ended before its first item."""
+    if position == 0:
+        raise ValueError(
+            f"the train loader gave no batch in epoch {epoch}. Pass an iterable that can be "
+            "iterated again for every epoch, such as a list; a generator is exhausted after one."
+        )
+
+
 def is_due(every: int | None, before: int, after: int) -> bool:
     """Whether there is a multiple of `every` in (before, after]."""
     return every is not None and every != 0 and after // every > before // every

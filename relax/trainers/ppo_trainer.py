@@ -33,6 +33,7 @@ import numpy as np
 
 from relax.losses import (
     Clip,
+    PolicyOptions,
     TokenLogprobs,
     clip_fractions,
     kl_estimate,
@@ -257,10 +258,10 @@ class PPOTrainer(RLTrainer):
             "val/num_eos_tokens": float((~collected.rollout.truncated).sum())
         }
 
-    def pack(self, arrays: dict[str, np.ndarray], blocks: int) -> dict[str, np.ndarray]:
+    def pack(self, item: dict[str, np.ndarray], blocks: int | None = None) -> dict:
         slots = int(self.reward_at == AFTER_EOS)
         models = [model for model in (self.model, self.value_model) if model is not None]
-        return pack_groups(arrays, models, blocks, slots=slots)
+        return pack_groups(item, models, blocks or self.num_blocks, slots=slots)
 
     def make_batch(self, arrays: dict[str, np.ndarray]) -> Experience:
         return as_experience(super().make_batch(arrays))
@@ -299,9 +300,11 @@ class PPOTrainer(RLTrainer):
         logprobs, entropy, values = (x.reshape(-1, C) for x in (logprobs, entropy, values))
         names = ("sampling_logprobs", "old_logprobs", "advantages", "mask")
         sampled, old_logprobs, advantages, mask = (getattr(batch, n).reshape(-1, C) for n in names)
-        policy, weight, ratio = policy_loss(
-            logprobs, old_logprobs, advantages, mask, clip=self.clip
-        )
+        corrected, weights = advantages, dict[str, Mean]()
+        if self.correction is not None:
+            corrected, weights = self.correction.apply(advantages, old_logprobs, sampled, mask)
+        arrays = (logprobs, old_logprobs, corrected, mask)
+        policy, weight, ratio = policy_loss(*arrays, options=PolicyOptions(self.clip))
         value_mask = batch.value_mask.reshape(-1, C)
         old_values, returns = batch.values.reshape(-1, C), batch.returns.reshape(-1, C)
         value, value_clipped = value_losses(
@@ -317,12 +320,16 @@ class PPOTrainer(RLTrainer):
         for aux_loss, config in aux.values():
             loss += config.router_aux_loss_coef * aux_loss
         states = value_mask.sum()
-        metrics: dict = {name: aux_loss for name, (aux_loss, _) in aux.items()} | {
-            "loss/policy_avg": Mean(policy, weight),
-            "loss/value_avg": Mean(masked_mean(value, value_mask), states),
-            "val/clipfrac_avg": Mean(masked_mean(value_clipped, value_mask), states),
-            "entropy": Mean(mean_entropy, weight),
-        }
+        metrics: dict = (
+            weights
+            | {name: aux_loss for name, (aux_loss, _) in aux.items()}
+            | {
+                "loss/policy_avg": Mean(policy, weight),
+                "loss/value_avg": Mean(masked_mean(value, value_mask), states),
+                "val/clipfrac_avg": Mean(masked_mean(value_clipped, value_mask), states),
+                "entropy": Mean(mean_entropy, weight),
+            }
+        )
         log_ratio = log_ratios(logprobs, old_logprobs, mask)
         metrics |= self._ratio_metrics(ratio, log_ratio, advantages, mask)
         metrics |= difference_metrics(logprobs, sampled, mask)

@@ -17,16 +17,18 @@ truncated or dropped as in DPO, and counted.
 Axes: N pairs, B rows, T tokens of a row, D model.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax import parallel
 from relax.losses import bradley_terry_loss, centering_loss, masked_mean
 from relax.models.forward import at_places, hidden_states
 from relax.models.heads import HEAD, init_head, scores, trunk, with_head
 from relax.models.trainable import merge
 from relax.trainers.groups import num_tokens, pack_groups
+from relax.trainers.sources import row_metrics
 from relax.trainers.state import TrainState, fresh_params, initial_state
 from relax.trainers.trainer import Trainer
 from relax.trainers.update import LossOutput, Max, Min, Sum
@@ -35,7 +37,7 @@ from relax.trainers.update import LossOutput, Max, Min, Sum
 class RewardTrainer(Trainer):
     """Trainer for a model that scores completions, on pairs of them.
 
-    An item is a batch of `relax.data.PreferenceLoader`, which `make_batches` packs.
+    An item is a batch of `relax.data.PreferenceLoader`, which `pack` lays out.
 
     Args:
       model, optimizer: as for `Trainer`; a `relax.models.Transformer`, whose separate output
@@ -46,6 +48,7 @@ class RewardTrainer(Trainer):
         too.
       center_rewards_coefficient: coefficient c of `centering_loss` (> 0); None: no centering.
       pad_to_multiple_of: the length of rows is a multiple of it (>= 1).
+      sources: names of the sources whose losses are metrics, by the batch's `source_ids`.
       **options: other arguments of `Trainer`.
 
     Metrics, with TRL's names: `accuracy`, the share of pairs with r_chosen > r_rejected; `margin`,
@@ -61,6 +64,7 @@ class RewardTrainer(Trainer):
         freeze: str | None = None,
         center_rewards_coefficient: float | None = None,
         pad_to_multiple_of: int = 1,
+        sources: Sequence[str] = (),
         **options,
     ):
         super().__init__(trunk(model), optimizer, **options)
@@ -70,6 +74,7 @@ class RewardTrainer(Trainer):
                 f"{center_rewards_coefficient}."
             )
         self.freeze, self.pad_to_multiple_of = freeze, pad_to_multiple_of
+        self.sources = tuple(sources)
         self.center_rewards_coefficient = center_rewards_coefficient
 
     def create_train_state(self, key: jax.Array) -> TrainState:
@@ -82,20 +87,9 @@ class RewardTrainer(Trainer):
             )
         return initial_state(self.model, self.optimizer, key, params, self.freeze)
 
-    def make_batches(self, state: TrainState, item):
-        return (self.pack(item),)
-
-    def evaluate_item(self, state: TrainState, params, item, index: int):
-        packed = self.pack(item, parallel.batch_shards())
-        return super().evaluate_item(state, params, packed, index)
-
     def pack(self, item, blocks: int | None = None) -> dict[str, np.ndarray]:
-        """The batch that `compute_loss` takes, from one of the loader, see `pack_groups`.
-
-        Args:
-          blocks: None: the micro-batches of an update times the devices that share them.
-        """
-        blocks = blocks or self.gradient_accumulation_steps * parallel.batch_shards()
+        """The batch of an item's prompts and completions, see `pack_groups`."""
+        blocks = blocks or self.num_blocks
         return pack_groups(item, [self.model], blocks, multiple=self.pad_to_multiple_of)
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
@@ -106,7 +100,7 @@ class RewardTrainer(Trainer):
         if self.center_rewards_coefficient is not None:
             losses += self.center_rewards_coefficient * centering_loss(chosen, rejected)
         loss = masked_mean(losses, mask)
-        metrics = {
+        metrics = row_metrics(self.sources, batch, losses, mask) | {
             "accuracy": masked_mean(chosen > rejected, mask),
             "margin": masked_mean(chosen - rejected, mask),
             "min_reward": Min(jnp.where(mask[:, None], rewards, jnp.inf).min()),

@@ -7,8 +7,8 @@ One item of the loader, `{"prompt_ids": [...], "rows": [...]}`, becomes updates 
 3. `experience`: the algorithm turns rewards into the arrays of its loss, such as advantages and
    log-probabilities.
 
-Sampling uses the trained weights themselves: no copy, no second engine. Every random number depends
-only on (root key, update), so a run that is killed and resumed samples the same completions.
+Sampling uses the trained weights themselves. Random numbers depend only on (root key, update), so a
+run that is killed and resumed samples the same completions.
 
 Axes: P prompts, G completions of a group, g of them in a row, L tokens of a prompt, C tokens of a
 completion, D model, F reward functions.
@@ -22,29 +22,30 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from relax import parallel
 from relax.data.forest import deal
 from relax.losses import TokenLogprobs, linear_logprobs
 from relax.models.forward import at_places, predicting_states
-from relax.parallel import processes
-from relax.rewards import Environment, RewardRunner
-from relax.sampling import SamplingConfig, generate, stop_decoder
+from relax.rewards import EpisodeRunner
+from relax.sampling import SamplingConfig
 from relax.trainers.groups import completion_targets, pack_groups, resized
-from relax.trainers.rl.episodes import rollout_episodes
+from relax.trainers.rl import scoring
+from relax.trainers.rl.ahead import Ahead, AheadLoader
+from relax.trainers.rl.differences import Correction
+from relax.trainers.rl.drafts import Drafts
 from relax.trainers.rl.finite import check_finite
-from relax.trainers.rl.rollout import (
-    Rollout,
-    ScoredRollout,
+from relax.trainers.rl.generation import Agents, gives_rewards, make_maker, sample_rollout
+from relax.trainers.rl.metrics import (
     completion_records,
-    is_truncated,
-    make_rollout,
+    evaluation_metrics,
     reward_metrics,
     rollout_metrics,
-    updates_per_pass,
-    with_eos,
 )
-from relax.trainers.rl.scoring import RunLength, score_across_processes, submit_rewards
+from relax.trainers.rl.partners import Partner
+from relax.trainers.rl.passes import passes, updates_per_pass
+from relax.trainers.rl.rollout import Rollout, ScoredRollout, is_truncated, with_eos
 from relax.trainers.state import TrainState, initial_state
 from relax.trainers.trainer import LoggedBatch, Trainer
 
@@ -64,8 +65,13 @@ class RLTrainer(Trainer):
       tokenizer: decodes completions; its EOS token ends them unless `sampling` names others.
       sampling: the sampling configuration; `n` is set to `num_generations`.
       freeze: as for `SFTTrainer`.
-      environment: a function that makes one `relax.rewards.Environment` per completion, for
-        completions of several turns; its reward is added to those of the functions. None: one turn.
+      tools: functions that the model may call, see `relax.rewards.EpisodeRunner`, or a runner.
+      environment_factory: makes an environment per completion, which answers the model's turns; its
+        reward is added to those of the functions. None: none.
+      max_tool_calling_iterations: turns of an episode that may call tools; None: any number.
+      tool_format: format of tool calls, see `relax.data.tool_calls`; None: the chat template's.
+      agents: make completions in place of the sampler, see `relax.serving.agents`; None: none.
+      rollout_func: a function that makes completions, see `relax.trainers.rl.rollout_func`.
       reward_weights: weights of the functions in their sum; None: 1 each.
       num_generations: G, completions per prompt (>= 1).
       prompts_per_item: prompts per loader item; None: any number, with one update per item.
@@ -74,7 +80,13 @@ class RLTrainer(Trainer):
       reference: keep the initial weights as the reference of a KL penalty. With adapters it is the
         model without them and needs no extra memory.
       recompute_old_logprobs: compute the old log-probabilities by a forward pass instead of using
-        the sampler's. Always done if the sampler truncates or reshapes the distribution.
+        the sampler's. Always done if the sampler has another distribution, dtype or policy.
+      rollout_dtype: dtype of weights and cache in rollouts, such as "bfloat16"; None: the model's.
+        Evaluation samples in the model's.
+      correction: weights that correct updates for `rollout_dtype` or rollouts ahead; None: none.
+      async_rollouts: items by which rollouts are drawn ahead, see `relax.trainers.rl.ahead`.
+      rollout_mesh: devices of rollouts ahead; None: those of the updates.
+      rollout_reuse: a prompt's last completions are drafts, see `relax.trainers.rl.drafts`.
       eval_sampling: the sampling configuration in evaluation; None: as in training.
       pass_reward: the lowest reward that counts as passed in pass@k.
       loss_chunk_size: tokens whose logits are in memory at once (>= 1).
@@ -90,7 +102,12 @@ class RLTrainer(Trainer):
         tokenizer,
         sampling: SamplingConfig | None = None,
         freeze: str | None = None,
-        environment: Callable[[], Environment] | None = None,
+        tools: Sequence[Callable | str] | EpisodeRunner | Partner = (),
+        environment_factory: Callable | str | None = None,
+        max_tool_calling_iterations: int | None = None,
+        tool_format: str | None = None,
+        agents: Agents | None = None,
+        rollout_func: Callable | None = None,
         reward_weights: Sequence[float] | None = None,
         num_generations: int = 8,
         prompts_per_item: int | None = None,
@@ -98,40 +115,58 @@ class RLTrainer(Trainer):
         num_iterations: int = 1,
         reference: bool = False,
         recompute_old_logprobs: bool = False,
+        rollout_dtype: str | None = None,
+        correction: Correction | None = Correction(),  # noqa: B008
+        async_rollouts: int = 0,
+        rollout_mesh: Mesh | None = None,
+        rollout_reuse: bool = False,
         eval_sampling: SamplingConfig | None = None,
         pass_reward: float = 1.0,
         loss_chunk_size: int = 256,
         **options,
     ):
         super().__init__(model, optimizer, **options)
-        self._run_length = RunLength()
-        self.callbacks = (*self.callbacks, self._run_length)
-        given = isinstance(reward_funcs, RewardRunner)
-        if not given and not reward_funcs and environment is None:
-            raise ValueError(
-                "reward_funcs is empty and there is no environment, so no completion gets a "
-                "reward. Pass at least one function."
-            )
-        if given and reward_weights is not None:
-            raise ValueError("a RewardRunner has its own weights: remove reward_weights.")
-        self.rewards = reward_funcs if given else RewardRunner(reward_funcs, reward_weights)
-        self.tokenizer, self.environment = tokenizer, environment
-        self.reward_names = [*self.rewards.names, *(["environment"] if environment else [])]
         sampling = dataclasses.replace(sampling or SamplingConfig(), n=num_generations)
         self.sampling = with_eos(sampling, tokenizer)
         self.eval_sampling = with_eos(eval_sampling or sampling, tokenizer)
+        self.partner = make_maker(
+            tokenizer,
+            self.sampling.eos_token_ids,
+            tools,
+            environment_factory,
+            agents=agents,
+            rollout_func=rollout_func,
+            async_rollouts=async_rollouts,
+            tool_format=tool_format,
+            max_tool_calling_iterations=max_tool_calling_iterations,
+        )
+        self.drafts = Drafts.make(self.partner, async_rollouts) if rollout_reuse else None
+        self._run_length = scoring.RunLength()
+        self.callbacks = (*self.callbacks, self._run_length, *filter(None, [self.drafts]))
+        self.has_environment = gives_rewards(self.partner)
+        required = not self.has_environment
+        self.rewards = scoring.as_runner(reward_funcs, reward_weights, required=required)
+        self.tokenizer = tokenizer
+        self.reward_names = [*self.rewards.names, *["environment"] * self.has_environment]
         self.freeze, self.reference = freeze, reference
         self.num_generations, self.num_iterations = num_generations, num_iterations
-        self.recompute_old_logprobs = recompute_old_logprobs
+        own = rollout_dtype is not None and np.dtype(rollout_dtype) != model.dtype
+        self.rollout_model = model.clone(dtype=np.dtype(rollout_dtype)) if own else model
+        apart = own or async_rollouts > 0  # the sampler from the policy
+        self.correction = correction if apart else None
+        self.recomputes_old_logprobs = recompute_old_logprobs or apart or is_truncated(sampling)
         self.pass_reward, self.loss_chunk_size = pass_reward, loss_chunk_size
         self.prompts_per_item = prompts_per_item
-        self._updates_per_pass, self.row_size = updates_per_pass(
-            num_generations,
-            prompts_per_item,
-            completions_per_update,
-            self.gradient_accumulation_steps,
-        )
+        sizes = num_generations, prompts_per_item, completions_per_update
+        divided = updates_per_pass(*sizes, self.gradient_accumulation_steps)
+        self._updates_per_pass, self.row_size = divided
         self._compiled_logprobs = jax.jit(self._token_logprobs)
+        self.ahead = None
+        if async_rollouts:
+            updates = self.updates_per_item
+            self.ahead = Ahead(self.collect_item, async_rollouts, updates, rollout_mesh)
+            # First, so that all counts of the rollouts are in the state of the others.
+            self.callbacks = (self.ahead, *self.callbacks)
 
     @abc.abstractmethod
     def experience(self, state: TrainState, collected: ScoredRollout) -> dict[str, np.ndarray]:
@@ -145,15 +180,27 @@ class RLTrainer(Trainer):
         params = self.initial_params()
         return initial_state(self.model, self.optimizer, key, params, self.freeze, self.reference)
 
+    def train(self, train_loader, *args, **options) -> TrainState:
+        loader = AheadLoader(train_loader, self.ahead.count) if self.ahead else train_loader
+        return super().train(loader, *args, **options)
+
     def make_batches(self, state: TrainState, item) -> Iterator[LoggedBatch]:
         """Samples and scores an item's completions, then yields the batches of its updates."""
-        with self.rewards.tally.undone_if_interrupted():
-            collected = self.collect(state, item, self._key(state, ROLLOUT))
+        if self.ahead is None:
+            with self.rewards.tally.undone_if_interrupted():
+                collected = self.collect_item(state, item)
+                experience = self.timed_experience(state, collected)
+        else:  # never drawn again, so that failures stay counted
+            collected = self.ahead.first(state, item)
             experience = self.timed_experience(state, collected)
         yield from self.split_updates(state, collected, *experience)
 
+    def collect_item(self, state: TrainState, item, lag: int = 0) -> ScoredRollout:
+        """`collect` with the item's key; `lag` tells apart the items drawn before one update."""
+        return self.collect(state, item, self._key(state, ROLLOUT, lag))
+
     def timed_experience(self, state: TrainState, collected: ScoredRollout) -> tuple[dict, float]:
-        """The result of `experience`, and the seconds it took."""
+        """The result of `experience`, and its seconds."""
         start_s = time.monotonic()
         return self.experience(state, collected), time.monotonic() - start_s
 
@@ -185,41 +232,36 @@ class RLTrainer(Trainer):
         self._check(state, rollout)
         collected = self.score(rollout, int(state.step))
         times = {"time/rollout": rolled_s - start_s, "time/reward": time.monotonic() - rolled_s}
+        times |= self.drafts.metrics() if self.drafts is not None else {}
         return collected._replace(metrics=collected.metrics | times)
 
     def generate(
         self, state: TrainState, item, key: jax.Array, sampling: SamplingConfig | None = None
     ) -> Rollout:
-        """Samples a group of completions for each prompt from the current policy."""
-        sampling = sampling or self.sampling
+        """Samples a group of completions for each prompt from the current policy.
+
+        Args:
+          sampling: options of an evaluation; None: those of training, in `rollout_dtype`.
+        """
+        model = self.rollout_model if sampling is None else self.model
+        how = self.tokenizer, self.partner, self.drafts if sampling is None else None
         params = self.model_params(state.params, state.frozen)
-        given = None
-        if self.environment is None:
-            prompts = item["prompt_ids"]
-            decode = stop_decoder(self.tokenizer)
-            out = generate(self.model, params, prompts, key, sampling, decode=decode)
-        else:
-            texts = (self._encode, self._decode, stop_decoder(self.tokenizer))
-            item, out, given = rollout_episodes(
-                self.model, params, item, key, sampling, self.environment, *texts
-            )
-        return make_rollout(item, out, sampling, self._decode, given)
+        return sample_rollout(model, params, item, key, sampling or self.sampling, *how)
 
     def score(self, rollout: Rollout, step: int = 0) -> ScoredRollout:
         """Scores every completion with the reward functions."""
-        return score_across_processes(
-            lambda part: self.submit_rewards(part, step)(),
-            rollout,
-            everywhere=self.rewards.in_process,
+        everywhere, told = self.rewards.in_process, self.callbacks
+        return scoring.score_across_processes(
+            lambda part: self.submit_rewards(part, step)(), rollout, everywhere, told
         )
 
     def submit_rewards(self, rollout: Rollout, step: int) -> Callable[[], ScoredRollout]:
-        """Sends completions to the reward functions; returns a function that waits for rewards."""
-        return submit_rewards(
+        """Starts the reward functions on completions; returns a function that waits for them."""
+        return scoring.submit_rewards(
             self.rewards,
             rollout,
             self._run_length.trainer_state(step),
-            in_turns=self.environment is not None,
+            in_turns=self.has_environment,
             decode=self.tokenizer.decode,
             eos_token_ids=self.sampling.eos_token_ids,
         )
@@ -256,10 +298,8 @@ class RLTrainer(Trainer):
 
     def old_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
         """Log-probabilities `[P, G, C]` of completions under the policy that sampled them."""
-        # The sampler's agree with the policy's to 1e-4 or better, unless it sampled from a
-        # truncated distribution (top_k, top_p, ...): those are renormalised and would bias the
-        # ratio.
-        if self.recompute_old_logprobs or is_truncated(self.sampling):
+        # Else the sampler's, which agree with the policy's to 1e-4 or better.
+        if self.recomputes_old_logprobs:
             params = self.model_params(state.params, state.frozen)
             return self.token_logprobs(params, rollout)
         return rollout.logprobs
@@ -289,61 +329,49 @@ class RLTrainer(Trainer):
 
     def _arrays(self, rollout: Rollout, extra: dict | None = None) -> dict[str, np.ndarray]:
         """Arrays with a prompt and g of its completions per row, `[P * G / g, ...]`."""
+        in_row, rows = self._rows(rollout)
+        return rollout.arrays(in_row // rows, extra)
+
+    def _rows(self, rollout: Rollout) -> tuple[int, int]:
+        """Completions per row on one device; rows on a mesh for each, so that all are whole."""
         P, G = rollout.completion_lengths.shape
-        return rollout.arrays(self._in_row(P, G) // self._rows_for_one(P, G), extra)
-
-    def _in_row(self, P: int, G: int) -> int:
-        """Completions per row on one device."""
-        return self.row_size or math.gcd(P * G // self.gradient_accumulation_steps, G)
-
-    def _rows_for_one(self, P: int, G: int) -> int:
-        """Rows on a mesh for each row on one device, so that every device has whole rows."""
-        parts = self._updates_per_pass * self.gradient_accumulation_steps * parallel.batch_shards()
-        return self._in_row(P, G) // math.gcd(P * G // parts, self._in_row(P, G))
+        in_row = self.row_size or math.gcd(P * G // self.gradient_accumulation_steps, G)
+        in_block = P * G // (self._updates_per_pass * self.num_blocks)
+        return in_row, in_row // math.gcd(in_block, in_row)
 
     def _split(self, rollout: Rollout, experience: dict, key: jax.Array) -> Iterator[dict]:
-        """Yields the batches of all updates; if there are several, every pass is shuffled."""
+        """Yields the batches of all updates."""
         prompts = len(rollout.completion_lengths)
         if self.prompts_per_item not in (None, prompts):
             raise ValueError(
                 f"an item must have {self.prompts_per_item} prompts (prompts_per_item), got "
                 f"{prompts}. Drop the last, shorter item."
             )
-        arrays = self._arrays(rollout, experience)
-        rows = len(arrays["prompt_ids"])
-        size = rows // self._updates_per_pass
-        for iteration in range(self.num_iterations):
-            order = np.arange(rows)
-            if self.updates_per_item > 1:
-                n = self._rows_for_one(*rollout.completion_lengths.shape)  # stay together
-                fresh = jax.random.fold_in(key, iteration)
-                order = np.asarray(jax.random.permutation(fresh, rows // n))
-                order = (order[:, None] * n + np.arange(n)[None, :]).reshape(-1)
-            for first in range(0, rows, size):
-                chosen = order[first : first + size]
-                yield self.make_batch({name: value[chosen] for name, value in arrays.items()})
+        sizes = {"count": self.num_iterations, "updates": self._updates_per_pass}
+        together = self._rows(rollout)[1]
+        for part in passes(self._arrays(rollout, experience), key, together=together, **sizes):
+            yield self.make_batch(part)
 
     def make_batch(self, arrays: dict[str, np.ndarray]):
         """The batch of an update, from its arrays with leading axis N.
 
         Micro-batches and devices get about equal numbers of tokens.
         """
-        blocks = self.gradient_accumulation_steps * parallel.batch_shards()
         sizes = arrays["prompt_lengths"] + arrays["completion_lengths"].sum(axis=1)
         sizes = sizes * arrays.get("laid", True)
-        order = deal(sizes.tolist(), blocks)
-        return self.pack({name: value[order] for name, value in arrays.items()}, blocks)
+        order = deal(sizes.tolist(), self.num_blocks)
+        return self.pack({name: value[order] for name, value in arrays.items()})
 
-    def pack(self, arrays: dict[str, np.ndarray], blocks: int) -> dict[str, np.ndarray]:
-        """The arrays with the rows of a packed forest, see `pack_groups`.
+    def pack(self, item: dict[str, np.ndarray], blocks: int | None = None) -> dict:
+        """Arrays with leading axis N, and the rows of their packed forest, see `pack_groups`.
 
-        Groups that `arrays["laid"]` excludes, `[N]` bool, are not computed.
+        Groups that `item["laid"]` excludes, `[N]` bool, are not computed.
         """
-        return pack_groups(arrays, [self.model], blocks, laid=arrays.get("laid"))
+        return pack_groups(item, [self.model], blocks or self.num_blocks, laid=item.get("laid"))
 
     def _metrics(self, collected: ScoredRollout) -> dict[str, float | int]:
         rollout, rewards, by_function, _, metrics = collected
-        statistics = reward_metrics(rewards, by_function, self.reward_names)
+        statistics = reward_metrics(rewards, by_function, self.reward_names, rollout.sources)
         return rollout_metrics(rollout) | statistics | metrics
 
     def _check(self, state: TrainState, rollout: Rollout) -> None:
@@ -358,39 +386,15 @@ class RLTrainer(Trainer):
         next rollout needs the update, which needs the rewards.
         """
         key = jax.random.fold_in(jax.random.fold_in(state.rng, EVALUATION), index)
-        step, state = int(state.step), dataclasses.replace(state, params=params)
-        rollout = self.generate(state, item, key, self.eval_sampling)
+        sampled = dataclasses.replace(state, params=params)
+        rollout = self.generate(sampled, item, key, self.eval_sampling)
         self._check(state, rollout)
-        alone = processes.count() == 1
-        collected = (
-            self.submit_rewards(rollout, step) if alone else lambda: self.score(rollout, step)
-        )
-
-        def part() -> tuple:
-            rollout, rewards, by_function, _, metrics = collected()
-            return rewards, by_function, rollout.completion_lengths, metrics["reward_errors"]
-
-        return part
+        return scoring.evaluation_part(rollout, int(state.step), self.score, self.submit_rewards)
 
     def reduce_evaluation(self, parts: list[tuple]) -> dict[str, float]:
         """The mean reward and pass@k."""
-        columns = zip(*parts, strict=True)
-        rewards, by_function = (np.concatenate(next(columns)) for _ in range(2))
-        lengths, errors = columns
-        # A completion without a reward counts as failed.
-        passed = np.nan_to_num(rewards, nan=-math.inf) >= self.pass_reward
-        return reward_metrics(rewards, by_function, self.reward_names) | {
-            "pass@1": float(passed.mean()),
-            f"pass@{passed.shape[1]}": float(passed.any(axis=1).mean()),
-            "completions/mean_length": float(np.concatenate([x.ravel() for x in lengths]).mean()),
-            "reward_errors": sum(errors),
-        }
+        return evaluation_metrics(parts, self.reward_names, self.pass_reward)
 
-    def _key(self, state: TrainState, stream: int | np.integer) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(state.rng, stream), state.step)
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _decode(self, ids) -> str:
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    def _key(self, state: TrainState, stream: int | np.integer, lag: int = 0) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(state.rng, stream), state.step)
+        return jax.random.fold_in(key, lag) if lag else key

@@ -14,15 +14,25 @@ Axes: B batch, T tokens, D model.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from relax import parallel
 from relax.data.forest import pack_rows
-from relax.losses import IGNORED, linear_cross_entropy, next_token_targets, target_hits
+from relax.losses import (
+    IGNORED,
+    SFT_LOSSES,
+    GroupSums,
+    linear_cross_entropy,
+    next_token_targets,
+    target_hits,
+)
 from relax.models.forward import hidden_states
 from relax.models.trainable import merge
+from relax.trainers.sources import source_metrics
 from relax.trainers.state import initial_state
 from relax.trainers.trainer import Trainer, TrainState
 from relax.trainers.update import LossOutput, Mean, Sum
@@ -38,15 +48,19 @@ class SFTTrainer(Trainer):
     Args:
       model, optimizer: as for `Trainer`. If the model has `lora`, only its adapters are trained.
       freeze: regular expression of weights that are not trained, see `relax.models.trainable`.
+      loss_type: a name in `SFT_LOSSES`, or `path/to/file.py:function`.
+      label_smoothing_factor, z_loss_coef: `label_smoothing` and `z_loss` of `linear_cross_entropy`.
+      neftune_noise_alpha: α of `relax.models.forward.neftune_noise`, in training only; None: none.
       loss_chunk_size: tokens whose logits are in memory at once (>= 1).
       pad_to_multiple_of: the length of rows is a multiple of it (>= 1), if it is one already.
       exact_matches: compute `exact_match` in evaluation, at the cost of a second pass over the
         vocabulary.
+      sources: names of the sources whose losses are metrics, by the batch's `source_ids`.
       **options: other arguments of `Trainer`, such as `params`.
 
-    Metrics over trained tokens: `loss` (nats), `mean_token_accuracy` (share of argmax hits) and
-    `entropy` (of the predictions, nats). `num_tokens` counts all tokens except padding; `aux_loss`
-    is the routers' load-balancing loss.
+    Metrics over trained tokens: `loss` and, with a loss other than cross-entropy, `nll` (nats),
+    `mean_token_accuracy` (share of argmax hits) and `entropy` (of the predictions, nats).
+    `num_tokens` counts all tokens except padding; `aux_loss` is the routers' load-balancing loss.
     """
 
     def __init__(
@@ -55,54 +69,71 @@ class SFTTrainer(Trainer):
         optimizer,
         *,
         freeze: str | None = None,
+        loss_type: str = "nll",
+        label_smoothing_factor: float = 0.0,
+        z_loss_coef: float = 0.0,
+        neftune_noise_alpha: float | None = None,
         loss_chunk_size: int = 256,
         pad_to_multiple_of: int = 1,
         exact_matches: bool = False,
+        sources: Sequence[str] = (),
         **options,
     ):
         super().__init__(model, optimizer, **options)
         self._compiled_hits = jax.jit(self._document_hits)
-        self.exact_matches = exact_matches
+        self.exact_matches, self.sources = exact_matches, tuple(sources)
         self.freeze = freeze
+        SFT_LOSSES[loss_type]  # fails on an unknown name here, not in the first update
+        if label_smoothing_factor and loss_type != "nll":
+            raise ValueError(
+                "label_smoothing_factor smooths the targets of loss_type nll, got loss_type "
+                f"{loss_type!r}. Leave it at 0."
+            )
+        self.objective: dict[str, Any] = {
+            "loss_type": loss_type,
+            "label_smoothing": label_smoothing_factor,
+            "z_loss": z_loss_coef,
+        }
+        self.neftune_noise_alpha = neftune_noise_alpha
         self.loss_chunk_size, self.pad_to_multiple_of = loss_chunk_size, pad_to_multiple_of
 
     def create_train_state(self, key: jax.Array) -> TrainState:
         params = self.initial_params()
         return initial_state(self.model, self.optimizer, key, params, self.freeze)
 
-    def make_batches(self, state: TrainState, item):
-        return (self.pack(item),)
-
-    def evaluate_item(self, state: TrainState, params, item, index: int):
-        return super().evaluate_item(state, params, self.pack(item, parallel.batch_shards()), index)
-
     def pack(self, item, blocks: int | None = None) -> dict:
-        """The batch with its documents in fewer rows, see `pack_rows`.
-
-        Args:
-          blocks: None: the micro-batches of an update times the devices that share them.
-        """
-        blocks = blocks or self.gradient_accumulation_steps * parallel.batch_shards()
+        """The batch with its documents in fewer rows, see `pack_rows`."""
+        blocks = blocks or self.num_blocks
         return pack_rows(item, blocks, self.pad_to_multiple_of)
 
     def compute_loss(self, params, batch, rng=None, frozen=None) -> LossOutput:
         weights = merge(params, frozen or {})
         segment_ids = batch.get("segment_ids")
-        hidden, aux_loss = hidden_states(self.model, weights, batch, rng=rng)
+        groups = batch.get("source_ids") if self.sources else None
+        hidden, aux_loss = hidden_states(
+            self.model, weights, batch, rng=rng, neftune_noise_alpha=self.neftune_noise_alpha
+        )
         sums = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),  # [B, T, D] -> [M, D]
             self.model.output_matrix(weights),
             next_token_targets(batch["labels"]).reshape(-1),
+            **self.objective,
             **self._vocabulary(),
+            groups=None if groups is None else groups.reshape(-1),
+            num_groups=len(self.sources),
         )
         tokens = batch["input_ids"].size if segment_ids is None else (segment_ids > 0).sum()
         trained = jnp.maximum(sums.weight, 1)
-        loss = sums.nll / trained
+        loss = sums.loss / trained
         metrics = {
             "mean_token_accuracy": sums.correct / trained,
             "entropy": sums.entropy / trained,
             "num_tokens": Sum(jnp.asarray(tokens, jnp.int32)),
         }
+        if isinstance(sums, GroupSums):
+            metrics |= source_metrics(self.sources, sums.group_loss, sums.group_weight)
+        if tuple(self.objective.values()) != ("nll", 0, 0):
+            metrics["nll"] = sums.nll / trained
         if aux_loss is not None:
             loss += self.model.config.router_aux_loss_coef * aux_loss
             metrics["aux_loss"] = aux_loss

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from relax import parallel
-from relax.models.trainable import merge, partition
+from relax.models.lora import is_adapter
+from relax.models.trainable import merge, partition, split
 from relax.optimizers import optimizers as optimizers
 
 
@@ -97,13 +98,16 @@ def initial_weights(
       key: initialises fresh parameters and adapters.
       params: all parameters, whose memory the result takes over; None: fresh ones.
       freeze: see `relax.models.trainable.partition`.
-      reference: keep a copy of the initial trained parameters in `frozen["ref"]`. With adapters no
-        copy is made: the reference is the model without them.
+      reference: keep a copy of the initial trained parameters in `frozen["ref"]`. With adapters the
+        reference is the model without them, and the copy is of what is trained beside them.
     """
     params = parallel.shard(fresh_params(model, key) if params is None else params)
     trained, frozen = partition(model, params, key, freeze)
     if reference and model.lora is None:
         frozen = frozen | {"ref": copy_tree(trained)}
+    elif reference and model.lora.modules_to_save:  # which the base does not have
+        saved, _ = split(trained, lambda path: not is_adapter(path))
+        frozen = frozen | {"ref": copy_tree(saved)}
     return trained, frozen
 
 

@@ -29,7 +29,8 @@ from relax.trainers import callback as hooks
 from relax.trainers.callback import Event
 from relax.trainers.evaluation import Evaluation, evaluate
 from relax.trainers.interrupt import Interrupt, Interrupted
-from relax.trainers.items import is_due, items_of
+from relax.trainers.items import is_due, items_of, require_items
+from relax.trainers.sources import without_absent
 from relax.trainers.state import TrainState, copy_tree
 from relax.trainers.update import (
     LossOutput,
@@ -120,12 +121,26 @@ class Trainer(abc.ABC):
         return self.params if self.donate_params else copy_tree(self.params)
 
     def make_batches(self, state: TrainState, item) -> Iterable:
-        """Yields the batches to train on, made from one loader item; here the item itself.
+        """Yields the batches to train on, made from one loader item; here the item, packed.
 
         A subclass yields `LoggedBatch`es to log metrics of its own. Read everything you need from
         `state` before yielding the first batch; the first step donates its buffers.
         """
-        return (item,)
+        return (self.pack(item),)
+
+    def pack(self, item, blocks: int | None = None) -> Any:
+        """The batch that `compute_loss` takes, made from a loader's item; here the item itself.
+
+        Args:
+          blocks: equal parts to divide the batch into; None: the micro-batches of an update times
+            the devices that share each.
+        """
+        return item
+
+    @property
+    def num_blocks(self) -> int:
+        """The micro-batches of an update times the devices that share each."""
+        return self.gradient_accumulation_steps * parallel.batch_shards()
 
     @property
     def updates_per_item(self) -> int:
@@ -209,12 +224,13 @@ class Trainer(abc.ABC):
         Args:
           params: the state's `eval_params`.
         """
-        return jax.device_get(self.eval_step(params, state.frozen, parallel.shard_batch(item)))
+        batch = parallel.shard_batch(self.pack(item, parallel.batch_shards()))
+        return jax.device_get(self.eval_step(params, state.frozen, batch))
 
     def reduce_evaluation(self, parts: list) -> dict[str, float]:
         """Combines results of `evaluate_item` into metrics."""
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
-        return {name: value.item() for name, value in reduce_metrics(stacked).items()}
+        return without_absent({n: v.item() for n, v in reduce_metrics(stacked).items()})
 
     def test(self, state: TrainState, loader, max_batches: int | None = None) -> dict:
         """The same as `validate`, for the held-out test set."""
@@ -272,17 +288,17 @@ class Trainer(abc.ABC):
             validate = functools.partial(_validate_once, eval_loader, max_eval_batches, interrupt)
 
             def is_over(event: Event) -> bool:
-                interrupt.agree()
+                asked = interrupt.agree()
                 enough = max_steps is not None and event.step >= max_steps
-                return enough or event.stop or interrupt.requested is not None
+                return enough or event.stop or asked is not None
 
-            event = _call("on_train_begin", event)
+            event = hooks.call("on_train_begin", event)
             dropped = progress is not None and _dropped_evaluation(event, eval_steps)
             if dropped or (eval_on_start and event.step == 0):
                 event = validate(event)
             while epoch < num_epochs and not is_over(event):
                 if event.position == 0:
-                    event = _call("on_epoch_begin", event)
+                    event = hooks.call("on_epoch_begin", event)
                 for item in items_of(train_loader, epoch, event.position):
                     if is_over(event):
                         break
@@ -291,12 +307,12 @@ class Trainer(abc.ABC):
                     for given in interrupt.until_asked(self.make_batches(event.state, item)):
                         logged = given if isinstance(given, LoggedBatch) else LoggedBatch(given)
                         event = replace(event, batch=logged.batch, records=logged.records)
-                        event = _call("on_batch_begin", event)
+                        event = hooks.call("on_batch_begin", event)
                         batch = parallel.shard_batch(logged.batch)
                         state, metrics = self.train_step(event.state, batch)
                         metrics |= logged.metrics
                         event = replace(event, state=state, step=event.step + 1, metrics=metrics)
-                        event = _call("on_batch_end", event)
+                        event = hooks.call("on_batch_end", event)
                     if event.step == before and interrupt.requested is not None:
                         event = whole  # the item is abandoned and repeated on resume
                         break
@@ -306,19 +322,19 @@ class Trainer(abc.ABC):
                     if is_due(save_steps, before, event.step):
                         event, saved = _save(checkpointer, event), event.step
                 else:  # the loader has ended: the epoch is done
-                    event = _call("on_epoch_end", _require_batches(event))
+                    require_items(event.position, epoch)
+                    event = hooks.call("on_epoch_end", event)
                     if eval_steps is None:
                         event = validate(event)
-                    epoch += 1
-                    event = replace(event, epoch=epoch, position=0)
+                    event, epoch = replace(event, epoch=epoch + 1, position=0), epoch + 1
                     if save_steps == 0:
                         event, saved = _save(checkpointer, event), event.step
-            if interrupt.requested is None:
+            if interrupt.agree() is None:
                 event = validate(event)
             if checkpointer is not None:
                 event = event if saved == event.step else _save(checkpointer, event)
                 checkpointer.wait()
-            _call("on_train_end", event)
+            hooks.call("on_train_end", event)
         return event.state
 
 
@@ -352,21 +368,6 @@ def _first_event(trainer, state, loader, num_epochs, max_steps, progress) -> Eve
     )
 
 
-def _call(hook: str, event: Event) -> Event:
-    """Calls a hook of every callback; sets `stop` if one of them asked to end the run."""
-    stop = hooks.call(event.trainer.callbacks, hook, event)
-    return replace(event, stop=event.stop or stop)
-
-
-def _require_batches(event: Event) -> Event:
-    if event.position == 0:
-        raise ValueError(
-            f"the train loader gave no batch in epoch {event.epoch}. Pass an iterable that can be "
-            "iterated again for every epoch, such as a list; a generator is exhausted after one."
-        )
-    return event
-
-
 def _validate_once(loader, most: int | None, interrupt: Interrupt, event: Event) -> Event:
     """Validates, unless there is no loader or this step has been validated already."""
     if loader is None or event.evaluated == event.step:
@@ -385,14 +386,15 @@ def _dropped_evaluation(event: Event, eval_steps: int | None) -> bool:
 
 
 def _validate(event: Event, loader, most: int | None, within=None) -> tuple[Event, Evaluation]:
-    event = _call("on_validation_begin", event)
+    event = hooks.call("on_validation_begin", event)
     with within or contextlib.nullcontext():
         metrics = event.trainer._evaluate(event.state, loader, most)
-    return _call("on_validation_end", replace(event, metrics=metrics)), metrics
+        metrics |= hooks.evaluations(event)
+    return hooks.call("on_validation_end", replace(event, metrics=metrics)), metrics
 
 
 def _save(checkpointer, event: Event) -> Event:
     progress = {name: getattr(event, name) for name in ("epoch", "position", "evaluated")}
     progress["callbacks"] = hooks.state_dicts(event.trainer.callbacks)
     checkpointer.save(event.step, event.state, progress)
-    return _call("on_save", event)
+    return hooks.call("on_save", event)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from relax import parallel
+from relax.optimizers import select
 
 IGNORED_WEIGHT = 1e-30  # makes 0 / 0 zero when a batch has no trained item
 
@@ -151,14 +152,11 @@ def reduce_metrics(outputs: LossOutput) -> dict[str, jax.Array]:
 
 def apply_gradients(optimizer, gradients, params, opt_state, finite, scale):
     """Takes one optimizer step on `gradients * scale`; if not `finite`, returns the old values."""
+    scale = jnp.where(finite, scale, jnp.nan)  # which leaves a state on the host as it is
     gradients = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
     updates, new_opt_state = optimizer.update(gradients, opt_state, params)
     new_params = optax.apply_updates(params, updates)
-
-    def keep(new, old):
-        return jnp.where(finite, new, old)
-
-    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state)
+    return select(finite, new_params, params), select(finite, new_opt_state, opt_state)
 
 
 def clip_scale(grad_norm, max_grad_norm: float | None):

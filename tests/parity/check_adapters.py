@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraConfig, LoraLayer
 from safetensors.numpy import load_file
 
 from relax.models import load_pretrained, save_pretrained
-from relax.models.huggingface.peft import WEIGHTS, load_adapter, load_merged, save_adapter
+from relax.models.huggingface.peft import WEIGHTS, load_adapter, load_merged
 from relax.models.huggingface.peft_config import IGNORED_FIELDS, READ, REQUIRED_VALUES
+from relax.models.huggingface.peft_save import save_adapter
 from relax.models.trainable import merge
 from relax.optimizers import sgd
 from relax.trainers import SFTTrainer

@@ -9,7 +9,7 @@ import torch
 from peers import bare, tiny_model
 from trl import GRPOTrainer, RLOOTrainer
 
-from relax.losses import ADVANTAGES
+from relax.losses import ADVANTAGES, gdpo_advantages
 
 SECTION = "Advantages"
 P, G, F = 3, 4, 2  # prompts, completions of each, reward functions
@@ -27,7 +27,7 @@ CASES = {
 }
 
 
-def theirs(cls, rewards, scale="group", **settings):
+def theirs(cls, rewards, scale="group", aggregation="sum_then_normalize", **settings):
     rewards = torch.tensor(rewards, dtype=torch.float32)
     completions = [[5, 6, 2]] * len(rewards)
     ids, texts = ([[3, 4]] * len(rewards), completions), [""] * len(rewards)
@@ -52,7 +52,7 @@ def theirs(cls, rewards, scale="group", **settings):
         use_vllm=False,
         beta=0.0,
         num_generations=G,
-        multi_objective_aggregation="sum_then_normalize",
+        multi_objective_aggregation=aggregation,
         reward_weights=torch.tensor(WEIGHTS),
         reward_clip_range=None,
         normalize_advantages=False,
@@ -92,6 +92,15 @@ def check_rloo(parity, name):
     parity.equal("`scale_rewards` rloo (RLOO)", "trl", name, mine, other, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def check_rewards_normalised_before_their_sum(parity, name):
+    rewards = np.asarray(CASES[name], np.float64)
+    mine = gdpo_advantages(rewards.reshape(-1, G, F), np.array(WEIGHTS)).reshape(-1)
+    other = theirs(GRPOTrainer, CASES[name], aggregation="normalize_then_sum")
+    subject = "`--multi_objective_aggregation normalize_then_sum`"
+    parity.equal(subject, "trl", name, mine, other, tolerance=1e-5)
+
+
 def check_equal_rewards(parity):
     rewards = np.zeros((2 * G, F))
     rewards[:, 0] = [1234.567] * G + [0.1] * G
@@ -115,10 +124,5 @@ def check_close_rewards(parity):
 
 
 def check_what_is_not_there(parity):
-    parity.missing(
-        "`--multi_objective_aggregation normalize_then_sum`",
-        "trl",
-        "rewards are summed with `--reward_weights`, then normalised",
-    )
     parity.missing("RLOO, `--normalize_advantages`", "trl", "`--scale_rewards`")
     parity.missing("RLOO, `--reward_clip_range`", "trl", "clip the reward in its function")

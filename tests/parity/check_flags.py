@@ -53,9 +53,9 @@ def check_defaults(parity, name):
         if field.name not in known:
             continue
         mine, other = known[field.name].default, default(field)
-        mine, other = (None if value in OFF else value for value in (mine, other))
-        if field.name not in WHY or mine == other:
-            ours_equal[field.name], theirs_equal[field.name] = mine, other
+        compared = [None if value in OFF else value for value in (mine, other)]
+        if field.name not in WHY or compared[0] == compared[1]:
+            ours_equal[field.name], theirs_equal[field.name] = compared
             continue
         both = f"{name}: `{mine}`, in TRL `{other}`".replace("`['", "`").replace("']`", "`")
         what, why = f"default of `--{field.name}`", WHY[field.name]

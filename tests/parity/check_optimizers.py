@@ -11,6 +11,7 @@ from compare import difference
 from peers import tiny_model
 from transformers.training_args import OptimizerNames
 
+from relax.config.foreign import nearest_value, own_value
 from relax.optimizers import OPTIMIZERS
 from relax.optimizers.optimizers import adafactor, adamw, lion, muon, sgd
 from relax.trainers.update import clip_scale
@@ -160,8 +161,7 @@ def check_clipping(parity):
 
 
 def check_which_optimizers_are_not_there(parity):
-    equal = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "schedule_free_adamw": ""}
-    for name in sorted({name.value for name in OptimizerNames} - set(OPTIMIZERS)):
-        near = equal.get(name) or next((ours for ours in ("lion", "muon") if ours in name), "")
-        why = f"`--optim {near}`" if near else ""
-        parity.missing(f"`--optim {name}`", "transformers", why)
+    for name in sorted(name.value for name in OptimizerNames):
+        if own_value("optim", name) not in OPTIMIZERS:
+            why = nearest_value("optim", name).removeprefix("; ")
+            parity.missing(f"`--optim {name}`", "transformers", why)

@@ -12,8 +12,18 @@ import pytest
 import torch
 from peers import bare
 from trl import GRPOTrainer, RLOOTrainer
+from trl.experimental.gmpo import GMPOTrainer
 
-from relax.losses import LOSS_TYPES, Clip, clip_fractions, kl_estimate, masked_mean, policy_loss
+from relax.losses import (
+    Clip,
+    PolicyOptions,
+    clip_fractions,
+    high_entropy,
+    kl_estimate,
+    masked_mean,
+    near_policy,
+    policy_loss,
+)
 
 SECTION = "Policy losses"
 B, T, MOST = 6, 7, 10  # completions, their longest, and what a completion may have
@@ -36,6 +46,14 @@ SETTINGS = {
     "entropy_coef": 0.0,
     "steps_per_generation": 1,
     "gradient_accumulation_steps": 1,
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+    "sapo_temperature_pos": 1.0,
+    "sapo_temperature_neg": 1.05,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
 }
 
 
@@ -52,8 +70,8 @@ def theirs(rows=slice(None), cls=GRPOTrainer, num_items=None, **changed):
         beta=s.beta,
         epsilon_low=s.epsilon_low,
         epsilon_high=s.epsilon_high,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
+        top_entropy_quantile=s.top_entropy_quantile,
+        off_policy_mask_threshold=s.off_policy_mask_threshold,
         use_vllm=False,
         current_gradient_accumulation_steps=s.gradient_accumulation_steps,
         max_completion_length=MOST,
@@ -81,6 +99,17 @@ def theirs(rows=slice(None), cls=GRPOTrainer, num_items=None, **changed):
     return loss.detach().numpy(), logps.grad.numpy(), trainer._metrics["train"]
 
 
+def kept(s, logps, rows):
+    """Tokens that ReLax keeps, of those that two options exclude."""
+    keep, mask = None, jnp.asarray(MASK[rows])
+    if s.off_policy_mask_threshold is not None:
+        moved = (logps, jnp.asarray(OLD[rows]), jnp.asarray(ADVANTAGES[rows]), mask)
+        keep = near_policy(*moved, threshold=s.off_policy_mask_threshold)
+    if s.top_entropy_quantile < 1:
+        keep = high_entropy(jnp.asarray(ENTROPY[rows]), mask, fraction=s.top_entropy_quantile)
+    return keep
+
+
 def ours(rows=slice(None), **changed):
     """ReLax's loss and gradient, as GRPOTrainer composes them."""
     s = SimpleNamespace(**SETTINGS | changed)
@@ -93,7 +122,8 @@ def ours(rows=slice(None), **changed):
             *(logps, old, jnp.asarray(ADVANTAGES[rows]), mask),
             loss_type=s.loss_type,
             importance_sampling_level=s.importance_sampling_level,
-            clip=Clip(s.epsilon_low, s.epsilon_high, s.delta),
+            options=PolicyOptions(Clip(s.epsilon_low, s.epsilon_high, s.delta)),
+            keep=kept(s, logps, rows),
             penalty=penalty,
             kl=kl,
             unbiased_kl=s.use_bias_correction_kl,
@@ -257,7 +287,24 @@ def check_large_ratios(parity):
     )
 
 
-def check_which_losses_are_not_there(parity):
-    for name in ("sapo", "luspo", "vespo"):
-        assert name not in LOSS_TYPES
-        parity.missing(f"GRPO, `--loss_type {name}`", "trl", "`register_loss` adds one of your own")
+@pytest.mark.parametrize("name", ["sapo", "luspo", "vespo"])
+def check_later_losses(parity, name):
+    level = "sequence" if name == "luspo" else "token"
+    changed = {"loss_type": name, "importance_sampling_level": level, "beta": 0.04}
+    compare(parity, f"`{name}`", ours(**changed), theirs(**changed), ", with `beta` 0.04")
+
+
+def check_gmpo(parity):
+    wide = {"epsilon_low": 0.4, "epsilon_high": 0.4, "beta": 0.04}
+    mine, other = ours(loss_type="gmpo", **wide), theirs(cls=GMPOTrainer, **wide)
+    compare(parity, "`gmpo` (GMPOTrainer)", mine, other, ", with `beta` 0.04")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"off_policy_mask_threshold": 0.05}, {"top_entropy_quantile": 0.3}], ids=str
+)
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def check_tokens_kept(parity, loss_type, changed):
+    [(name, value)] = changed.items()
+    changed = changed | {"loss_type": loss_type, "beta": 0.04}
+    compare(parity, f"`--{name} {value}`", ours(**changed), theirs(**changed), f", `{loss_type}`")

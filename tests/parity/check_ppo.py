@@ -12,7 +12,15 @@ import rlax
 import torch
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from relax.losses import Clip, gae, linear_logprobs, masked_whiten, policy_loss, value_losses
+from relax.losses import (
+    Clip,
+    PolicyOptions,
+    gae,
+    linear_logprobs,
+    masked_whiten,
+    policy_loss,
+    value_losses,
+)
 
 SECTION = "PPO and log-probabilities"
 B, T = 4, 9
@@ -50,7 +58,9 @@ def check_clipped_surrogate(parity):
 
     def mine(logps):
         whole = np.ones_like(MASK)
-        return policy_loss(logps, old, jnp.asarray(REWARDS), whole, clip=Clip(0.2, 0.2)).loss
+        return policy_loss(
+            logps, old, jnp.asarray(REWARDS), whole, options=PolicyOptions(Clip(0.2, 0.2))
+        ).loss
 
     def other(logps):
         ratios = jnp.exp(logps - old).reshape(-1)

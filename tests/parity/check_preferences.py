@@ -20,6 +20,8 @@ from relax.losses import (
     dpo_loss,
     kto_loss,
     kto_reference_point,
+    ld_weights,
+    wpo_weights,
 )
 
 SECTION = "Preference losses"
@@ -29,11 +31,14 @@ LENGTHS = RNG.integers(1, C + 1, size=2 * N)  # chosen, then rejected
 MASK = np.arange(C)[None, :] < LENGTHS[:, None]
 LOGPS = np.where(MASK, -RNG.exponential(1.0, size=(2 * N, C)), 0).astype(np.float32)
 REF = np.where(MASK, LOGPS + RNG.normal(size=(2 * N, C)) / 2, 0).sum(1).astype(np.float32)
+COLLISION = -0.7  # log Σ p² of every token
 DEFAULTS = {
     "beta": 0.3,
     "label_smoothing": 0.0,
     "loss_weights": [1.0],
     "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "args": SimpleNamespace(discopop_tau=0.05),
     "precompute_ref_logps": True,
     "ld_alpha": None,
     "use_weighting": False,
@@ -52,7 +57,11 @@ class Outputs(torch.nn.Module):
         log_probs = log_probs.masked_fill(labels[:, 1:] == -100, 0)  # as TRL's fused head does
         zeros = torch.zeros_like(log_probs)
         return SimpleNamespace(
-            log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+            log_probs=log_probs,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=zeros.bool(),
+            log_sum_sq_probs=zeros + COLLISION,
         )
 
 
@@ -96,13 +105,13 @@ def our_dpo(loss_type, beta=DEFAULTS["beta"], **settings):
 
 THEIRS = (
     *("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down"),
-    *("exo_pair", "nca_pair", "bco_pair", "sppo_hard", "sft"),
+    *("exo_pair", "nca_pair", "bco_pair", "sppo_hard", "sft", "discopop", "aot", "aot_unpaired"),
 )
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def check_pairs(parity, name):
-    smoothing = {"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {}
+    smoothing = {"label_smoothing": 0.1} if name in ("robust", "exo_pair", "aot") else {}
     ours, theirs = our_dpo(name, **smoothing), their_dpo(name, **smoothing)
     subject = f"DPO, `{name}`" + (" with `label_smoothing`" if smoothing else "")
     parity.equal(subject, "trl", "value and gradient", ours, theirs)
@@ -124,6 +133,37 @@ def check_label_smoothing_of_the_sigmoid_loss(parity):
     )
 
 
+DIVERGENT = [name for name, loss in PREFERENCE_LOSSES.items() if loss.any_divergence]
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("name", DIVERGENT)
+def check_divergences(parity, kind, name):
+    settings = {"f_divergence_type": kind, "f_alpha_divergence_coef": 0.6}
+    settings |= {"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {}
+    ours, theirs = our_dpo(name, **settings), their_dpo(name, **settings)
+    subject = f"DPO, `--f_divergence_type {kind}`"
+    parity.equal(subject, "trl", f"`{name}`, value and gradient", ours, theirs, tolerance=1e-5)
+
+
+def check_weights_of_tokens_and_pairs(parity):
+    """`ld_alpha` with precomputed sums of the reference, and `use_weighting`."""
+    lengths = LENGTHS.reshape(2, N).T
+
+    def ours(logps, alpha, weighs):
+        tokens = jnp.where(MASK, logps, 0).reshape(2, N, C).swapaxes(0, 1)  # [N, 2, C]
+        sums = (ld_weights(jnp.asarray(lengths), C, alpha) * tokens).sum(axis=2)
+        losses = dpo_loss(*sums.T, REF[:N], REF[N:], beta=DEFAULTS["beta"])
+        mask = MASK.reshape(2, N, C).swapaxes(0, 1)
+        weights = wpo_weights(tokens, jnp.full(tokens.shape, COLLISION), mask)
+        return (losses * weights).mean() if weighs else losses.mean()
+
+    for subject, alpha, weighs in (("ld_alpha 0.4", 0.4, False), ("use_weighting", 1.0, True)):
+        mine = jax.value_and_grad(ours)(jnp.asarray(LOGPS), alpha, weighs)
+        theirs = their_dpo("sigmoid", ld_alpha=alpha, use_weighting=weighs)
+        parity.equal(f"DPO, `--{subject}`", "trl", "value and gradient", mine, theirs)
+
+
 def check_several_losses(parity):
     weights = [1.0, 0.25, 2.0]
     names = ["sigmoid", "sft", "apo_zero"]
@@ -140,8 +180,6 @@ def check_which_losses_are_not_there(parity):
     assert set(THEIRS) <= set(known)
     for name in sorted(set(known) - set(PREFERENCE_LOSSES)):
         parity.missing(f"DPO, `--loss_type {name}`", "trl")
-    for name in ("forward_kl", "js_divergence", "alpha_divergence"):
-        parity.missing(f"DPO, `--f_divergence_type {name}`", "trl")
     parity.missing("KTO, `--loss_type apo_zero_unpaired`", "trl")
 
 

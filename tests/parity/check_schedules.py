@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import SchedulerType, get_scheduler
 
+from relax.config.foreign import nearest_value, own_value
 from relax.optimizers import learning_rate_schedule
 from relax.optimizers.schedules import SCHEDULES
 
@@ -57,7 +58,6 @@ def check_rates_behind_the_last_update(parity):
 
 def check_what_is_not_there(parity):
     for kind in (kind.value for kind in SchedulerType):
-        ours = [name for name, theirs in NAMES.items() if theirs == kind]
-        if kind not in SCHEDULES:
-            why = f"`--lr_scheduler_type {ours[0]}`" if ours else ""
+        if own_value("lr_scheduler_type", kind) not in SCHEDULES:
+            why = nearest_value("lr_scheduler_type", kind).removeprefix("; ")
             parity.missing(f"`--lr_scheduler_type {kind}`", "transformers", why)

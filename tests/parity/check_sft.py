@@ -5,7 +5,9 @@ import numpy as np
 import torch
 from peers import tiny_directory, tiny_model
 from safetensors.numpy import load_file
+from transformers.trainer_pt_utils import LabelSmoother
 
+from relax.losses import linear_cross_entropy, next_token_targets
 from relax.models import load_pretrained, save_pretrained
 from relax.optimizers import sgd
 from relax.trainers import SFTTrainer
@@ -56,3 +58,25 @@ def check_loss_and_gradients(parity, tmp_path):
         what = f"padded rows, {count} micro-batch{'es' if count > 1 else ''}"
         parity.equal(what, "transformers", "loss", loss, their_loss)
         parity.equal(what, "transformers", "all gradients", gradients, wanted, tolerance=2e-5)
+
+
+def check_label_smoothing(parity):
+    """transformers' smoother, which TRL's SFT takes for `label_smoothing_factor`."""
+    logits = RNG.normal(size=(4, 20, 9)).astype(np.float32)
+    labels = np.where(LABELS == -100, -100, LABELS % 9)
+    given = torch.from_numpy(logits.copy()).requires_grad_()
+    smoother = LabelSmoother(epsilon=0.1)
+    wanted = smoother({"logits": given}, torch.from_numpy(labels).long(), shift_labels=True)
+    wanted.backward()
+
+    def loss(logits):
+        targets = next_token_targets(labels).reshape(-1)
+        states = logits.reshape(-1, 9)
+        sums = linear_cross_entropy(
+            states, np.eye(9, dtype=np.float32), targets, label_smoothing=0.1
+        )
+        return sums.loss / sums.weight
+
+    ours = jax.value_and_grad(loss)(jax.numpy.asarray(logits))
+    subject = "`--label_smoothing_factor 0.1`"
+    parity.equal(subject, "transformers", "value and gradient", ours, (wanted, given.grad))

@@ -65,6 +65,9 @@ class Accelerator:
 
     gather_for_metrics = gather
 
+    def pad_across_processes(self, values, dim=0, pad_index=0):
+        return values
+
     def reduce(self, values, reduction="sum"):
         return values
 

@@ -1,5 +1,6 @@
 """Applies profiles to rows of any format."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ def apply_profile(
                 f"{rows.origin(i)}: the profile {type(profile).__name__} cannot read the row: "
                 f"{type(error).__name__}: {error}."
             ) from error
-    return Rows(made, rows.origin, rows.notes)
+    return dataclasses.replace(rows, rows=made, key=None)
 
 
 def remaining_system_prompt(profile: DataProfile, system_prompt: str | None) -> str | None:
@@ -68,6 +69,8 @@ def early_stops(rows: Sequence[Mapping[str, Any]], stops: Sequence[str]) -> dict
     >>> early_stops([row], ["\\n\\n", "<think>"])
     {'\\n\\n': 1}
     """
+    if not stops:
+        return {}
     texts = []
     for row in rows:
         messages = row.get("completion") or row.get("messages") or row.get("chosen") or ()

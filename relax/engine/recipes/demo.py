@@ -16,7 +16,7 @@ CHUNK, MOST = 10, 800  # updates between evaluations, and maximum number of upda
 EVALUATED = 500  # training rows used for evaluation
 
 
-def pretrain_demo(run, model, tokenizer, params, share: float = SHARE):
+def pretrain_demo(run, model, tokenizer, params, share: float = SHARE, *, stream: int = 0):
     """Fine-tunes the demo model until it gets a share of the sums right.
 
     Rewards teach best at about half: a model that is always wrong has no completions to compare.
@@ -24,10 +24,12 @@ def pretrain_demo(run, model, tokenizer, params, share: float = SHARE):
     Args:
       run: the `Run` that starts from the parameters.
       params: returned unchanged if there are any, or if a checkpoint supplies them.
+      stream: added to the seed, for a model with other initial weights.
     """
     if params is not None or (run.resume_from is not None and not run.keeps_frozen):
         return params
-    seed, most = run.config.hyperparams.seed, CHUNK if run.is_dry else MOST
+    seed = run.config.hyperparams.seed + stream
+    most = CHUNK if run.is_dry else MOST
     config = SFTConfig().replace(**SFTConfig.demo, seed=seed)
     train, evaluated = (
         read_sft_data(
@@ -49,8 +51,9 @@ def pretrain_demo(run, model, tokenizer, params, share: float = SHARE):
             examples = evaluated.train.examples
             right = trainer.exact_match(state, evaluated.make_plain_loader(examples))
             report(f"{right:.0%} of sums right, until {share:.0%}; {steps} updates")
-            if interrupt.requested is not None:  # a partial pretraining cannot be resumed
-                raise Interrupted(interrupt.requested)
+            asked = interrupt.agree()
+            if asked is not None:  # a partial pretraining cannot be resumed
+                raise Interrupted(asked)
     run.console.print(
         f"pretrained the demo model: {steps} supervised updates, {right:.0%} of the sums are right"
     )

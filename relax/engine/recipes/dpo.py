@@ -55,6 +55,7 @@ def train_dpo(config: DPOConfig, train_rows=None, eval_rows=None, **where) -> Ru
             params=params,
             precomputed=dpo.precompute_ref_log_probs,
             **loss_options(config),
+            sources=data.source_names,
             **run.options(data, *reference),
         )
 

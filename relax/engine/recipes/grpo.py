@@ -24,12 +24,15 @@ def train_grpo(config: GRPOConfig, train_rows=None, eval_rows=None, **where) -> 
             has_initial_reference=grpo.beta > 0 and not grpo.sync_ref_model
         )
 
-        # 2. The rewards: functions of completions, in processes that can be killed.
+        # 2. The rewards, tools and environment, in processes that can be killed.
         rewards = rl.load_rewards(run, tokenizer)
+        partner = rl.load_partner(run, tokenizer)
 
         # 3. The data: prompts, checked against the columns that rewards read, split into rollouts.
         sizes = rollout_sizes(run.config)
-        read = partial(rl.read_prompts, sizes=sizes, extra_rounds=grpo.max_resample_rounds)
+        read = partial(
+            rl.read_prompts, sizes=sizes, partner=partner, extra_rounds=grpo.max_resample_rounds
+        )
         data = run.load_data(
             read, tokenizer, model, kind="prompts", demo_rows=rl.with_answers, rewards=rewards
         )
@@ -43,7 +46,7 @@ def train_grpo(config: GRPOConfig, train_rows=None, eval_rows=None, **where) -> 
             reward_funcs=rewards,
             num_iterations=config.rollout.num_iterations,
             **dataclasses.asdict(grpo),
-            **rl.rollout_options(run, data, sizes, tokenizer),
+            **rl.rollout_options(run, data, sizes, tokenizer, partner),
             **run.options(data, *rl.completion_callbacks(run, data, rewards)),
         )
 

@@ -53,6 +53,7 @@ def read_pairs(
                 truncation_mode=d.truncation_mode,
                 vocab_size=model_config.vocab_size,
                 limits=limits_of(config),
+                cache=sources.cache,
             )
             loader = _loader(config, preferences, training=name == sources.training)
             if loader.longest_row > model_config.max_position_embeddings:
@@ -63,15 +64,8 @@ def read_pairs(
                 )
             loaders[name] = loader
             digest += f"{preferences.digest:08x}"
-    margins = {name: loader.preferences.has_margins for name, loader in loaders.items()}
-    if len(set(margins.values())) > 1:
-        without = next(name for name, has in margins.items() if not has)
-        found.note(
-            DataError(
-                f"{without} have no 'margin', which other sets have: their losses would differ in "
-                "kind. Give the column to all sets, or to none."
-            )
-        )
+    with found.catch():
+        _check_margins(loaders)
     found.raise_all()
 
     def show(console) -> None:
@@ -99,6 +93,17 @@ def read_pairs(
         stop_sequences=sources.stop_sequences,
         loaders=loaders,
     )
+
+
+def _check_margins(loaders: dict[str, PreferenceLoader]) -> None:
+    """Refuses margins that only some sets have."""
+    margins = {name: loader.preferences.has_margins for name, loader in loaders.items()}
+    if len(set(margins.values())) > 1:
+        without = next(name for name, has in margins.items() if not has)
+        raise DataError(
+            f"{without} have no 'margin', which other sets have: their losses would differ in "
+            "kind. Give the column to all sets, or to none."
+        )
 
 
 def _loader(config, preferences: Preferences, *, training: bool) -> PreferenceLoader:

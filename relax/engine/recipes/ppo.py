@@ -32,12 +32,13 @@ def train_ppo(config: PPOConfig, train_rows=None, eval_rows=None, **where) -> Ru
         model, params = run.load_model(has_initial_reference=ppo.kl_coef > 0)
         critic = run.attempt(find_critic, ppo.value_model, tokenizer)
 
-        # 2. The rewards: functions of completions, in processes that can be killed.
+        # 2. The rewards, tools and environment, in processes that can be killed.
         rewards = rl.load_rewards(run, tokenizer)
+        partner = rl.load_partner(run, tokenizer)
 
         # 3. The data: prompts, checked against the columns that rewards read, split into rollouts.
         sizes = rollout_sizes(run.config)
-        read = partial(rl.read_prompts, sizes=sizes, critic=critic)
+        read = partial(rl.read_prompts, sizes=sizes, partner=partner, critic=critic)
         data = run.load_data(
             read, tokenizer, model, kind="prompts", demo_rows=rl.with_answers, rewards=rewards
         )
@@ -53,7 +54,7 @@ def train_ppo(config: PPOConfig, train_rows=None, eval_rows=None, **where) -> Ru
             reward_funcs=rewards,
             **critic_options(run, model, critic),
             **ppo_options(config),
-            **rl.rollout_options(run, data, sizes, tokenizer),
+            **rl.rollout_options(run, data, sizes, tokenizer, partner),
             **run.options(data, *rl.completion_callbacks(run, data, rewards)),
         )
 

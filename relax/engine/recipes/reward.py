@@ -52,6 +52,7 @@ def train_reward(config: RewardModelConfig, train_rows=None, eval_rows=None, **w
             run.make_optimizer(data),
             params=params,
             center_rewards_coefficient=config.reward_model.center_rewards_coefficient,
+            sources=data.source_names,
             **run.options(data),
         )
 

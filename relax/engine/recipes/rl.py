@@ -8,19 +8,25 @@ from typing import Any
 import jax.numpy as jnp
 
 from relax.callbacks.completions import Completions, RewardCounters
-from relax.config import GRPOConfig, PPOConfig
+from relax.callbacks.curriculum import CurriculumProgress
+from relax.config import DistillConfig, GRPOConfig, OnlineDPOConfig, PPOConfig
+from relax.data.curriculum import PassRateCurriculum
 from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
+from relax.engine.devices import rollout_mesh
 from relax.engine.model_source import ModelSource
 from relax.engine.reward_model import PREFIX, ModelReward, reward_functions
 from relax.engine.rows import Data, Sources, data_seed, limits_of
 from relax.engine.run import Run
 from relax.errors import DataError, ErrorList
 from relax.models import TransformerConfig
-from relax.rewards import RewardRunner, load_environment
+from relax.rewards import EpisodeRunner, RewardRunner
 from relax.sampling import SamplingConfig
 from relax.sampling.config import max_positions
+from relax.trainers.rl.differences import Correction
+from relax.trainers.rl.generation import check_prompts, make_partner, tools_of
+from relax.trainers.rl.partners import Partner
 
-RLRun = Run[GRPOConfig | PPOConfig]
+RLRun = Run[GRPOConfig] | Run[PPOConfig] | Run[DistillConfig] | Run[OnlineDPOConfig]
 
 HEADLINE = ("eval_reward", "eval_pass@1")
 
@@ -34,8 +40,6 @@ def load_rewards(run: RLRun, tokenizer) -> Any:
     """
     m, r = run.config.model, run.config.reward
     dtypes = {"dtype": jnp.dtype(m.dtype), "param_dtype": jnp.dtype(m.param_dtype)}
-
-    run.attempt(_environment, run.config)  # reports its problems early
 
     def make() -> RewardRunner:
         specs = r.reward_funcs
@@ -55,6 +59,36 @@ def load_rewards(run: RLRun, tokenizer) -> Any:
         )
 
     return run.close_at_end(run.attempt(make))
+
+
+def load_partner(run: RLRun, tokenizer) -> Any:
+    """Loads a run's tools and environment, and how the chat template renders them.
+
+    Returns:
+      A `Partner`, whose processes end with the run; None if there is none, or a problem, which
+      `load_data` reports.
+    """
+    e = run.config.episodes
+
+    def make() -> EpisodeRunner:
+        return EpisodeRunner(
+            e.tools, e.environment_factory, timeout_s=e.tool_timeout_s, workers=e.tool_workers
+        )
+
+    if not e.tools and e.environment_factory is None:
+        return None
+    runner = run.close_at_end(run.attempt(make))
+    if runner is None or tokenizer is None:
+        return None
+    return run.attempt(
+        lambda: make_partner(
+            tokenizer,
+            run.source.end_tokens(tokenizer),
+            runner,
+            tool_format=e.tool_format,
+            max_tool_calling_iterations=e.max_tool_calling_iterations,
+        )
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +150,7 @@ def read_prompts(
     sources: Sources,
     rewards: RewardRunner,
     sizes: Sizes,
+    partner: Partner | None = None,
     extra_rounds: int = 0,
     critic: ModelSource | None = None,
 ) -> Data:
@@ -123,6 +158,7 @@ def read_prompts(
 
     Args:
       rewards: reward functions, checked against the rows' columns.
+      partner: tools, which prompts are rendered with, and an environment, tried on the first row.
       extra_rounds: extra prompts for resampling, in multiples of an item's prompts.
       critic: the files of a separate PPO critic, for its number of positions.
 
@@ -147,9 +183,12 @@ def read_prompts(
                 vocab_size=model_config.vocab_size,
                 max_prompt_length=room,
                 limits=limits_of(config),
+                tools=tools_of(partner),
             )
             rewards.check_rows(prompts.rows)
             training = name == sources.training
+            if partner is not None:
+                check_prompts(partner, prompts)
             extra = sizes.prompts_per_item * extra_rounds
             loader = _loader(config, prompts, sizes, extra) if training else None
             loaders[name] = loader or _eval_loader(config, prompts)
@@ -169,7 +208,9 @@ def read_prompts(
     )
 
 
-def rollout_options(run: RLRun, data: Data, sizes: Sizes, tokenizer) -> dict[str, Any]:
+def rollout_options(
+    run: RLRun, data: Data, sizes: Sizes, tokenizer, partner: Partner | None = None
+) -> dict[str, Any]:
     """The arguments of `RLTrainer` for any algorithm, from the configuration."""
     config = run.config
     r = config.rollout
@@ -186,13 +227,19 @@ def rollout_options(run: RLRun, data: Data, sizes: Sizes, tokenizer) -> dict[str
     )
     return {
         "tokenizer": tokenizer,
-        "environment": _environment(config),
+        "tools": partner or (),
+        **_agents(run, tokenizer),
         "sampling": sampling,
         "eval_sampling": _eval_sampling(r, sampling),
         "num_generations": r.num_generations,
         "prompts_per_item": sizes.prompts_per_item,
         "completions_per_update": sizes.completions_per_update,
         "recompute_old_logprobs": r.recompute_old_logprobs,
+        "rollout_dtype": r.rollout_dtype,
+        "correction": _correction(r),
+        "async_rollouts": r.async_rollouts // sizes.updates_per_item,
+        "rollout_mesh": rollout_mesh(config),
+        "rollout_reuse": r.rollout_reuse,
         "pass_reward": config.reward.pass_reward,
     }
 
@@ -202,15 +249,25 @@ def completion_callbacks(run: RLRun, data: Data, rewards: RewardRunner) -> tuple
     r = run.config.reward
     shown = r.num_completions_to_print if r.log_completions else 0
     directory = run.run_dir.path / "completions"
-    return (
+    found: tuple = (
         RewardCounters(rewards),
         Completions(directory, run.logging_steps(data), run.console, shown),
     )
+    if data.train.curriculum is not None:
+        rows = data.train.prompts.rows
+        found += (CurriculumProgress(data.train.curriculum, rows, r.pass_reward),)
+    return found
 
 
 def with_answers(rows: list[dict]) -> list[dict]:
     """Rows of the demo task, with the assistant's reply as the column `answer`."""
     return [{"prompt": row["prompt"], "answer": row["completion"][0]["content"]} for row in rows]
+
+
+def _correction(r) -> Correction | None:
+    if not r.importance_sampling_correction:
+        return None
+    return Correction(r.importance_sampling_mode, r.importance_sampling_clip_max)
 
 
 def _positions(
@@ -228,9 +285,21 @@ def _positions(
     return min(found, key=lambda pair: pair[0])
 
 
-def _environment(config):
-    name = config.reward.environment
-    return None if name is None else load_environment(name)
+def _agents(run: RLRun, tokenizer) -> dict[str, Any]:
+    """The agent of GRPO, if there is one; its process ends with the run."""
+    r: Any = run.config.rollout
+    if getattr(r, "agent", None) is None:
+        return {}
+    from relax.serving.agents import Agents
+
+    agents = Agents(
+        r.agent,
+        tokenizer,
+        timeout_s=r.agent_timeout_s,
+        max_length=r.agent_max_length,
+        limits=limits_of(run.config),
+    )
+    return {"agents": run.close_at_end(agents)}
 
 
 def _eval_sampling(rollout, sampling: SamplingConfig) -> SamplingConfig:
@@ -243,12 +312,16 @@ def _eval_sampling(rollout, sampling: SamplingConfig) -> SamplingConfig:
 
 
 def _loader(config, prompts: Prompts, sizes: Sizes, extra_prompts: int) -> PromptLoader:
+    curriculum = None
+    if config.reward.curriculum is not None:
+        curriculum = PassRateCurriculum(len(prompts), config.reward.curriculum_floor)
     return PromptLoader(
         prompts,
         sizes.prompts_per_item,
         seed=data_seed(config),
         shuffle=config.data.shuffle_dataset,
         extra_prompts=extra_prompts,
+        curriculum=curriculum,
     )
 
 

@@ -37,8 +37,9 @@ def train_sft(config: SFTConfig, train_rows=None, eval_rows=None, **where) -> Ru
             model,
             run.make_optimizer(data),
             params=params,
-            loss_chunk_size=config.sft.loss_chunk_size,
+            **loss_options(config),
             exact_matches=data.has_answers,
+            sources=data.source_names,
             **run.options(data),
         )
 
@@ -49,6 +50,12 @@ def train_sft(config: SFTConfig, train_rows=None, eval_rows=None, **where) -> Ru
             headline=("eval_loss", "exact_match_before", "exact_match", "eval_exact_match"),
             evaluate_demo=exact_match_on_demo,
         )
+
+
+def loss_options(config: SFTConfig) -> dict[str, Any]:
+    """The options of `SFTTrainer` that are fields of `config.sft`; the others are of the data."""
+    names = ("loss_type", "label_smoothing_factor", "z_loss_coef", "neftune_noise_alpha")
+    return {name: getattr(config.sft, name) for name in (*names, "loss_chunk_size")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,12 +87,13 @@ def read_sft_data(
         with found.catch():
             strategy = _packing(config, training=training)
             options = _format_options(config, sources, strategy)
-            examples, reports[name] = prepare(rows, tokenizer, options, model_config.vocab_size)
+            examples, reports[name] = prepare(
+                rows, tokenizer, options, model_config.vocab_size, sources.cache
+            )
             loaders[name] = _loader(config, examples, strategy, training=training)
             if strategy:
                 reports[name] = reports[name].with_packing(strategy, loaders[name])
-            for array in (examples.input_ids, examples.labels, examples.offsets):
-                digest = zlib.crc32(array.tobytes(), digest)
+            digest = zlib.crc32(repr(examples.checksums).encode(), digest)
             longest = max(loaders[name].bucket_lengths)
             if longest > model_config.max_position_embeddings:
                 raise DataError(
@@ -130,6 +138,8 @@ def _format_options(config: SFTConfig, sources: Sources, strategy: str | None) -
         text_field=d.dataset_text_field,
         completion_only_loss=sft.completion_only_loss,
         assistant_only_loss=sft.assistant_only_loss,
+        train_on=sft.train_on,
+        thinking=sft.thinking,
         system_prompt=sources.system_prompt,
         eos_token=d.eos_token,
         max_length=None if splits else d.max_length,

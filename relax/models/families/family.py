@@ -51,16 +51,38 @@ LAYER = {
     "k_proj": "self_attn.k_proj",
     "v_proj": "self_attn.v_proj",
     "o_proj": "self_attn.o_proj",
+    "g_proj": "self_attn.g_proj",
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
+    "sinks": "self_attn.sinks",
     "mlp_norm": "post_attention_layernorm",
     "gate_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
+    "act_fn": "mlp.act_fn",
+    "in_proj": "conv.in_proj",
+    "conv": "conv.conv",
+    "out_proj": "conv.out_proj",
+    "in_proj_qkv": "linear_attn.in_proj_qkv",
+    "in_proj_z": "linear_attn.in_proj_z",
+    "in_proj_b": "linear_attn.in_proj_b",
+    "in_proj_a": "linear_attn.in_proj_a",
+    "conv1d": "linear_attn.conv1d",
+    "A_log": "linear_attn.A_log",
+    "dt_bias": "linear_attn.dt_bias",
+    "gate_norm": "linear_attn.norm",
+    "per_layer_input_gate": "per_layer_input_gate",
+    "per_layer_projection": "per_layer_projection",
+    "post_per_layer_input_norm": "post_per_layer_input_norm",
+    "layer_scalar": "layer_scalar",
     "experts/router": "mlp.gate.weight",
     "experts/gate_proj": "mlp.experts.{}.gate_proj.weight",
     "experts/up_proj": "mlp.experts.{}.up_proj.weight",
     "experts/down_proj": "mlp.experts.{}.down_proj.weight",
+    "experts/router_bias": "mlp.router.bias",
+    "experts/gate_proj_bias": "mlp.experts.gate_up_proj_bias",
+    "experts/up_proj_bias": "mlp.experts.gate_up_proj_bias",
+    "experts/down_proj_bias": "mlp.experts.down_proj_bias",
 }
 # The in-memory form of experts in transformers 5, which it writes on request.
 STACKED_EXPERTS = {
@@ -73,8 +95,12 @@ TOP = {
     ("embed_tokens",): "model.embed_tokens.weight",
     ("lm_head",): "lm_head.weight",
     ("norm", "scale"): "model.norm.weight",
+    ("embed_tokens_per_layer",): "model.embed_tokens_per_layer.weight",
+    ("per_layer_model_projection", "kernel"): "model.per_layer_model_projection.weight",
+    ("per_layer_projection_norm", "scale"): "model.per_layer_projection_norm.weight",
 }
-LEAVES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
+LEAVES = {"kernel": ".weight", "weight": ".weight", "scale": ".weight", "bias": ".bias"}
+LEAVES |= {name: f".{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}
 
 # Suffixes of tensors in files from before transformers 4.32 that are redundant with
 # config.json; they are not read.
@@ -97,8 +123,12 @@ class Family:
       harmless: fields that are ignored, besides `IGNORED_FIELDS`.
       aliases: second name of a field -> its name.
       repeats: a field that must equal another -> the other.
-      names: names of leaves in the files, besides `LAYER`.
+      names: names of leaves in the files, besides `LAYER` and `TOP`.
       also_named: alternative names that are read but never written.
+      unread: names of tensors that files may hold although no layer uses them.
+      untransposed: leaves that are [in, out] in the files too, as keys of `LAYER`.
+      alternating: whether the outputs of leaves that share a tensor alternate in it; else those of
+        one follow those of the other.
     """
 
     model_type: str
@@ -114,6 +144,14 @@ class Family:
     repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     also_named: tuple[Mapping[str, str], ...] = ()
+    unread: Callable[[TransformerConfig], frozenset[str]] = lambda config: frozenset()
+    untransposed: frozenset[str] = frozenset()
+    alternating: bool = False
+
+    @property
+    def in_memory(self) -> Mapping[str, str]:
+        """Names in transformers' models, which have experts stacked, where files have others."""
+        return self.also_named[0] if self.also_named else {}
 
     def from_hugging_face(self, fields: dict, where: str = "config.json") -> TransformerConfig:
         """Reads config.json; an unknown field or an unsupported value is an error.
@@ -141,7 +179,7 @@ class Family:
             **self.restore(config),
             **self.rope.write(config),
         }
-        asked, back = _comparable(config), _comparable(self._read(fields))
+        asked, back = comparable(config), comparable(self._read(fields))
         lost = [name for name in asked if asked[name] != back[name]][:2]
         if lost:
             raise ValueError(
@@ -157,9 +195,9 @@ class Family:
           path: the keys of a leaf.
           also: one of `also_named`.
         """
-        if path in TOP:
-            return TOP[path]
         names = {**LAYER, **self.names, **(also or {})}
+        if path in TOP:
+            return names.get("/".join(path), TOP[path])
         name = names[module_of(path)] + LEAVES.get(path[-1], "")
         return f"model.layers.{path[0].removeprefix('layers_')}.{name}"
 
@@ -196,7 +234,8 @@ class Family:
         ours = {o: values[n] for n, field in self.fields.items() for o in _ours(n, field)}
         ours.update(self.fixed)
         ours |= self.derive(values)
-        ours |= self.rope.read(present, values["head_dim"], values["max_position_embeddings"])
+        width = ours.get("global_head_dim") or values["head_dim"]
+        ours |= self.rope.read(present, width, values["max_position_embeddings"])
         config = TransformerConfig(model_type=self.model_type, **ours)
         if config.num_hidden_layers * config.num_experts > 2**16:
             raise ValueError(
@@ -228,7 +267,7 @@ def _ours(name: str, field: Field) -> tuple[str, ...]:
     return (name,) if field.ours is None else field.ours
 
 
-def _comparable(config: TransformerConfig) -> dict:
+def comparable(config: TransformerConfig) -> dict:
     """A normal form of a configuration, equal for equal models."""
     values = dataclasses.asdict(config)
     for name in ("sliding_window", "layer_types", "local_rope_theta", "no_rope_layers"):

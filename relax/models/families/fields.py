@@ -95,6 +95,8 @@ def common(
     num_key_value_heads: int | None = None,
     head_dim: int | None = None,
     tie_word_embeddings: bool = False,
+    vocab_size: object = REQUIRED,
+    num_attention_heads: object = REQUIRED,
 ) -> dict[str, Field]:
     """The common fields of all families, with a family's defaults.
 
@@ -102,11 +104,11 @@ def common(
     it.
     """
     return {
-        "vocab_size": Field(SIZE),
+        "vocab_size": Field(SIZE, vocab_size),
         "hidden_size": Field(SIZE),
         "intermediate_size": Field(SIZE),
         "num_hidden_layers": Field(LAYERS),
-        "num_attention_heads": Field(SIZE),
+        "num_attention_heads": Field(SIZE, num_attention_heads),
         "num_key_value_heads": Field(SIZE, num_key_value_heads, null=True),
         "head_dim": Field(SIZE, head_dim, null=head_dim is None),
         "max_position_embeddings": Field(SIZE, max_position_embeddings),

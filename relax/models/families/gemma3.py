@@ -30,6 +30,8 @@ FAMILY = Family(
             num_key_value_heads=4,
             head_dim=256,
             tie_word_embeddings=True,
+            vocab_size=262208,  # these two are not in the files of models of images and text
+            num_attention_heads=8,
         ),
         "final_logit_softcapping": Field(POSITIVE, None, null=True),
         "sliding_window_pattern": derived(SIZE, 6),

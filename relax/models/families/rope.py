@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from relax.models.config import RopeScaling, TransformerConfig
+from relax.models.config import TransformerConfig
 from relax.models.families.fields import (
     FLAG,
     NOT_NEGATIVE,
@@ -15,6 +15,7 @@ from relax.models.families.fields import (
     read_value,
 )
 from relax.models.families.windows import FULL, SLIDING
+from relax.models.rope import RopeScaling
 
 ORIGINAL = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
@@ -34,6 +35,7 @@ SHARE = Kind("a number above 0, at most 1", lambda v: is_number(v) and 0 < v <= 
 SETTINGS: dict[str, dict[str, Kind]] = {
     "default": {},
     "linear": {"factor": POSITIVE},
+    "proportional": {"factor": POSITIVE, PARTIAL: SHARE},
     "ntk": {"factor": POSITIVE},
     "dynamic": {"factor": POSITIVE, ORIGINAL: SIZE},
     "llama3": {
@@ -60,6 +62,7 @@ SETTINGS: dict[str, dict[str, Kind]] = {
         "long_factor": FACTORS,
     },
 }
+RARE = ("ntk", "proportional")  # kinds that a family has to name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +80,15 @@ class RopeFields:
       local_theta: default base of sliding layers, if separate; in older files
         `rope_local_base_freq` is that base.
       query_scaling: whether `llama_4_scaling_beta` of the rope settings scales queries.
-      absent: rope settings of a file without any.
+      absent, absent_local: rope settings of a file without any, and of its sliding layers where
+        settings are per layer type.
+      ignored: rope settings that do not change what is computed for text.
+      nested_only: whether there is `rope_parameters` alone, since the family is younger than
+        transformers 4.
     """
 
     theta: float = 10000.0
-    kinds: tuple[str, ...] = tuple(kind for kind in SETTINGS if kind != "ntk")
+    kinds: tuple[str, ...] = tuple(kind for kind in SETTINGS if kind not in RARE)
     aliases: tuple[tuple[str, str], ...] = ()
     partial: float | None = None
     original: int | None = None
@@ -89,10 +96,15 @@ class RopeFields:
     local_theta: float | None = None
     query_scaling: bool = False
     absent: tuple[tuple[str, object], ...] = ()
+    absent_local: tuple[tuple[str, object], ...] = ()
+    ignored: tuple[str, ...] = ()
+    nested_only: bool = False
 
     @property
     def names(self) -> set[str]:
         """Names of the fields read here."""
+        if self.nested_only:
+            return {"rope_parameters"}
         names = {"rope_theta", "rope_scaling", "rope_parameters"}
         names |= {"partial_rotary_factor"} if self.partial else set()
         names |= {ORIGINAL} if self.original else set()
@@ -111,15 +123,18 @@ class RopeFields:
         ]
         if not {"rope_scaling", "rope_parameters"} & fields.keys():
             places.append(dict(self.absent))
+            local = dict(self.absent_local) or local
         rope = _merged(*places)
         ours = self._read_query_scaling(rope, max_position_embeddings)
         kind = self._read_kind(rope)
-        if not self.partial and rope.get(PARTIAL, 1) != 1:
+        partial = {} if PARTIAL in SETTINGS[kind] else rope
+        if not self.partial and partial.get(PARTIAL, 1) != 1:
             raise ValueError(
                 f"{PARTIAL} is {repr(rope[PARTIAL])[:80]}, which is not implemented; only 1 is."
             )
-        turning = int(head_dim * read_value(rope, PARTIAL, SHARE, self.partial or 1))
-        unknown = sorted(rope.keys() - {"rope_type", "rope_theta", PARTIAL, *SETTINGS[kind]})
+        turning = int(head_dim * read_value(partial, PARTIAL, SHARE, self.partial or 1))
+        known = {"rope_type", "rope_theta", PARTIAL, *self.ignored, *SETTINGS[kind]}
+        unknown = sorted(rope.keys() - known)
         if unknown:
             raise ValueError(
                 f"rope settings that ReLax does not support for rope_type {kind!r}: "
@@ -204,6 +219,9 @@ class RopeFields:
         stretch = self._write_scaling(config)
         name = "dynamic" if kind == "ntk" else kind
         rope = {"rope_type": name, "rope_theta": config.rope_theta, **stretch}
+        local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+        if self.nested_only:
+            return {"rope_parameters": {FULL: rope, SLIDING: local}}
         fields: dict[str, object] = {"rope_theta": config.rope_theta}
         if scaling is not None or self.absent:
             fields["rope_scaling"] = {"rope_type": name, **stretch}
@@ -218,7 +236,6 @@ class RopeFields:
             fields[ORIGINAL] = rope.get(ORIGINAL, self.original)
         if not self.by_type:
             return fields | {"rope_parameters": rope}
-        local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
         if self.local_theta:
             fields["rope_local_base_freq"] = config.local_rope_theta
         return fields | {"rope_parameters": {FULL: rope, SLIDING: local}}
@@ -235,6 +252,12 @@ class RopeFields:
                 stretch[name] = list(value) if isinstance(value, tuple) else value
         if kind == "ntk":
             stretch = {"alpha": stretch["factor"], "factor": BESIDE_ALPHA["factor"]}
+        if kind == "proportional":
+            assert scaling is not None  # it has a kind
+            width = config.global_head_dim or config.head_dim
+            stretch[PARTIAL] = _share(2 * scaling.planes, width)
+            if scaling.factor == 1.0:
+                del stretch["factor"]  # of which transformers warns
         if self.query_scaling:
             stretch |= {ORIGINAL: config.query_length, BETA: config.query_beta}
         return stretch
@@ -312,6 +335,14 @@ def _scaling(kind: str, rope: dict, turning: int, longest: int) -> RopeScaling |
         original = given.setdefault(ORIGINAL, longest)
     if kind in ("yarn", "longrope") and ORIGINAL in rope:
         given.setdefault("factor", longest / original)
+    if kind == "proportional":
+        planes = int(given.get(PARTIAL, 1.0) * turning // 2)
+        if not planes:
+            raise ValueError(
+                f"{PARTIAL} of rope_type 'proportional' must turn a plane of a head of {turning}, "
+                f"got {given[PARTIAL]}."
+            )
+        return RopeScaling(kind, given.get("factor", 1.0), planes=planes)
     factor = read_value(given, "factor", POSITIVE)
     if kind == "ntk" and turning <= 2:
         raise ValueError(f"alpha needs more than 2 entries of a head that turn, got {turning}.")

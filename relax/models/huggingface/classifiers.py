@@ -22,19 +22,26 @@ from relax.models.huggingface.pretrained import (
     TOKEN_IDS,
     expected_in,
     is_classifier,
-    read_config,
     write_model,
 )
 from relax.models.huggingface.sharded_read import read_params
 from relax.models.huggingface.shards import check_tensors, tensor_files
 from relax.models.huggingface.tensors import Part, Tensors, expected_tensors, shape_of
+from relax.models.huggingface.text_parts import read_config
 from relax.models.transformer import Transformer
 
 TENSOR = "score.weight"
 # Classes that are not named after that of the language model.
-CLASSES = {"gemma3_text": "Gemma3TextForSequenceClassification"}
+CLASSES = {
+    "gemma3_text": "Gemma3TextForSequenceClassification",
+    "qwen3_5_text": "Qwen3_5TextForSequenceClassification",
+}
 # Families without a class.
-WITHOUT = frozenset({"granite", "granitemoehybrid", "ernie4_5", "nanochat"})
+WITHOUT = frozenset(
+    """
+    gemma4_text granite granitemoehybrid ernie4_5 nanochat apertus lfm2 lfm3
+    """.split()
+)
 
 
 def load_classifier(
@@ -43,6 +50,7 @@ def load_classifier(
     *,
     param_dtype=jnp.float32,
     gradient_checkpointing: bool = False,
+    quantize=None,
 ) -> tuple[Transformer, dict]:
     """Reads a directory such as `LlamaForSequenceClassification` with one label writes.
 
@@ -67,7 +75,7 @@ def load_classifier(
     body = {name: file for name, file in files.items() if name != TENSOR}
     expected = {**expected_in(body, family, config), **_head(config)}
     check_tensors(directory, {name: shape_of(parts) for name, parts in expected.items()}, files)
-    params = read_params(directory, expected, files, param_dtype)
+    params = read_params(directory, expected, files, param_dtype, quantize)
     model = Transformer(config, jnp.dtype(dtype), jnp.dtype(param_dtype), gradient_checkpointing)
     return model, params
 
@@ -123,7 +131,7 @@ def padded(tokenizer):
 
 
 def _head(config: TransformerConfig) -> Tensors:
-    return {TENSOR: (Part((HEAD, "kernel"), (1, config.hidden_size)),)}
+    return {TENSOR: (Part((HEAD, "kernel"), (1, config.hidden_size), transposed=True),)}
 
 
 def _check_labels(directory: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from relax.config.text import join_some
 from relax.errors import CONVERT_FIRST, ModelLoadError, RelaxError
-from relax.files import MODEL_FILES, check_directory
+from relax.files import CARD, CARD_MARK, CURVES, MODEL_FILES, check_directory
 
 
 def find_directory(path: str | os.PathLike) -> Path:
@@ -34,7 +34,7 @@ def find_directory(path: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = [f"*{suffix}" for suffix in sorted(MODEL_FILES)]
+        files = [CARD, *(f"*{suffix}" for suffix in sorted(MODEL_FILES))]
         found = Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
     except Exception as error:  # the hub client raises a dozen kinds, none of ours
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -78,12 +78,22 @@ def _check_replaceable(path: Path) -> None:
         return
     if not path.is_dir():
         raise RelaxError(f"'{path}' is a file; a model is saved as a directory. Choose another.")
-    other = [f.name for f in path.iterdir() if f.suffix not in MODEL_FILES or f.is_dir()]
+    card = (CARD, CURVES) if _is_own_card(path / CARD) else ()
+    other = [
+        f.name
+        for f in path.iterdir()
+        if (f.suffix not in MODEL_FILES and f.name not in card) or f.is_dir()
+    ]
     if other:
         raise RelaxError(
             f"'{path}' holds more than a model, which saving would delete: "
             f"{join_some(sorted(other))}. Choose another directory, or move them away."
         )
+
+
+def _is_own_card(file: Path) -> bool:
+    """Whether a model card is one that a run wrote, and may be replaced with its model."""
+    return file.is_file() and CARD_MARK in file.read_text("utf-8", "replace")
 
 
 def _replace(temporary: Path, path: Path) -> None:

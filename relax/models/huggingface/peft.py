@@ -4,35 +4,56 @@ A field of the configuration that would change the computation is supported or a
 Linear layers that are one tensor in the files of a family (Phi-3's queries, keys and values) have
 one adapter there: read, its A goes to each of ours and its B is cut into their rows; written, its
 rank is the sum of ours, and rank_pattern and alpha_pattern say so.
+
+Experts are named as parameters (`target_parameters`). PEFT 0.21 has one tensor for all experts of a
+layer, A [E r, in] and B [out, r E], in which the numbers of an expert lie one after the other in A
+and E apart in B. It wraps the module of the experts once per parameter, so that the adapter of
+`gate_up_proj` is that of a `base_layer` where `down_proj` has one too.
 """
 
+import math
 import os
-import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from relax import parallel
 from relax.config.text import join_some
 from relax.errors import ModelLoadError
-from relax.models.config import LoRA, TransformerConfig
+from relax.models.config import LoRA
 from relax.models.families import family_of
-from relax.models.families.family import LAYER
+from relax.models.families.family import LAYER, module_of
 from relax.models.huggingface import shards
-from relax.models.huggingface.directories import new_directory, write_json
 from relax.models.huggingface.peft_config import CONFIG, WEIGHT, read_adapter_config
 from relax.models.huggingface.pretrained import load_pretrained
-from relax.models.lora import ADAPTER, ALL_LINEAR, merge_adapters, target_layers
-from relax.models.trainable import merge
+from relax.models.huggingface.tensors import expected_tensors, places, shape_of, to_params
+from relax.models.lora import (
+    ALL_LINEAR,
+    EMBEDDINGS,
+    ROUTER,
+    SCALE,
+    adapter_path,
+    layer_name,
+    merge_adapters,
+    target_weights,
+)
+from relax.models.lora import Path as Weight
+from relax.models.trainable import module_name, overlaid
 from relax.models.transformer import Transformer
-from relax.parallel import processes
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-Modules = dict[str, list[tuple[str, ...]]]
+Modules = dict[str, list[Weight]]
+EMBEDDING = "model.embed_tokens"
+# What PEFT saves beside an adapter of embeddings: them and the output matrix, as in the base.
+_BESIDE = (
+    f"{PREFIX}{EMBEDDING}.base_layer.weight",
+    f"{PREFIX}{EMBEDDING}.weight",
+    f"{PREFIX}lm_head.weight",
+)
 
 
 def is_adapter_directory(directory: str | os.PathLike) -> bool:
@@ -65,8 +86,23 @@ def load_merged(directory: str | os.PathLike, dtype=jnp.float32, **options):
     """
     model, params = load_pretrained(base_of(directory), dtype, **options)
     with_adapter, adapters = load_adapter(directory, model, params)
+    check_mergeable(with_adapter)
     assert with_adapter.lora is not None  # load_adapter sets it
-    return model, merge_adapters(merge(adapters, {"base": params}), with_adapter.lora)
+    return model, merge_adapters(overlaid(params, adapters), with_adapter.lora)
+
+
+def check_mergeable(model: Transformer) -> None:
+    """Refuses to merge what would change more than the adapter does.
+
+    Raises:
+      ModelLoadError: an adapter of embeddings that are the output matrix too.
+    """
+    assert model.lora is not None  # of an adapter
+    if model.config.tie_word_embeddings and "embed_tokens" in model.lora.target_modules:
+        raise ModelLoadError(
+            "an adapter of embed_tokens cannot be merged where the embeddings are the output "
+            "matrix too, which it leaves as it is. Keep the adapter: no merge_lora."
+        )
 
 
 def load_adapter(path: str | os.PathLike, model: Transformer, params) -> tuple[Transformer, dict]:
@@ -77,44 +113,91 @@ def load_adapter(path: str | os.PathLike, model: Transformer, params) -> tuple[T
       model, params: what it belongs to.
 
     Returns:
-      The model with `lora` set, and the adapters alone, float32, in the nesting of `params`.
+      The model with `lora` set, and the adapters alone, float32, with the modules that were trained
+      in full, in the nesting of `params`: see `relax.models.trainable.overlaid`.
 
     Raises:
       ModelLoadError: the adapter is unsupported or does not fit the model.
     """
     directory = Path(path)
     config = read_adapter_config(directory)
-    modules, kernels = _modules(model, params), flax.traverse_util.flatten_dict(params)
+    modules, flat = modules_of(model, params), flax.traverse_util.flatten_dict(params)
+    family = family_of(model.config.model_type)
     with shards.open_tensors(directory, WEIGHTS) as file:
         files = dict.fromkeys(file.keys(), WEIGHTS)
     adapted = _adapted(directory, config, modules, files)
-    shapes, widths = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    widths: dict[str, list[int]] = {}
     for name in adapted:
-        widths[name] = [kernels[*path, "kernel"].shape[1] for path in modules[name]]
-        r = config.rank(name)
-        a_name, b_name = _tensor_names(name)
-        shapes[a_name] = (r, kernels[*modules[name][0], "kernel"].shape[0])
+        widths[name] = [flat[path].shape[-1] for path in modules[name]]
+        *E, D, _ = flat[modules[name][0]].shape
+        r = config.rank(name) * math.prod(E)
+        a_name, b_name = tensor_names(name, adapted)
+        shapes[a_name] = (r, D)
         shapes[b_name] = (sum(widths[name]), r)
+        if config.use_dora:
+            shapes[magnitude_name(name)] = (sum(widths[name]),)
+    saved = _saved(directory, config, model)
+    shapes |= {name: shape_of(parts) for name, parts in saved.items()}
+    if EMBEDDING in adapted:
+        files = {n: file for n, file in files.items() if n in shapes or n not in _BESIDE}
     shards.check_tensors(directory, shapes, files)
     tensors = dict(shards.read_tensors(directory, shapes, files))
     adapters = {}
     for name in adapted:
-        a, b = (np.asarray(tensors[half], np.float32) for half in _tensor_names(name))
-        b = b * np.float32(config.scale(name) / config.scale())
-        rows = np.split(b, np.cumsum(widths[name])[:-1])
-        for layer, part in zip(modules[name], rows, strict=True):
-            adapters[*layer, "lora_a"] = jnp.asarray(a.T)
-            adapters[*layer, "lora_b"] = jnp.asarray(part.T)
+        a, b = (np.asarray(tensors[half], np.float32) for half in tensor_names(name, adapted))
+        a, b = _from_file(a, b, flat[modules[name][0]].shape[:-2])
+        outputs = places(widths[name], family.alternating)
+        for weight, place in zip(modules[name], outputs, strict=True):
+            adapters[adapter_path(weight, "lora_a")] = jnp.asarray(a)
+            adapters[adapter_path(weight, "lora_b")] = jnp.asarray(b[..., place])
+            if config.scale(name) != config.scale():
+                adapters[adapter_path(weight, SCALE)] = jnp.float32(config.scale(name))
+            if config.use_dora:
+                norms = np.asarray(tensors[magnitude_name(name)], np.float32)
+                adapters[adapter_path(weight, "lora_magnitude")] = jnp.asarray(norms[place])
     if not adapters:
         raise ModelLoadError(f"{directory / WEIGHTS}: there is no adapter in it.")
-    targets = tuple(sorted({layer[-2] for layer in adapters}))
-    lora = LoRA(config.r, config.scale() * config.r, config.dropout, targets)
-    return model.clone(lora=lora), flax.traverse_util.unflatten_dict(adapters)
+    full = to_params(saved, ((name, tensors[name]) for name in saved), jnp.float32)
+    targets = tuple(sorted({layer_name(path) for name in adapted for path in modules[name]}))
+    alpha, use_dora = config.scale() * config.r, config.use_dora
+    lora = LoRA(
+        config.r, alpha, config.dropout, targets, use_dora=use_dora, modules_to_save=config.saved
+    )
+    found = flax.traverse_util.unflatten_dict(adapters)
+    return model.clone(lora=lora), overlaid(found, full)
+
+
+def _saved(directory: Path, config, model: Transformer) -> dict:
+    """Name of a tensor -> what it holds, of the modules that are there in full."""
+    if not config.saved:
+        return {}
+    expected = expected_tensors(family_of(model.config.model_type), model.config)
+    found = {n: p for n, p in expected.items() if module_name(n).endswith(config.saved)}
+    unknown = [end for end in config.saved if not any(module_name(n).endswith(end) for n in found)]
+    tied = model.config.tie_word_embeddings and any(p[0].path == EMBEDDINGS for p in found.values())
+    if (
+        unknown
+        or (tied and not config.ties)
+        or any(p[0].expert is not None for p in found.values())
+    ):
+        why = f"{join_some(unknown)} names no module of the model"
+        if not unknown:
+            why = "it names experts, which are read as adapters only"
+            if tied and not config.ties:
+                why = (
+                    "embed_tokens would be trained apart from the output matrix, which the model "
+                    "has in one with it; ensure_weight_tying true is read"
+                )
+        raise ModelLoadError(f"{directory / CONFIG}: modules_to_save {list(config.saved)}: {why}.")
+    return {PREFIX + name: parts for name, parts in found.items()}
 
 
 def _adapted(directory: Path, config, modules: Modules, files) -> list[str]:
     """The modules that have adapters: those that the fields name, or else those in the file."""
-    there = {name for name in modules if any(t in files for t in _tensor_names(name))}
+    experts = [name for name in modules if is_experts(name) and config.is_parameter(name)]
+    modules = {name: paths for name, paths in modules.items() if not is_experts(name)}
+    there = {name for name in modules if any(t in files for t in tensor_names(name))}
     named = {name: config.is_target(name) for name in modules}
     ignored = sorted(name for name in there if named[name] is False)
     if ignored:
@@ -123,133 +206,47 @@ def _adapted(directory: Path, config, modules: Modules, files) -> list[str]:
             "target, so that PEFT would leave them out. Name them in target_modules, or delete "
             "their tensors."
         )
-    return [name for name in modules if named[name] or name in there]
+    return [name for name in modules if named[name] or name in there] + experts
 
 
-def save_adapter(
-    path: str | os.PathLike, model: Transformer, params, base: str, tokenizer=None
-) -> Path:
-    """Writes adapters as PEFT reads them.
-
-    The directory appears whole or not at all; one that is there is replaced.
-
-    Args:
-      path: the directory.
-      model: with `lora`.
-      params: all parameters; of these, the adapters are written.
-      base: the directory or hub name of the model that they belong to.
-      tokenizer: written beside them.
-    """
-    if model.lora is None:
-        raise ValueError("a model without adapters has none to save: its lora is None.")
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    modules = _modules(model, params)
-    flat = flax.traverse_util.flatten_dict(params)
-    for name, paths in modules.items():
-        pairs = [[_whole(flat.get((*path, half))) for half in ADAPTER] for path in paths]
-        if all(a is None for a, _ in pairs):
-            continue
-        widths = [flat[*path, "kernel"].shape[1] for path in paths]
-        a, b = _joined(pairs, widths)
-        ranks[name] = a.shape[0]
-        tensors |= zip(_tensor_names(name), (a, b), strict=True)
-    if not processes.is_main():
-        return Path(path)
-    fields = _fields(model.config, model.lora, list(modules), ranks)
-    fields["base_model_name_or_path"] = base
-    with new_directory(path) as (temporary, final):
-        shards.write_shard(temporary / WEIGHTS, tensors)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        write_json(temporary / CONFIG, fields)
-    return final
-
-
-def _whole(leaf):
-    return None if leaf is None else parallel.to_host(leaf)
-
-
-def _modules(model: Transformer, params) -> Modules:
-    """Name of a linear layer in transformers -> the paths of ours that it consists of, in order."""
-    family, order = family_of(model.config.model_type), list(LAYER)
-    layers = target_layers(params, LoRA(target_modules=(ALL_LINEAR,)))
+def modules_of(model: Transformer, params) -> Modules:
+    """Name of a module, or of a parameter of experts, in transformers -> the paths of the weights
+    of ours that it consists of, in order."""
+    family = family_of(model.config.model_type)
+    order = {module: place for place, module in enumerate(LAYER)}
+    weights = [EMBEDDINGS, *target_weights(params, LoRA(target_modules=(ALL_LINEAR,)))]
+    if model.config.num_experts:
+        weights += target_weights(params, LoRA(target_modules=(ROUTER,)))
     modules: dict[str, list] = {}
-    for path in sorted(layers, key=lambda path: order.index(path[-1])):
-        name = family.tensor_name((*path, "kernel")).removesuffix(WEIGHT)
+    for path in sorted(weights, key=lambda p: order.get(module_of(p), -1) if p[1:] else -1):
+        name = family.tensor_name(path, family.in_memory).removesuffix(WEIGHT)
         modules.setdefault(name, []).append(path)
     return modules
 
 
-def _tensor_names(module: str) -> tuple[str, str]:
+def is_experts(module: str) -> bool:
+    return ".experts." in module
+
+
+def tensor_names(module: str, adapted: Collection[str] = ()) -> tuple[str, str]:
+    """The names of A and B, given all that have adapters."""
+    if is_experts(module):
+        module, parameter = module.rsplit(".", 1)
+        if parameter == "gate_up_proj" and f"{module}.down_proj" in adapted:
+            module += ".base_layer"
+    if module == EMBEDDING:
+        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
-# Writing.
+def _from_file(a, b, experts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of a file -> `[in, r]` and `[r, out]`, or `[E, in, r]` and `[E, r, out]`."""
+    if not experts:
+        return a.T, b.T
+    (E,) = experts
+    a = a.reshape(E, -1, a.shape[1]).transpose(0, 2, 1)
+    return a, b.reshape(len(b), -1, E).transpose(2, 1, 0)
 
 
-def _joined(pairs, widths):
-    """Adapters of layers with the same input as one: A stacked, B in blocks."""
-    a = [np.asarray(a, np.float32).T for a, _ in pairs if a is not None]
-    b = np.zeros((sum(widths), sum(len(rows) for rows in a)), np.float32)
-    row = column = 0
-    for (_, part), width in zip(pairs, widths, strict=True):
-        if part is not None:
-            part = np.asarray(part, np.float32).T
-            b[row : row + width, column : column + part.shape[1]] = part
-            column += part.shape[1]
-        row += width
-    return np.ascontiguousarray(np.concatenate(a)), b
-
-
-def _fields(
-    config: TransformerConfig, lora: LoRA, modules: list[str], ranks: dict[str, int]
-) -> dict:
-    """adapter_config.json.
-
-    PEFT 0.21 with transformers 5 takes every target of a model with experts that ends in
-    `gate_proj`, `up_proj` or `down_proj` for the experts, whatever stands before it. The feed-
-    forward blocks beside experts are therefore named by their weights, which PEFT adapts without
-    dropout.
-    """
-
-    def number(value):
-        return int(value) if value == int(value) else value
-
-    by_weight = [n for n in ranks if config.num_experts and ".mlp." in n]
-    if by_weight and lora.dropout:
-        warnings.warn(
-            f"lora_dropout {lora.dropout} is written as 0: PEFT has none for the dense layers of "
-            "a model with experts.",
-            stacklevel=3,
-        )
-    others = _short({name: r for name, r in ranks.items() if r != lora.r}, modules)
-    plain = {name: r for name, r in ranks.items() if name not in by_weight}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "r": lora.r,
-        "lora_alpha": number(lora.alpha),
-        "lora_dropout": 0.0 if by_weight else lora.dropout,
-        "target_modules": sorted(_short(plain, modules)),
-        **({"target_parameters": [name + WEIGHT for name in by_weight]} if by_weight else {}),
-        "rank_pattern": others,
-        "alpha_pattern": {name: number(lora.alpha / lora.r * r) for name, r in others.items()},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
-
-
-def _short(values: dict[str, int], modules: list[str]) -> dict[str, int]:
-    """`q_proj` for all modules that end so, where they have one value; else their full names."""
-    short = {}
-    for name, value in values.items():
-        last = name.rsplit(".", 1)[-1]
-        alike = [module for module in modules if module.rsplit(".", 1)[-1] == last]
-        short[last if all(values.get(module) == value for module in alike) else name] = value
-    return short
+def magnitude_name(module: str) -> str:
+    return f"{PREFIX}{module}.lora_magnitude_vector"

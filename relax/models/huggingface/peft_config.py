@@ -29,21 +29,23 @@ REQUIRED_VALUES: dict[str, tuple] = {
     "revision": ("main",),
     # The others also change the base's weights, or mean another computation.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-    **dict.fromkeys(("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias"), (False,)),
-    **dict.fromkeys(("modules_to_save", "layer_replication"), ([],)),
+    **dict.fromkeys(("fan_in_fan_out", "use_qalora", "lora_bias"), (False,)),
+    "layer_replication": ([],),
     **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens"), ([], {})),
     **dict.fromkeys(("megatron_config", "arrow_config", "kasa_config", "velora_config"), ()),
     **dict.fromkeys(("monteclora_config", "use_bdlora"), (False,)),
 }
 # Fields that a loaded adapter does not depend on: what made it, and bookkeeping.
 IGNORED_FIELDS = set(
-    "auto_mapping corda_config ensure_weight_tying eva_config inference_mode "
+    "auto_mapping corda_config eva_config inference_mode "
     "loftq_config lora_ga_config megatron_core peft_version qalora_group_size "
     "runtime_config".split()
 )
 READ = set(
     "alpha_pattern base_model_name_or_path exclude_modules layers_pattern layers_to_transform "
-    "lora_alpha lora_dropout r rank_pattern target_modules target_parameters use_rslora".split()
+    "ensure_weight_tying lora_alpha lora_dropout modules_to_save r rank_pattern target_modules "
+    "target_parameters use_dora "
+    "use_rslora".split()
 )
 
 # Keys of patterns are regular expressions, which could run for ever: letters, wildcards, classes
@@ -63,10 +65,13 @@ class AdapterConfig:
       r, alpha: rank and numerator of the scale where no pattern says otherwise.
       dropout: share of the adapters' inputs that training drops.
       use_rslora: the scale is alpha / sqrt(r) in place of alpha / r.
+      use_dora: every adapter has a vector of norms.
       ranks, alphas: compiled key of a pattern -> value, in the order of the file.
       modules: names of modules or ends of them, `all-linear`, or None: the tensors decide.
-      parameters: the same of modules whose weights are named, by `target_parameters`.
+      parameters: names of parameters, or ends of them.
       layers: indices of the layers in which ends of names count; None: in all.
+      saved: ends of names of modules that are there in full.
+      ties: whether a saved embedding is the output matrix too, where the model has them in one.
     """
 
     base: str
@@ -74,11 +79,14 @@ class AdapterConfig:
     alpha: float
     dropout: float
     use_rslora: bool
+    use_dora: bool
     ranks: Mapping[re.Pattern, int]
     alphas: Mapping[re.Pattern, float]
     modules: tuple[str, ...] | None
     parameters: tuple[str, ...]
     layers: frozenset[int] | None
+    saved: tuple[str, ...]
+    ties: bool
 
     def rank(self, module: str) -> int:
         """The rank of a module's adapter."""
@@ -90,9 +98,13 @@ class AdapterConfig:
         alpha = self.alpha if module is None else _first_match(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` names a parameter: a module's weight, or one of experts."""
+        return _is_named(name, self.parameters)
+
     def is_target(self, module: str) -> bool | None:
         """Whether a module has an adapter; None: the fields do not say."""
-        if _is_named(module, self.parameters):
+        if self.is_parameter(module + WEIGHT):
             return True
         if self.modules is None:
             return None
@@ -131,11 +143,14 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         alpha=fields["lora_alpha"],
         dropout=fields["lora_dropout"],
         use_rslora=fields["use_rslora"],
+        use_dora=fields["use_dora"],
         ranks=_compiled(fields["rank_pattern"]),
         alphas=_compiled(fields["alpha_pattern"]),
         modules=_modules(fields),
-        parameters=tuple(name.removesuffix(WEIGHT) for name in fields["target_parameters"]),
+        parameters=tuple(fields["target_parameters"]),
         layers=_layers(fields["layers_to_transform"]),
+        saved=tuple(fields["modules_to_save"]),
+        ties=fields["ensure_weight_tying"],
     )
 
 
@@ -191,7 +206,9 @@ def _are_names(value) -> bool:
 
 
 def _are_parameters(value) -> bool:
-    return _are_names(value) and all(name.endswith(WEIGHT) for name in value)
+    return _are_names(value) and all(
+        name.endswith((WEIGHT, "gate_up_proj", "down_proj")) for name in value
+    )
 
 
 def _are_layers(value) -> bool:
@@ -228,6 +245,7 @@ DEFAULTS = {
     "lora_alpha": 8,
     "lora_dropout": 0.0,
     "use_rslora": False,
+    "use_dora": False,
     "rank_pattern": {},
     "alpha_pattern": {},
     "target_modules": [],
@@ -235,6 +253,8 @@ DEFAULTS = {
     "exclude_modules": [],
     "layers_to_transform": [],
     "layers_pattern": [],
+    "modules_to_save": [],
+    "ensure_weight_tying": False,
 }
 # Field -> what it must satisfy, and that in words.
 CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -244,6 +264,7 @@ CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lora_alpha": (_is_positive, "a number above 0"),
     "lora_dropout": (lambda v: v == 0 or _is_positive(v) and v < 1, "from 0 to below 1"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
     "rank_pattern": (
         functools.partial(_is_pattern, fits=_is_rank),
         "whole numbers by names or simple regular expressions",
@@ -253,6 +274,8 @@ CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "numbers by names or simple regular expressions",
     ),
     "target_modules": (lambda v: isinstance(v, str) or _are_names(v), "names of modules"),
-    "target_parameters": (_are_parameters, "names of linear layers' weights"),
+    "target_parameters": (_are_parameters, "names of the weights of linear layers or experts"),
+    "modules_to_save": (_are_names, "names of modules"),
+    "ensure_weight_tying": (lambda value: isinstance(value, bool), "true or false"),
     "layers_to_transform": (_are_layers, "one index or a list of indices from 0 up"),
 }

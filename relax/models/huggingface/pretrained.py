@@ -26,6 +26,13 @@ from relax.models.huggingface.directories import (
 from relax.models.huggingface.sharded_read import read_params
 from relax.models.huggingface.shards import are_equal, check_tensors, tensor_files, write_shards
 from relax.models.huggingface.tensors import Tensors, expected_tensors, from_params, shape_of
+from relax.models.huggingface.text_parts import (
+    Names,
+    Surroundings,
+    names_in,
+    read_config,
+    text_fields,
+)
 from relax.models.transformer import Transformer
 from relax.parallel import processes
 
@@ -40,6 +47,7 @@ def load_pretrained(
     *,
     param_dtype=jnp.float32,
     gradient_checkpointing: bool = False,
+    quantize=None,
 ) -> tuple[Transformer, dict]:
     """Reads a Hugging Face directory.
 
@@ -48,6 +56,8 @@ def load_pretrained(
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
       gradient_checkpointing: see `Transformer`.
+      quantize: a `relax.models.huggingface.quantized.BaseQuantizer`: linear layers are quantised
+        as they are read, to be trained with adapters. None: they are not.
 
     Returns:
       The model and its parameters; `model.apply({"params": params}, input_ids)` gives logits.
@@ -56,12 +66,22 @@ def load_pretrained(
       ModelLoadError: the architecture is unknown, a field of config.json is unsupported, or a
         tensor is missing, extra, misshapen or unreadable.
     """
-    config, params = _load_directory(find_directory(path), param_dtype)
+    config, params = _load_directory(find_directory(path), param_dtype, quantize)
     model = Transformer(config, jnp.dtype(dtype), jnp.dtype(param_dtype), gradient_checkpointing)
     return model, params
 
 
-def _load_directory(directory: Path, param_dtype) -> tuple[TransformerConfig, dict]:
+def _load_directory(directory: Path, param_dtype, quantize) -> tuple[TransformerConfig, dict]:
+    config, expected, files = checked_files(directory)
+    return config, read_params(directory, expected, files, param_dtype, quantize)
+
+
+def checked_files(directory: Path) -> tuple[TransformerConfig, Tensors, dict[str, str]]:
+    """The configuration of a model, its tensors, and their files; no tensor is read yet.
+
+    Raises:
+      ModelLoadError: see `load_pretrained`.
+    """
     family, config = read_config(directory)
     if is_classifier(directory):
         raise ModelLoadError(
@@ -69,13 +89,15 @@ def _load_directory(directory: Path, param_dtype) -> tuple[TransformerConfig, di
             "a language model here; a reward model is named by --reward_funcs model:DIR."
         )
     files = tensor_files(directory, ignored=FOLLOWING)
-    if config.tie_word_embeddings and are_equal(
-        directory, "lm_head.weight", "model.embed_tokens.weight", files
-    ):
-        del files["lm_head.weight"]  # Qwen 3 holds the matrix twice
-    expected = expected_in(files, family, config)
+    names = names_in(directory, files)
+    own = _used(names.own(files), family, config)
+    head, embeddings = map(names.in_file, ("lm_head.weight", "model.embed_tokens.weight"))
+    if config.tie_word_embeddings and are_equal(directory, head, embeddings, files):
+        del own["lm_head.weight"]  # Qwen 3 holds the matrix twice
+    expected = renamed(expected_in(own, family, config), names)
+    files = renamed(own, names)
     check_tensors(directory, {name: shape_of(parts) for name, parts in expected.items()}, files)
-    return config, read_params(directory, expected, files, param_dtype)
+    return config, expected, files
 
 
 def save_pretrained(
@@ -86,6 +108,7 @@ def save_pretrained(
     *,
     dtype=None,
     generation_config: Mapping | None = None,
+    beside: str | os.PathLike | None = None,
 ) -> Path:
     """Writes a Hugging Face directory that transformers and vLLM load.
 
@@ -99,6 +122,8 @@ def save_pretrained(
       generation_config: what generation_config.json holds besides the tokenizer's ids, as
         `read_generation_config` gives it for the model that was trained: a model may end its turns
         in several ways, of which a tokenizer knows one.
+      beside: a directory of a model of images and text whose text part `model` is: all that is in
+        it besides is written too, each tensor byte for byte. None: a text model alone.
 
     Returns:
       The directory.
@@ -110,7 +135,10 @@ def save_pretrained(
     family = family_of(model.config.model_type)
     fields, generation = config_fields(model.config, tokenizer, generation_config)
     expected = expected_tensors(family, model.config)
-    return write_model(path, fields, expected, params, tokenizer, dtype, generation)
+    others = None if beside is None else Surroundings(find_directory(beside), model.config)
+    if others is not None:
+        expected = renamed(expected, others.names)
+    return write_model(path, fields, expected, params, tokenizer, dtype, generation, others)
 
 
 def config_fields(
@@ -131,6 +159,7 @@ def write_model(
     tokenizer=None,
     dtype=None,
     generation: dict | None = None,
+    others: Surroundings | None = None,
 ) -> Path:
     """Writes a directory whose config.json holds `fields`, and its files the tensors `expected`.
 
@@ -149,7 +178,7 @@ def write_model(
     def read(name: str) -> np.ndarray:
         return from_params(expected[name], flat, dtype)
 
-    return write_directory(path, fields, expected, read, tokenizer, dtype, generation)
+    return write_directory(path, fields, expected, read, tokenizer, dtype, generation, others)
 
 
 def write_directory(
@@ -160,6 +189,7 @@ def write_directory(
     tokenizer,
     dtype: np.dtype,
     generation: dict | None,
+    others: Surroundings | None = None,
 ) -> Path:
     """Writes a directory from tensors that are read one after the other.
 
@@ -167,13 +197,22 @@ def write_directory(
       path, fields, expected, tokenizer, generation: see `write_model`.
       read: gives the array of a tensor of `expected`, of the type `dtype`.
       dtype: dtype of all arrays; config.json names it.
+      others: tensors to write beside them, with a config.json of their own.
     """
-    sizes = {n: int(np.prod(shape_of(parts))) * dtype.itemsize for n, parts in expected.items()}
+    kinds = {name: (shape_of(parts), dtype) for name, parts in expected.items()}
+    fields = fields | {"dtype": dtype.name}
+    if others is not None:
+        kinds, fields = kinds | others.kinds(), others.fields(dtype.name)
     with new_directory(path) as (directory, path):
-        write_shards(directory, sizes, read)
+        if others is None:
+            write_shards(directory, kinds, read)
+        else:
+            read_other = others.read
+            write_shards(directory, kinds, lambda n: (read if n in expected else read_other)(n))
+            others.copy_processors(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        write_json(directory / "config.json", fields | {"dtype": dtype.name})
+        write_json(directory / "config.json", fields)
         if generation is not None:
             write_json(directory / GENERATION, generation)
     return path
@@ -193,11 +232,11 @@ def read_generation_config(path: str | os.PathLike) -> dict:
       ModelLoadError: `eos_token_id` is no id of the model and no list of some.
     """
     directory = find_directory(path)
-    config = read_json(directory, "config.json")
+    config, place = text_fields(directory)
     if os.path.lexists(directory / GENERATION):
         where, fields = directory / GENERATION, read_json(directory, GENERATION)
     else:
-        where = directory / "config.json"
+        where = Path(place)
         fields = {n: config[n] for n in TOKEN_IDS if config.get(n) is not None}
     V = config.get("vocab_size")
     for token_id in _as_list(fields.get("eos_token_id")):
@@ -224,14 +263,6 @@ def is_classifier(directory: Path) -> bool:
     return isinstance(names, list) and any(str(name).endswith(CLASSIFIER) for name in names)
 
 
-def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
-    """Reads config.json of a directory."""
-    fields = read_json(directory, "config.json")
-    where = str(directory / "config.json")
-    family = family_of(fields.get("model_type"), where)
-    return family, family.from_hugging_face(fields, where)
-
-
 def expected_in(files: Mapping, family: Family, config: TransformerConfig) -> Tensors:
     """The tensors that the files should hold, under those of the family's names that they use."""
     for also in family.also_named:
@@ -239,6 +270,16 @@ def expected_in(files: Mapping, family: Family, config: TransformerConfig) -> Te
         if expected.keys() == files.keys():
             return expected
     return expected_tensors(family, config)
+
+
+def _used(files: Mapping, family: Family, config: TransformerConfig) -> dict:
+    unread = family.unread(config)
+    return {name: file for name, file in files.items() if name not in unread}
+
+
+def renamed(tensors: Mapping, names: Names) -> dict:
+    """What is known of tensors, by their names in a file."""
+    return {names.in_file(name): value for name, value in tensors.items()}
 
 
 def _check_leaves(expected: Tensors, flat: Mapping) -> None:

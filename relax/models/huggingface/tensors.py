@@ -1,12 +1,14 @@
 """The mapping between tensors of a file and parameters.
 
 A tensor holds one leaf, as it is or transposed, one expert of a leaf that stacks them, or several
-leaves one below the other.
+leaves, the outputs of one below those of the other, or in turns.
 """
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -18,20 +20,37 @@ from relax import parallel
 from relax.models.config import TransformerConfig
 from relax.models.families import Family
 from relax.models.families.family import LAYER, module_of
+from relax.models.quantization import is_linear
 from relax.models.transformer import Transformer
 
 
 class Part(NamedTuple):
-    """A leaf, or a part of it, in a tensor of a file."""
+    """A leaf, or a part of it, in a tensor of a file.
+
+    Attributes:
+      path: of the leaf.
+      shape: in the file.
+      transposed: whether the file holds [out, in] for our [in, out].
+      expert: the index of the expert that the tensor holds; None: it holds all of the leaf.
+      step: how far apart the outputs lie in the tensor.
+    """
 
     path: tuple[str, ...]
-    shape: tuple[int, ...]  # in the file
+    shape: tuple[int, ...]
+    transposed: bool = False
     expert: int | None = None
+    step: int = 1
 
     @property
-    def transposed(self) -> bool:
-        """Whether the file holds [out, in] for our [in, out]."""
-        return len(self.path) > 1 and len(self.shape) > 1
+    def axis(self) -> int:
+        """That of the outputs, along which parts share a tensor."""
+        return len(self.shape) - (2 if self.transposed else 1)
+
+
+def _is_transposed(family: Family, path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a leaf is a matrix, or a stack of some; kernels of convolutions are as in files."""
+    matrix = len(path) > 1 and len(shape) > 1 and not path[-1].endswith(("weight", "bias"))
+    return matrix and module_of(path) not in family.untransposed
 
 
 Tensors = Mapping[str, tuple[Part, ...]]
@@ -45,35 +64,36 @@ def expected_tensors(
     expected: dict[str, list[Part]] = collections.defaultdict(list)
     for path, shape in shapes.items():
         name = family.tensor_name(path, also)
-        if len(path) > 1 and len(shape) > 1:
+        transposed = _is_transposed(family, path, shape)
+        if transposed:
             shape = (*shape[:-2], shape[-1], shape[-2])
         if "{}" in name:
             for expert in range(shape[0]):
-                expected[name.format(expert)].append(Part(path, shape[1:], expert))
+                expected[name.format(expert)].append(Part(path, shape[1:], transposed, expert))
         else:
-            expected[name].append(Part(path, shape))
+            expected[name].append(Part(path, shape, transposed))
     order = list(LAYER)
     for parts in expected.values():
         if len(parts) > 1:
             parts.sort(key=lambda part: order.index(module_of(part.path)))
+            if family.alternating:
+                parts[:] = [part._replace(step=len(parts)) for part in parts]
     return {name: tuple(parts) for name, parts in expected.items()}
 
 
 def leaf_shapes(config: TransformerConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter of a model."""
     # Layers with the same parameters are traced once, which takes the same time for a deep model.
-    experts = [layer.experts for layer in config.layers]
-    kinds = sorted(set(experts))
-    plain: dict[str, Any] = {
-        "layer_types": (),
-        "no_rope_layers": (),
-        "num_hidden_layers": len(kinds),
-    }
-    dense = tuple(i for i, has in enumerate(kinds) if not has)
-    model = Transformer(dataclasses.replace(config, **plain, dense_layers=dense))
+    plain: dict[str, Any] = {"window": None, "rope": None, "source": None}
+    kinds = [(dataclasses.replace(spec, **plain), spec.source is None) for spec in config.layers]
+    first_of = {kind: kinds.index(kind) for kind in kinds}
+    sources = {config.layers[i].source for i in first_of.values()}
+    init = functools.partial(
+        Transformer(config).init, layers={*first_of.values(), *sources}, method="outline"
+    )
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    traced = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    layers = {f"layers_{i}": traced[f"layers_{kinds.index(has)}"] for i, has in enumerate(experts)}
+    traced = jax.eval_shape(init, jax.random.key(0), ids)["params"]
+    layers = {f"layers_{i}": traced[f"layers_{first_of[kind]}"] for i, kind in enumerate(kinds)}
     first = {"embed_tokens": traced["embed_tokens"]}
     last = {name: tree for name, tree in traced.items() if not name.startswith("layers_")}
     leaves = flax.traverse_util.flatten_dict(first | layers | last)
@@ -81,34 +101,63 @@ def leaf_shapes(config: TransformerConfig) -> dict[tuple[str, ...], tuple[int, .
 
 
 def shape_of(parts: tuple[Part, ...]) -> tuple[int, ...]:
-    """The shape of a tensor, whose parts are concatenated along the outputs."""
-    first = parts[0].shape
-    axis = output_axis(first)
+    """The shape of a tensor, whose parts share the outputs."""
+    if len(parts) == 1:
+        return parts[0].shape
+    first, axis = parts[0].shape, parts[0].axis
     total = sum(part.shape[axis] for part in parts)
     return (*first[:axis], total, *first[axis + 1 :])
 
 
-def to_params(expected: Tensors, tensors: Iterable[tuple[str, np.ndarray]], dtype) -> dict:
+def outputs_of(parts: tuple[Part, ...]) -> list[slice]:
+    """Where the outputs of each part are in their tensor."""
+    if len(parts) == 1:
+        return [slice(0, None)]
+    return places([part.shape[part.axis] for part in parts], parts[0].step > 1)
+
+
+def places(widths: Sequence[int], alternating: bool) -> list[slice]:
+    """Where the outputs of leaves with as many outputs are in the tensor that they share.
+
+    >>> places([3, 2], False), places([2, 2], True)
+    ([slice(0, 3, None), slice(3, 5, None)], [slice(0, None, 2), slice(1, None, 2)])
+    """
+    if alternating:
+        return [slice(i, None, len(widths)) for i in range(len(widths))]
+    stops = itertools.accumulate(widths)
+    return [slice(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
+
+
+def to_params(
+    expected: Tensors, tensors: Iterable[tuple[str, np.ndarray]], dtype, quantize=None
+) -> dict:
     """Parameters from the tensors of a file, which are read one after the other.
 
     Args:
       expected: what each holds.
       tensors: `(name, array)`, all of `expected`, in any order.
       dtype: dtype of the parameters.
+      quantize: see `relax.models.huggingface.sharded_read.read_params`.
     """
+
+    def placed(path: tuple[str, ...], array: np.ndarray):
+        if quantize is not None and is_linear(path):
+            return quantize(path, array)
+        return _placed(path, array, dtype)
+
     waiting = collections.Counter(part.path for parts in expected.values() for part in parts)
     stacks, flat = {}, {}
     for name, array in tensors:
         for part, piece in _pieces(expected[name], array):
             if part.expert is None:
-                flat[part.path] = _placed(part.path, np.ascontiguousarray(piece), dtype)
+                flat[part.path] = placed(part.path, np.asarray(piece, order="C"))
                 continue
             if part.path not in stacks:
                 stacks[part.path] = np.empty((waiting[part.path], *piece.shape), np.dtype(dtype))
             stacks[part.path][part.expert] = piece
             waiting[part.path] -= 1
             if not waiting[part.path]:
-                flat[part.path] = _placed(part.path, stacks.pop(part.path), dtype)
+                flat[part.path] = placed(part.path, stacks.pop(part.path))
     return flax.traverse_util.unflatten_dict(flat)
 
 
@@ -126,17 +175,15 @@ def from_params(parts: tuple[Part, ...], flat: Mapping, dtype: np.dtype) -> np.n
         leaf = flat[part.path]
         piece = parallel.to_host(leaf if part.expert is None else leaf[part.expert])
         pieces.append(piece.swapaxes(-1, -2) if part.transposed else piece)
-    array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, output_axis(parts[0].shape))
-    return np.ascontiguousarray(array, dtype)
+    if len(pieces) == 1:
+        return np.asarray(pieces[0], dtype, order="C")
+    array = np.empty(shape_of(parts), dtype)
+    for place, piece in zip(outputs_of(parts), pieces, strict=True):
+        np.moveaxis(array, parts[0].axis, 0)[place] = np.moveaxis(piece, parts[0].axis, 0)
+    return array
 
 
 def _pieces(parts: tuple[Part, ...], array: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
-    axis = output_axis(parts[0].shape)
-    stops = np.cumsum([part.shape[axis] for part in parts])[:-1]
-    for part, piece in zip(parts, np.split(array, stops, axis), strict=True):
+    for part, place in zip(parts, outputs_of(parts), strict=True):
+        piece = array if len(parts) == 1 else array[(slice(None),) * part.axis + (place,)]
         yield part, piece.swapaxes(-1, -2) if part.transposed else piece
-
-
-def output_axis(shape: tuple[int, ...]) -> int:
-    """The axis along which the parts of a tensor are concatenated."""
-    return max(len(shape) - 2, 0)

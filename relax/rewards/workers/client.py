@@ -25,8 +25,8 @@ CONTINUE_AFTER_S = 1.0  # silence beyond the time limit
 GIVE_UP_AFTER_S = 120.0
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from relax.rewards.workers.host import main; main()"
+    "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "importlib.import_module(sys.argv[2]).main()"
 )
 
 
@@ -48,15 +48,25 @@ class Host:
     """A running host.
 
     Args:
-      references: {"spec", "parameters"} of each function.
+      setup: the first message: for reward functions `functions`, {"spec", "parameters"} of each.
       timeout_s: time limit of one call of a function.
       keep_env: variables that are passed on despite their names.
+      program: the module whose `main` the process runs.
+      what: what it runs, for messages.
     """
 
-    def __init__(self, references: list[dict], timeout_s: float, keep_env: Iterable[str] = ()):
-        self._timeout_s = timeout_s
+    def __init__(
+        self,
+        setup: dict,
+        timeout_s: float,
+        keep_env: Iterable[str] = (),
+        *,
+        program: str = "relax.rewards.workers.host",
+        what: str = "reward functions",
+    ):
+        self._timeout_s, self._what = timeout_s, what
         process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, json.dumps(sys.path)],
+            [sys.executable, "-c", _CODE, json.dumps(sys.path), program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=clean_environment(dict(os.environ), keep_env),
@@ -64,31 +74,35 @@ class Host:
         )
         assert process.stdin is not None and process.stdout is not None
         self._process, self._requests, self._answers = process, process.stdin, process.stdout
-        self.send({"functions": references, "timeout_s": timeout_s})
+        self.send(setup | {"timeout_s": timeout_s})
 
     def infos(self) -> list[RewardInfo]:
-        """The properties of the loaded functions.
+        """The properties of the loaded reward functions; raises as `loaded` does."""
+        return [
+            RewardInfo(**info | {key: tuple(info[key]) for key in ("required", "accepted")})
+            for info in self.loaded()["functions"]
+        ]
+
+    def loaded(self) -> dict:
+        """The first answer, once everything is loaded.
 
         Raises:
-          ConfigError: a function cannot be loaded.
+          ConfigError: something cannot be loaded.
         """
         try:
             answer = self._read(LOAD_TIMEOUT_S)
         except TimeoutError:
             self.close()
             raise ConfigError(
-                f"the reward functions are not loaded after {LOAD_TIMEOUT_S:g} s: does a "
+                f"the {self._what} are not loaded after {LOAD_TIMEOUT_S:g} s: does a "
                 "module of theirs wait for something?"
             ) from None
         except RewardError as error:
-            raise ConfigError(f"the reward functions cannot be loaded: {error}") from error
+            raise ConfigError(f"the {self._what} cannot be loaded: {error}") from error
         if "error" in answer:
             self.close()
             raise ConfigError(answer["error"])
-        return [
-            RewardInfo(**info | {key: tuple(info[key]) for key in ("required", "accepted")})
-            for info in answer["functions"]
-        ]
+        return answer
 
     def send(self, message) -> None:
         """Writes a message.
@@ -121,7 +135,7 @@ class Host:
     def _give_up(self, silent_s: float) -> NoReturn:
         self.close()
         raise RewardError(
-            f"the process of the reward functions has been silent for {silent_s:g} s, though a "
+            f"the process of the {self._what} has been silent for {silent_s:g} s, though a "
             f"call may take {self._timeout_s:g} s, and was killed. Has a function stopped it, "
             "or is the machine out of memory?"
         )
@@ -137,7 +151,7 @@ class Host:
             code = self._process.returncode
             how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
             raise RewardError(
-                f"the process of the reward functions ended by {how}; their modules may not end "
+                f"the process of the {self._what} ended by {how}; their modules may not end "
                 "it, and it needs memory to run in."
             )
         return answer

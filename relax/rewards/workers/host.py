@@ -11,20 +11,43 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 from relax.errors import ConfigError
 from relax.rewards.loading import load_reward
 from relax.rewards.protocol import describe
 from relax.rewards.workers import descendants, messages
 from relax.rewards.workers.scores import score
-from relax.rewards.workers.worker import Functions, ParentGone, Printed, Worker
+from relax.rewards.workers.worker import (
+    Functions,
+    ParentGone,
+    Printed,
+    Worker,
+    run_functions,
+)
 
 ALIVE = {"alive": True}
 _SAY_EVERY_S = 1.0  # sent between two calls: the host is alive
 
 
 def main() -> None:
-    """Serves one trainer over standard input and output until the trainer's end closes."""
+    """Runs reward functions for one trainer until the trainer's end closes."""
+
+    def begin(setup: dict, inbox: int, outbox: int):
+        functions = [_load(**reference) for reference in setup["functions"]]
+        host = _Host(functions, setup["timeout_s"], inbox, outbox)
+        return {"functions": [vars(info) for _, info in functions]}, host.serve
+
+    serve_trainer(begin)
+
+
+def serve_trainer(begin: Callable[[dict, int, int], tuple[dict, Callable[[], None]]]) -> None:
+    """The frame of a host: messages over standard input and output, and the end of descendants.
+
+    Args:
+      begin: given the first message and the descriptors of input and output, returns the first
+        answer and the function that serves the rest; a ConfigError is sent to the trainer.
+    """
     inbox, outbox = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # modules may print while they load
@@ -36,12 +59,12 @@ def main() -> None:
         if setup is None:
             return
         try:
-            functions = [_load(**reference) for reference in setup["functions"]]
+            answer, serve = begin(setup, inbox, outbox)
         except ConfigError as error:
             messages.write(outbox, {"error": str(error)})
             return
-        messages.write(outbox, {"functions": [vars(info) for _, info in functions]})
-        _Host(functions, setup["timeout_s"], inbox, outbox).serve()
+        messages.write(outbox, answer)
+        serve()
     except (ParentGone, BrokenPipeError, EOFError):
         sys.exit(1)
     finally:
@@ -91,7 +114,8 @@ class _Host:
             self.said_s = time.monotonic()
         if self.worker is None or not self.worker.pid:
             private = (self.inbox, self.outbox)
-            self.worker = Worker(self.functions, self.printed, private)
+            work = functools.partial(run_functions, self.functions)
+            self.worker = Worker(work, self.printed, private)
         try:
             return self.worker.ask(function, indices, self.batch, self.timeout_s, self.inbox)
         finally:

@@ -21,7 +21,11 @@ def encode(message) -> bytes:
     >>> len(encode({"n": 1}))
     16
     """
-    data = json.dumps(message).encode()
+    return frame(json.dumps(message).encode())
+
+
+def frame(data: bytes) -> bytes:
+    """JSON with its length in front."""
     return _HEADER.pack(len(data)) + data
 
 

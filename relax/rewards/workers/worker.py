@@ -22,6 +22,7 @@ MAX_PRINTED_BYTES = 16 << 10  # kept output of functions, per batch
 _PR_SET_PDEATHSIG = 1
 
 Functions = list[tuple[Callable, object]]  # functions with their RewardInfo
+Work = Callable[[int, int], None]
 
 
 class ParentGone(Exception):
@@ -48,13 +49,13 @@ class Worker:
     """The parent's handle of a worker: forks it, sends calls, reads its output, kills it.
 
     Args:
-      functions: functions to run.
+      work: the main function of the worker, of the descriptors of its requests and answers.
       printed: receives the output of the functions.
       private: file descriptors that the worker must close, since their readers wait for the end
         of this process.
     """
 
-    def __init__(self, functions: Functions, printed: Printed, private: tuple[int, ...]):
+    def __init__(self, work: Work, printed: Printed, private: tuple[int, ...]):
         requests, self._requests = os.pipe()
         self._answers, answers = os.pipe()
         self._output, output = os.pipe()
@@ -65,13 +66,18 @@ class Worker:
         self.pid = os.fork()
         if not self.pid:
             own_ends = (self._requests, self._answers, self._output)
-            _become_worker(functions, (requests, answers, output), own_ends + private, parent, libc)
+            _become_worker(work, (requests, answers, output), own_ends + private, parent, libc)
         for fd in (requests, answers, output):
             os.close(fd)
 
     def forget_batch(self) -> None:
         """Ensures that the next call sends its batch."""
         self._has_batch = False
+
+    @property
+    def descriptors(self) -> tuple[int, int, int]:
+        """The parent's ends of the pipes: requests, answers, output."""
+        return self._requests, self._answers, self._output
 
     def ask(
         self, function: int, indices: list[int], batch: bytes, timeout_s: float, parent: int
@@ -168,7 +174,7 @@ def _hung(timeout_s: float) -> CallFailed:
     return CallFailed("hung", f"did not return within {timeout_s:g} s and was killed")
 
 
-def _become_worker(functions, pipes: tuple, private: tuple, parent: int, libc) -> None:
+def _become_worker(work: Work, pipes: tuple, private: tuple, parent: int, libc) -> None:
     """The main function of the child; it never returns."""
     try:
         requests, answers, output = pipes
@@ -182,7 +188,7 @@ def _become_worker(functions, pipes: tuple, private: tuple, parent: int, libc) -
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(line_buffering=True)  # so that a kill loses no whole line
-        _work(functions, requests, answers)
+        work(requests, answers)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -203,7 +209,8 @@ def _be_first_to_go() -> None:
         file.write("1000")
 
 
-def _work(functions: Functions, requests: int, answers: int) -> None:
+def run_functions(functions: Functions, requests: int, answers: int) -> None:
+    """The main function of a worker that scores batches."""
     batch: dict = {}
     while (message := messages.read(requests)) is not None:
         if "prompts" in message:

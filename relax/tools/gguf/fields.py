@@ -10,7 +10,7 @@ import numpy as np
 
 from relax.config.text import join_some
 from relax.errors import ModelLoadError
-from relax.models.config import Rope, RopeScaling
+from relax.models.rope import Rope, RopeScaling
 from relax.models.rotary import frequencies
 from relax.tools.gguf.file import GGUFFile
 

@@ -133,9 +133,23 @@ def _fields(metadata: Mapping) -> dict:
     return fields
 
 
+def splitter(words: Words):
+    """The normaliser, which may be None, and the pre-tokeniser of a rule."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if words.digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if words.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
+    use_regex = words.pattern is None
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex))
+    return normalizers.NFC() if words.compose else None, pre_tokenizers.Sequence(steps)
+
+
 def _byte_level(fields: dict):
     """A byte-level BPE tokenizer, and whether a text begins with BOS by default."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
 
     name = fields.get("pre")
     if name not in WORDS:
@@ -150,16 +164,9 @@ def _byte_level(fields: dict):
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
             raise ValueError(f"tokenizer.ggml.merges must join two tokens to one, got {merge}.")
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.whole))
-    if words.compose:
-        tokenizer.normalizer = normalizers.NFC()
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if words.digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if words.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(words.pattern), behavior="isolated"))
-    use_regex = words.pattern is None
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    normalizer, tokenizer.pre_tokenizer = splitter(words)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, words.bos
 

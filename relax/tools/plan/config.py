@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from relax.config.mesh import parse_mesh
 from relax.config.options import option, section
-from relax.config.rules import NoEffect, Rule, Values
-from relax.config.schema import Dtype, Optimizer
+from relax.config.rules import NoEffect, Rule, Values, needs
+from relax.config.schema import CheckpointingPolicy, Dtype, Optimizer
 from relax.config.settings import Settings
 from relax.errors import ConfigError
 
@@ -44,13 +44,21 @@ class StepsConfig:
     gradient_accumulation_steps: int = option(1, "Forward-backward passes per step.", at_least=1)
     max_length: int = option(4096, "Tokens per row, and length of the KV cache.", at_least=16)
     optim: Optimizer = option("adamw", "Optimizer.")
-    gradient_checkpointing_policy: Literal["matmuls", "attention", "nothing"] = option(
+    offload_optimizer: bool = option(False, "Keep the optimizer's state in the host's memory.")
+    use_peft: bool = option(False, "Train adapters on all linear layers; the rest is frozen.")
+    lora_r: int = option(16, "LoRA rank.", at_least=1)
+    quantize_base: Literal["nf4", "int8"] | None = option(
+        None, "Hold the frozen linear layers in 4 or 8 bits."
+    )
+    gradient_checkpointing_policy: CheckpointingPolicy = option(
         "nothing",
         "Activations kept by gradient checkpointing: outputs of all matrix products, of "
         "attention only, or none.",
     )
     slots: int = option(
-        8, "Completions per device along data and fsdp in the decode step.", at_least=1
+        8,
+        "Completions per device along data and fsdp in the decode step; 0 = no decode step.",
+        at_least=0,
     )
     quick: bool = option(
         False,
@@ -95,6 +103,7 @@ NO_EFFECT = (
         lambda v: v["topology"].startswith("cpu:"),
         "it is for the TPU compiler; omit it for cpu:N",
     ),
+    needs("lora_r quantize_base", "use_peft"),
 )
 
 

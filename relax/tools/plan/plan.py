@@ -22,15 +22,21 @@ from relax.engine import memory
 from relax.errors import ConfigError
 from relax.files import json_object
 from relax.models import Transformer, TransformerConfig, kernels, read_pretrained_config
+from relax.models.config import LoRA
 from relax.models.families import family_of
-from relax.optimizers import OPTIMIZERS
+from relax.models.huggingface.text_parts import text_part
+from relax.models.lora import ALL_LINEAR
+from relax.models.quantization import quantize_linear
+from relax.optimizers import OPTIMIZERS, offload
 from relax.parallel.mesh import BATCH
 from relax.sampling import step
 from relax.sampling.distribution import Rules
 from relax.tools.plan.chips import CHIPS
 from relax.tools.plan.config import PlanConfig
+from relax.tools.plan.flops import forward_flops, parameter_count
 from relax.tools.plan.hlo import Traffic, collectives
 from relax.trainers import SFTTrainer
+from relax.trainers.state import fresh_params, initial_state
 
 DEPTHS = (2, 4)  # depths to extrapolate from; with one layer the compiler schedules differently
 
@@ -44,12 +50,14 @@ class Program:
       flops: FLOPs by XLA's count, which counts the body of a loop once.
       accessed: bytes of memory read and written, by the same count.
       traffic: bytes between devices, by kind of collective.
+      host: bytes in the host's memory.
     """
 
     parts: dict[str, float]
     flops: float
     accessed: float
     traffic: dict[str, Traffic]
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -75,16 +83,15 @@ def plan(config: PlanConfig) -> list[str]:
         jax.config.update("jax_optimization_level", "O1")
     mesh = parallel.make_mesh(d.mesh, topology_devices(d.topology))
     rules = parallel.RULES if d.sharding_rules is None else parallel.read_rules(d.sharding_rules)
-    with parallel.use(mesh, rules, shape.num_key_value_heads):
+    with parallel.use(mesh, rules, shape.tensor_heads):
         layout = _layout()
         model = _model(config, shape)
-        kinds = shape.layers
-        attention = kernels.summary(
-            model.attention_choice(kind, config.steps.max_length, True) for kind in kinds
-        )
+        attention = kernels.describe_attention(model, config.steps.max_length)
         full = config.steps.full_depth
         update = attempt(lambda: extrapolated(lambda s: update_program(config, s), shape, full))
-        decode = attempt(lambda: extrapolated(lambda s: decode_program(config, s), shape, full))
+        decode = None
+        if config.steps.slots:
+            decode = attempt(lambda: extrapolated(lambda s: decode_program(config, s), shape, full))
         rows = config.steps.per_device_train_batch_size * layout.batch_shards
         slots = config.steps.slots * layout.batch_shards
     length = config.steps.max_length
@@ -100,10 +107,13 @@ def plan(config: PlanConfig) -> list[str]:
         "",
         f"step of {rows} x {config.steps.gradient_accumulation_steps} rows of {length} tokens",
         *described(update, d.topology, passes * forward / mesh.size),
-        "",
-        f"decode step of {slots} slots with {length} cache columns",
-        *described(decode, d.topology, forward_flops(shape, slots, length) / mesh.size),
     ]
+    if decode is not None:
+        lines += [
+            "",
+            f"decode step of {slots} slots with {length} cache columns",
+            *described(decode, d.topology, forward_flops(shape, slots, length) / mesh.size),
+        ]
     if not config.steps.full_depth and _can_extrapolate(shape):
         lines.append(
             f"extrapolated from {DEPTHS[0]} and {DEPTHS[1]} layers; --full_depth compiles all"
@@ -122,7 +132,8 @@ def read_shape(path: str) -> TransformerConfig:
         fields = json_object(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"'{file}' is no config.json of a model: {error}.") from error
-    return family_of(fields.get("model_type"), str(file)).from_hugging_face(fields, str(file))
+    fields, where = text_part(fields, str(file))
+    return family_of(fields.get("model_type"), where).from_hugging_face(fields, where)
 
 
 def topology_devices(topology: str) -> list:
@@ -184,6 +195,7 @@ def extrapolated(compiled, shape: TransformerConfig, full: bool) -> Program:
             )
             for kind in kinds
         },
+        further(one.host, two.host),
     )
 
 
@@ -210,19 +222,33 @@ def _model(config: PlanConfig, shape: TransformerConfig) -> Transformer:
         jnp.dtype(config.model.param_dtype),
         gradient_checkpointing=True,
         gradient_checkpointing_policy=config.steps.gradient_checkpointing_policy,
+        lora=_lora(config),
     )
+
+
+def _lora(config: PlanConfig) -> LoRA | None:
+    if not config.steps.use_peft:
+        return None
+    return LoRA(config.steps.lora_r, 2.0 * config.steps.lora_r, 0.0, (ALL_LINEAR,))
 
 
 def update_program(config: PlanConfig, shape: TransformerConfig) -> Program:
     """The compiled training step of supervised fine-tuning."""
     steps = config.steps
+    model = _model(config, shape)
+    optimizer = OPTIMIZERS[steps.optim](1e-5)
     trainer = SFTTrainer(
-        _model(config, shape),
-        OPTIMIZERS[steps.optim](1e-5),
+        model,
+        offload(optimizer) if steps.offload_optimizer else optimizer,
         gradient_accumulation_steps=steps.gradient_accumulation_steps,
         max_grad_norm=1.0,
     )
-    state = parallel.sharded_shapes(jax.eval_shape(trainer.create_train_state, _key()))
+
+    def first_state(key):
+        params = _quantized(config, fresh_params(model, key))
+        return initial_state(model, trainer.optimizer, key, params)
+
+    state = parallel.sharded_shapes(jax.eval_shape(first_state, _key()))
     rows = steps.per_device_train_batch_size * steps.gradient_accumulation_steps
     size = (rows * parallel.batch_shards(), steps.max_length)
     names = ("input_ids", "labels", "positions", "segment_ids")
@@ -231,23 +257,30 @@ def update_program(config: PlanConfig, shape: TransformerConfig) -> Program:
     sizes = memory.with_activations(
         memory.state_sizes(state, steps.gradient_accumulation_steps), compiled.memory_analysis()
     )
-    return _program(compiled, dataclasses.asdict(sizes))
+    parts = dataclasses.asdict(sizes)
+    return _program(compiled, parts, parts.pop("host"))
+
+
+def _quantized(config: PlanConfig, params):
+    kind = config.steps.quantize_base
+    return params if kind is None else quantize_linear(params, kind)
 
 
 def decode_program(config: PlanConfig, shape: TransformerConfig) -> Program:
     """The compiled decode step, of one token per slot."""
     layout, model = _layout(), _model(config, shape)
     B, S = config.steps.slots * layout.batch_shards, config.steps.max_length
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    params = jax.eval_shape(model.init, _key(), ids)["params"]
+    params = jax.eval_shape(lambda key: _quantized(config, fresh_params(model, key)), _key())
     params = parallel.unsharded_shapes(params, model.dtype)
     keys = jax.eval_shape(lambda key: jax.random.split(key, B), _key())
     cache, slots = jax.eval_shape(lambda keys: step.empty(model, keys, B, S, False), keys)
-    heads = None if shape.num_key_value_heads % layout.sizes["tensor"] else "tensor"
-    where = NamedSharding(layout.mesh, P(BATCH, heads))
-    cache = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), cache
-    )
+
+    def cut(leaf):
+        heads = None if leaf.shape[1] % layout.sizes["tensor"] else "tensor"
+        where = NamedSharding(layout.mesh, P(BATCH, heads))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    cache = jax.tree.map(cut, cache)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     compiled = step.run_segment.lower(
         model,
@@ -280,7 +313,7 @@ def _layout() -> parallel.Layout:
     return layout
 
 
-def _program(compiled, parts: Mapping[str, float]) -> Program:
+def _program(compiled, parts: Mapping[str, float], host: float = 0.0) -> Program:
     costs = compiled.cost_analysis() or {}
     costs = costs[0] if isinstance(costs, list) else costs
     return Program(
@@ -288,39 +321,13 @@ def _program(compiled, parts: Mapping[str, float]) -> Program:
         costs.get("flops", 0),
         costs.get("bytes accessed", 0),
         collectives(compiled.as_text()),
+        host + compiled.memory_analysis().host_temp_size_in_bytes,
     )
 
 
 def _key():
     """The shape of a key, since nothing can be computed on absent devices."""
     return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def parameter_count(shape: TransformerConfig) -> int:
-    """The number of parameters of the whole model."""
-    return sum(leaf.size for leaf in jax.tree.leaves(_shapes(shape)))
-
-
-def _shapes(shape: TransformerConfig):
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(Transformer(shape).init, _key(), ids)["params"]
-
-
-def forward_flops(shape: TransformerConfig, tokens: int, length: int) -> float:
-    """FLOPs of a forward pass over `tokens`, each of which attends to half of `length` others.
-
-    2 per weight and token, counting only the experts of a token, and 4 per entry of a query and key
-    that it attends to.
-    """
-    weights = 0.0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(_shapes(shape))[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if leaf.ndim == 3:
-            weights += leaf.size * shape.num_experts_per_tok / shape.num_experts
-        elif leaf.ndim == 2 and not (name == "embed_tokens" and not shape.tie_word_embeddings):
-            weights += leaf.size
-    heads = shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
-    return tokens * (2 * weights + 4 * heads * length / 2)
 
 
 def described(program: Program | str, topology: str, flops: float) -> list[str]:
@@ -334,6 +341,9 @@ def described(program: Program | str, topology: str, flops: float) -> list[str]:
         fits = "fits" if program.total <= chip.memory else "does not fit"
         have = f" of {format_bytes(chip.memory)}: {fits}"
     lines.append(f"  {'total':16} {format_bytes(program.total):>10}{have}")
+    if program.host:
+        moved = f"{format_bytes(2 * program.host)} copied per step, both ways together"
+        lines.append(f"  {'on the host':16} {format_bytes(program.host):>10}, {moved}")
     lines.append(f"  {'arithmetic':16} {flops / 1e12:>7.3g} TFLOP")
     for kind, (count, nbytes) in program.traffic.items():
         lines.append(f"  {kind:16} {format_bytes(nbytes):>10} in {count}")

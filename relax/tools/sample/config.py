@@ -38,7 +38,7 @@ class PromptConfig:
         None, "File for prompts and completions, one JSON object per line."
     )
     chat: bool | None = option(
-        None, "Apply the chat template to text prompts; none = yes if the tokenizer has one."
+        None, "Apply the chat template to prompts; none = yes if the tokenizer has one."
     )
 
 
@@ -77,7 +77,10 @@ NO_EFFECT = (
         "temperature 0 is greedy",
     ),
     NoEffect(
-        "profile system_prompt chat_template_path", lambda v: v["chat"] is False, "chat is false"
+        "profile system_prompt chat_template_path "
+        "template_timeout_s template_output_ratio template_memory_mib",
+        lambda v: v["chat"] is False,
+        "chat is false",
     ),
 )
 

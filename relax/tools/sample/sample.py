@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from relax import data
-from relax.data.profiles import apply_profile, remaining_system_prompt, resolve_profile
+from relax.data.profiles import remaining_system_prompt
 from relax.engine.model_source import ModelSource
 from relax.engine.rows import limits_of
-from relax.errors import ConfigError
+from relax.engine.tasks.prompts import as_conversations, profiled
+from relax.errors import ConfigError, DataError
 from relax.files import atomic_write
 from relax.sampling import SamplingConfig, generate, stop_decoder
-from relax.tools.sample.config import SampleConfig
+from relax.tools.sample.config import SampleConfig, SamplingSection
 
 
 def sample(config: SampleConfig) -> None:
@@ -25,12 +26,12 @@ def sample(config: SampleConfig) -> None:
     name = m.model_name_or_path
     assert name is not None  # guaranteed by the rules of the configuration
     output = None if p.output_file is None else Path(p.output_file)
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"output_file must be in a directory that exists, got '{output}'.")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError(f"output_file must be a file in a directory that exists, got '{output}'.")
     source = ModelSource.find(name)
     tokenizer = source.tokenizer(config.profile.chat_template_path)
     limits = limits_of(config)
-    profile, rows = _profiled(config, _rows(p, tokenizer, limits))
+    profile, rows = profiled(config.profile, _rows(p, tokenizer, limits))
     prompts = data.prepare_prompts(
         rows,
         tokenizer,
@@ -42,7 +43,8 @@ def sample(config: SampleConfig) -> None:
         print(f"note: {note}", file=sys.stderr)
     model, params = source.load(jnp.dtype(m.dtype), param_dtype=jnp.dtype(m.param_dtype))
     end = source.end_tokens(tokenizer)
-    sampling = _sampling(config, end, profile.get_stop_sequences())
+    segment = 8 if p.prompt is not None else 32  # a user is watching
+    sampling = sampling_config(config.sampling, end, profile.get_stop_sequences(), segment)
     seed = config.sampling.seed
     if seed is None and sampling.temperature:
         seed = secrets.randbelow(2**31)
@@ -94,6 +96,7 @@ class _Stream:
 
 
 def _rows(p, tokenizer, limits: data.Limits) -> data.Rows:
+    """The prompts, those that are texts as conversations of one message if asked to."""
     chat = bool(tokenizer.chat_template) if p.chat is None else p.chat
     source = [{"prompt": p.prompt}] if p.prompts_file is None else Path(p.prompts_file).expanduser()
     found = data.read_rows(source, limits=limits)
@@ -101,27 +104,21 @@ def _rows(p, tokenizer, limits: data.Limits) -> data.Rows:
     if p.prompts_file is not None and p.prompts_file.endswith(".txt"):
         rows = [{"prompt": row["text"]} for row in rows]
     if chat:
-        rows = [
-            row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
-            if isinstance(row.get("prompt"), str)
-            else row
-            for row in rows
-        ]
+        rows = as_conversations(rows)
+    elif p.chat is False:
+        for i, row in enumerate(rows):
+            if isinstance(row.get("prompt"), list):
+                raise DataError(
+                    f"{found.origin(i)}: the prompt is a list of messages, which needs a chat "
+                    "template, and chat is false: leave chat out, or give prompts as texts."
+                )
     return data.Rows(rows, found.origin, found.notes)
 
 
-def _profiled(config: SampleConfig, rows: data.Rows):
-    """The profile, and the rows in its format."""
-    profile, note = resolve_profile(config.profile.name, rows.rows)
-    if note is not None:
-        print(note, file=sys.stderr)
-    return profile, apply_profile(profile, rows, "prompts", config.profile.system_prompt)
-
-
-def _sampling(
-    config: SampleConfig, eos_token_ids: tuple[int, ...], stop: list[str]
+def sampling_config(
+    s: SamplingSection, eos_token_ids: tuple[int, ...], stop: list[str], segment: int = 32
 ) -> SamplingConfig:
-    s = config.sampling
+    """The sampler's options; `stop` are the profile's stop sequences."""
     return SamplingConfig(
         max_new_tokens=s.max_new_tokens,
         min_new_tokens=s.min_new_tokens,
@@ -134,7 +131,7 @@ def _sampling(
         stop=tuple(stop if s.stop is None else s.stop),
         n=s.num_return_sequences,
         slots=s.slots,
-        segment=8 if config.prompts.prompt is not None else 32,  # a user is watching
+        segment=segment,
     )
 
 

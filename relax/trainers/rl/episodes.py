@@ -1,69 +1,127 @@
-"""Multi-turn rollouts: the policy and an environment write in turns.
+"""Rollouts of several turns: episodes share the slots of one generation.
 
-Every episode of a group is independent; unfinished ones are sampled together, each from all of its
-tokens so far. An environment's answer is tokenised once and appended, and earlier text is never
-tokenised again: the trained tokens are exactly the sampled ones. A turn's key depends only on the
+Turns of different episodes are decoded side by side. While tools or environments work on an
+episode's turn, it keeps its slot and its cache, and goes on from there: no token is computed twice,
+and the prompt of a group is computed once.
+
+When an answer is taken does not depend on the clock. Questions that were asked after a segment are
+answered, at the latest, `LAG` segments later, where the loop waits for them; so a run that is
+killed and resumed decodes the same tokens with the same programs. A turn's key depends only on the
 numbers of its row and turn.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from relax.errors import RewardError
-from relax.rewards import Environment, Episode
-from relax.sampling import SampleOutput, SamplingConfig, generate
+from relax.errors import DataError
+from relax.rewards.episode_runner import Answer, EpisodeRunner
+from relax.sampling import SampleOutput, SamplingConfig, Session
+from relax.sampling.rows import Row
+from relax.trainers.rl.partners import Asked, Episode, Partner
 
-# Folded into a rollout's key to separate the keys of turns from those of rows, which `generate`
-# folds into the same key. The value is arbitrary, but changing it would change recorded runs.
-TURN_STREAM = 104
+# Folded into a rollout's key to separate the keys of turns from those of rows, and those from the
+# seeds of environments. The values are arbitrary, but changing them would change recorded runs.
+TURN_STREAM, SEED_STREAM = 104, 105
+LAG = 1  # segments that are decoded while tools work
 
 
-@dataclasses.dataclass
-class _EpisodeState:
-    """One episode and the sampler's log-probabilities of its tokens (0 on answers)."""
+class EpisodeOutput(NamedTuple):
+    """Episodes as completions.
 
-    environment: Environment
-    episode: Episode
-    logprobs: list[float]
-    finish: str = ""
+    Attributes:
+      prompt_ids: of each prompt, what `reset` returned included.
+      output: one completion per episode, all turns and answers; `mask` is true on the tokens that
+        the policy wrote.
+      rewards: `[P * n]` float64, of the environment; NaN if there is none.
+      episodes: `[P * n]`, with their messages and counts.
+      counts: tokens `prefilled`, `appended` and `sampled`.
+    """
 
-    @property
-    def ids(self) -> list[int]:
-        """All tokens so far, from which the next turn is sampled."""
-        return [*self.episode.prompt_ids, *self.episode.completion_ids]
+    prompt_ids: list[list[int]]
+    output: SampleOutput
+    rewards: np.ndarray
+    episodes: list[Episode]
+    counts: dict[str, int]
 
-    def add_turn(
-        self, ids: list[int], logprobs: list[float], reason: str, encode, decode, room: int
+
+class _Play:
+    """The episodes under way.
+
+    Args:
+      session: the slots.
+      partner: what answers.
+      limit: maximum tokens of a completion, all turns and answers together.
+      key_of: the key of a turn, from the numbers of episode and turn.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        partner: Partner,
+        limit: int,
+        key_of: Callable[[int, int], jax.Array],
     ):
-        """Adds a turn and the environment's answer.
+        self.session, self.partner, self.limit, self.key_of = session, partner, limit, key_of
+        self.of_row: dict[Row, tuple[int, Episode]] = {}
+        self.asked: list[tuple[int, Row, Asked]] = []  # with the segment before it
+        self.segment = 0
 
-        Args:
-          ids, logprobs: the tokens sampled in this turn, and their log-probabilities.
-          reason: the sampler's finish reason.
-          encode, decode: as for `rollout_episodes`.
-          room: tokens left for the turn and its answer.
-        """
-        self.logprobs += logprobs
-        before = len(self.episode.completion_ids)
-        if reason == "length":  # truncated within a turn: there is no answer
-            self.finish = reason
-            self.episode = dataclasses.replace(
-                self.episode,
-                completion_ids=(*self.episode.completion_ids, *ids),
-                sampled=(*self.episode.sampled, *[True] * len(ids)),
-            )
-            return
-        self.episode = self.episode.turn(ids, self.environment, encode, decode)
-        shown = len(self.episode.completion_ids) - before - len(ids)
-        self.logprobs += [0.0] * shown
-        if self.episode.done:
-            self.finish = reason
-        elif len(ids) + shown >= room:
-            self.finish = "length"
+    def run(self, episodes: list[Episode]) -> None:
+        for i, episode in enumerate(episodes):
+            if not episode.finish:
+                row = self.session.open(episode.prompt_ids, self.key_of(i, 0), limit=self.limit)
+                self.of_row[row] = (i, episode)
+        while self.asked or self.session.under_way():
+            self._collect()
+            ended = [row for row, _ in self.session.advance() if row.reason is not None]
+            self.segment += 1
+            for row in ended:
+                self._end_turn(row)
+
+    def _collect(self) -> None:
+        """Takes the answers that are due, and the oldest ones if nothing else can be done."""
+        due = self.segment - LAG if self.session.under_way() else self.asked[0][0]
+        taken = [one for one in self.asked if one[0] <= due]
+        self.asked = self.asked[len(taken) :]
+        given = _answers(self.partner.runner, [asked for _, _, asked in taken])
+        for (_, row, asked), answers in zip(taken, given, strict=True):
+            self._continue(row, asked.collect(answers))
+
+    def _end_turn(self, row: Row) -> None:
+        _, episode = self.of_row[row]
+        episode.add_turn(row.tokens, row.logprobs)
+        if row.reason == "length":  # truncated within a turn: there is no answer
+            episode.finish = "length"
+            asked = self.partner.end(episode)
+        else:
+            asked = self.partner.answer(episode, row.tokens, row.reason or "")
+        if asked.numbers or not episode.finish:
+            self.asked.append((self.segment, row, asked))
+        else:
+            self._close(row)
+
+    def _continue(self, row: Row, ids: list[int] | None) -> None:
+        i, episode = self.of_row[row]
+        if ids is not None:
+            episode.add_answer(ids)
+            room = self.limit - len(episode.ids)
+            if room > 0:
+                self.session.extend(row, ids, self.key_of(i, episode.turns), limit=room)
+                return
+            episode.finish = "length"
+            last = self.partner.end(episode)
+            if last.numbers:
+                self.asked.append((self.segment, row, last))
+                return
+        self._close(row)
+
+    def _close(self, row: Row) -> None:
+        self.session.close(row)
+        self.partner.runner.end(self.of_row[row][1].number)
 
 
 def rollout_episodes(
@@ -72,11 +130,11 @@ def rollout_episodes(
     item: dict,
     key: jax.Array,
     sampling: SamplingConfig,
-    make_environment: Callable[[], Environment],
-    encode: Callable[[str], list[int]],
+    partner: Partner,
     decode: Callable,
-    stop_decode: Callable | None = None,
-) -> tuple[dict, SampleOutput, np.ndarray]:
+    *,
+    make_session: Callable[..., Session] = Session,
+) -> EpisodeOutput:
     """Rolls out `sampling.n` episodes of every prompt of an item.
 
     Args:
@@ -84,94 +142,88 @@ def rollout_episodes(
       item: `prompt_ids` and `rows` of P prompts.
       key: the rollout's key.
       sampling: its `max_new_tokens` limits all turns and answers of an episode together.
-      make_environment: makes one environment per episode.
-      encode: turns text into ids, without special tokens.
-      decode: turns ids into the text that the environment gets.
-      stop_decode: turns ids into the text that is searched for stop strings; None: `decode`.
-
-    Returns:
-      The item, its prompts extended by the text that `reset` returned; the completions, whose
-      `mask` is true on the tokens that the policy wrote; and the environments' rewards `[P * n]`,
-      NaN if there is none.
+      partner: what answers the model.
+      decode: turns ids into the text that is searched for stop strings.
+      make_session: makes the slots.
 
     Raises:
-      ValueError: `reset` returned different texts for the same prompt.
-      RewardError: an environment returned a reward that is not finite.
+      DataError: `reset` returned different texts for the same prompt.
     """
-    groups = [
-        _begin(row, ids, sampling.n, make_environment, encode)
-        for row, ids in zip(item["rows"], item["prompt_ids"], strict=True)
+    n, rows = sampling.n, len(item["rows"])
+    seeds, keys = _seeds(key, rows * n), _row_keys(key, rows, n)
+    first = partner.runner.reserve(rows * n)
+    episodes = [
+        Episode(first + i, item["rows"][i // n], list(item["prompt_ids"][i // n]), int(seeds[i]))
+        for i in range(rows * n)
     ]
-    prompts = [list(group[0].episode.prompt_ids) for group in groups]
-    states = [state for group in groups for state in group]
-    keys = _row_keys(key, len(prompts), sampling.n)
-    config = dataclasses.replace(sampling, n=1, stop=(*sampling.stop, *states[0].environment.stop))
-    limit, turn = sampling.max_new_tokens, 0
-    while unfinished := [i for i, state in enumerate(states) if not state.finish]:
-        rooms = [limit - len(states[i].episode.completion_ids) for i in unfinished]
-        out = generate(
-            model,
-            params,
-            [states[i].ids for i in unfinished],
-            jax.vmap(jax.random.fold_in, (0, None))(keys[np.array(unfinished)], turn),
-            config,
-            decode=stop_decode or decode,
-            limits=rooms,
+    begun = [partner.begin(episode) for episode in episodes]
+    for asked, answers in zip(begun, _answers(partner.runner, begun), strict=True):
+        asked.collect(answers)
+    for group in (episodes[i * n : (i + 1) * n] for i in range(rows)):
+        _check_same_beginning(group, partner)
+    stop = tuple(dict.fromkeys((*sampling.stop, *partner.stop)))
+    config = dataclasses.replace(sampling, n=1, stop=stop)
+    slots = min(sampling.slots, len(episodes))
+    session = make_session(model, params, config, slots=slots, decode=decode)
+    play = _Play(
+        session,
+        partner,
+        sampling.max_new_tokens,
+        lambda i, turn: _turn_key(keys, i, turn),
+    )
+    play.run(episodes)
+    rewards = [np.nan if e.reward is None else e.reward for e in episodes]
+    prompts = [list(episodes[i * n].prompt_ids) for i in range(rows)]
+    output = _output(episodes, sampling.max_new_tokens)
+    return EpisodeOutput(
+        prompts, output, np.array(rewards, np.float64), episodes, dict(session.counts)
+    )
+
+
+@jax.jit
+def _turn_key(keys: jax.Array, i: int, turn: int) -> jax.Array:
+    """The key of a turn; compiled, since one call of the device is faster than several."""
+    return jax.random.fold_in(keys[i], turn)
+
+
+def _answers(runner: EpisodeRunner, asked: list[Asked]) -> list[list[Answer]]:
+    """The answers to each episode's questions."""
+    answers = iter(runner.wait([number for one in asked for number in one.numbers]))
+    return [[next(answers) for _ in one.numbers] for one in asked]
+
+
+def _check_same_beginning(group: list[Episode], partner: Partner) -> None:
+    starts = {tuple(episode.prompt_ids) for episode in group if not episode.finish}
+    if len(starts) > 1:
+        raise DataError(
+            "an environment must start all episodes of a row with the same messages, but "
+            f"{partner.runner.info.name}.reset does not. Make random choices in step."
         )
-        for n, (i, room) in enumerate(zip(unfinished, rooms, strict=True)):
-            length = out.lengths[n]
-            ids, logprobs = out.tokens[n, :length].tolist(), out.logprobs[n, :length].tolist()
-            states[i].add_turn(ids, logprobs, out.finish_reasons[n], encode, decode, room)
-        turn += 1
-    rewards = np.array([_reward(state) for state in states], np.float64)
-    return item | {"prompt_ids": prompts}, _output(states, limit), rewards
+    for episode in group:
+        if episode.finish:  # its reset failed: the group's prompt, and a token that is masked
+            episode.prompt_ids = list(next(iter(starts), tuple(episode.prompt_ids)))
+            episode.add_answer(episode.prompt_ids[-1:])
 
 
-def _reward(state: _EpisodeState) -> float:
-    """The episode's reward, or NaN if the environment gave none; raises if it is not finite."""
-    reward = state.episode.reward
-    if reward is not None and not math.isfinite(reward):
-        raise RewardError(
-            "rewards of an environment must be finite, or None for no reward, but those of "
-            f"{type(state.environment).__name__} add up to {reward}. Correct its `step`."
-        )
-    return math.nan if reward is None else reward
+def _seeds(key: jax.Array, count: int) -> np.ndarray:
+    return np.asarray(jax.random.bits(jax.random.fold_in(key, SEED_STREAM), (count,)))
 
 
-def _begin(row, prompt_ids, n: int, make_environment, encode) -> list[_EpisodeState]:
-    """Starts the episodes of one prompt."""
-    group = []
-    for _ in range(n):
-        environment = make_environment()
-        group.append(
-            _EpisodeState(environment, Episode.start(environment, row, prompt_ids, encode), [])
-        )
-    if len({one.episode.prompt_ids for one in group}) > 1:
-        raise ValueError(
-            "an environment must start all episodes of a row with the same text, but "
-            f"{type(group[0].environment).__name__}.reset does not. Make random choices in step."
-        )
-    return group
-
-
-def _row_keys(key, prompts: int, n: int):
+def _row_keys(key: jax.Array, prompts: int, n: int) -> jax.Array:
     key = jax.random.fold_in(key, TURN_STREAM)
     rows = np.arange(prompts * n)
     one = jax.vmap(lambda i, j: jax.random.fold_in(jax.random.fold_in(key, i), j))
     return one(rows // n, rows % n)
 
 
-def _output(states: list[_EpisodeState], limit: int) -> SampleOutput:
-    """The episodes as one completion each; an answer beyond the limit is truncated.
-
-    `mask` is `Episode.sampled`: the environment's text is context and is not trained on.
-    """
-    lengths = np.array([min(len(s.episode.completion_ids), limit) for s in states], np.int32)
-    shape = (len(states), int(lengths.max()))
+def _output(episodes: list[Episode], limit: int) -> SampleOutput:
+    """The episodes as one completion each; an answer beyond the limit is truncated."""
+    lengths = np.array([min(len(e.ids), limit) for e in episodes], np.int32)
+    shape = (len(episodes), max(1, int(lengths.max())))
     tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     mask = np.zeros(shape, bool)
-    for i, (state, length) in enumerate(zip(states, lengths, strict=True)):
-        tokens[i, :length] = state.episode.completion_ids[:length]
-        logprobs[i, :length] = state.logprobs[:length]
-        mask[i, :length] = state.episode.sampled[:length]
-    return SampleOutput(tokens, logprobs, mask, lengths, tuple(s.finish for s in states))
+    for i, (episode, length) in enumerate(zip(episodes, lengths, strict=True)):
+        tokens[i, :length] = episode.ids[:length]
+        logprobs[i, :length] = episode.logprobs[:length]
+        mask[i, :length] = episode.sampled[:length]
+    return SampleOutput(tokens, logprobs, mask, lengths, tuple(e.finish for e in episodes))

@@ -4,7 +4,6 @@ Axes: P prompts, G completions of a group, L tokens of a prompt, C tokens of a c
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,12 +12,11 @@ import numpy as np
 
 from relax.data.batching import bucket
 from relax.errors import RewardError
-from relax.losses.advantages import nan_std
 from relax.rewards import RewardBatch, weighted_total
 from relax.rewards.protocol import MAX_REWARD
 from relax.sampling import SampleOutput, SamplingConfig
 
-PER_TOKEN = ("completion_ids", "mask", "logprobs")  # fields of a rollout, `[P, G, C]`
+PER_TOKEN = ("completion_ids", "mask", "logprobs", "branches")  # fields of a rollout, `[P, G, C]`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +31,17 @@ class Rollout:
         an environment. A NaN among `logprobs` is an error and never stands for a masked token.
       logprobs: `[P, G, C]` float32 nats, of each token under the distribution it was sampled from;
         0 where `mask` is false.
-      finish: `[P, G]` str, the finish reasons: `eos`, `stop` or `length`.
+      branches: `[P, G, C]` int32: the number of the branch that a token belongs to, in completions
+        that are several branches behind the prompt, one after another; else 0.
+      finish: `[P, G]` str, the finish reasons: `eos`, `stop`, `length`, or `error`, of an episode
+        whose environment or agent failed and that gets no reward.
       texts: `[P][G]`, the completions without special tokens.
       environment_rewards: `[P, G]` float64 from an environment; NaN if there is none.
+      messages: `[P][G]`, the messages of each completion, in chats with tools or an environment.
+      episodes: `[P][G]`, counts and errors of each one's turns, see `Episode.record`; empty without
+        tools and environments.
+      sources: `[P]` str, the name of each prompt's source; "" where there is no mixture.
+      columns: `[P][G]`, what reward functions get of each one beside its row's columns.
     """
 
     rows: list[dict]
@@ -45,9 +51,14 @@ class Rollout:
     completion_lengths: np.ndarray
     mask: np.ndarray
     logprobs: np.ndarray
+    branches: np.ndarray
     finish: np.ndarray
     texts: list[list[str]]
     environment_rewards: np.ndarray
+    messages: list[list[list[dict] | None]]
+    episodes: list[list[dict]]
+    sources: np.ndarray
+    columns: list[list[dict]]
 
     @property
     def truncated(self) -> np.ndarray:
@@ -65,6 +76,8 @@ class Rollout:
             "completion_ids": self.completion_ids,
             "completion_lengths": self.completion_lengths,
         } | (extra or {})
+        if self.branches.any():
+            completions["branches"] = self.branches
         return prompts | {
             name: value.reshape(-1, g, *value.shape[2:]) for name, value in completions.items()
         }
@@ -115,15 +128,21 @@ def make_rollout(
     sampling: SamplingConfig,
     decode: Callable[[Sequence[int]], str],
     environment_rewards: np.ndarray | None = None,
+    messages: Sequence[list[dict] | None] | None = None,
+    episodes: Sequence[dict] | None = None,
+    branches: np.ndarray | None = None,
+    columns: Sequence[dict] | None = None,
 ) -> Rollout:
     """Arranges the sampler's output by prompt and completion.
 
     Args:
-      item: `prompt_ids` and `rows` of P prompts.
+      item: `prompt_ids` and `rows` of P prompts, and perhaps the names of their `sources`.
       output: `P * sampling.n` completions, with the mask of tokens that the policy wrote.
       sampling: the configuration that `output` was sampled with.
       decode: turns tokens into text.
-      environment_rewards: `[P * G]` from an environment, or None.
+      environment_rewards, messages, episodes: `[P * G]`, see `Rollout`; None: there are none.
+      branches: of the tokens of `output`, see `Rollout`; None: one each.
+      columns: `[P * G]`, see `Rollout`; None: none.
     """
     prompts, G = item["prompt_ids"], sampling.n
     P = len(prompts)
@@ -131,6 +150,10 @@ def make_rollout(
     ends = np.asarray(output.lengths, np.int32)
     C = bucket(int(ends.max()), sampling.max_new_tokens)
     texts = [decode(completion) for completion in output.completions]
+
+    def by_prompt(values: Sequence) -> list[list]:
+        return [list(values[p * G : (p + 1) * G]) for p in range(P)]
+
     return Rollout(
         rows=list(item["rows"]),
         prompt_ids=padded(prompts, bucket(int(lengths.max()))),
@@ -139,11 +162,18 @@ def make_rollout(
         completion_lengths=ends.reshape(P, G),
         mask=_pad(output.mask, C).reshape(P, G, C),
         logprobs=_pad(output.logprobs, C).reshape(P, G, C),
+        branches=np.zeros((P, G, C), np.int32)
+        if branches is None
+        else _pad(branches, C).reshape(P, G, C),
         finish=np.array(output.finish_reasons).reshape(P, G),
-        texts=[texts[p * G : (p + 1) * G] for p in range(P)],
+        texts=by_prompt(texts),
         environment_rewards=(
             np.full(P * G, np.nan) if environment_rewards is None else environment_rewards
         ).reshape(P, G),
+        messages=by_prompt(messages or [None] * (P * G)),
+        episodes=by_prompt(episodes or [{}] * (P * G)),
+        sources=np.array(item.get("sources", [""] * P)),
+        columns=by_prompt(columns or [{}] * (P * G)),
     )
 
 
@@ -177,33 +207,6 @@ def padded(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
     for row, sequence in zip(out, sequences, strict=True):
         row[: len(sequence)] = sequence
     return out
-
-
-def updates_per_pass(
-    num_generations: int,
-    prompts_per_item: int | None,
-    completions_per_update: int | None,
-    gradient_accumulation_steps: int,
-) -> tuple[int, int | None]:
-    """Computes updates per pass over an item, and completions per row (None: not fixed).
-
-    Raises:
-      ValueError: the numbers do not divide each other.
-    """
-    G = num_generations
-    if completions_per_update is None:
-        return 1, None
-    if prompts_per_item is None:
-        raise ValueError("completions_per_update needs prompts_per_item: pass both or neither.")
-    total = prompts_per_item * G
-    micro, rest = divmod(completions_per_update, gradient_accumulation_steps)
-    if rest or total % completions_per_update:
-        raise ValueError(
-            f"completions_per_update must divide the {prompts_per_item} x {G} completions of an "
-            f"item and be a multiple of gradient_accumulation_steps, got {completions_per_update} "
-            f"and {gradient_accumulation_steps}."
-        )
-    return total // completions_per_update, math.gcd(micro, G)
 
 
 def with_eos(sampling: SamplingConfig, tokenizer) -> SamplingConfig:
@@ -265,6 +268,9 @@ def collect_scores(
         by_function = np.concatenate([by_function, rollout.environment_rewards[:, :, None]], axis=2)
         both = np.stack([rewards, rollout.environment_rewards], axis=2).reshape(-1, 2)
         rewards = weighted_total(both, np.ones(2)).reshape(shape)
+    failed = rollout.finish == "error"  # there is no whole episode to score
+    rewards, by_function = rewards.copy(), by_function.copy()
+    rewards[failed], by_function[failed] = np.nan, np.nan
     # NaN is allowed: no function applies. A sum of finite rewards may overflow.
     if (extreme := np.argwhere(np.abs(rewards) > MAX_REWARD)).size:
         p, g = extreme[0]
@@ -278,72 +284,11 @@ def collect_scores(
     return ScoredRollout(rollout, rewards, by_function, extras, metrics)
 
 
-def completion_records(
-    collected: ScoredRollout, names: Sequence[str], advantages: np.ndarray | None
-) -> list[dict]:
-    """Makes a record of every completion for tables and logs."""
-    rollout, rewards, by_function, extras, _ = collected
-    records = []
-    for p, g in np.ndindex(*rewards.shape):
-        record = {
-            "prompt": rollout.rows[p]["prompt"],
-            "completion": rollout.texts[p][g],
-            "finish": str(rollout.finish[p, g]),
-            "tokens": int(rollout.completion_lengths[p, g]),
-            "rewards": dict(zip(names, by_function[p, g].tolist(), strict=True)),
-            "reward": float(rewards[p, g]),
-        }
-        if advantages is not None and advantages.ndim == 2:
-            record["advantage"] = float(advantages[p, g])
-        # A column logged by a function never replaces one of the record.
-        logged = {name: values[p, g] for name, values in extras.items()}
-        records.append(record | {f"logged_{n}" if n in record else n: logged[n] for n in logged})
-    return records
-
-
 def _objects(values: list) -> np.ndarray:
     """An array of objects, one per item, even if the items are lists."""
     out = np.empty(len(values), object)
     out[:] = values
     return out
-
-
-def rollout_metrics(rollout: Rollout) -> dict[str, float | int]:
-    """Metrics of completions under TRL's names; `clipped_ratio` is the truncated share."""
-    lengths, truncated = rollout.completion_lengths, rollout.truncated
-    ended = lengths[~truncated]
-    ended = ended if ended.size else np.zeros(1)
-    metrics = {
-        "num_tokens": int(lengths.sum() + rollout.prompt_lengths.sum() * lengths.shape[1]),
-        "completions/clipped_ratio": float(truncated.mean()),
-    }
-    for name, of in (("length", lengths), ("terminated_length", ended)):
-        for statistic in ("mean", "min", "max"):
-            metrics[f"completions/{statistic}_{name}"] = float(getattr(of, statistic)())
-    return metrics
-
-
-def reward_metrics(
-    rewards: np.ndarray, by_function: np.ndarray, names: Sequence[str]
-) -> dict[str, float]:
-    """Statistics of rewards, overall and per function, ignoring NaN (not applicable).
-
-    A statistic without any value is omitted, so that it does not enter a mean over rollouts. Group
-    statistics need more than one completion per group.
-
-    Args:
-      rewards: `[P, G]`.
-      by_function: `[P, G, F]`.
-      names: `[F]`.
-    """
-    metrics = {"reward": _mean(rewards), "reward_std": _std(rewards)}
-    if rewards.shape[1] > 1:
-        metrics["reward_group_std"] = float(np.mean([_std(group) for group in rewards]))
-        metrics["frac_reward_zero_std"] = float(has_zero_std(rewards).mean())
-    for i, name in enumerate(names):
-        metrics[f"rewards/{name}/mean"] = _mean(by_function[..., i])
-        metrics[f"rewards/{name}/std"] = _std(by_function[..., i])
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def has_zero_std(rewards: np.ndarray) -> np.ndarray:
@@ -352,17 +297,6 @@ def has_zero_std(rewards: np.ndarray) -> np.ndarray:
     lowest = np.where(np.isnan(rewards), np.inf, rewards).min(axis=1)
     # Uses the range, since the standard deviation of equal numbers rounds to about 1e-14.
     return ~(highest - lowest > 1e-6)
-
-
-def _mean(values: np.ndarray) -> float:
-    there = values[~np.isnan(values)]
-    return float(there.mean()) if there.size else float("nan")
-
-
-def _std(values: np.ndarray) -> float:
-    """Unbiased standard deviation; 0 for fewer than two values."""
-    std = float(nan_std(values))
-    return 0.0 if math.isnan(std) else std
 
 
 def _pad(value: np.ndarray, width: int) -> np.ndarray:

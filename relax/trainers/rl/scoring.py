@@ -4,7 +4,7 @@ All processes hold all completions, since all run the sampler. A reward function
 or a remote service, so each completion is scored once, by one process.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -42,6 +42,23 @@ class RunLength(Callback):
         return {"global_step": step, "max_steps": self.max_steps or 0, "epoch": epoch}
 
 
+def as_runner(reward_funcs, reward_weights, *, required: bool) -> RewardRunner:
+    """The runner of reward functions, or the given one.
+
+    Raises:
+      ValueError: there must be a function and is none; weights for a runner that has its own.
+    """
+    given = isinstance(reward_funcs, RewardRunner)
+    if not given and not reward_funcs and required:
+        raise ValueError(
+            "reward_funcs is empty and there is no environment, so no completion gets a "
+            "reward. Pass at least one function."
+        )
+    if given and reward_weights is not None:
+        raise ValueError("a RewardRunner has its own weights: remove reward_weights.")
+    return reward_funcs if given else RewardRunner(reward_funcs, reward_weights)
+
+
 def submit_rewards(
     rewards: RewardRunner,
     rollout: Rollout,
@@ -61,12 +78,14 @@ def submit_rewards(
       decode: turns tokens into text with special tokens, for functions that ask for such texts.
       eos_token_ids: tokens removed from the end of those texts.
     """
-    rows: list[Mapping] = [row for row in rollout.rows for _ in rollout.texts[0]]
+    pairs = zip(rollout.rows, rollout.columns, strict=True)
+    rows: list[Mapping] = [row | own for row, columns in pairs for own in columns]
     prompts = [row["prompt"] for row in rows]
     texts = [text for group in rollout.texts for text in group]
+    chats = [messages for group in rollout.messages for messages in group]
     completions = [
-        [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
-        for prompt, text in zip(prompts, texts, strict=True)
+        chat or ([{"role": "assistant", "content": text}] if isinstance(prompt, list) else text)
+        for prompt, text, chat in zip(prompts, texts, chats, strict=True)
     ]
     lengths = rollout.completion_lengths.reshape(-1)
     ids = rollout.completion_ids.reshape(len(rows), -1)
@@ -101,10 +120,31 @@ def submit_rewards(
     return wait
 
 
+def evaluation_part(rollout: Rollout, step: int, score, submit) -> Callable[[], tuple]:
+    """A function that waits for the rewards of an evaluation's completions.
+
+    It returns what `evaluation_metrics` takes. One process starts the reward functions at once.
+
+    Args:
+      score, submit: `RLTrainer.score` and `submit_rewards`.
+    """
+    alone = processes.count() == 1
+    collected = submit(rollout, step) if alone else lambda: score(rollout, step)
+
+    def part() -> tuple:
+        rollout, rewards, by_function, _, metrics = collected()
+        return rewards, by_function, rollout.completion_lengths, metrics["reward_errors"]
+
+    return part
+
+
 def score_across_processes(
-    score: Callable[[Rollout], ScoredRollout], rollout: Rollout, *, everywhere: bool = False
+    score: Callable[[Rollout], ScoredRollout],
+    rollout: Rollout,
+    everywhere: bool = False,
+    callbacks: Iterable[Callback] = (),
 ) -> ScoredRollout:
-    """Computes `score(rollout)`, split over the processes.
+    """Computes `score(rollout)`, split over the processes, and tells callbacks.
 
     Args:
       score: scores the groups of a rollout.
@@ -112,6 +152,13 @@ def score_across_processes(
       everywhere: every process scores everything, because the function itself runs on the devices
         of all of them; the result of process 0 is used.
     """
+    scored = _scored(score, rollout, everywhere)
+    for callback in callbacks:
+        callback.on_scored(scored)
+    return scored
+
+
+def _scored(score, rollout: Rollout, everywhere: bool) -> ScoredRollout:
     count = processes.count()
     if count == 1:
         return score(rollout)
