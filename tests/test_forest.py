@@ -157,6 +157,14 @@ def test_few_places_are_padding_whatever_the_lengths():
     assert np.mean(shares) > 0.8 and len(shapes) < 15
 
 
+@pytest.mark.parametrize(
+    "lengths, shape", [([283] * 4, (4, 320)), ([283] * 3 + [200], (4, 320)), ([500] * 4, (4, 512))]
+)
+def test_equal_rows_just_above_a_power_of_two_are_not_half_empty(lengths, shape):
+    trees = [([], [[1] * n]) for n in lengths]
+    assert pack_forest(trees).rows["input_ids"].shape == shape
+
+
 @pytest.mark.parametrize("blocks, row_length", [(1, 24), (2, 24), (3, None)])
 def test_every_token_is_predicted_by_the_token_before_it(blocks, row_length):
     rng = np.random.default_rng(0)

@@ -18,6 +18,10 @@ from relax.data.packing import pack
 Tokens = Sequence[int] | np.ndarray
 Tree = tuple[Tokens, Sequence[Tokens]]  # a root's tokens and its children's
 NEARLY_FULL = 0.85  # share of real tokens in rows that stay as they are
+# Row lengths in eighths of the power of two with room for the longest child and its root. Every
+# further length is one more shape to compile for: `_MORE` are tried where `_FEW` fill too little.
+_FEW, _MORE = (8, 16, 32), (5, 6, 7, 12)
+ENOUGH = 0.75
 ROWS = ("input_ids", "positions", "segment_ids", "parent_ids", "previous")
 
 
@@ -54,7 +58,8 @@ def pack_forest(
     Every block of B / blocks rows holds an equal number of trees, in the given order, so that
     micro-batches and devices each find their own trees in their own rows. There are few sizes of T
     and of B / blocks, so that few shapes are compiled for; of the row lengths with room for the
-    longest child and its root, the one with the least work is taken.
+    longest child and its root, the one with the least work is taken: a power of two where that
+    leaves at most a quarter of the places empty.
 
     Args:
       trees: roots, which may be empty, and their children, which may be empty too.
@@ -84,10 +89,18 @@ def pack_forest(
             f"a row must hold a root and one of its children, got {longest} tokens of the longest "
             f"and {row_length} of a row. Pass a row_length of at least {longest}."
         )
-    lengths = [row_length] if row_length else _row_lengths(longest, multiple)
-    layouts = [_layout(sizes, length, blocks, shared) for length in lengths]
-    best = min(layouts, key=lambda layout: layout.work)
-    return _lay(trees, best, blocks, shared)
+    if row_length is not None:
+        return _lay(trees, _layout(sizes, row_length, blocks, shared), blocks, shared)
+
+    def best(eighths: Sequence[int]) -> _Layout:
+        lengths = _row_lengths(longest, eighths, multiple)
+        layouts = [_layout(sizes, length, blocks, shared) for length in lengths]
+        return min(layouts, key=lambda layout: layout.work)
+
+    layout = best(_FEW)
+    if layout.fill(blocks) < ENOUGH:
+        layout = best(_FEW + _MORE)
+    return _lay(trees, layout, blocks, shared)
 
 
 def deal(sizes: Sequence[int], blocks: int) -> np.ndarray:
@@ -127,18 +140,28 @@ class _Layout(NamedTuple):
     def work(self) -> float:
         return _work(self.row_count, self.length)
 
+    def fill(self, blocks: int) -> float:
+        """Share of the places that hold a token."""
+        tokens = sum(piece.size for block in self.rows for row in block for piece in row)
+        return tokens / (blocks * self.row_count * self.length)
+
 
 def _work(rows: int, length: int) -> float:
     # Scores are T per token; against the other products of usual models, they are 1 at 4,096.
     return rows * length * (1 + length / 4096)
 
 
-def _row_lengths(longest: int, multiple: int) -> list[int]:
-    """The power of two (>= 8) with room for the longest child and its root, and the next two."""
-    shortest = 8
-    while shortest < longest:
-        shortest *= 2
-    return sorted({round_up(shortest * n, multiple) for n in (1, 2, 4)})
+def _row_lengths(longest: int, eighths: Sequence[int], multiple: int) -> list[int]:
+    """Lengths with room for the longest child and its root.
+
+    >>> _row_lengths(40, _FEW, 1), _row_lengths(40, _MORE, 1)
+    ([64, 128, 256], [40, 48, 56, 96])
+    """
+    power = 8
+    while power < longest:
+        power *= 2
+    lengths = (power * n // 8 for n in eighths)
+    return sorted({round_up(n, multiple) for n in lengths if n >= max(longest, 8)})
 
 
 def _layout(sizes, length: int, blocks: int, shared: bool) -> _Layout:
