@@ -447,3 +447,28 @@ def test_a_lambda_that_hangs_is_asked_to_stop():
             break
         time.sleep(0.05)
     assert stopped
+
+
+# --- before a run --------------------------------------------------------------------------------
+
+
+def test_a_function_that_returns_a_wrong_number_of_rewards_is_refused_before_the_run(tmp_path):
+    file = tmp_path / "lengths.py"
+    file.write_text(
+        "def one_for_all(completions):\n    return [1.0]\n\n\n"
+        "def number(completions):\n    return 1.0\n\n\n"
+        "def divides(completions):\n    return [1 / len(text) for text in completions]\n"
+    )
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    cases = {
+        f"{file}:one_for_all": "'one_for_all' must return .* for 2 empty ones it returned 1 ",
+        f"{file}:number": "'number' must return .* it returned 1.0 .a float., not a list of 2",
+        lambda completions: completions[:1]: "it returned 1 rewards for 2 completions",
+    }
+    for function, message in cases.items():
+        with RewardRunner(function) as runner, pytest.raises(ConfigError, match=message):
+            runner.probe(rows, conversational=False)
+    with RewardRunner([f"{file}:divides", "exact_match"]) as runner:
+        runner.probe([row | {"answer": "1"} for row in rows], conversational=False)
+        assert runner.tally.failed == {} and runner.tally.scored == {}
+        assert runner.score(["p"], ["12"], columns={"answer": ["12"]}).total == [1.5]

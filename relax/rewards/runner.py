@@ -135,6 +135,41 @@ class RewardRunner:
             for i, value in enumerate(columns[name]):
                 check_plain(value, f"row {i}: column {name!r}")
 
+    def probe(self, rows: Sequence[Mapping], conversational: bool) -> None:
+        """Scores empty completions of the first rows, so that a wrong function is refused at once.
+
+        A wrong one does not return one reward for each completion. All other failures are left to
+        the run, whose completions are not empty. Reward models of this process are not called.
+
+        Args:
+          rows: rows of the prompts; two are used.
+          conversational: completions are lists of messages.
+
+        Raises:
+          ConfigError: a function does not return a list with one reward for each completion.
+        """
+        rows = rows[:2]
+        empty = [{"role": "assistant", "content": ""}] if conversational else ""
+        batch = self._batch(
+            [row["prompt"] for row in rows],
+            [empty] * len(rows),
+            completion_ids=[[] for _ in rows],
+            columns=collect_columns(rows),
+            trainer_state={"global_step": 0, "max_steps": 0, "epoch": 0.0},
+            texts={name: [""] * len(rows) for name in TEXTS} if self.asks_for_texts else {},
+        )
+        self._send(batch)
+        isolated, _, _ = self._receive()
+        here = {i: f for i, f in self._local.items() if not in_process(f)}
+        every = isolated | self._score_here(batch, here)
+        for i, scores in sorted(every.items()):
+            kind, reason = scores.failures.get(0, (None, None))
+            if kind == "shape":
+                raise ConfigError(
+                    f"reward {self.names[i]!r} must return a list with one number or None for each "
+                    f"completion, and for {len(rows)} empty ones it {reason}. Correct the function."
+                )
+
     def submit(
         self,
         prompts: list,
@@ -157,29 +192,8 @@ class RewardRunner:
           ConfigError: an argument of a function is missing, or the lengths differ.
           DataError: a column holds a value that JSON does not preserve.
         """
-        if not self._close.alive:
-            raise RewardError("the reward runner is closed: no batch can be scored any more.")
-        if self._pending is not None:
-            self._pending.wait()  # read the pending result before the next request is written
-        batch: dict[str, Any] = {
-            "prompts": list(prompts),
-            "completions": list(completions),
-            "completion_ids": _plain_ids(completion_ids),
-            "columns": {name: list(values) for name, values in (columns or {}).items()},
-            "trainer_state": dict(trainer_state or {}),
-            "texts": {name: list(values) for name, values in (texts or {}).items()},
-        }
-        self._check_batch(batch)
-        columns = {name: batch["columns"][name] for name in self._sent(batch["columns"])}
-        sent = batch | {"columns": columns}
-        if self._hosts:
-            for name in ("prompts", "completions", "trainer_state"):
-                check_plain(sent[name], name)
-            for name, values in columns.items():
-                check_plain(values, f"column {name!r}")
-        with self._whole_messages():
-            for _, host in self._hosts:
-                host.send(sent)
+        batch = self._batch(prompts, completions, completion_ids, columns, trainer_state, texts)
+        self._send(batch)
         finish = functools.partial(self._finish, batch)
         self._pending = PendingRewards(self._receive, finish)
         return self._pending
@@ -191,6 +205,44 @@ class RewardRunner:
     def _sent(self, columns: Iterable[str]) -> list[str]:
         infos = [self.infos[i] for indices, _ in self._hosts for i in indices]
         return [name for name in columns if any(info.takes(name) for info in infos)]
+
+    def _batch(
+        self, prompts, completions, completion_ids, columns, trainer_state, texts
+    ) -> dict[str, Any]:
+        """The arguments of all functions, checked."""
+        batch: dict[str, Any] = {
+            "prompts": list(prompts),
+            "completions": list(completions),
+            "completion_ids": _plain_ids(completion_ids),
+            "columns": {name: list(values) for name, values in (columns or {}).items()},
+            "trainer_state": dict(trainer_state or {}),
+            "texts": {name: list(values) for name, values in (texts or {}).items()},
+        }
+        self._check_batch(batch)
+        return batch
+
+    def _send(self, batch: dict) -> None:
+        """Sends a batch to the workers."""
+        if not self._close.alive:
+            raise RewardError("the reward runner is closed: no batch can be scored any more.")
+        if self._pending is not None:
+            self._pending.wait()  # read the pending result before the next request is written
+        columns = {name: batch["columns"][name] for name in self._sent(batch["columns"])}
+        sent = batch | {"columns": columns}
+        if self._hosts:
+            for name in ("prompts", "completions", "trainer_state"):
+                check_plain(sent[name], name)
+            for name, values in columns.items():
+                check_plain(values, f"column {name!r}")
+        with self._whole_messages():
+            for _, host in self._hosts:
+                host.send(sent)
+
+    def _score_here(self, batch: dict, functions: Mapping[int, Callable]) -> dict[int, Scores]:
+        return {
+            i: score_here(function, self.infos[i], batch, self.timeout_s)
+            for i, function in functions.items()
+        }
 
     def _check_batch(self, batch: dict) -> None:
         n = len(batch["prompts"])
@@ -229,10 +281,7 @@ class RewardRunner:
     def _finish(self, batch: dict, received: tuple[dict[int, Scores], float, str]) -> RewardBatch:
         scores, seconds, printed = received
         start = time.monotonic()
-        here = {
-            i: score_here(function, self.infos[i], batch, self.timeout_s)
-            for i, function in self._local.items()
-        }
+        here = self._score_here(batch, self._local)
         seconds += time.monotonic() - start
         every = [(scores | here)[i] for i in range(len(self.names))]
         texts = batch["prompts"], batch["completions"]

@@ -174,6 +174,8 @@ def read_distill_data(
             )
             _check_teacher(config, made.teacher_prompt_ids)
             rewards.check_rows(made.prompts.rows)
+            if name == sources.training:
+                rewards.probe(made.prompts.rows, made.prompts.conversational)
             loaders[name] = _loader(config, made, name, training=name == sources.training)
             all_rows[name] = made
             reports[name] = made.report or rl.PromptReport(made.prompts, loaders[name].num_left_out)

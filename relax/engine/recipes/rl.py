@@ -187,6 +187,8 @@ def read_prompts(
             )
             rewards.check_rows(prompts.rows)
             training = name == sources.training
+            if training:
+                rewards.probe(prompts.rows, prompts.conversational)
             if partner is not None:
                 check_prompts(partner, prompts)
             extra = sizes.prompts_per_item * extra_rounds

@@ -53,7 +53,7 @@ def invoke(function: Callable, info: RewardInfo, batch: Batch, indices: list[int
             result = asyncio.run(_wait_for(result))
         values, refused = check_rewards(result, n)
     except BadResult as error:
-        raise CallFailed("result", str(error)) from error
+        raise CallFailed("shape", str(error)) from error
     except BaseException as error:  # also SystemExit: a reward function never ends the run
         raise CallFailed("raised", _describe(error)) from error
     return Scores(values, {i: ("result", why) for i, why in refused.items()}, extras, metrics)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-# `raised`: an exception. `hung`: no answer in time. `died`: the process ended. `result`: not a
-# list of finite numbers and None, one for each completion.
-Kind = Literal["raised", "hung", "died", "result"]
+# `raised`: an exception. `hung`: no answer in time. `died`: the process ended. `shape`: not a list
+# with one item for each completion. `result`: an item that is neither a finite number nor None.
+Kind = Literal["raised", "hung", "died", "shape", "result"]
 
 MAX_LOST = 3  # maximum number of completions per batch that may cost a time limit or a process
 
@@ -59,7 +59,7 @@ def score(call: Callable[[list[int]], Scores], n: int) -> Scores:
         return call(everything)
     except CallFailed as error:
         first = error
-    if first.kind == "result" or n == 1:
+    if first.kind in ("shape", "result") or n == 1:
         return _failed(dict.fromkeys(everything, (first.kind, first.reason)), n)
     failures: dict[int, tuple[Kind, str]] = {}
     lost = 0
