@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 from faults import meet
 from metric_names import undocumented
 
@@ -279,3 +281,13 @@ def outcome(output_dir: Path) -> dict:
         "files": sorted(p.name for p in (output_dir / "final").iterdir()),
         "left behind": [p.name for p in output_dir.rglob("*tmp*")],
     }
+
+
+def kills(all_of_them: Sequence, *few: int):
+    """Parametrises a test by its kills: the ones at the places `few`, and, in the slow tests, all.
+
+    Each kill is a start of a program, and most of the time of a test.
+    """
+    some = [all_of_them[i] for i in few]
+    slow = pytest.param(list(all_of_them), marks=pytest.mark.slow, id=f"all_{len(all_of_them)}")
+    return pytest.mark.parametrize("kills", [pytest.param(some, id=f"{len(few)}"), slow])

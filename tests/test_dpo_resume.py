@@ -2,7 +2,7 @@
 
 import pytest
 from golden.trl_cases import write_tiny_llama
-from runs import ROOT, end_all, finish, flags, fork, killed, metrics, outcome, write_rows
+from runs import ROOT, end_all, finish, flags, fork, killed, kills, metrics, outcome, write_rows
 
 SCRIPT = ROOT / "run_dpo.py"
 STEPS = 12
@@ -55,16 +55,16 @@ def job(tmp_path_factory) -> list[str]:
 
 
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
-def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(job, tmp_path):
+@kills(KILLS, 0, 6, 7)
+def test_kills_end_in_the_bytes_of_an_unbroken_run(job, kills, tmp_path):
     """Parameters, optimizer state, position, metrics and the exported model, bit for bit."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finish(*job, f"--output_dir={unbroken}", script=SCRIPT)
     records = metrics(unbroken)
     assert abs(records[0]["loss"] - 0.6931) < 0.05 and "eval_rewards/accuracies" in records[-1]
     assert [r["step"] for r in records if "loss" in r] == list(range(2, STEPS + 1, 2))
-    assert len(KILLS) == 10
     arguments = [*job, f"--output_dir={broken}", "--resume=auto"]
-    for fault in KILLS:
+    for fault in kills:
         child = fork(*arguments, fault=fault, script=SCRIPT)
         assert killed(child), (fault, child.stdout, child.stderr)
     printed = finish(*arguments, script=SCRIPT)

@@ -84,7 +84,7 @@ def test_a_killed_run_of_episodes_ends_in_the_bytes_of_an_unbroken_one(tmp_path)
     assert call(**job, output_dir=tmp_path / "unbroken") == 0
     expected = outcome(tmp_path / "unbroken")
     arguments = [*flags(**job), f"--output_dir={tmp_path / 'broken'}", "--resume=auto"]
-    for fault in ("rollout:1", "after_rename:1", "rollout:1"):
+    for fault in ("rollout:1", "after_rename:1"):
         assert killed(start(*arguments, fault=fault)), fault
     finish(*arguments, script=runs.ROOT / "run_grpo.py")
     assert outcome(tmp_path / "broken") == expected

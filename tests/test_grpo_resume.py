@@ -12,7 +12,7 @@ import pytest
 import runs
 from faults import meet
 from grpo_runs import SCRIPT, call, make_job, outcome, start
-from runs import end_all, finish, flags, killed
+from runs import end_all, finish, flags, killed, kills
 
 from relax.trainers import RLTrainer
 
@@ -45,24 +45,24 @@ NAMED = (
     "step:1",
     "export:1",
 )
-RANDOM_KILLS = 3
+RANDOM_KILLS = ("random",) * 3
 
 
-def kill_at_named_points(arguments, output_dir: Path) -> Path:
+def kill_at_named_points(arguments, output_dir: Path, points) -> Path:
     arguments = [*arguments, f"--output_dir={output_dir}", "--resume=auto"]
-    for fault in NAMED:
+    for fault in points:
         child = start(*arguments, fault=fault)
         assert killed(child), (fault, child.stdout, child.stderr)
     finish(*arguments, script=SCRIPT)
     return output_dir
 
 
-def kill_at_random_times(arguments, output_dir: Path) -> Path:
+def kill_at_random_times(arguments, output_dir: Path, kills: int) -> Path:
     rng, hit = random.Random(0), 0
     arguments = [*arguments, f"--output_dir={output_dir}", "--resume=auto"]
     while True:
         child = start(*arguments)
-        if hit < RANDOM_KILLS:
+        if hit < kills:
             child.wait_for("attention:" if hit % 2 else "compiling the train step")
             time.sleep(rng.uniform(0, 1))
             child.process.kill()
@@ -73,15 +73,17 @@ def kill_at_random_times(arguments, output_dir: Path) -> Path:
 
 
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
-def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, tmp_path):
+@kills(NAMED + RANDOM_KILLS, 1, 3, 7)
+def test_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, kills, tmp_path):
     """Parameters, optimizer state, position, counts, metrics and completions, bit for bit."""
-    assert len(NAMED) + RANDOM_KILLS == 10
     arguments, expected = flags(**job), outcome(unbroken)
     assert len(expected["completions"]) == 2 and expected["steps"] == [4, 8]
+    points = [kill for kill in kills if kill != "random"]
+    times = len(kills) - len(points)
     with ThreadPoolExecutor(2) as pool:
         chains = [
-            pool.submit(kill_at_named_points, arguments, tmp_path / "named"),
-            pool.submit(kill_at_random_times, arguments, tmp_path / "random"),
+            pool.submit(kill_at_named_points, arguments, tmp_path / "named", points),
+            pool.submit(kill_at_random_times, arguments, tmp_path / "random", times),
         ]
         for chain in chains:
             assert outcome(chain.result()) == expected, chain.result()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from grpo_runs import outcome
 from ppo_runs import SCRIPT, call, make_job
-from runs import end_all, finish, flags, fork, killed
+from runs import end_all, finish, flags, fork, killed, kills
 
 
 @pytest.fixture(autouse=True)
@@ -26,22 +26,22 @@ NAMED = (
     "step:1",
     "export:1",
 )
-RANDOM_KILLS = 3
+RANDOM_KILLS = ("random",) * 3
 
 
-def kill_at_named_points(arguments, output_dir):
+def kill_at_named_points(arguments, output_dir, points):
     arguments = [*arguments, f"--output_dir={output_dir}", "--resume=auto"]
-    for fault in NAMED:
+    for fault in points:
         child = fork(*arguments, fault=fault, script=SCRIPT)
         assert killed(child), (fault, child.stdout, child.stderr)
     finish(*arguments, script=SCRIPT)
     return output_dir
 
 
-def kill_at_random_times(arguments, output_dir):
+def kill_at_random_times(arguments, output_dir, kills: int):
     rng = random.Random(0)
     arguments = [*arguments, f"--output_dir={output_dir}", "--resume=auto"]
-    for hit in range(RANDOM_KILLS):
+    for hit in range(kills):
         child = fork(*arguments, script=SCRIPT)
         child.wait_for("attention:" if hit % 2 else "compiling the train step")
         time.sleep(rng.uniform(0, 1))
@@ -53,17 +53,19 @@ def kill_at_random_times(arguments, output_dir):
 
 
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
-def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(tmp_path):
+@kills(NAMED + RANDOM_KILLS, 1, 3, 7)
+def test_kills_end_in_the_bytes_of_an_unbroken_run(kills, tmp_path):
     """Policy, critic, both optimizers, the KL coefficient, metrics and completions, bit for bit."""
-    assert len(NAMED) + RANDOM_KILLS == 10
     job = make_job(tmp_path)
     assert call(**job, output_dir=tmp_path / "unbroken") == 0
     arguments, expected = flags(**job), outcome(tmp_path / "unbroken")
     assert expected["steps"] == [4, 8, 12]
+    points = [kill for kill in kills if kill != "random"]
+    times = len(kills) - len(points)
     with ThreadPoolExecutor(2) as pool:
         chains = [
-            pool.submit(kill_at_named_points, arguments, tmp_path / "named"),
-            pool.submit(kill_at_random_times, arguments, tmp_path / "random"),
+            pool.submit(kill_at_named_points, arguments, tmp_path / "named", points),
+            pool.submit(kill_at_random_times, arguments, tmp_path / "random", times),
         ]
         for chain in chains:
             assert outcome(chain.result()) == expected, chain.result()

@@ -29,6 +29,7 @@ from runs import (
     flags,
     fork,
     killed,
+    kills,
     metrics,
     model_bytes,
     outcome,
@@ -99,11 +100,11 @@ NAMED = (
     "trained:1",  # all is trained: nothing may be lost when train() has returned
     "export:1",
 )
-RANDOM_KILLS = 5
+RANDOM_KILLS = ("random",) * 5
 
 
-def kill_at_named_points(arguments, output_dir: Path) -> list[Path]:
-    for number, fault in enumerate(NAMED):
+def kill_at_named_points(arguments, output_dir: Path, points) -> list[Path]:
+    for number, fault in enumerate(points):
         how = f"--save_async={number % 2 == 0}"  # every other one is written in a thread
         child = fork(*arguments, f"--output_dir={output_dir}", "--resume=auto", how, fault=fault)
         assert killed(child), (fault, child.stdout, child.stderr)
@@ -132,16 +133,18 @@ def kill_at_random_times(arguments, root: Path, kills: int) -> list[Path]:
 
 
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
-def test_fifteen_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, tmp_path):
+@kills(NAMED + RANDOM_KILLS, 1, 2, 3, 5, 6, 8, 9, 10)
+def test_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, kills, tmp_path):
     """Parameters, optimizer state, position, metrics and the exported model, bit for bit."""
     arguments = flags(**job)
+    points = [kill for kill in kills if kill != "random"]
+    times = len(kills) - len(points)
     with ThreadPoolExecutor(2) as pool:
         chains = [
-            pool.submit(kill_at_named_points, arguments, tmp_path / "named"),
-            pool.submit(kill_at_random_times, arguments, tmp_path / "random", RANDOM_KILLS),
+            pool.submit(kill_at_named_points, arguments, tmp_path / "named", points),
+            pool.submit(kill_at_random_times, arguments, tmp_path / "random", times),
         ]
         runs = [run for chain in chains for run in chain.result()]
-    assert len(NAMED) + RANDOM_KILLS == 15
     expected = outcome(unbroken)
     for run in runs:
         assert outcome(run) == expected, run

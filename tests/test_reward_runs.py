@@ -5,7 +5,7 @@ import json
 import pytest
 from golden.trl_cases import write_tiny_llama
 from grpo_runs import call as call_grpo
-from runs import ROOT, end_all, finish, flags, fork, killed, metrics, outcome, write_rows
+from runs import ROOT, end_all, finish, flags, fork, killed, kills, metrics, outcome, write_rows
 
 from relax.config import RewardModelConfig, cli
 from relax.models.huggingface.classifiers import load_classifier
@@ -136,11 +136,11 @@ def test_the_model_is_a_reward_function_of_grpo(job, unbroken, tmp_path):
 
 
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
-def test_ten_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, tmp_path):
+@kills(KILLS, 5, 8)
+def test_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, kills, tmp_path):
     """Parameters, optimizer state, position, metrics and the exported model, bit for bit."""
-    assert len(KILLS) == 10
     arguments = [*flags(**job), f"--output_dir={tmp_path / 'broken'}", "--resume=auto"]
-    for fault in KILLS:
+    for fault in kills:
         child = fork(*arguments, fault=fault, script=SCRIPT)
         assert killed(child), (fault, child.stdout, child.stderr)
     finish(*arguments, script=SCRIPT)
