@@ -29,7 +29,9 @@ CONFIG = TransformerConfig(
     initializer_range=0.2,
 )
 MODEL = Transformer(CONFIG)
-RATE = optax.linear_schedule(1e-2, 0.0, 9)
+# With Adam's usual eps the step of a gradient near 0 is as long as any other, and turns with its
+# rounding, which two compiled programs need not share.
+ADAMW = OPTIMIZERS["adamw"](optax.linear_schedule(1e-2, 0.0, 9), eps=1e-3)
 TEXTS = [[([1, 2, 3], [4, 5, 6, 7])], [([8, 9], [10, 11, 12])]] * 2
 
 
@@ -60,7 +62,7 @@ def assert_on_host(opt_state):
 
 @pytest.fixture(scope="module")
 def whole():
-    return trained(OPTIMIZERS["adamw"](RATE))
+    return trained(ADAMW)
 
 
 def close(ours, theirs):
@@ -69,7 +71,7 @@ def close(ours, theirs):
 
 
 def test_a_state_on_the_host_gives_the_same_weights_and_stays_there(whole, tmp_path):
-    state, metrics = trained(offload(OPTIMIZERS["adamw"](RATE)))
+    state, metrics = trained(offload(ADAMW))
     assert_on_host(state.opt_state)
     close(state.params, whole[0].params)
     rates = (metrics["learning_rate"], learning_rate(state.opt_state))
@@ -84,7 +86,7 @@ def test_a_state_on_the_host_gives_the_same_weights_and_stays_there(whole, tmp_p
 
 def test_so_it_does_on_a_mesh(whole):
     with parallel.use(parallel.make_mesh("fsdp=1,data=1", jax.devices()[:1])):
-        state, _ = trained(offload(OPTIMIZERS["adamw"](RATE)))
+        state, _ = trained(offload(ADAMW))
     assert_on_host(state.opt_state)
     close(state.params, whole[0].params)
 
