@@ -3,8 +3,8 @@
 The environment is set before jax is imported anywhere, and child processes inherit it: a program
 that one test has compiled is read back by every other. A program from the cache gives the same bits
 as one just compiled. LLVM optimises little here, since most of the time would go into compiling;
-on the newest Python `.ci/run` has it do so fully. Shapes must agree without silent broadcasting
-(`numpy_rank_promotion`).
+on the newest Python `.ci/run` has it do so fully, with one case of each test (`--one-each`). Shapes
+must agree without silent broadcasting (`numpy_rank_promotion`).
 """
 
 import importlib.metadata
@@ -56,12 +56,27 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--one-each", action="store_true", help="the first case of each test only")
+
+
 # One process may still run the last file when the other has ended: these take the longest.
-LONG = ("test_resume.py", "test_grpo_resume.py", "test_dpo_resume.py")
+LONG = ("test_resume.py", "test_parallel.py", "test_grpo_resume.py", "test_processes.py")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name not in LONG)
+    if config.getoption("--one-each"):
+        _keep_first_cases(config, items)
+
+
+def _keep_first_cases(config, items):
+    first = {}  # by file, class and function
+    for item in items:
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    kept = list(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def pytest_unconfigure(config):

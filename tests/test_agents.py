@@ -174,6 +174,7 @@ def test_an_agent_that_always_fails_ends_the_run(trainer):
         rollout(trainer("idle"))
 
 
+@pytest.mark.programs
 @pytest.mark.filterwarnings("ignore:.*have no effect in training")
 def test_a_run_that_is_resumed_ends_in_the_same_bytes(tmp_path):
     """Calls that race at random times give the same run, killed or not."""

@@ -15,6 +15,8 @@ import pytest
 
 from relax.checkpoint.checkpointer import Checkpointer
 
+pytestmark = pytest.mark.programs
+
 PATHS = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 DRIVER = r"""
 import json, os, resource, signal, sys, time

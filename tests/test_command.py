@@ -142,6 +142,7 @@ def test_a_report_is_written_of_one_run_and_of_several(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.programs
 def installed(wheel: Path, folder: Path) -> Path:
     """The programs of a fresh environment with the wheel; it borrows the dependencies."""
     venv.create(folder, symlinks=os.name != "nt")

@@ -192,6 +192,7 @@ def test_broken_files_are_refused_with_the_line(kept, tmp_path, arithmetic_token
         kept(file, arithmetic_tokenizer, limits=Limits(max_row_bytes=60))
 
 
+@pytest.mark.programs
 def test_mixtures_are_kept_with_the_rows_of_each_source(kept, tmp_path, arithmetic_tokenizer):
     a, b = (write_rows(tmp_path / f"{n}.jsonl", additions(i)) for n, i in (("a", 20), ("b", 10)))
     for weights in ((1, 1), (1, 3)):

@@ -4,6 +4,8 @@ import pytest
 from golden.trl_cases import write_tiny_llama
 from runs import ROOT, end_all, finish, flags, fork, killed, kills, metrics, outcome, write_rows
 
+pytestmark = pytest.mark.programs
+
 SCRIPT = ROOT / "run_dpo.py"
 STEPS = 12
 JOB = {

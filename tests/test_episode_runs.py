@@ -69,6 +69,7 @@ def test_a_rollout_and_its_update_do_not_depend_on_how_long_the_environment_take
     assert metrics["sampling/logp_difference/max"] < 1e-4 and metrics["skipped_steps"] == 0
 
 
+@pytest.mark.programs
 @pytest.mark.timeout(1200)
 def test_a_killed_run_of_episodes_ends_in_the_bytes_of_an_unbroken_one(tmp_path):
     rows = [{"prompt": PROMPT, "answer": str(i)} for i in range(12)]

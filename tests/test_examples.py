@@ -8,6 +8,8 @@ import pytest
 from doc_code import ROOT
 from runs import environment
 
+pytestmark = pytest.mark.programs
+
 PROGRAMS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 

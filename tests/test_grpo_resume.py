@@ -16,6 +16,8 @@ from runs import end_all, finish, flags, killed, kills
 
 from relax.trainers import RLTrainer
 
+pytestmark = pytest.mark.programs
+
 
 @pytest.fixture(autouse=True)
 def no_child_left():

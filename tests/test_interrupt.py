@@ -13,6 +13,8 @@ from relax.errors import ConfigError
 from relax.trainers import interrupt as module
 from relax.trainers.interrupt import Interrupt, Interrupted
 
+pytestmark = pytest.mark.programs
+
 # The one file is loaded, since a package that imports jax would take seconds to start.
 LOAD = f"""
 import hashlib, importlib.util, os, sys, time

@@ -225,6 +225,7 @@ def test_a_held_out_part_has_every_row_once(tmp_path):
     assert sum(held_out.mixture.sizes) == len(held_out.mixture) == 20
 
 
+@pytest.mark.programs
 def test_mixing_options_need_several_sources(tmp_path):
     a = write_rows(tmp_path / "a.jsonl", additions(4))
     config = SFTConfig().replace(**{"dataset_name": str(a), "mixing_strategy": "concat"})

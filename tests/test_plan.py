@@ -15,7 +15,7 @@ from relax.tools.plan.flops import forward_flops
 from relax.tools.plan.hlo import Traffic
 from relax.tools.plan.plan import Program, described
 
-pytestmark = pytest.mark.timeout(960)
+pytestmark = [pytest.mark.timeout(960), pytest.mark.programs]
 ROOT = Path(__file__).parents[1]
 SHAPE = {
     "model_type": "qwen3",

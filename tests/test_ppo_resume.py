@@ -9,6 +9,8 @@ from grpo_runs import outcome
 from ppo_runs import SCRIPT, call, make_job
 from runs import end_all, finish, flags, fork, killed, kills
 
+pytestmark = pytest.mark.programs
+
 
 @pytest.fixture(autouse=True)
 def no_child_left():

@@ -30,7 +30,7 @@ from relax.errors import ConfigError
 from relax.files import list_steps
 from relax.parallel import processes
 
-pytestmark = pytest.mark.timeout(290)
+pytestmark = [pytest.mark.timeout(290), pytest.mark.programs]
 
 
 @pytest.fixture(scope="module")

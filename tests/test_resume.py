@@ -41,6 +41,8 @@ from relax.engine import memory
 from relax.files import list_steps
 from relax.trainers import Trainer
 
+pytestmark = pytest.mark.programs
+
 STEPS = 36
 # Log lines average over steps 4 to 6, 10 to 12, ...: windows that lie across the checkpoints.
 JOB = {

@@ -135,6 +135,7 @@ def test_the_model_is_a_reward_function_of_grpo(job, unbroken, tmp_path):
     assert abs(record["reward"] - 2 * rewards[0] - 0.5 * rewards[1]) < 1e-5
 
 
+@pytest.mark.programs
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
 @kills(KILLS, 5, 8)
 def test_kills_end_in_the_bytes_of_an_unbroken_run(job, unbroken, kills, tmp_path):
