@@ -7,11 +7,13 @@ on the newest Python `.ci/run` has it do so fully, with one case of each test (`
 must agree without silent broadcasting (`numpy_rank_promotion`).
 """
 
+import gc
 import importlib.metadata
 import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
@@ -82,6 +84,20 @@ def _keep_first_cases(config, items):
 def pytest_unconfigure(config):
     if _cache is not None:
         shutil.rmtree(_cache, ignore_errors=True)
+
+
+# Every compiled program maps some memory of its own until it is dropped, and Linux ends a process
+# that asks for more than 65,530 mappings (vm.max_map_count) in the middle of a compilation.
+MANY_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Drops the compiled programs of earlier files where they have become many."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 class Regression(Trainer):
