@@ -131,6 +131,14 @@ def test_trees_are_dealt_so_that_tokens_balance():
     ]
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4, 6])
+def test_devices_do_not_change_which_trees_are_in_a_micro_batch(micro_batches):
+    sizes = np.random.default_rng(0).integers(1, 50, 96).tolist()
+    alone = np.sort(deal(sizes, micro_batches).reshape(micro_batches, -1))
+    on_eight = np.sort(deal(sizes, micro_batches * 8).reshape(micro_batches, -1))
+    assert np.array_equal(alone, on_eight)
+
+
 def test_a_child_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="5 tokens of the longest and 4 of a row"):
         pack_forest([([5, 6], [[1, 2, 3]])], row_length=4)

@@ -52,6 +52,7 @@ def pack_forest(
     multiple: int = 1,
     shared: bool = True,
     laid: Sequence[bool] | np.ndarray | None = None,
+    enough: float = ENOUGH,
 ) -> Forest:
     """Packs trees by best fit; a root is repeated where its tree does not fit into a row.
 
@@ -59,7 +60,7 @@ def pack_forest(
     micro-batches and devices each find their own trees in their own rows. There are few sizes of T
     and of B / blocks, so that few shapes are compiled for; of the row lengths with room for the
     longest child and its root, the one with the least work is taken: a power of two where that
-    leaves at most a quarter of the places empty.
+    fills `enough` of the places.
 
     Args:
       trees: roots, which may be empty, and their children, which may be empty too.
@@ -69,6 +70,7 @@ def pack_forest(
       shared: children of a tree share its root where they are in one row. False repeats the root
         before every child, as one segment with it.
       laid: the trees to lay out; None: all. The others are counted, and take no place.
+      enough: share of the places, 0 to 1, below which T may lie between two powers of two.
 
     Raises:
       ValueError: `blocks` does not divide the trees, or a root with one of its children is longer
@@ -98,7 +100,7 @@ def pack_forest(
         return min(layouts, key=lambda layout: layout.work)
 
     layout = best(_FEW)
-    if layout.fill(blocks) < ENOUGH:
+    if layout.fill(blocks) < enough:
         layout = best(_FEW + _MORE)
     return _lay(trees, layout, blocks, shared)
 
@@ -106,21 +108,45 @@ def pack_forest(
 def deal(sizes: Sequence[int], blocks: int) -> np.ndarray:
     """An order of trees in which the blocks have equal numbers of trees and similar sizes.
 
-    The largest tree goes to the block with the fewest tokens so far that has room for a tree.
+    Blocks are micro-batches times devices. Where the number of devices is a power of two, it does
+    not change which trees are in a micro-batch, as it would a loss that depends on that: the trees
+    are dealt by one prime factor after the other, the largest first. Each deal gives the largest
+    tree to the part with the fewest tokens so far that has room for a tree.
 
     >>> deal([9, 1, 8, 2], 2).tolist()
     [0, 1, 2, 3]
     >>> deal([9, 8, 2, 1], 2).tolist()
     [0, 3, 1, 2]
     """
-    totals = [0] * blocks
-    members: list[list[int]] = [[] for _ in range(blocks)]
-    room = len(sizes) // blocks
-    for tree in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        block = min((b for b in range(blocks) if len(members[b]) < room), key=totals.__getitem__)
-        totals[block] += sizes[tree]
-        members[block].append(tree)
-    return np.array([tree for block in members for tree in sorted(block)], np.int64)
+    return np.array(_deal(range(len(sizes)), sizes, blocks), np.int64)
+
+
+def _deal(trees: Sequence[int], sizes: Sequence[int], blocks: int) -> list[int]:
+    if blocks == 1:
+        return list(trees)
+    parts = _largest_prime_factor(blocks)
+    totals = [0] * parts
+    members: list[list[int]] = [[] for _ in range(parts)]
+    room = len(trees) // parts
+    for tree in sorted(trees, key=lambda i: -sizes[i]):
+        part = min((p for p in range(parts) if len(members[p]) < room), key=totals.__getitem__)
+        totals[part] += sizes[tree]
+        members[part].append(tree)
+    return [tree for part in members for tree in _deal(sorted(part), sizes, blocks // parts)]
+
+
+def _largest_prime_factor(n: int) -> int:
+    """
+    >>> [_largest_prime_factor(n) for n in (2, 6, 8, 15, 24)]
+    [2, 3, 2, 5, 3]
+    """
+    factor = 2
+    while n > factor:
+        if n % factor:
+            factor += 1
+        else:
+            n //= factor
+    return n
 
 
 class _Piece(NamedTuple):
@@ -296,7 +322,8 @@ def pack_rows(
         return dict(batch)
     order = deal(lengths.tolist(), blocks)
     trees = [((), (batch["input_ids"][i, : lengths[i]],)) for i in order]
-    forest = pack_forest(trees, blocks=blocks, multiple=multiple)
+    # Rows that powers of two do not shorten stay as they are: their length is a multiple already.
+    forest = pack_forest(trees, blocks=blocks, multiple=multiple, enough=0.0)
     shape = forest.rows["input_ids"].shape
     if _work(*shape) >= _work(B, T):
         return dict(batch)
