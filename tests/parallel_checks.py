@@ -667,7 +667,8 @@ def check_a_job_on_a_mesh():
 
 CHECKS = {name[6:]: f for name, f in globals().items() if name.startswith("check_")}
 
-ONLY_IN_ALL = ("online_dpo",)  # rollouts as GRPO's, losses as DPO's
+# Minutes, for what other checks hold in part: rollouts as GRPO's, losses as DPO's, layers as SFT's.
+ONLY_IN_ALL = ("online_dpo", "ppo", "quantised_weights", "shared_keys")
 
 
 def main(names):

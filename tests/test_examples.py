@@ -24,8 +24,11 @@ def printed(program: str, *args: str) -> str:
 @pytest.mark.parametrize(
     "program",
     [
-        *("own_reward.py", "own_trainer.py", "guessing_game.py"),
-        pytest.param("calculator_tool.py", marks=pytest.mark.slow),  # minutes
+        *("own_reward.py", "own_trainer.py"),
+        *(
+            pytest.param(program, marks=pytest.mark.slow)  # minutes
+            for program in ("guessing_game.py", "calculator_tool.py")
+        ),
     ],
 )
 def test_an_example_learns(program):
@@ -33,6 +36,7 @@ def test_an_example_learns(program):
     assert after > before + 0.1
 
 
+@pytest.mark.slow
 def test_an_agent_written_for_openais_api_learns():
     for package in ("openai", "starlette", "uvicorn"):
         pytest.importorskip(package)

@@ -91,7 +91,12 @@ def test_when_one_is_killed_the_other_ends_with_an_error_and_a_relaunch_goes_on_
 
 
 @pytest.mark.parametrize(
-    "signum, to", [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
+    "signum, to",
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_any_process_saves_and_ends_all_and_a_relaunch_goes_on_exactly(
     two, job, signum, to

@@ -131,7 +131,7 @@ def test_generation_reads_the_same_numbers():
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_update_holds_no_layer_as_a_matrix_that_it_is_not_at_work_on(checkpointing):
     """By XLA's account: eight layers of 1.6 MB in float take less than three of them."""
     config = TransformerConfig(
