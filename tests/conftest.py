@@ -3,8 +3,8 @@
 The environment is set before jax is imported anywhere, and child processes inherit it: a program
 that one test has compiled is read back by every other. A program from the cache gives the same bits
 as one just compiled. LLVM optimises little here, since most of the time would go into compiling;
-on the newest Python `.ci/run` has it do so fully, with one case of each test (`--one-each`). Shapes
-must agree without silent broadcasting (`numpy_rank_promotion`).
+`.ci/run` has it do so fully for a few files, on the newest Python. Shapes must agree without silent
+broadcasting (`numpy_rank_promotion`).
 """
 
 import gc

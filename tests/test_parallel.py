@@ -19,7 +19,7 @@ from relax.parallel import RULES, read_rules
 from relax.parallel.rules import spec_of
 from relax.tools.plan.hlo import collectives
 
-pytestmark = pytest.mark.timeout(1560)
+pytestmark = [pytest.mark.timeout(1560), pytest.mark.programs]
 ROOT = Path(__file__).parents[1]
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -99,8 +99,12 @@ def trainer_of(model, params, lora=LORA):
 
 @pytest.mark.parametrize(
     ("kind", "family"),
-    [("nf4", "qwen3_moe"), ("int8", "dora"), ("nf4", "gpt_oss"), ("nf4", "gemma4_text-shared")],
-    ids=["experts", "dora", "biases of experts", "shared keys and values"],
+    [
+        pytest.param("nf4", "qwen3_moe", id="experts"),
+        pytest.param("int8", "dora", id="dora"),
+        pytest.param("nf4", "gpt_oss", id="biases of experts", marks=pytest.mark.slow),
+        pytest.param("nf4", "gemma4_text-shared", id="shared keys and values"),
+    ],
 )
 def test_gradients_of_adapters_are_those_over_the_dequantised_weights(kind, family):
     model, params = tiny_family("llama" if family == "dora" else family)
