@@ -55,7 +55,7 @@ def kill_at_random_times(arguments, output_dir, kills: int):
 
 
 @pytest.mark.timeout(1200)  # a dozen programs, one after the other
-@kills(NAMED + RANDOM_KILLS, 1, 3, 7)
+@kills(NAMED + RANDOM_KILLS, 1, 3)
 def test_kills_end_in_the_bytes_of_an_unbroken_run(kills, tmp_path):
     """Policy, critic, both optimizers, the KL coefficient, metrics and completions, bit for bit."""
     job = make_job(tmp_path)
@@ -65,9 +65,8 @@ def test_kills_end_in_the_bytes_of_an_unbroken_run(kills, tmp_path):
     points = [kill for kill in kills if kill != "random"]
     times = len(kills) - len(points)
     with ThreadPoolExecutor(2) as pool:
-        chains = [
-            pool.submit(kill_at_named_points, arguments, tmp_path / "named", points),
-            pool.submit(kill_at_random_times, arguments, tmp_path / "random", times),
-        ]
+        chains = [pool.submit(kill_at_named_points, arguments, tmp_path / "named", points)]
+        if times:
+            chains += [pool.submit(kill_at_random_times, arguments, tmp_path / "random", times)]
         for chain in chains:
             assert outcome(chain.result()) == expected, chain.result()
