@@ -86,8 +86,8 @@ def pytest_unconfigure(config):
         shutil.rmtree(_cache, ignore_errors=True)
 
 
-# Every compiled program maps some memory of its own until it is dropped, and Linux ends a process
-# that asks for more than 65,530 mappings (vm.max_map_count) in the middle of a compilation.
+# Every compiled program maps some memory of its own until it is dropped. Linux grants a process
+# 65,530 mappings (vm.max_map_count); a compilation that gets no more ends it without an exception.
 MANY_MAPPINGS = 20_000
 
 
