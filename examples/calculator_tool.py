@@ -89,7 +89,7 @@ def train(seed: int = 0, updates: int = 30):
     import optax
 
     from relax.data import prepare_prompts
-    from relax.data.prompts import PromptLoader
+    from relax.data.prompt_loader import PromptLoader
     from relax.rewards import EpisodeRunner
     from relax.sampling import SamplingConfig
     from relax.trainers import GRPOTrainer

@@ -52,7 +52,7 @@ def train(seed: int = 0, updates: int = 12):
 
     from relax.data import DataLoader, arithmetic_tokenizer, prepare, prepare_prompts
     from relax.data.formats import FormatOptions
-    from relax.data.prompts import PromptLoader
+    from relax.data.prompt_loader import PromptLoader
     from relax.models import Transformer, TransformerConfig
     from relax.sampling import SamplingConfig
     from relax.trainers import GRPOTrainer, SFTTrainer

@@ -11,7 +11,8 @@ from grpo_runs import call, make_job, outcome
 from relax.callbacks.curriculum import CurriculumProgress
 from relax.data.curriculum import PassRateCurriculum
 from relax.data.mixing import Mixture
-from relax.data.prompts import PromptLoader, Prompts
+from relax.data.prompt_loader import PromptLoader
+from relax.data.prompts import Prompts
 from relax.errors import ConfigError
 from relax.trainers.rl.rollout import ScoredRollout
 

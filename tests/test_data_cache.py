@@ -14,16 +14,20 @@ from relax.data import (
     DataLoader,
     FormatOptions,
     PreferenceLoader,
+    PromptLoader,
     arithmetic_tokenizer,
     prepare,
     prepare_preferences,
+    prepare_prompts,
     read_rows,
 )
 from relax.data.cache import ExampleCache, cache_key
 from relax.data.limits import Limits
 from relax.data.mixing import parse_sources
 from relax.data.sources import read_sources
+from relax.data.stored import View
 from relax.errors import DataError
+from relax.rewards.protocol import describe_columns
 
 
 @pytest.fixture
@@ -270,3 +274,39 @@ def test_options_of_pairs_are_in_their_key(tmp_path, arithmetic_tokenizer):
         rows = read_rows(file, stored_from=0)
         prepare_preferences(rows, arithmetic_tokenizer, cache=cache, **reading)
     assert len([*(tmp_path / "cache").iterdir()]) == 4
+
+
+PROMPTS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(30)]
+TALKS = [{"prompt": [{"role": "user", "content": f"{i}?"}], "level": i} for i in range(30)]
+
+
+@pytest.mark.parametrize("rows", [PROMPTS, TALKS, [*PROMPTS, {"prompt": "2", "day": [None]}]])
+def test_kept_prompts_are_those_made_in_memory(rows, tmp_path, arithmetic_tokenizer):
+    """Tokens, rows with the columns of all, what is known of the columns, order and digest."""
+    file, said = write_rows(tmp_path / "rows.jsonl", rows), []
+    cache = ExampleCache(tmp_path / "cache", said.append)
+    plain = prepare_prompts(read_rows(file), arithmetic_tokenizer)
+    first, again = (
+        prepare_prompts(read_rows(file, stored_from=0), arithmetic_tokenizer, cache=cache)
+        for _ in range(2)
+    )
+    assert "are kept in" in said[0] and "are read from" in said[1]
+    items = [*PromptLoader(plain, 7, seed=1, extra_prompts=2)]
+    for found in (first, again):
+        assert isinstance(found.rows, View) and [*found.rows] == plain.rows
+        assert [*found.prompt_ids] == [*plain.prompt_ids]
+        assert found.facts == plain.facts == describe_columns(plain.rows)
+        assert (found.digest, found.notes) == (plain.digest, plain.notes)
+        assert found.report() == plain.report() and found.conversational == plain.conversational
+        assert [*PromptLoader(found, 7, seed=1, extra_prompts=2)] == items
+
+
+def test_kept_prompts_depend_on_what_is_checked_of_them(tmp_path, arithmetic_tokenizer):
+    """A longer limit may not find what a shorter one has let through."""
+    rows = read_rows(write_rows(tmp_path / "rows.jsonl", PROMPTS), stored_from=0)
+    cache = ExampleCache(tmp_path / "cache")
+    prepare_prompts(rows, arithmetic_tokenizer, max_prompt_length=5, cache=cache)
+    with pytest.raises(DataError, match="rows.jsonl:11: the prompt has 5 tokens.*room for 4"):
+        prepare_prompts(rows, arithmetic_tokenizer, max_prompt_length=4, cache=cache)
+    with pytest.raises(DataError, match="outside of the model's embedding of 9 rows"):
+        prepare_prompts(rows, arithmetic_tokenizer, vocab_size=9, cache=cache)

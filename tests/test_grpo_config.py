@@ -31,7 +31,7 @@ tool_timeout_s tool_workers tools top_entropy_quantile top_k top_p use_adaptive_
 use_bias_correction_kl vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
 """.split()
 SFT_ONLY = """
-assistant_only_loss completion_only_loss dataset_cache_dir dataset_text_field eval_packing
+assistant_only_loss completion_only_loss dataset_text_field eval_packing
 label_smoothing_factor max_length neftune_noise_alpha packing packing_strategy pad_to_multiple_of
 thinking train_on truncation_mode z_loss_coef
 """.split()

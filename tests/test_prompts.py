@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
+from relax.data.prompt_loader import PromptLoader
+from relax.data.prompts import Prompts, prepare_prompts
 from relax.errors import DataError
 
 TEXTS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(10)]

@@ -35,7 +35,8 @@ from relax.config.imports import load_object, make_object
 from relax.data import DataLoader
 from relax.data.preference import Preference, Preferences
 from relax.data.preference_loader import PreferenceLoader
-from relax.data.prompts import PromptLoader, Prompts
+from relax.data.prompt_loader import PromptLoader
+from relax.data.prompts import Prompts
 from relax.errors import ConfigError, NonFiniteError
 from relax.monitor import read_status
 from relax.trainers.callback import Event, load_state_dicts, state_dicts

@@ -16,7 +16,7 @@ from relax.config.text import shorten
 from relax.data.examples import IGNORE
 from relax.data.loader import DataLoader
 from relax.data.preference_loader import PreferenceLoader
-from relax.data.prompts import PromptLoader
+from relax.data.prompt_loader import PromptLoader
 from relax.files import atomic_write
 from relax.sampling import SamplingConfig, generate, stop_decoder
 from relax.sampling.config import max_positions

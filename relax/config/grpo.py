@@ -15,7 +15,7 @@ from relax.config.rl import (
     one_update,
 )
 from relax.config.rules import NoEffect, Rule, Values, needs, unknown_choice, warns
-from relax.config.schema import OutputConfig
+from relax.config.schema import CachedRowsConfig, OutputConfig
 
 # The names in `relax.losses.LOSS_TYPES` and `ADVANTAGES`, the options that each loss reads, and the
 # ratio that some are defined with; this module imports no jax. A test compares them.
@@ -331,6 +331,7 @@ class GRPOConfig(RLConfig):
     rules: ClassVar[tuple[Rule, ...]] = (_rollout, generation_problems, _grpo, _agent)
     no_effect: ClassVar[tuple[NoEffect, ...]] = RLConfig.no_effect + GRPO
 
+    data: CachedRowsConfig = section(CachedRowsConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/grpo")
     rollout: RolloutConfig = section(RolloutConfig)
     grpo: GRPOSection = section(GRPOSection)

@@ -8,7 +8,7 @@ from relax.config.dpo import LOSSES, READERS, WITHOUT_REFERENCE, ReferenceSectio
 from relax.config.options import option, section
 from relax.config.rl import READS_SAMPLER, RLConfig, broken_groups, generation_problems
 from relax.config.rules import NoEffect, Rule, Values, needs, unknown_choice, warns
-from relax.config.schema import OutputConfig
+from relax.config.schema import CachedRowsConfig, OutputConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,5 +81,6 @@ class OnlineDPOConfig(RLConfig):
     rules: ClassVar[tuple[Rule, ...]] = (_groups, generation_problems, _online)
     no_effect: ClassVar[tuple[NoEffect, ...]] = RLConfig.no_effect + ONLINE_DPO
 
+    data: CachedRowsConfig = section(CachedRowsConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/online_dpo")
     online_dpo: OnlineDPOSection = section(OnlineDPOSection)

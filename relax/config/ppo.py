@@ -14,7 +14,7 @@ from relax.config.rl import (
     one_update,
 )
 from relax.config.rules import NoEffect, Rule, Values, needs, warns
-from relax.config.schema import OutputConfig
+from relax.config.schema import CachedRowsConfig, OutputConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,6 +134,7 @@ class PPOConfig(RLConfig):
     rules: ClassVar[tuple[Rule, ...]] = (_sizes, generation_problems, _critic)
     no_effect: ClassVar[tuple[NoEffect, ...]] = RLConfig.no_effect + PPO
 
+    data: CachedRowsConfig = section(CachedRowsConfig)
     output: OutputConfig = section(OutputConfig, output_dir="outputs/ppo")
     rollout: CompletionsConfig = section(CompletionsConfig, num_generations=1)
     ppo: PPOSection = section(PPOSection)

@@ -11,7 +11,8 @@ from relax.data.packing import pack
 from relax.data.preference import Preferences, prepare_preferences
 from relax.data.preference_loader import PreferenceLoader
 from relax.data.prepare import prepare
-from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
+from relax.data.prompt_loader import PromptLoader
+from relax.data.prompts import Prompts, prepare_prompts
 from relax.data.reading import Rows, read_rows
 from relax.data.report import DataReport, render
 from relax.data.stream import StreamLoader

@@ -1,12 +1,14 @@
 """Rows of distillation: prompts, completions, and prompts that only the teacher sees."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from relax.data.examples import IGNORE, Examples
 from relax.data.formats import FormatOptions
 from relax.data.limits import DEFAULT, Limits
 from relax.data.prepare import prepare
-from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
+from relax.data.prompt_loader import PromptLoader
+from relax.data.prompts import Prompts, prepare_prompts
 from relax.data.reading import Rows, read_rows
 from relax.data.report import DataReport
 from relax.data.top_logprobs import TopLogprobsFile
@@ -29,7 +31,7 @@ class DistillationRows:
     prompts: Prompts
     examples: Examples | None = None
     report: DataReport | None = None
-    teacher_prompt_ids: list[list[int]] | None = None
+    teacher_prompt_ids: Sequence[list[int]] | None = None
 
     @property
     def labelled(self) -> Examples:

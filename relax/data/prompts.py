@@ -1,19 +1,52 @@
 """Prompts for reinforcement learning: rows as tokens that a completion follows."""
 
+import array
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
-from relax.data.curriculum import PassRateCurriculum
+import numpy as np
+
+from relax.data.cache import Entry, ExampleCache, Writer, cache_key
 from relax.data.formats import TEMPLATE_COLUMNS, Format, FormatOptions, check_row, conversation
 from relax.data.limits import DEFAULT, Limits
 from relax.data.mixing import Mixture
-from relax.data.order import epoch_order
 from relax.data.reading import Rows, read_rows
 from relax.data.report import percentiles
 from relax.data.sources import check_same_formats
+from relax.data.stored import Mapped, notes_of
 from relax.data.templates import ChatRenderer, Job, require_template
 from relax.data.tokens import tokenize
-from relax.errors import ConfigError, DataError
+from relax.errors import DataError
+from relax.rewards.protocol import Column, describe_columns
+
+_BLOCK = 1000  # rows that are rendered and tokenised together
+
+
+class TokenLists(Sequence):
+    """Lists of token ids in flat arrays, in memory or memory-mapped; `lists[i]` is a new list.
+
+    Args:
+      input_ids: int32, all lists one behind the other.
+      offsets: int64, where each of them begins, and the end of the last one.
+    """
+
+    def __init__(self, input_ids: np.ndarray, offsets: np.ndarray):
+        self.input_ids, self.offsets = input_ids, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"list {index} of {len(self)}")
+        start, stop = self.offsets[index % len(self)], self.offsets[index % len(self) + 1]
+        return self.input_ids[start:stop].tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +59,17 @@ class Prompts:
       conversational: prompts are lists of messages.
       notes: normalised data, content that the chat template omits, prompts that end with an answer.
       mixture: how they are mixed, where they are of several sources.
+      digest: a checksum of tokens and rows.
+      described: what is known of each column; None: it is found by reading all rows.
     """
 
-    prompt_ids: list[list[int]]
-    rows: list[dict]
+    prompt_ids: Sequence[list[int]]
+    rows: Sequence[dict]
     conversational: bool
     notes: tuple[str, ...] = ()
     mixture: Mixture | None = None
+    digest: int = 0
+    described: Mapping[str, Column] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,9 +79,21 @@ class Prompts:
         """Names of the columns."""
         return tuple(self.rows[0])
 
+    @cached_property
+    def facts(self) -> Mapping[str, Column]:
+        """What is known of each column."""
+        return describe_columns(self.rows) if self.described is None else self.described
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt."""
+        if isinstance(self.prompt_ids, TokenLists):
+            return np.diff(self.prompt_ids.offsets)
+        return np.array([len(ids) for ids in self.prompt_ids])
+
     def report(self) -> str:
         """A summary line, and one line per note."""
-        lengths = percentiles([len(ids) for ids in self.prompt_ids])
+        lengths = percentiles(self.lengths)
         kind = "conversations" if self.conversational else "texts"
         line = (
             f"{len(self):,} prompts ({kind}), tokens: min {lengths[0]}, median {lengths[50]}, "
@@ -62,6 +111,7 @@ def prepare_prompts(
     max_prompt_length: int | None = None,
     limits: Limits = DEFAULT,
     tools: Sequence[dict] = (),
+    cache: ExampleCache | None = None,
 ) -> Prompts:
     """Converts rows with a `prompt`, a string or messages, to tokens.
 
@@ -75,14 +125,91 @@ def prepare_prompts(
       max_prompt_length: longer prompts are refused, never truncated; None: any length.
       limits: on rows and rendering.
       tools: JSON schemas of tools that all prompts are rendered with.
+      cache: keeps the tokens of rows that have a `key`, and has those of earlier runs.
 
     Raises:
       DataError: a row has no prompt, a format other than the first row's, is too long, or has tools
         of its own besides `tools`.
     """
     rows = rows if isinstance(rows, Rows) else read_rows(rows, limits=limits)
-    if not rows.rows:
+    if not len(rows):
         raise DataError("the data set has no rows.")
+    options = FormatOptions(system_prompt=system_prompt, limits=limits)
+    lengths = (vocab_size, max_prompt_length)
+    make = partial(_prepared, rows, tokenizer, options, *lengths, list(tools))
+    key = cache and cache_key(rows.key, tokenizer, "prompts", options, *lengths, list(tools))
+    entry = cache.find_or_make(key, partial(_kept, make)) if cache and key else None
+    made = make(None) if entry is None else _found(entry)
+    return Prompts(
+        made.ids,
+        _with_all_columns(rows.rows, made.columns),
+        made.conversational,
+        made.notes,
+        rows.mixture,
+        made.digest,
+        made.columns,
+    )
+
+
+class _Prepared(NamedTuple):
+    ids: TokenLists
+    conversational: bool
+    columns: dict[str, Column]
+    notes: tuple[str, ...]
+    digest: int
+
+
+def _kept(make, writer: Writer) -> dict:
+    about = make(writer)._asdict()
+    del about["ids"]
+    return about
+
+
+def _found(entry: Entry) -> _Prepared:
+    about = entry.about
+    columns = {name: Column(*facts) for name, facts in about["columns"].items()}
+    ids = TokenLists(entry.columns["input_ids"], entry.columns["offsets"])
+    return _Prepared(ids, about["conversational"], columns, tuple(about["notes"]), about["digest"])
+
+
+def _prepared(
+    rows: Rows,
+    tokenizer,
+    options: FormatOptions,
+    vocab_size: int | None,
+    max_prompt_length: int | None,
+    tools: list[dict],
+    writer: Writer | None,
+) -> _Prepared:
+    """The tokens, in files of `writer` if there is one, and what is known of the rows."""
+    conversational = _checked(rows, tokenizer, options)
+    columns = describe_columns(rows.rows)
+    renderer = ChatRenderer(tokenizer, options.limits)
+    digest = 0
+
+    def blocks() -> Iterator[list[list[int]]]:
+        nonlocal digest
+        full = _with_all_columns(rows.rows, columns)
+        for first, block in _blocks(full):
+            texts = [row["prompt"] for row in block]
+            if conversational:
+                numbered = enumerate(block, first)
+                texts = renderer.texts([_job(row, rows.origin(i), options, tools)
+                                        for i, row in numbered])  # fmt: skip
+            ids = tokenize(tokenizer, texts, special=not conversational)
+            for i, prompt in enumerate(ids, first):
+                _check_ids(prompt, rows, i, vocab_size, max_prompt_length)
+            content = json.dumps([ids, block], default=str)
+            digest = zlib.crc32(content.encode("utf-8", "surrogatepass"), digest)
+            yield ids
+
+    lists = _token_lists(blocks(), writer)
+    notes = (*rows.notes, *notes_of(rows.rows), *renderer.notes())
+    return _Prepared(lists, conversational, columns, notes, digest)
+
+
+def _checked(rows: Rows, tokenizer, options: FormatOptions) -> bool:
+    """Whether the prompts are messages; every row is checked."""
     conversational = isinstance(rows.rows[0].get("prompt"), list)
     extra = TEMPLATE_COLUMNS if conversational else ()
     found = Format("prompts", ("prompt", *extra), conversational)
@@ -90,159 +217,83 @@ def prepare_prompts(
         rows, lambda row, where: Format("prompts", (), isinstance(row.get("prompt"), list))
     )
     for i, row in enumerate(rows.rows):
-        check_row(row, found, rows.origin(i))
-    if system_prompt and not conversational:
+        try:
+            check_row(row, found, "")
+        except DataError:  # the place of a row costs more than its check
+            check_row(row, found, rows.origin(i))
+    if options.system_prompt and not conversational:
         raise DataError("system_prompt needs conversations, and the prompts are texts.")
     if conversational:
         require_template(tokenizer, "prompts of messages")
+    return conversational
 
-    def with_tools(row: dict, i: int) -> dict:
-        if tools and row.get("tools"):
-            raise DataError(
-                f"{rows.origin(i)}: the row has tools of its own, which no function would answer: "
-                "leave out the column, or --tools."
-            )
-        return row | {"tools": list(tools)} if tools else row
 
-    options = FormatOptions(system_prompt=system_prompt, limits=limits)
-    renderer = ChatRenderer(tokenizer, limits)
-    if conversational:
-        texts = renderer.texts(
-            [
-                Job(conversation(row, "prompt", options), with_tools(row, i), rows.origin(i), True)
-                for i, row in enumerate(rows.rows)
-            ]
+def _with_all_columns(rows: Sequence[dict], columns: Iterable[str]) -> Sequence[dict]:
+    """Rows with the same columns, whatever rows form a batch for reward functions."""
+    empty = dict.fromkeys(columns)
+    made = Mapped(rows, lambda row, i: empty | row)
+    return [*made] if isinstance(rows, list) else made
+
+
+def _blocks(rows: Sequence[dict]) -> Iterator[tuple[int, list[dict]]]:
+    """Rows in blocks, each with the index of its first row."""
+    first, block = 0, []
+    for row in rows:
+        block.append(row)
+        if len(block) == _BLOCK:
+            yield first, block
+            first, block = first + _BLOCK, []
+    if block:
+        yield first, block
+
+
+def _job(row: dict, where: str, options: FormatOptions, tools: list[dict]) -> Job:
+    """What the chat template renders for a row."""
+    if tools and row.get("tools"):
+        raise DataError(
+            f"{where}: the row has tools of its own, which no function would answer: "
+            "leave out the column, or --tools."
         )
+    shown = row | {"tools": tools} if tools else row
+    return Job(conversation(row, "prompt", options), shown, where, True)
+
+
+def _token_lists(blocks: Iterable[list[list[int]]], writer: Writer | None) -> TokenLists:
+    lengths: Any = array.array("q")
+
+    def flat() -> Iterator[bytes]:
+        for block in blocks:
+            for ids in block:
+                lengths.append(len(ids))
+                yield np.array(ids, np.int32).tobytes()
+
+    if writer is None:
+        all_ids = np.frombuffer(b"".join(flat()), np.int32)
     else:
-        texts = [row["prompt"] for row in rows.rows]
-    all_ids = tokenize(tokenizer, texts, special=not conversational)
-    for i, ids in enumerate(all_ids):
-        _check_ids(ids, rows.origin(i), vocab_size, max_prompt_length)
-    # Reward functions get the same columns whatever rows form a batch.
-    columns = dict.fromkeys(name for row in rows.rows for name in row)
-    full = [dict.fromkeys(columns) | row for row in rows.rows]
-    notes = (*rows.notes, *renderer.notes())
-    return Prompts(all_ids, full, conversational, notes, rows.mixture)
+        with writer.growing("input_ids", np.int32) as file:
+            file.writelines(flat())
+        all_ids = writer.mapped("input_ids")
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(np.frombuffer(lengths, np.int64), out=offsets[1:])
+    if writer is not None:
+        writer.save("offsets", offsets)
+        offsets = writer.mapped("offsets")
+    return TokenLists(all_ids, offsets)
 
 
-def _check_ids(ids, where: str, vocab_size: int | None, max_prompt_length: int | None) -> None:
+def _check_ids(
+    ids: list[int], rows: Rows, i: int, vocab_size: int | None, max_prompt_length: int | None
+) -> None:
     if not ids:
-        raise DataError(f"{where}: the prompt is empty; it needs at least one token.")
+        raise DataError(f"{rows.origin(i)}: the prompt is empty; it needs at least one token.")
     if vocab_size is not None and max(ids) >= vocab_size:
         raise DataError(
-            f"{where}: token id {max(ids)} is outside of the model's embedding of {vocab_size} "
-            "rows: is the tokenizer this model's?"
+            f"{rows.origin(i)}: token id {max(ids)} is outside of the model's embedding of "
+            f"{vocab_size} rows: is the tokenizer this model's?"
         )
     if max_prompt_length is not None and len(ids) > max_prompt_length:
         raise DataError(
-            f"{where}: the prompt has {len(ids)} tokens, and with max_completion_length there is "
-            f"room for {max_prompt_length} in the model's positions. Lower max_completion_length, "
-            "or leave the row out."
+            f"{rows.origin(i)}: the prompt has {len(ids)} tokens, and with max_completion_length "
+            f"there is room for {max_prompt_length} in the model's positions. Lower "
+            "max_completion_length, or leave the row out."
         )
-
-
-class PromptLoader:
-    """Items of a fixed number of prompts, ordered by (seed, epoch, position).
-
-    An item is a dict: `prompt_ids`, a list of token lists, and `rows`, their dicts; of prompts of
-    several sources also the names of their `sources`. The last
-    prompts of an epoch that do not fill an item are dropped from that epoch and counted in
-    `num_left_out`; the next epoch has another order.
-
-    Args:
-      prompts: result of `prepare_prompts`.
-      prompts_per_item: at most `len(prompts)`.
-      seed: seed of the order, >= 0.
-      shuffle: a new order each epoch; False keeps the given one.
-      keep_last: the remaining prompts form a last, shorter item (for evaluation).
-      extra_prompts: additional prompts per item, drawn from all, under the key `extra_prompts`;
-        they may replace groups without a gradient.
-      curriculum: chooses the prompts of every item when it is drawn, from all of them; its state,
-        next to (seed, epoch, position), decides on the order. None: the order of the epoch.
-    """
-
-    def __init__(
-        self,
-        prompts: Prompts,
-        prompts_per_item: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        keep_last: bool = False,
-        extra_prompts: int = 0,
-        curriculum: PassRateCurriculum | None = None,
-    ):
-        if curriculum is not None and not (prompts.mixture is None or prompts.mixture.is_concat):
-            raise ConfigError(
-                "a curriculum chooses among the prompts of all sources, and weights would choose "
-                "too: leave out the weights and mixing_strategy, or the curriculum."
-            )
-        self.curriculum = curriculum
-        self.prompts, self.prompts_per_item = prompts, prompts_per_item
-        self.seed, self.shuffle, self.keep_last = seed, shuffle, keep_last
-        self.extra_prompts = extra_prompts
-        if not 0 < prompts_per_item <= self.prompts_per_epoch and not keep_last:
-            raise DataError(
-                f"a rollout needs {prompts_per_item} prompts and the data set has "
-                f"{self.prompts_per_epoch}. Lower per_device_train_batch_size, or raise "
-                "num_generations."
-            )
-
-    @property
-    def mixture(self) -> Mixture | None:
-        return self.prompts.mixture
-
-    @property
-    def prompts_per_epoch(self) -> int:
-        return len(self.prompts) if self.mixture is None else len(self.mixture)
-
-    def order(self, epoch: int) -> list[int]:
-        """The prompts of an epoch in their order."""
-        return self._order(epoch, self.shuffle)
-
-    def _order(self, epoch: int, shuffle: bool) -> list[int]:
-        if self.prompts.mixture is not None:
-            return self.prompts.mixture.order(self.seed, epoch, shuffle).tolist()
-        count = len(self.prompts)
-        return epoch_order(count, self.seed, epoch).tolist() if shuffle else [*range(count)]
-
-    def __len__(self) -> int:
-        full, rest = divmod(self.prompts_per_epoch, self.prompts_per_item)
-        return full + bool(rest and self.keep_last)
-
-    @property
-    def num_left_out(self) -> int:
-        return 0 if self.keep_last else self.prompts_per_epoch % self.prompts_per_item
-
-    def __iter__(self) -> Iterator[dict]:
-        return self.batches(0)
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[dict]:
-        """The items of an epoch from position `start`."""
-        n, order = self.prompts_per_item, self.order(epoch)
-        for position in range(start, len(self)):
-            if self.curriculum is not None:
-                due = self.curriculum.order(self.seed, epoch, self.shuffle)
-                due = due[: n + self.extra_prompts].tolist()
-                yield self._item(due[:n]) | (
-                    {"extra_prompts": self._item(due[n:])} if self.extra_prompts else {}
-                )
-                continue
-            chosen = order[position * n : (position + 1) * n]
-            item = self._item(chosen)
-            if self.extra_prompts:
-                # A separate order, without the prompts of the item.
-                others = self._order(len(self.prompts) * (epoch + 1) + position, True)
-                taken = set(chosen)
-                others = [i for i in others if i not in taken]
-                item["extra_prompts"] = self._item(others[: self.extra_prompts])
-            yield item
-
-    def _item(self, chosen) -> dict:
-        item = {
-            "prompt_ids": [self.prompts.prompt_ids[i] for i in chosen],
-            "rows": [self.prompts.rows[i] for i in chosen],
-        }
-        if (mixture := self.prompts.mixture) is not None:
-            item["sources"] = [mixture.names[i] for i in mixture.source_of(chosen)]
-        return item

@@ -91,7 +91,7 @@ class DataReport:
         }
 
 
-def percentiles(lengths: Sequence[int]) -> dict[int, int]:
+def percentiles(lengths: Sequence[int] | np.ndarray) -> dict[int, int]:
     """Minimum, median, 90th and 99th percentile, and maximum of the lengths.
 
     >>> percentiles([1, 2, 3, 4, 5])

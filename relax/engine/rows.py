@@ -66,8 +66,11 @@ def source_rows(config: TrainerConfig, given=None):
 
 def _stored_from(config: TrainerConfig) -> int | None:
     """Bytes of files from which on rows stay in their files, and their tokens are kept."""
-    asked = config.flat().get("dataset_cache_dir")
-    return None if asked is None else MIN_BYTES if asked == AUTO else 0
+    flat = config.flat()
+    asked = flat.get("dataset_cache_dir")
+    if asked is None or flat.get("curriculum") is not None:  # it tells rows apart as objects
+        return None
+    return MIN_BYTES if asked == AUTO else 0
 
 
 def example_cache(config: TrainerConfig, console: Console) -> ExampleCache | None:

@@ -16,6 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from relax.config.names import suggestion
 from relax.config.text import quote
@@ -142,20 +143,23 @@ def check_columns(infos: Iterable[RewardInfo], columns: Iterable[str]) -> None:
                 )
 
 
-def check_values(infos: Iterable[RewardInfo], columns: Mapping[str, list]) -> None:
+def check_values(infos: Iterable[RewardInfo], columns: Mapping[str, "Column"], count: int) -> None:
     """Refuses functions that need a column without a single value, on which none would apply.
+
+    Args:
+      columns: what is known of the columns of `count` rows.
 
     Raises:
       ConfigError: names the function, the column and the columns with values.
     """
-    empty = {name for name, values in columns.items() if all(v is None for v in values)}
+    empty = {name for name, column in columns.items() if not column.has_values}
     for info in infos:
         for argument in info.required:
             if argument in empty:
                 shown = ", ".join(repr(n) for n in columns if n not in empty) or "none"
                 raise ConfigError(
                     f"reward {info.name!r} needs the column {argument!r}, which is None in all "
-                    f"{len(columns[argument])} rows. Columns with values: {shown}. Use a reward "
+                    f"{count} rows. Columns with values: {shown}. Use a reward "
                     "that reads one of them, or add the values."
                 )
 
@@ -168,6 +172,44 @@ def collect_columns(rows: Sequence[Mapping]) -> dict[str, list]:
     """
     names = dict.fromkeys(name for row in rows for name in row if name not in _CONSUMED)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+class Column(NamedTuple):
+    """What is known of a column.
+
+    Attributes:
+      has_values: some row has a value that is not None.
+      odd_row: the first row with a value that JSON does not preserve, see `check_plain`; None: all
+        values can be sent to another process.
+    """
+
+    has_values: bool
+    odd_row: int | None = None
+
+
+def describe_columns(rows: Iterable[Mapping]) -> dict[str, Column]:
+    """What is known of every column, by one pass over the rows.
+
+    >>> describe_columns([{"prompt": "1+1=", "answer": "2"}, {"day": {1, 2}, "none": None}])["day"]
+    Column(has_values=True, odd_row=1)
+    """
+    has_values: dict[str, bool] = {}
+    odd: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        for name, value in row.items():
+            if type(value) is not str and name not in odd and not is_plain(value):
+                odd[name] = i
+            has_values[name] = has_values.get(name, False) or value is not None
+    return {name: Column(found, odd.get(name)) for name, found in has_values.items()}
+
+
+def is_plain(value) -> bool:
+    """Whether JSON preserves a value."""
+    try:
+        check_plain(value, "")
+    except DataError:
+        return False
+    return True
 
 
 def check_plain(value, where: str) -> None:

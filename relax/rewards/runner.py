@@ -15,12 +15,14 @@ from relax.rewards.batch import RewardBatch, Tally, failures_of, gather
 from relax.rewards.loading import parameters_by_reward
 from relax.rewards.protocol import (
     TEXTS,
+    Column,
     RewardInfo,
     check_columns,
     check_plain,
     check_values,
     collect_columns,
     describe,
+    describe_columns,
     distinct,
 )
 from relax.rewards.workers.client import Host
@@ -121,19 +123,24 @@ class RewardRunner:
         """Ends all workers, whatever they are doing; may be called again."""
         self._close()
 
-    def check_rows(self, rows: Sequence[Mapping]) -> None:
+    def check_rows(
+        self, rows: Sequence[Mapping], columns: Mapping[str, Column] | None = None
+    ) -> None:
         """Refuses rows on which the functions cannot run, before anything runs.
+
+        Args:
+          columns: what is known of their columns; None: it is found by reading all rows.
 
         Raises:
           ConfigError: a function needs a column that no row has, or that is None in all rows.
           DataError: a column for a worker holds a value that JSON does not preserve.
         """
-        columns = collect_columns(rows)
+        columns = describe_columns(rows) if columns is None else columns
         check_columns(self.infos, columns)
-        check_values(self.infos, columns)
+        check_values(self.infos, columns, len(rows))
         for name in self._sent(columns):
-            for i, value in enumerate(columns[name]):
-                check_plain(value, f"row {i}: column {name!r}")
+            if (i := columns[name].odd_row) is not None:
+                check_plain(rows[i][name], f"row {i}: column {name!r}")
 
     def probe(self, rows: Sequence[Mapping], conversational: bool) -> None:
         """Scores empty completions of the first rows, so that a wrong function is refused at once.

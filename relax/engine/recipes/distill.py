@@ -179,7 +179,7 @@ def read_distill_data(
             loaders[name] = _loader(config, made, name, training=name == sources.training)
             all_rows[name] = made
             reports[name] = made.report or rl.PromptReport(made.prompts, loaders[name].num_left_out)
-            content = json.dumps([made.prompts.prompt_ids, made.prompts.rows], default=str)
+            content = json.dumps([[*made.prompts.prompt_ids], made.prompts.rows], default=str)
             digest = zlib.crc32(content.encode(), digest)
             for example in made.examples or ():
                 digest = zlib.crc32(example.labels.tobytes(), digest)

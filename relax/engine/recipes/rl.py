@@ -11,7 +11,8 @@ from relax.callbacks.completions import Completions, RewardCounters
 from relax.callbacks.curriculum import CurriculumProgress
 from relax.config import DistillConfig, GRPOConfig, OnlineDPOConfig, PPOConfig
 from relax.data.curriculum import PassRateCurriculum
-from relax.data.prompts import PromptLoader, Prompts, prepare_prompts
+from relax.data.prompt_loader import PromptLoader
+from relax.data.prompts import Prompts, prepare_prompts
 from relax.engine.devices import rollout_mesh
 from relax.engine.model_source import ModelSource
 from relax.engine.reward_model import PREFIX, ModelReward, reward_functions
@@ -132,12 +133,12 @@ class PromptReport:
     left_out: int
 
     def to_dict(self) -> dict:
-        lengths = [len(ids) for ids in self.prompts.prompt_ids]
+        lengths = self.prompts.lengths
         return {
             "num_rows": len(self.prompts),
             "columns": list(self.prompts.columns),
-            "num_tokens": sum(lengths),
-            "longest": max(lengths),
+            "num_tokens": int(lengths.sum()),
+            "longest": int(lengths.max()),
             "left_out_per_epoch": self.left_out,
         }
 
@@ -184,8 +185,9 @@ def read_prompts(
                 max_prompt_length=room,
                 limits=limits_of(config),
                 tools=tools_of(partner),
+                cache=sources.cache,
             )
-            rewards.check_rows(prompts.rows)
+            rewards.check_rows(prompts.rows, prompts.facts)
             training = name == sources.training
             if training:
                 rewards.probe(prompts.rows, prompts.conversational)
@@ -195,8 +197,7 @@ def read_prompts(
             loader = _loader(config, prompts, sizes, extra) if training else None
             loaders[name] = loader or _eval_loader(config, prompts)
             reports[name] = PromptReport(prompts, loaders[name].num_left_out)
-            content = json.dumps([prompts.prompt_ids, prompts.rows], default=str)
-            digest = zlib.crc32(content.encode(), digest)
+            digest = zlib.crc32(prompts.digest.to_bytes(4, "big"), digest)
     found.raise_all()
     return Data(
         train=loaders[sources.training],

@@ -114,9 +114,9 @@ def check_prompts(partner: Partner, prompts: Prompts) -> None:
             "tools and environments that answer messages need prompts of messages, and the prompts "
             'are texts: write [{"role": "user", "content": prompt}].'
         )
-    for i, row in enumerate(prompts.rows):
-        for name, value in row.items():
-            check_plain(value, f"row {i}: column {name!r}")
+    for name, column in prompts.facts.items():
+        if (i := column.odd_row) is not None:
+            check_plain(prompts.rows[i][name], f"row {i}: column {name!r}")
     partner.runner.probe(prompts.rows[0])
 
 
