@@ -3,6 +3,8 @@
     python benchmarks/dataset_scale.py MODEL_DIR                    # 1 million rows of text
     python benchmarks/dataset_scale.py MODEL_DIR --datasets PYTHON  # and in an environment with it
     python benchmarks/dataset_scale.py loader 10000000              # batches of so many rows
+    python benchmarks/dataset_scale.py loader 10000000 pairs        # or pairs
+    python benchmarks/dataset_scale.py prompts MODEL_DIR 1000000    # prompts of RL, and their items
 
 MODEL_DIR holds a tokenizer. Every line is a process of its own, whose seconds begin when everything
 is imported: reading the file, tokenising its rows and writing the tokens to the disk; then the same
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 WORDS = (
@@ -154,44 +157,91 @@ def _datasets(tokenizer, file: str, workers: int) -> dict:
     return {"seconds": seconds, "memory": memory.grown, "tokens": tokens}
 
 
-def loader(count: int, batches: int = 1000) -> None:
+def loader(count: int, kind: str = "rows", batches: int = 1000) -> None:
     """Prints the seconds and memory of batches in random order, from rows of 4 to 12 tokens."""
-    import numpy as np
-
-    from relax.data import DataLoader
+    from relax.data import DataLoader, PreferenceLoader
     from relax.data.cache import Writer
-    from relax.data.examples import Block
-
-    def blocks(size: int = 100_000):
-        rng = np.random.default_rng(0)
-        for first in range(0, count, size):
-            lengths = rng.integers(4, 13, min(size, count - first))
-            ids = rng.integers(1, 1000, lengths.sum(), dtype=np.int32)
-            yield Block(ids, ids, lengths, lengths - 1)
+    from relax.data.preference import Preferences
+    from relax.data.preference_arrays import Pairs
 
     with tempfile.TemporaryDirectory() as folder:
-        examples = Writer(Path(folder)).write(blocks())
+        writer, given = Writer(Path(folder)), _random_rows(count)
+        if kind == "pairs":
+            pairs = Pairs.written(_random_pairs(given), writer)
+            make = partial(PreferenceLoader, Preferences(pairs, True), 32)
+        else:
+            make = partial(DataLoader, writer.write(given), 32)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
-        with Memory() as memory:
-            begin = time.perf_counter()
-            given = DataLoader(examples, 32)
-            made = given.batches(0)
-            next(made)
-            first_s, peak = time.perf_counter() - begin, memory.grown
-            begin = time.perf_counter()
-            for _, batch in zip(range(batches), made, strict=False):
-                assert batch["input_ids"].any()
-            each_ms = 1000 * (time.perf_counter() - begin) / batches
-            time.sleep(0.2)
-            kept = memory.now - memory.before
-    print(f"{count:,} rows, {size / 2**20:,.0f} MiB of tokens: first batch after {first_s:.1f} s, "
-          f"{each_ms:.2f} ms a batch; memory {kept / 2**20:,.0f} MiB, "
-          f"at most {peak / 2**20:,.0f} MiB")  # fmt: skip
+        _take(f"{count:,} {kind}, {size / 2**20:,.0f} MiB of tokens", make, batches)
+
+
+def _random_rows(count: int, size: int = 100_000):
+    import numpy as np
+
+    from relax.data.examples import Block
+
+    rng = np.random.default_rng(0)
+    for first in range(0, count, size):
+        lengths = rng.integers(4, 13, min(size, count - first))
+        ids = rng.integers(1, 1000, lengths.sum(), dtype=np.int32)
+        yield Block(ids, ids, lengths, lengths - 1)
+
+
+def _random_pairs(blocks):
+    """A prompt of two tokens, and completions of what is left and of one token."""
+    from relax.data.preference_arrays import Preference
+
+    for block in blocks:
+        ends = block.lengths.cumsum().tolist()
+        for start, end in zip([0, *ends], ends, strict=False):
+            ids = block.input_ids[start:end]
+            yield Preference(ids[:2], ids[2:], ids[:1])
+
+
+def prompts(model_dir: str, count: int, batches: int = 1000) -> None:
+    """Prints the seconds and memory of preparing prompts, twice, and of items of 32."""
+    from transformers import AutoTokenizer
+
+    from relax.data import PromptLoader, prepare_prompts, read_rows
+    from relax.data.cache import ExampleCache
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        file, cache = Path(folder, "prompts.jsonl"), ExampleCache(Path(folder, "cache"))
+        with file.open("w") as out:
+            for i in range(count):
+                row = {"prompt": f"What is {i} plus {i % 97}?", "answer": str(i + i % 97)}
+                out.write(json.dumps(row) + "\n")
+        for when in ("first", "later"):
+            with Memory() as memory:
+                begin = time.perf_counter()
+                made = prepare_prompts(read_rows(file, stored_from=0), tokenizer, cache=cache)
+                seconds = time.perf_counter() - begin
+            print(f"{when} run: {seconds:.1f} s, {memory.grown / 2**20:,.0f} MiB", flush=True)
+        _take(f"{count:,} prompts", partial(PromptLoader, made, 32), batches)
+
+
+def _take(what: str, make, batches: int) -> None:
+    """Prints the seconds and memory of a loader and its batches."""
+    with Memory() as memory:
+        begin = time.perf_counter()
+        made = make().batches(0)
+        next(made)
+        first_s, peak = time.perf_counter() - begin, memory.grown
+        begin = time.perf_counter()
+        taken = sum(1 for _ in zip(range(batches), made, strict=False))
+        each_ms = 1000 * (time.perf_counter() - begin) / taken
+        time.sleep(0.2)
+        kept = memory.now - memory.before
+    print(f"{what}: first batch after {first_s:.1f} s, {each_ms:.2f} ms a batch; "
+          f"memory {kept / 2**20:,.0f} MiB, at most {peak / 2**20:,.0f} MiB")  # fmt: skip
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "loader":
-        loader(int(sys.argv[2]))
+        loader(int(sys.argv[2]), *sys.argv[3:])
+    elif sys.argv[1] == "prompts":
+        prompts(sys.argv[2], int(sys.argv[3]))
     elif sys.argv[1] == "one":
         print(json.dumps(one(*sys.argv[2:])))
     else:
