@@ -73,12 +73,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _keep_first_cases(config, items):
+    """Of each test the first case that is not slow, if there is one."""
     first = {}  # by file, class and function
-    for item in items:
+    for item in sorted(items, key=lambda item: item.get_closest_marker("slow") is not None):
         first.setdefault(item.nodeid.partition("[")[0], item)
-    kept = list(first.values())
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_unconfigure(config):
