@@ -155,7 +155,7 @@ def topology_devices(topology: str) -> list:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             f"there is no compiler for topology {topology!r} here: {reason}. TPUs need `pip "
-            "install libtpu`; cpu:N needs nothing."
+            "install 'jax[tpu]'`; cpu:N needs nothing."
         ) from error
 
 
