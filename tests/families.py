@@ -736,16 +736,17 @@ Models with experts have the load-balancing loss of transformers.
 - End tokens: `eos_token_id` of `generation_config.json`, an id or a list; without
   that file, of `config.json`; and the tokenizer's. All are kept on export.
 
-- Dropout that files of Seed-OSS ask for is not applied; a warning says so.
+- Dropout that config.json asks for, as those of Hunyuan, Granite 3.1 and Seed-OSS do, is not
+  applied; a warning says so.
 
 ## Layers without attention
 
-Convolutions (LFM2) and gated delta rules (Qwen 3.5) carry a state from token to token. A document
-in a row begins with an empty one, whatever stands before it. A completion behind a shared prompt
-begins with the state behind the prompt, which is computed once, as for attention. So the tokens of
-a document must be contiguous, and its parent must be the nearest document before it that has no
-parent itself, as `relax.data.forest` lays them out. In generation each slot begins with the state
-of its prompt.
+Convolutions (LFM2) and gated delta rules (Qwen 3.5 to 3.8) carry a state from token to token. A
+document in a row begins with an empty one, whatever stands before it. A completion behind a shared
+prompt begins with the state behind the prompt, which is computed once, as for attention. So the
+tokens of a document must be contiguous, and its parent must be the nearest document before it that
+has no parent itself, as `relax.data.forest` lays them out. In generation each slot begins with the
+state of its prompt.
 
 Whole rows are computed in chunks of 64 tokens, with `jax.lax` alone and in float32; decoding takes
 one token after the other. The state of a delta rule is float32 in the cache, whatever the dtype of

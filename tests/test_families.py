@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import flax.traverse_util
@@ -19,7 +20,6 @@ from families import (
     HEAD,
     IDS,
     NEWER,
-    NO_DROPOUT,
     POSITIONS,
     RECURRENT,
     ROWS,
@@ -353,7 +353,6 @@ SMALL = {
 # What the files of a family must say so that it is one of ours.
 NEEDED = {
     "granitemoehybrid": {"layer_types": ["attention"] * 8, "num_local_experts": 0},
-    "seed_oss": NO_DROPOUT,
 }
 
 
@@ -690,7 +689,7 @@ BAD = [
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be about every layer, got 1 for 8"),
     ("smollm3", {"no_rope_layers": [2] * 8}, "no_rope_layers must be a list of which each is"),
     ("qwen2", {"use_mrope": True}, "use_mrope is True, which is not implemented; only False is"),
-    ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop is 0.1"),
+    ("phi3", {"resid_pdrop": 1}, "resid_pdrop must be a number from 0 to below 1, got 1"),
     ("phi3", {"auto_map": {"AutoConfig": "mine.Config"}}, "auto_map must be the map to Microsoft"),
     (
         "phi3",
@@ -729,7 +728,13 @@ BAD = [
         {"use_sliding_window": True, "max_window_layers": 3},
         "max_window_layers is 3 beside use_sliding_window",
     ),
-    ("mistral", {"layer_types": [FULL] * 8}, "does not support: layer_types"),
+    (
+        "mistral",
+        {"layer_types": [FULL] * 8},
+        "layer_types must be sliding_attention in every layer, as sliding_window 4096 says, got "
+        "full_attention in 8 layers",
+    ),
+    ("ministral3", {"layer_types": [FULL, SLIDING] * 4}, "got full_attention, sliding_attention"),
     ("olmo3", {"sliding_window": None}, "need sliding_window"),
     ("olmo3", {"rope_parameters": {"rope_theta": 1.0}}, "full_attention and sliding_attention"),
     (
@@ -1118,7 +1123,13 @@ REAL = {
     "Hunyuan 7B": (
         "hunyuan_v1_dense",
         sizes(128167, 4096, 14336, 32, 32, 8)
-        | {"head_dim": 128, "attention_head_dim": 128, "use_qk_norm": True, "use_cla": False}
+        | {
+            "attention_dropout": 0.1,
+            "head_dim": 128,
+            "attention_head_dim": 128,
+            "use_qk_norm": True,
+            "use_cla": False,
+        }
         | {"rope_scaling": BESIDE_ALPHA | {"alpha": 1000.0, "type": "dynamic"}},
         {"qk_norm": "rotated", "rope_scaling": RopeScaling("ntk", 1000.0), "rope_theta": 1e4},
     ),
@@ -1167,6 +1178,15 @@ REAL = {
         | {"rope_parameters": MROPE | {"rope_type": "default", "rope_theta": 10000000}},
         {"rope_theta": 1e7, "rotary_dim": 64, "conv_width": 4, "num_key_value_heads": 2},
     ),
+    "Qwen 3.6 27B": (
+        "qwen3_5_text",
+        sizes(248320, 5120, 17408, 64, 24, 4)
+        | {"attention_bias": False, "attn_output_gate": True, "full_attention_interval": 4}
+        | {"head_dim": 256, "layer_types": ([DELTA] * 3 + [FULL]) * 16}
+        | {"linear_num_key_heads": 16, "linear_num_value_heads": 48, "output_gate_type": "swish"}
+        | {"rope_parameters": MROPE | {"rope_type": "default", "rope_theta": 10000000}},
+        {"attention_gate": "entry", "linear_num_value_heads": 48, "num_attention_heads": 24},
+    ),
     "Apertus 8B": (
         "apertus",
         sizes(131072, 4096, 21504, 32, 32, 8)
@@ -1211,8 +1231,44 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_configurations_of_real_models_are_read(name):
     model_type, fields, expected = REAL[name]
-    config = read({"model_type": model_type, **ANY, **fields})
+    fields = ANY | fields
+    asks = fields["attention_dropout"] > 0
+    with pytest.warns(UserWarning, match="attention_dropout") if asks else nullcontext():
+        config = read({"model_type": model_type, **fields})
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def least(model_type) -> dict:
+    """The fields of a small model of a family."""
+    return {"model_type": model_type, **SMALL, **KEYS, **NEEDED.get(model_type, {})}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_dropout_is_warned_of_and_changes_nothing(model_type):
+    plain = read(least(model_type))
+    with pytest.warns(UserWarning, match="attention_dropout 0.1 of config.json will not be appl"):
+        assert read(least(model_type) | {"attention_dropout": 0.1}) == plain
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_unknown_field_that_is_null_counts_as_absent(model_type):
+    fields = least(model_type)
+    assert read(fields | {"field_of_tomorrow": None}) == read(fields)
+    with pytest.raises(ModelLoadError, match="does not support: field_of_tomorrow"):
+        read(fields | {"field_of_tomorrow": 0})
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "ministral3"])
+@pytest.mark.parametrize("window", [None, 8])
+def test_layer_types_may_say_what_the_window_says(model_type, window):
+    fields = least(model_type) | {"sliding_window": window}
+    types = [FULL if window is None else SLIDING] * SMALL["num_hidden_layers"]
+    assert read(fields | {"layer_types": types}) == read(fields | {"layer_types": None})
+
+
+def test_what_is_known_of_model_types_includes_those_with_a_text_part():
+    with pytest.raises(ModelLoadError, match="Known: .*gemma4, gemma4_text.*qwen3_5, qwen3_5_text"):
+        read({"model_type": "gemma4_unified", "text_config": {}})
 
 
 # Fields of transformers' configurations that leave the logits as they are, reviewed by hand.
@@ -1335,7 +1391,6 @@ def test_every_rope_setting_of_transformers_is_honoured_or_refused(name):
     ("field", "value"),
     [
         ("quantization_config", {"bits": 4}),
-        ("attention_dropout", 0.1),
         ("auto_map", {"AutoModelForCausalLM": "m.M"}),
         ("is_encoder_decoder", True),
         ("add_cross_attention", True),
@@ -1364,7 +1419,7 @@ def test_fields_of_other_architectures_are_refused_by_name(model_type, field, va
         return  # its own
     if field == "rope_scaling" and family.rope.ignored:
         return
-    fields = {"model_type": model_type, **SMALL, **KEYS, **NEEDED.get(model_type, {})}
+    fields = least(model_type)
     if field == "rope_scaling" and model_type == "ministral3":
         value = value | {"llama_4_scaling_beta": 0.1}
     is_inner = field == "rope_scaling" and not family.rope.nested_only

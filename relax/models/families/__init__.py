@@ -79,6 +79,6 @@ def family_of(model_type, where: str = "config.json") -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelLoadError(
             f"{where}: unknown architecture: model_type is {model_type!r}. "
-            f"Known: {', '.join(sorted(FAMILIES))}."
+            f"Known: {', '.join(sorted({*FAMILIES, *TEXT_PARTS}))}."
         )
     return FAMILIES[model_type]

@@ -1,16 +1,16 @@
 """A model family as data: mappings of its config.json and tensor names to ours."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 
 from relax.errors import ModelLoadError
 from relax.models.config import TransformerConfig
-from relax.models.families.fields import Field, read_values
+from relax.models.families.fields import Field, is_number, read_values
 from relax.models.families.rope import RopeFields
 
 # Fields that would change the computation in unsupported ways, and their supported values.
 REQUIRED_VALUES: dict[str, tuple] = {
-    "attention_dropout": (0,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "sliding_window": (),
@@ -20,6 +20,9 @@ REQUIRED_VALUES: dict[str, tuple] = {
     "pruned_heads": ({},),
     "auto_map": (),  # the model's own code, which ReLax never runs
 }
+
+# Rates of dropout, which changes training alone.
+DROPOUT_FIELDS = frozenset({"attention_dropout", "residual_dropout", "embd_pdrop", "resid_pdrop"})
 
 # Fields that do not change the computation: bookkeeping, and the generation settings that
 # transformers 4 wrote to config.json.
@@ -204,9 +207,12 @@ class Family:
     def _read(self, fields: dict) -> TransformerConfig:
         required = {**REQUIRED_VALUES, **self.only}
         only = {n: values for n, values in required.items() if n not in self._known()}
-        unknown = sorted(set(fields) - self._known() - only.keys() - IGNORED_FIELDS - self.harmless)
+        ignored = IGNORED_FIELDS | DROPOUT_FIELDS | self.harmless
+        given = {name for name, value in fields.items() if value is not None}
+        unknown = sorted(given - self._known() - only.keys() - ignored)
         if unknown:
             raise ValueError(f"fields that ReLax does not support: {', '.join(unknown)}.")
+        _warn_of_dropout({n: fields[n] for n in sorted(given & DROPOUT_FIELDS)})
         fields = self._plain_names(fields)
         present = {name: value for name, value in fields.items() if value is not None}
         for name in sorted(only.keys() & present.keys()):
@@ -256,6 +262,19 @@ class Family:
             if value is not None:
                 plain[name] = value
         return plain
+
+
+def _warn_of_dropout(rates: Mapping) -> None:
+    for name, rate in rates.items():
+        if not (is_number(rate) and 0 <= rate < 1):
+            raise ValueError(f"{name} must be a number from 0 to below 1, got {repr(rate)[:80]}.")
+    asked = [f"{name} {rate}" for name, rate in rates.items() if rate]
+    if asked:
+        warnings.warn(
+            f"{' and '.join(asked)} of config.json will not be applied: ReLax trains without "
+            "dropout, except that of adapters.",
+            stacklevel=6,
+        )
 
 
 def module_of(path: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from relax.models.families import windows
 from relax.models.families.family import Family
-from relax.models.families.fields import HIDDEN_ACT, SIZE, common, derived
+from relax.models.families.fields import HIDDEN_ACT, LAYER_TYPES, SIZE, common, derived
 from relax.models.families.rope import RopeFields
 
 ROPE = {
@@ -29,6 +29,7 @@ FAMILY = Family(
         ),
         "hidden_act": HIDDEN_ACT,
         "sliding_window": derived(SIZE, None, null=True),
+        "layer_types": derived(LAYER_TYPES, None),
     },
     derive=windows.everywhere,
     restore=lambda config: {"sliding_window": config.sliding_window},

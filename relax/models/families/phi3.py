@@ -42,7 +42,6 @@ FAMILY = Family(
         original=4096,
     ),
     only={
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop"), (0,)),
         **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,)),
         **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
     },

@@ -60,7 +60,14 @@ FAMILY = Family(
     derive=derive,
     restore=restore,
     rope=RopeFields(partial=0.25, ignored=("mrope_section", "mrope_interleaved")),
-    only={"attn_output_gate": (True,), "mamba_ssm_dtype": ("float32",), "mlp_only_layers": ([],)},
+    # In transformers the gate of full layers is a sigmoid and that of delta rules silu, also of
+    # the files that say swish.
+    only={
+        "output_gate_type": ("swish",),
+        "attn_output_gate": (True,),
+        "mamba_ssm_dtype": ("float32",),
+        "mlp_only_layers": ([],),
+    },
     # Of the layers that predict further tokens, which files keep under `mtp.`.
     harmless=frozenset({"mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"}),
     names={"out_proj": "linear_attn.out_proj"},

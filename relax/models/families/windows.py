@@ -27,10 +27,16 @@ def of_types(values: dict, types: tuple[str, ...], window: int | None) -> dict:
 
 
 def everywhere(values: dict) -> dict:
-    """All layers have `sliding_window`, if set."""
+    """All layers have `sliding_window`, if set; `layer_types` may say the same."""
     window = values["sliding_window"]
-    kind = FULL if window is None else SLIDING
-    return of_types(values, (kind,) * values["num_hidden_layers"], window)
+    types = (FULL if window is None else SLIDING,) * values["num_hidden_layers"]
+    given = values.get("layer_types")
+    if given is not None and tuple(given) != types:
+        raise ValueError(
+            f"layer_types must be {types[0]} in every layer, as sliding_window {window} says, got "
+            f"{', '.join(sorted(set(given)))} in {len(given)} layers."
+        )
+    return of_types(values, types, window)
 
 
 def from_layer(values: dict) -> dict:
