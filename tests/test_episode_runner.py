@@ -6,6 +6,7 @@ import pytest
 
 from relax.errors import ConfigError
 from relax.rewards import EpisodeRunner
+from relax.rewards.environment import Observation
 from tests import tool_files
 
 FILE = tool_files.__file__
@@ -97,11 +98,55 @@ def test_functions_of_this_process_give_the_same_answers():
         ([f"{FILE}:add,add"], "two tools have the name 'add'"),
         ([f"{FILE}:ad"], "has no object 'ad'"),
         (["add"], "unknown tool 'add'"),
+        ([FILE], "must name an object of a file or a module: write file.py:NAME"),
+        ([tool_files.Guess], "tool 'Guess' is a class"),
+        ([tool_files.positional], "called with arguments by name, and 'a: int' has none"),
+        ([tool_files.any_number], r"called with arguments by name, and '\*numbers: int' has none"),
     ],
 )
 def test_tools_that_cannot_be_described_are_refused(tools, reason):
     with pytest.raises(ConfigError, match=reason):
         EpisodeRunner(tools)
+
+
+def test_arguments_may_have_any_name():
+    def integrate(function: str, self: int) -> str:
+        """Integrates.
+
+        Args:
+          function: what
+          self: how often
+        """
+        return function * self
+
+    runner = EpisodeRunner([integrate])
+    (found,) = runner.wait([call(runner, 0, "integrate", function="x", self=2)])
+    assert found.value == "xx"
+
+
+def text_environment(stop, shown="b"):
+    class Texts:
+        def reset(self, row):
+            return "a"
+
+        def step(self, text):
+            return Observation(shown, False)
+
+    Texts.stop = stop
+    return EpisodeRunner((), Texts)
+
+
+def test_a_stop_that_is_one_text_is_one_text():
+    assert text_environment("</x>").info.stop == ("</x>",)
+    for stop in (5, ("",), ("a", 1)):
+        with pytest.raises(ConfigError, match="must have a tuple of texts as its attribute 'stop'"):
+            text_environment(stop)
+
+
+def test_an_answer_that_is_no_text_costs_the_episode():
+    runner = text_environment((), shown=5)
+    (found,) = runner.wait([runner.submit(0, "step", "turn", 0)])
+    assert found.kind == "result" and "step returned the text 5, no text or None" in found.reason
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ import numpy as np
 import optax
 import pytest
 
-from relax.errors import DataError
+from relax.errors import ConfigError, DataError
 from relax.models import Transformer, TransformerConfig
 from relax.rewards import EpisodeRunner, Observation
 from relax.sampling import SamplingConfig
 from relax.trainers import GRPOTrainer
 from relax.trainers.rl.episodes import rollout_episodes
+from relax.trainers.rl.generation import make_partner
 from relax.trainers.rl.partners import TextPartner
 
 A, STOP, EOS, SHOWN = 3, 4, 1, 7  # ids; each is the text of a letter
@@ -172,3 +173,24 @@ def test_beginnings_that_differ_within_a_group_are_refused(model_and_params):
         rollout_episodes(
             *model_and_params, ITEM, jax.random.key(1), SAMPLING, partner([], Fickle), decode
         )
+
+
+def test_a_beginning_that_fits_no_row_costs_its_episodes(model_and_params):
+    class Long(Echo):
+        def reset(self, row):
+            self.turns = []
+            return "k" * 100 if row["prompt"] == "fg" else None
+
+    found = rollout_episodes(
+        *model_and_params, ITEM, jax.random.key(1), SAMPLING, partner([], Long), decode
+    )
+    lost, played = found.episodes[:4], found.episodes[4:]
+    assert found.prompt_ids == ITEM["prompt_ids"]
+    assert all(e.record()["failed"] and "a prompt of 102 tokens" in e.errors[0] for e in lost)
+    assert not any(e.errors for e in played) and all(e.turns for e in played)
+    assert np.isnan(found.rewards[:4]).all()
+
+
+def test_flags_of_tools_are_refused_where_there_are_none():
+    with pytest.raises(ConfigError, match="tool_format has no effect: environment 'Echo' has no t"):
+        make_partner(Letters(), (EOS,), (), lambda: Echo([]), tool_format="hermes")

@@ -60,6 +60,24 @@ def undescribed(a: int) -> int:
     return a
 
 
+def positional(a: int, /) -> int:
+    """Gives a number back.
+
+    Args:
+      a: the number
+    """
+    return a
+
+
+def any_number(*numbers: int) -> int:
+    """Adds numbers.
+
+    Args:
+      numbers: all of them
+    """
+    return sum(numbers)
+
+
 class Guess:
     """Answers guesses of a digit until one is right, with a reward for few turns."""
 

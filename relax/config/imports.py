@@ -32,6 +32,11 @@ def load_object(spec: str, what: str, kind: type = object) -> Any:
         module = _load_file(path, spec, what)
     else:
         path, _, name = spec.rpartition(".")
+        if not path or spec.endswith(".py"):
+            raise ConfigError(
+                f"{what} {spec!r} must name an object of a file or a module: write file.py:NAME "
+                "or package.module.NAME."
+            )
         module = _load_module(path, spec, what)
     found = getattr(module, name, None)
     if found is None or not isinstance(found, kind):

@@ -100,6 +100,8 @@ class Counterpart:
         if self.kind == "text":
             if not isinstance(found, Observation):
                 raise BadAnswer(f"step returned {quote(found, 200)}, not an Observation")
+            if found.text is not None and not isinstance(found.text, str):
+                raise BadAnswer(f"step returned the text {quote(found.text, 200)}, no text or None")
             reward = _reward(found.reward, "step")
             return {"text": found.text, "reward": reward, "done": bool(found.done)}
         if not isinstance(found, tuple) or len(found) != 3:
@@ -172,14 +174,27 @@ def describe_counterpart(
     names = [schema["function"]["name"] for schema in schemas]
     for twice in {n for n in names if names.count(n) > 1}:
         raise ConfigError(f"two tools have the name {twice!r}: rename one.")
-    return EpisodeInfo(kind, schemas, tuple(getattr(environment, "stop", ())), name)
+    return EpisodeInfo(kind, schemas, _stop_of(environment, name), name)
+
+
+def _stop_of(environment, name: str) -> tuple[str, ...]:
+    """The texts that end a turn; one text alone is one of them."""
+    stop = getattr(environment, "stop", ())
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
+        raise ConfigError(
+            f"environment {name!r} must have a tuple of texts as its attribute 'stop', got "
+            f"{quote(stop, 200)}."
+        )
+    return tuple(stop)
 
 
 def schema_of(function: Callable) -> dict:
     """The JSON schema of a function, from its type hints and its docstring, by transformers.
 
     Raises:
-      ConfigError: an argument has no type hint or no description, or the docstring is missing.
+      ConfigError: an argument has no type hint or no description, or cannot be given by its name,
+        or the docstring is missing.
     """
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,
@@ -188,12 +203,16 @@ def schema_of(function: Callable) -> dict:
     )
 
     name = name_of(function)
+    if isinstance(function, type):
+        raise ConfigError(f"tool {name!r} is a class: name a function.")
     parameters = inspect.signature(function).parameters.values()
-    missing = [
-        p.name
-        for p in parameters
-        if p.annotation is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    unnamed = [p for p in parameters if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if unnamed:
+        raise ConfigError(
+            f"tool {name!r} is called with arguments by name, and {str(unnamed[0])!r} has none "
+            "that a model could give: write an argument of its own for each."
+        )
+    missing = [p.name for p in parameters if p.annotation is p.empty]
     if missing:
         raise ConfigError(
             f"tool {name!r} must have a type hint for every argument, and has none for "
@@ -222,7 +241,7 @@ def _methods(environment) -> list[Callable]:
     return [f for name, f in members if not name.startswith("_") and name not in _OWN]
 
 
-def _result(function: Callable, *args, **kwargs):
+def _result(function: Callable, /, *args, **kwargs):
     found = function(*args, **kwargs)
     return asyncio.run(_wait_for(found)) if inspect.isawaitable(found) else found
 

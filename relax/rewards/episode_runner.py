@@ -161,7 +161,8 @@ class EpisodeRunner:
                 method = "get_reward" if operation == "reward" else operation
                 raise ConfigError(
                     f"environment {self.info.name!r} cannot be used: in an episode of the first "
-                    f"row it {_phrase(method, answer)}. Correct its method {method}."
+                    f"row {'it ' * (answer.kind != 'result')}{_phrase(method, answer)}. Correct "
+                    f"its method {method}."
                 )
         self.end(-1)
 

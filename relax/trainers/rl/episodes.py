@@ -20,6 +20,7 @@ import numpy as np
 from relax.errors import DataError
 from relax.rewards.episode_runner import Answer, EpisodeRunner
 from relax.sampling import SampleOutput, SamplingConfig, Session
+from relax.sampling.config import max_positions
 from relax.sampling.rows import Row
 from relax.trainers.rl.partners import Asked, Episode, Partner
 
@@ -159,6 +160,9 @@ def rollout_episodes(
     begun = [partner.begin(episode) for episode in episodes]
     for asked, answers in zip(begun, _answers(partner.runner, begun), strict=True):
         asked.collect(answers)
+    room = max_positions(model.config)[0] - sampling.max_new_tokens
+    for i, episode in enumerate(episodes):
+        _check_length(episode, item["prompt_ids"][i // n], room, partner)
     for group in (episodes[i * n : (i + 1) * n] for i in range(rows)):
         _check_same_beginning(group, partner)
     stop = tuple(dict.fromkeys((*sampling.stop, *partner.stop)))
@@ -190,6 +194,18 @@ def _answers(runner: EpisodeRunner, asked: list[Asked]) -> list[list[Answer]]:
     """The answers to each episode's questions."""
     answers = iter(runner.wait([number for one in asked for number in one.numbers]))
     return [[next(answers) for _ in one.numbers] for one in asked]
+
+
+def _check_length(episode: Episode, prompt: list[int], room: int, partner: Partner) -> None:
+    """Loses an episode whose environment has shown more than fits into the model's positions."""
+    count = len(episode.prompt_ids)
+    if count > room and not episode.finish:
+        episode.lose(
+            f"reset made a prompt of {count} tokens, and with max_completion_length there is room "
+            f"for {room} in the model's positions"
+        )
+        episode.prompt_ids = list(prompt)
+        partner.runner.end(episode.number)
 
 
 def _check_same_beginning(group: list[Episode], partner: Partner) -> None:

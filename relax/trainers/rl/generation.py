@@ -57,6 +57,13 @@ def make_partner(
         runner = EpisodeRunner(tools, environment_factory)
     else:
         return None
+    given = {"tool_format": tool_format, "max_tool_calling_iterations": max_tool_calling_iterations}
+    names = [name for name, value in given.items() if value is not None]
+    if names and not runner.info.tools:
+        raise ConfigError(
+            f"{' and '.join(names)} has no effect: environment {runner.info.name!r} has no tools. "
+            "Leave it out."
+        )
     if runner.info.kind == "text":
         return TextPartner(runner, _encoder(tokenizer), decoder(tokenizer))
     turns = ChatTurns(tokenizer, eos_token_ids, runner.info.tools, tool_format=tool_format)
