@@ -55,6 +55,25 @@ def test_a_tool_that_fails_costs_its_own_episode(runner, how, kind, reason):
     assert "sleep 4321" not in subprocess.run(["ps", "aux"], capture_output=True, text=True).stdout
 
 
+@pytest.mark.parametrize(("how", "kind"), [("die late", "died"), ("hang", "hung")])
+def test_questions_that_wait_for_a_worker_that_is_lost_are_answered(runner, how, kind):
+    first = runner.reserve(2)
+    numbers = [call(runner, first, "fail", how=how), call(runner, first, "add", a=1, b=2)]
+    numbers.append(call(runner, first + 1, "add", a=1, b=2))
+    lost, waiting, other = runner.wait(numbers)
+    assert lost == waiting and lost.kind == kind
+    assert other.value == "3"
+
+
+def test_the_child_of_a_tool_that_forks_answers_nothing(runner):
+    first = runner.reserve(1)
+    found = []
+    for _ in range(5):
+        number = call(runner, first, "fail", how="fork")
+        found += runner.wait([number, call(runner, first, "add", a=1, b=2)])
+    assert [answer.value for answer in found] == ["fork", "3"] * 5
+
+
 def test_the_answers_of_an_episode_depend_on_its_seed_and_not_on_the_order_of_episodes(runner):
     def play(episodes):
         first = runner.reserve(9)
