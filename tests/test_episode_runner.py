@@ -9,6 +9,7 @@ from relax.rewards import EpisodeRunner
 from tests import tool_files
 
 FILE = tool_files.__file__
+UNDESCRIBABLE = f"{FILE.rpartition('/')[0]}/undescribable.py"
 
 
 def call(runner, episode, name, seed=0, **arguments):
@@ -121,6 +122,22 @@ def test_functions_of_this_process_give_the_same_answers():
 def test_tools_that_cannot_be_described_are_refused(tools, reason):
     with pytest.raises(ConfigError, match=reason):
         EpisodeRunner(tools)
+
+
+@pytest.mark.parametrize(
+    ("tools", "environment", "reason"),
+    [
+        ("add,unknown_type", None, "tool 'unknown_type' .* NameError: name 'NoSuchType'"),
+        ("add", "Exits", "environment 'Exits' cannot be described: it raised SystemExit: 3"),
+        ("add", "RaisingProperty", "environment 'RaisingProperty' .* RuntimeError: not ready"),
+    ],
+)
+def test_a_description_that_raises_is_told_with_the_name_of_its_source(tools, environment, reason):
+    files = {"add": FILE}
+    given = [f"{files.get(tool, UNDESCRIBABLE)}:{tool}" for tool in tools.split(",")]
+    factory = environment and f"{UNDESCRIBABLE}:{environment}"
+    with pytest.raises(ConfigError, match=reason):
+        EpisodeRunner(given, factory)
 
 
 @pytest.mark.parametrize(

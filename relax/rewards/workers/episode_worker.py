@@ -13,8 +13,10 @@ from relax.rewards.counterpart import (
     bound,
     describe_counterpart,
     raised,
+    schema_of,
 )
 from relax.rewards.loading import load_environment, load_tool
+from relax.rewards.protocol import name_of
 from relax.rewards.workers import descendants, messages
 
 
@@ -50,8 +52,20 @@ def describe(sources: Sources, requests: int, answers: int) -> None:
         answer: dict = {"info": sources.describe().to_dict()}
     except ConfigError as error:
         answer = {"error": str(error)}
+    except BaseException as error:  # also SystemExit, of an environment
+        answer = {"error": f"{_culprit(sources)} cannot be described: it {raised(error)}."}
     messages.write(answers, answer)
     os._exit(0)
+
+
+def _culprit(sources: Sources) -> str:
+    """The tool that cannot be described, or else the environment."""
+    for tool in sources.tools:
+        try:
+            schema_of(tool)
+        except BaseException:
+            return f"tool {name_of(tool)!r}"
+    return "the tools" if sources.make is None else f"environment {name_of(sources.make)!r}"
 
 
 def run_episode(sources: Sources, requests: int, answers: int) -> None:
