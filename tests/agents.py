@@ -78,5 +78,70 @@ async def blocks(client, row):
     return row["n"]
 
 
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+class Message:
+    """A message as the package openai has it, by its one method that matters."""
+
+    def model_dump(self, **options):
+        return {"role": "assistant", "content": None, "tool_calls": []}
+
+
+async def badly(client, row):
+    """Returns and raises what can hardly be reported, by the row."""
+    if row["n"] == 1:
+        return [{"role": "assistant", "content": None, "tool_calls": [object()]}]
+    if row["n"] == 2:
+        raise Unprintable
+    if row["n"] == 3:
+        return [Message()]
+    return row["n"]
+
+
+async def exits(client, row):
+    """Exits, also in a task of its own, while others wait."""
+    if row["n"] == 1:
+        sys.exit(3)
+    if row["n"] == 2:
+        await asyncio.gather(asyncio.create_task(exits(client, {"n": 1})))
+    if row["n"] == 3:
+        raise KeyboardInterrupt
+    await asyncio.sleep(0.3)
+    return row["n"]
+
+
+async def times_out(client, row):
+    """Has a time limit of its own, or ignores that of the run."""
+    if row["n"] == 1:
+        await asyncio.wait_for(asyncio.sleep(9), 0.01)
+    if row["n"] == 2:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            await asyncio.sleep(600)
+    return row["n"]
+
+
+def stops(client, row):
+    return next(iter([]))
+
+
+class AsyncObject:
+    async def __call__(self, client, row):
+        await asyncio.sleep(0)
+        return row["n"]
+
+
+async_object = AsyncObject()
+
+
+def decorated(client, row):
+    """As a decorator leaves an `async` function."""
+    return async_object(client, row)
+
+
 def one_argument(client):
     return 0.0

@@ -60,11 +60,49 @@ def test_an_agent_that_blocks_its_process_is_killed(runner, monkeypatch):
     assert "hung or ended" in found[1].error
 
 
+def test_what_can_hardly_be_reported_is_the_error_of_its_own_episode_at_once(runner):
+    found = runner("badly").run(jobs(5), at_once=5)
+    assert [result.reward for result in found] == [0, None, None, None, 4]
+    assert "cannot be written as JSON: an object of type object" in found[1].error
+    assert "raised Unprintable (" in found[2].error
+    assert found[3].messages == [{"role": "assistant", "content": None, "tool_calls": []}]
+
+
+def test_an_agent_that_exits_leaves_those_beside_it_alone(runner):
+    found = runner("exits").run(jobs(6), at_once=6)
+    assert [result.reward for result in found] == [0, None, None, None, 4, 5]
+    errors = [result.error for result in found[1:4]]
+    names = ["SystemExit", "SystemExit", "KeyboardInterrupt"]
+    for error, name in zip(errors, names, strict=True):
+        assert f"raised {name}" in error and "agents.py" in error
+
+
+def test_a_time_limit_of_the_agents_own_is_not_that_of_the_run(runner):
+    made = runner("times_out", timeout_s=0.5)
+    process = made._process
+    found = made.run(jobs(2), at_once=2)
+    assert "raised TimeoutError" in found[1].error and made._process is process
+    found = made.run(jobs(4), at_once=4)
+    assert [result.reward for result in found] == [0, None, None, 3]
+    assert "did not end within 0.5 s" in found[2].error
+
+
+@pytest.mark.parametrize("name", ["async_object", "decorated"])
+def test_whatever_returns_an_awaitable_is_an_async_agent(runner, name):
+    assert [result.reward for result in runner(name).run(jobs(2), at_once=2)] == [0, 1]
+
+
+def test_a_plain_agent_may_run_out_of_items(runner):
+    (found,) = runner("stops").run(jobs(1), at_once=1)
+    assert "raised StopIteration" in found.error
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
         (f"{FILE}:nothing", "has no object 'nothing'"),
         (f"{FILE}:one_argument", "must take two arguments, the client and the row"),
+        ("builtins:max", "has no signature that can be read"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
         (f"{FILE}:asyncio", "is a module, not a function"),
     ],

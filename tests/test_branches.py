@@ -1,5 +1,7 @@
 """What agents sample becomes trees, of which each sampled token is trained once."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -142,3 +144,36 @@ def test_branches_without_a_common_beginning_have_an_empty_prompt():
 def test_an_agent_that_returns_something_else_is_told_what_it_may_return(value):
     with pytest.raises(ValueError, match="an agent"):
         checked_result(value)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.int64(2), np.array(1.0), True])
+def test_a_number_of_numpy_is_a_reward_of_an_agent(value):
+    for given in (value, {"reward": value}):
+        assert checked_result(given) == {"reward": float(value), "messages": None}
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e19, np.float32("nan"), np.zeros(2)])
+def test_a_reward_of_an_agent_is_finite_and_one(value):
+    for given in (value, {"reward": value}):
+        with pytest.raises(ValueError, match="an agent gave"):
+            checked_result(given)
+
+
+@pytest.mark.parametrize("content", ["text", None, [{"type": "text", "text": "a"}], []])
+def test_the_content_of_an_agents_message_is_a_text_parts_or_none(content):
+    chat = [{"role": "user", "content": content}]
+    assert checked_result(chat)["messages"] == chat
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": 5},
+        {"role": "assistant", "content": [5]},
+        {"role": "assistant", "content": [{"text": 5}]},
+        {"role": 7},
+    ],
+)
+def test_a_message_of_an_agent_that_rewards_could_not_read_is_refused(message):
+    with pytest.raises(ValueError, match="agent's message"):
+        checked_result({"messages": [message]})

@@ -10,6 +10,7 @@ from relax.rewards.environment import Observation
 from tests import tool_files
 
 FILE = tool_files.__file__
+UNDESCRIBABLE = f"{FILE.rpartition('/')[0]}/undescribable.py"
 
 
 def call(runner, episode, name, seed=0, **arguments):
@@ -54,6 +55,25 @@ def test_a_tool_that_fails_costs_its_own_episode(runner, how, kind, reason):
     (after,) = runner.wait([call(runner, first + 1, "add", a=2, b=2)])
     assert after.value == "4"
     assert "sleep 4321" not in subprocess.run(["ps", "aux"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(("how", "kind"), [("die late", "died"), ("hang", "hung")])
+def test_questions_that_wait_for_a_worker_that_is_lost_are_answered(runner, how, kind):
+    first = runner.reserve(2)
+    numbers = [call(runner, first, "fail", how=how), call(runner, first, "add", a=1, b=2)]
+    numbers.append(call(runner, first + 1, "add", a=1, b=2))
+    lost, waiting, other = runner.wait(numbers)
+    assert lost == waiting and lost.kind == kind
+    assert other.value == "3"
+
+
+def test_the_child_of_a_tool_that_forks_answers_nothing(runner):
+    first = runner.reserve(1)
+    found = []
+    for _ in range(5):
+        number = call(runner, first, "fail", how="fork")
+        found += runner.wait([number, call(runner, first, "add", a=1, b=2)])
+    assert [answer.value for answer in found] == ["fork", "3"] * 5
 
 
 def test_the_answers_of_an_episode_depend_on_its_seed_and_not_on_the_order_of_episodes(runner):
@@ -147,6 +167,22 @@ def test_an_answer_that_is_no_text_costs_the_episode():
     runner = text_environment((), shown=5)
     (found,) = runner.wait([runner.submit(0, "step", "turn", 0)])
     assert found.kind == "result" and "step returned the text 5, no text or None" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("tools", "environment", "reason"),
+    [
+        ("add,unknown_type", None, "tool 'unknown_type' .* NameError: name 'NoSuchType'"),
+        ("add", "Exits", "environment 'Exits' cannot be described: it raised SystemExit: 3"),
+        ("add", "RaisingProperty", "environment 'RaisingProperty' .* RuntimeError: not ready"),
+    ],
+)
+def test_a_description_that_raises_is_told_with_the_name_of_its_source(tools, environment, reason):
+    files = {"add": FILE}
+    given = [f"{files.get(tool, UNDESCRIBABLE)}:{tool}" for tool in tools.split(",")]
+    factory = environment and f"{UNDESCRIBABLE}:{environment}"
+    with pytest.raises(ConfigError, match=reason):
+        EpisodeRunner(given, factory)
 
 
 @pytest.mark.parametrize(

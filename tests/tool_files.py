@@ -37,13 +37,18 @@ def fail(how: str) -> str:
         time.sleep(60)
     if how == "die":
         os._exit(3)
+    if how == "die late":
+        time.sleep(0.2)
+        os._exit(3)
+    if how == "fork":
+        os.fork()
     if how == "leave":  # a process that outlives its parent, as a daemon does
         subprocess.Popen(["sleep", "4321"], start_new_session=True)
         os._exit(0)
     if how == "print":
         while True:
             print("x" * 1000)
-    return "x" * 2_000_000
+    return "x" * 2_000_000 if how == "long" else how
 
 
 def untyped(a, b: int) -> int:

@@ -145,7 +145,7 @@ class AgentRunner:
 
 def _read(fd: int, answers: queue.SimpleQueue) -> None:
     """Puts messages into a queue, and None at the end."""
-    with contextlib.suppress(OSError, EOFError):
+    with contextlib.suppress(OSError, EOFError, ValueError):
         while (answer := messages.read(fd)) is not None:
             answers.put(answer)
     answers.put(None)

@@ -122,6 +122,7 @@ class _EpisodeHost:
         while (message := messages.decode(self.requests)) is not None:
             del self.requests[: messages.frame_size(self.requests)]
             if "end" in message:
+                self._take_questions(message["end"])  # nobody waits for their answers
                 self._end(message["end"])
             else:
                 self.questions.append(message)
@@ -182,9 +183,12 @@ class _EpisodeHost:
         episode.answer += part
         if (messages.frame_size(episode.answer) or 0) > MAX_ANSWER_BYTES:
             self._lose(e, "result", f"answers with more than {MAX_ANSWER_BYTES} bytes")
-        elif (answer := messages.decode(episode.answer)) is not None:
-            self._send({"number": episode.number} | answer)
-            episode.number = None
+            return
+        while (answer := messages.decode(episode.answer)) is not None:
+            del episode.answer[: messages.frame_size(episode.answer)]
+            if answer["number"] == episode.number:  # not of a process that a tool left behind
+                self._send(answer)
+                episode.number = None
 
     def _read_output(self, e: int) -> None:
         output = self.episodes[e].worker.descriptors[2]
@@ -198,18 +202,25 @@ class _EpisodeHost:
                 self._lose(e, "hung", f"did not return within {self.timeout_s:g} s and was killed")
 
     def _lose(self, e: int, kind: str, reason: str | None) -> None:
-        """Ends a worker and answers its question with a failure."""
+        """Ends a worker and answers its question, and those that wait for it, with a failure."""
         number = self.episodes[e].number
+        asked = [] if number is None else [number]
+        asked += [question["number"] for question in self._take_questions(e)]
         code = os.waitstatus_to_exitcode(self._end(e))
         if reason is None and code < 0:
             reason = f"ended its process by signal {signal.Signals(-code).name}"
         reason = reason or f"ended its process with exit code {code}"
-        if number is not None:
+        for number in asked:
             self._send({"number": number, "failed": [kind, reason]})
+
+    def _take_questions(self, e: int) -> list[dict]:
+        """Removes and returns the questions to an episode that wait."""
+        taken = [q for q in self.questions if q["episode"] == e]
+        self.questions = collections.deque(q for q in self.questions if q["episode"] != e)
+        return taken
 
     def _end(self, e: int) -> int:
         """Kills an episode's worker and what it has started; returns its wait status."""
-        self.questions = collections.deque(q for q in self.questions if q["episode"] != e)
         episode = self.episodes.pop(e, None)
         if episode is None:
             return 0

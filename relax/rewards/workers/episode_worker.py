@@ -13,8 +13,10 @@ from relax.rewards.counterpart import (
     bound,
     describe_counterpart,
     raised,
+    schema_of,
 )
 from relax.rewards.loading import load_environment, load_tool
+from relax.rewards.protocol import name_of
 from relax.rewards.workers import descendants, messages
 
 
@@ -50,8 +52,20 @@ def describe(sources: Sources, requests: int, answers: int) -> None:
         answer: dict = {"info": sources.describe().to_dict()}
     except ConfigError as error:
         answer = {"error": str(error)}
+    except BaseException as error:  # also SystemExit, of an environment
+        answer = {"error": f"{_culprit(sources)} cannot be described: it {raised(error)}."}
     messages.write(answers, answer)
     os._exit(0)
+
+
+def _culprit(sources: Sources) -> str:
+    """The tool that cannot be described, or else the environment."""
+    for tool in sources.tools:
+        try:
+            schema_of(tool)
+        except BaseException:
+            return f"tool {name_of(tool)!r}"
+    return "the tools" if sources.make is None else f"environment {name_of(sources.make)!r}"
 
 
 def run_episode(sources: Sources, requests: int, answers: int) -> None:
@@ -61,20 +75,24 @@ def run_episode(sources: Sources, requests: int, answers: int) -> None:
     depends on its own questions, and not on the order in which episodes run.
     """
     descendants.adopt()  # processes that a tool leaves behind end with this one
+    own = os.getpid()
     answer: Callable[[str, object], object] | None = None
     while (message := messages.read(requests)) is not None:
         if answer is None:
             random.seed(message["seed"])
             if numpy := sys.modules.get("numpy"):
                 numpy.random.seed(message["seed"] % 2**32)
+        number = {"number": message["number"]}
         try:
             answer = answer or sources.counterpart().answer
             result = {"result": answer(message["operation"], message["value"])}
-            frame = messages.encode(result)
+            frame = messages.encode(number | result)
         except BadAnswer as error:
-            frame = messages.encode({"failed": ["result", str(error)]})
+            frame = messages.encode(number | {"failed": ["result", str(error)]})
         except BaseException as error:  # also SystemExit: a tool never ends the run
-            frame = messages.encode({"failed": ["raised", raised(error)]})
+            frame = messages.encode(number | {"failed": ["raised", raised(error)]})
+        if os.getpid() != own:  # a tool has forked, and its parent answers
+            os._exit(0)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         messages.write(answers, frame)
