@@ -19,7 +19,7 @@ from typing import Any
 from relax.config.imports import load_object
 from relax.config.text import quote
 from relax.errors import ConfigError
-from relax.rewards.counterpart import BadAnswer, _reward, raised
+from relax.rewards.counterpart import BadAnswer, checked_reward, raised
 from relax.rewards.workers import descendants, messages
 
 THREADS = 256  # of agents that are plain functions
@@ -185,7 +185,7 @@ def checked_result(value) -> dict:
         name = quote(next(iter(unknown)))
         raise BadResult(f"an agent's object has reward and messages, got {name}")
     try:
-        reward = _reward(found.get("reward"), "an agent")
+        reward = checked_reward(found.get("reward"), "an agent")
     except BadAnswer as error:
         raise BadResult(str(error)) from error
     return {"reward": reward, "messages": _checked_messages(found.get("messages"))}

@@ -102,7 +102,7 @@ class Counterpart:
                 raise BadAnswer(f"step returned {quote(found, 200)}, not an Observation")
             if found.text is not None and not isinstance(found.text, str):
                 raise BadAnswer(f"step returned the text {quote(found.text, 200)}, no text or None")
-            reward = _reward(found.reward, "step")
+            reward = checked_reward(found.reward, "step")
             return {"text": found.text, "reward": reward, "done": bool(found.done)}
         if not isinstance(found, tuple) or len(found) != 3:
             raise BadAnswer(f"step returned {quote(found, 200)}, not (messages, reward, done)")
@@ -110,7 +110,7 @@ class Counterpart:
         messages = _messages(shown, "step")
         if not messages and not done:
             raise BadAnswer("step returned no message, though the episode is not done")
-        return {"messages": messages, "reward": _reward(reward, "step"), "done": bool(done)}
+        return {"messages": messages, "reward": checked_reward(reward, "step"), "done": bool(done)}
 
     def call(self, call: dict) -> str:
         """The result of a tool as text: a text as it is, lists and dicts as JSON."""
@@ -126,7 +126,7 @@ class Counterpart:
     def reward(self, _: Any) -> float | None:
         """The reward at the end of an episode of a `methods` environment."""
         get = getattr(self.environment, "get_reward", None)
-        return None if get is None else _reward(_result(get), "get_reward")
+        return None if get is None else checked_reward(_result(get), "get_reward")
 
 
 def kind_of(environment) -> str:
@@ -268,7 +268,12 @@ def _messages(found, method: str) -> list[dict]:
     return [dict(message) for message in found]
 
 
-def _reward(reward, method: str) -> float | None:
+def checked_reward(reward, method: str) -> float | None:
+    """A reward as a float; None: there is none.
+
+    Raises:
+      BadAnswer: it is no finite number of at most `MAX_REWARD`.
+    """
     if reward is None:
         return None
     reward = reward.tolist() if hasattr(reward, "tolist") else reward
