@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from relax.data.tool_calls import TOOL_FORMATS, Turn, parse_tool_calls, tool_format
+from relax.data.tool_calls import (
+    TOOL_FORMATS,
+    Turn,
+    parse_tool_calls,
+    register_tool_format,
+    tool_format,
+)
 
 WEATHER = [("get_weather", {"city": "Brest, FR", "days": 2})]
 TOOLS = [
@@ -19,6 +25,7 @@ TOOLS = [
         },
     }
 ]
+DEEP = '{"x": ' * 33 + "1" + "}" * 33
 TEXTS = {
     "hermes": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Brest, FR", "days": 2}}'
     "\n</tool_call>",
@@ -114,6 +121,17 @@ def test_text_without_a_call_is_content_as_it_is(name):
         ("gemma", "<start_function_call>call:f{x:}<end_function_call>", "of f cannot be read"),
         ("gpt_oss", "<|channel|>commentary to=functions.f <|message|>{x}<|call|>", "must be JSON"),
         ("mistral", "[TOOL_CALLS] nonsense", "must be JSON"),
+        ("lfm2", "<|tool_call_start|>[f(x={[1]})]<|tool_call_end|>", "not a value of JSON"),
+        ("lfm2", "<|tool_call_start|>[f(x={[1]: 2})]<|tool_call_end|>", "not a value of JSON"),
+        ("lfm2", "<|tool_call_start|>[f(x=1e999)]<|tool_call_end|>", "of f must be JSON"),
+        ("lfm2", f"<|tool_call_start|>[f(x=0x{'f' * 9999})]<|tool_call_end|>", "of f must be JSON"),
+        ("hermes", f'<tool_call>{{"name": "f", "arguments": "{"[" * 9999}"}}', "must be an object"),
+        ("hermes", f'<tool_call>{{"name": "f", "arguments": {DEEP}}}', "more than 32 levels deep"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}', "NaN is not a value"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1e999}}', "of f must be JSON"),
+        ("llama3", '{"name": "f", "parameters": {"x": -Infinity}}', "-Infinity is not a value"),
+        ("gemma", "<start_function_call>call:f{x:NaN}<end_function_call>", "NaN is not a value"),
+        ("gpt_oss", '<|channel|>commentary to=f<|message|>{"x": NaN}', "NaN is not a value"),
     ],
 )
 def test_a_malformed_call_is_an_error_in_words(name, text, reason):
@@ -154,3 +172,78 @@ def test_channels_of_gpt_oss_are_thoughts_calls_and_content():
     text = f"<|channel|>analysis<|message|>One and\ntwo.<|end|>{final}"
     for end in ("", "<|return|>", "<|end|>"):
         assert parse_tool_calls(text + end, "gpt_oss") == Turn("It is 3.", [], [], "One and\ntwo.")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("hermes", "<tool_call>w\n<arg_key>city</arg_key>\n<arg_value>Par", "must end with"),
+        ("hermes", "<tool_call>w\n<arg_key>city</arg_key></tool_call>", "of w must each be"),
+        ("hermes", "lead <tool_call>x", "the call of x must end with </tool_call>"),
+        ("hermes", "<tool_call><function=w><parameter=city>Paris</function>", "of w must each be"),
+        ("hermes", "<tool_call><function=w>garbage</function></tool_call>", "of w must each be"),
+        ("hermes", "<tool_call>[]</tool_call>", "at least one call"),
+        ("lfm2", "<|tool_call_start|>[]<|tool_call_end|>", "the list is empty"),
+        ("mistral", "[TOOL_CALLS]", "must be JSON"),
+        ("mistral", "[TOOL_CALLS]f[ARGS]", "of f must be JSON"),
+        ("granite", "<|tool_call|>[]", "at least one call"),
+    ],
+)
+def test_a_cut_or_empty_call_is_an_error_and_never_a_call_with_fewer_arguments(name, text, reason):
+    turn = parse_tool_calls(text, name)
+    assert turn.calls == [] and [reason in error for error in turn.errors] == [True]
+
+
+def test_a_call_in_tags_may_have_no_arguments():
+    for text in ("f", "<function=f></function>", "<function=f>\n</function>"):
+        turn = parse_tool_calls(f"<tool_call>{text}</tool_call>", "hermes")
+        assert (turn.calls, turn.errors) == ([("f", {})], [])
+
+
+def test_an_exception_of_any_parser_is_an_error_of_the_call(monkeypatch):
+    monkeypatch.setitem(TOOL_FORMATS, "broken", None)  # which also takes it away at the end
+
+    @register_tool_format("broken", "<call>", begins="<call>")
+    def parse(text, tools):
+        yield 3, 9, "an error of its own."
+        raise KeyError("oops")
+
+    turn = parse_tool_calls("Hm <call>x", "broken")
+    reason = "a tool call cannot be read: KeyError: 'oops'."
+    assert turn == Turn("Hm", [], ["an error of its own.", reason])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", r'<tool_call>{"name": "f\ud83d", "arguments": {"\udc00": ["\ud83d"]}}'),
+        ("lfm2", r"<|tool_call_start|>[f(x={'\udc00': ['\ud83d']})]"),
+        ("gpt_oss", r'<|channel|>commentary to=f<|message|>{"\udc00": ["\ud83d"]}'),
+        ("hermes", r'<tool_call>{"name": "f\ud83d", "arguments": 1}'),
+    ],
+)
+def test_half_of_a_surrogate_pair_becomes_a_replacement_character(name, text):
+    turn = parse_tool_calls(text, name)
+    assert len(turn.calls) + len(turn.errors) == 1
+    shown = json.dumps(turn, ensure_ascii=False)
+    assert "\N{REPLACEMENT CHARACTER}" in shown and shown.encode()
+
+
+def test_a_whole_surrogate_pair_is_a_character():
+    text = r'<tool_call>{"name": "f", "arguments": {"x": "\ud83d\ude00"}}'
+    assert parse_tool_calls(text, "hermes").calls == [("f", {"x": "\N{GRINNING FACE}"})]
+
+
+def test_long_white_space_around_channels_is_read():
+    """In linear time: with cubic time this does not end."""
+    space = "\n" * 20_000
+    assert parse_tool_calls(space, "gpt_oss") == Turn(space, [], [])
+    assert parse_tool_calls(f"<|channel|>{'a' * 20_000}{space}", "gpt_oss").calls == []
+    text = f"<|start|>assistant{space}to=f{space}<|channel|>commentary{space}json{space}<|message|>"
+    assert parse_tool_calls(text + "{}", "gpt_oss") == Turn("", [("f", {})], [])
+
+
+@pytest.mark.parametrize("header", ["commentary to=g", "commentaryto=g", "commentary  to=g json"])
+def test_a_recipient_stands_behind_the_channel_too(header):
+    turn = parse_tool_calls(f"Hm<|channel|>{header}<|message|>{{}}<|call|>", "gpt_oss")
+    assert turn == Turn("Hm", [("g", {})], [])
