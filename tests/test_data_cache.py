@@ -292,6 +292,7 @@ def test_kept_prompts_are_those_made_in_memory(rows, tmp_path, arithmetic_tokeni
     )
     assert "are kept in" in said[0] and "are read from" in said[1]
     items = [*PromptLoader(plain, 7, seed=1, extra_prompts=2)]
+    file.write_text('{"prompt": "another"}')
     for found in (first, again):
         assert isinstance(found.rows, View) and [*found.rows] == plain.rows
         assert [*found.prompt_ids] == [*plain.prompt_ids]
@@ -310,3 +311,61 @@ def test_kept_prompts_depend_on_what_is_checked_of_them(tmp_path, arithmetic_tok
         prepare_prompts(rows, arithmetic_tokenizer, max_prompt_length=4, cache=cache)
     with pytest.raises(DataError, match="outside of the model's embedding of 9 rows"):
         prepare_prompts(rows, arithmetic_tokenizer, vocab_size=9, cache=cache)
+
+
+@pytest.mark.parametrize("blank", [b"\xc2\xa0\n", b"\x0c\n", b" \n", b"\xef\xbb\xbf\n"])
+def test_lines_that_are_blank_are_so_in_every_reading(tmp_path, blank):
+    lines = [json.dumps(row).encode() + b"\n" for row in PROMPTS[:4]]
+    file = tmp_path / "rows.jsonl"
+    at_start = blank.startswith(b"\xef")  # a byte order mark elsewhere is no blank
+    file.write_bytes(b"".join([blank, *lines] if at_start else [lines[0], blank, *lines[1:]]))
+    rows = read_rows(file, stored_from=0).rows
+    assert len(rows) == 4 and [*rows] == [rows[i] for i in range(4)] == PROMPTS[:4]
+
+
+def test_a_file_that_changes_under_its_stored_rows_is_refused(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", PROMPTS)
+    rows = read_rows(file, stored_from=0).rows
+    assert rows[3] == PROMPTS[3]
+    file.write_text(file.read_text().replace("+1=", "+2="))
+    with pytest.raises(DataError, match="rows.jsonl: the file was changed while this run reads it"):
+        rows[3]
+    with pytest.raises(DataError, match="was changed"):
+        list(rows)
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("input_ids", b"<i4", b">i4"), ("input_ids", b"<i4", b"<f4"), ("offsets", b"<i8", b"<f8"),
+])  # fmt: skip
+def test_an_altered_header_is_damage_too(
+    kept, file, arithmetic_tokenizer, tmp_path, name, old, new
+):
+    plain, _, _ = kept(file, arithmetic_tokenizer)
+    (array,) = tmp_path.glob(f"cache/*/{name}.npy")
+    array.write_bytes(array.read_bytes().replace(old, new, 1))
+    again, _, said = kept(file, arithmetic_tokenizer)
+    assert f"damaged ({name}.npy is not what was written)" in said[0] and same(again, plain)
+
+
+def test_values_that_python_does_not_have_are_refused_with_their_column(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = pyarrow.table({"prompt": ["a"], "t": pyarrow.array([1], pyarrow.time64("ns"))})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for options in ({}, {"stored_from": 0}):
+        with pytest.raises(DataError, match="a.parquet: column 't' holds a value that Python does"):
+            list(read_rows(tmp_path / "a.parquet", **options).rows)
+
+
+def test_notes_of_several_kept_sources_name_them(tmp_path, arithmetic_tokenizer):
+    rows = [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}],
+             "tools": "[]"}] * 4  # fmt: skip
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in "ab"]
+    sources = parse_sources(",".join(map(str, files)))
+    plain, stored = (
+        prepare(read_sources(sources, stored_from=start), arithmetic_tokenizer)[1].notes
+        for start in (None, 0)
+    )
+    named = [note for note in plain if note.startswith(("a: 4", "b: 4"))]
+    assert len(named) == 2 and sorted(stored) == sorted(plain)

@@ -1,8 +1,10 @@
 """Rows in the forms of other tools: read as they are, or converted by `relax data convert`."""
 
+import datetime
 import json
 
 import pytest
+from runs import write_rows
 from test_data_prepare import CHATML, bot, byte_tokenizer, marked, one, user
 
 from relax.data import FormatOptions, prepare, read_rows
@@ -124,3 +126,27 @@ def test_a_json_object_of_columns_is_read_as_its_rows(tmp_path):
     path.write_text(json.dumps({"prompt": ["a", "b"], "completion": ["1"]}))
     with pytest.raises(DataError, match="columns have different lengths: {'prompt': 2, 'compl"):
         read_rows(path)
+
+
+def test_several_sources_are_written_one_after_the_other(tmp_path, capsys):
+    files = [write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name, "response": "2"}])
+             for name in "ab"]  # fmt: skip
+    out = tmp_path / "out.jsonl"
+    assert main(["convert", ",".join(map(str, files)), str(out)]) == 0
+    made = [json.loads(line)["messages"][0]["content"] for line in out.read_text().splitlines()]
+    assert made == ["a", "b"]
+    assert main(["convert", f"{files[0]}:1,{files[1]}:2", str(tmp_path / "weighted.jsonl")]) == 2
+    assert "rows are written once each, got weights" in capsys.readouterr().err
+
+
+def test_a_value_that_json_does_not_have_is_refused_with_its_place(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = pyarrow.table({"prompt": ["a"], "response": ["b"],
+                           "day": [datetime.date(2026, 1, 2)]})  # fmt: skip
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert main(["convert", str(tmp_path / "a.parquet"), str(tmp_path / "out.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "a.parquet:1: column 'day' holds a date, which JSON does not have" in said
+    assert not (tmp_path / "out.jsonl").exists()

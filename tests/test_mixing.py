@@ -90,7 +90,8 @@ def test_orders_differ_between_epochs_seeds_and_sources_and_repeat():
         ((5, 5), ("1", "1"), "concat", "concat takes every row once"),
         ((5, 5), None, "interleave", "one of concat, first_exhausted, all_exhausted"),
         ((2, 5), ("0.999", "0.001"), "first_exhausted", "source 'b' gives no row of its 5"),
-        ((2, 0), None, "concat", "source 'b' gives no row of its 0"),
+        ((2, 0), None, "concat", "source 'b' has no row: leave it out, or hold out fewer rows"),
+        ((6, 6), ("1e30", "1"), "all_exhausted", "would have 6e.30 rows, and may have 2,147,483"),
     ],
 )
 def test_mixtures_without_a_meaning_are_refused(sizes, weights, strategy, words):

@@ -175,7 +175,7 @@ class Writer:
         """Writes the rest of an entry."""
         paths = sorted(self.directory.glob("*.npy"))
         columns = {path.stem: _mapped(path) for path in paths}
-        sizes = {name: [len(column), checksum(column)] for name, column in columns.items()}
+        sizes = {n: [len(c), checksum(c), c.dtype.str] for n, c in columns.items()}
         for path in paths:
             fsync_path(path)
         text = json.dumps({"columns": sizes, "about": about})
@@ -206,9 +206,11 @@ def _open(entry: Path) -> Entry:
     if digest_of(stored["text"]) != stored["checksum"]:
         raise ValueError(f"{_ABOUT} is not what was written")
     found, columns, checksums = json.loads(stored["text"]), {}, {}
-    for name, (count, crc) in found["columns"].items():
+    for name, (count, crc, dtype) in found["columns"].items():
         path = entry / f"{name}.npy"
-        if _data_crc(path) != crc:
+        with path.open("rb") as file:
+            header = file.read(_HEADER)
+        if header != _header(dtype, count) or _data_crc(path) != crc:
             raise ValueError(f"{name}.npy is not what was written")
         columns[name], checksums[name] = _mapped(path), crc
         if len(columns[name]) != count:

@@ -15,6 +15,7 @@ from relax.errors import ConfigError
 
 STRATEGIES = ("concat", "first_exhausted", "all_exhausted")
 _WEIGHT = re.compile(r"(.+):((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)")
+MOST_ROWS = 2**31 - 1  # of an epoch
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 
@@ -129,8 +130,18 @@ class Mixture:
                 "mixing_strategy concat takes every row once, whatever the weights: leave out the "
                 "weights, or use first_exhausted or all_exhausted."
             )
+        if sum(self.counts) > MOST_ROWS:
+            raise ConfigError(
+                f"an epoch of {self.strategy} would have {float(sum(self.counts)):.3g} rows, and "
+                f"may have {MOST_ROWS:,}: lower the largest weight of {', '.join(self.names)}."
+            )
         for name, size, count in zip(self.names, self.sizes, self.counts, strict=True):
-            if not size or not count:
+            if not size:
+                raise ConfigError(
+                    f"source {name!r} has no row: leave it out, or hold out fewer rows for "
+                    "evaluation."
+                )
+            if not count:
                 raise ConfigError(
                     f"source {name!r} gives no row of its {size:,} to an epoch of "
                     f"{sum(self.counts):,} rows. Raise its weight, or leave it out."

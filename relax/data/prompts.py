@@ -17,7 +17,7 @@ from relax.data.mixing import Mixture
 from relax.data.reading import Rows, read_rows
 from relax.data.report import percentiles
 from relax.data.sources import check_same_formats
-from relax.data.stored import Mapped, notes_of
+from relax.data.stored import Mapped, View, notes_of
 from relax.data.templates import ChatRenderer, Job, require_template
 from relax.data.tokens import tokenize
 from relax.errors import DataError
@@ -139,10 +139,10 @@ def prepare_prompts(
     make = partial(_prepared, rows, tokenizer, options, *lengths, list(tools))
     key = cache and cache_key(rows.key, tokenizer, "prompts", options, *lengths, list(tools))
     entry = cache.find_or_make(key, partial(_kept, make)) if cache and key else None
-    made = make(None) if entry is None else _found(entry)
+    made = make(None) if entry is None else _found(entry, rows.rows)
     return Prompts(
         made.ids,
-        _with_all_columns(rows.rows, made.columns),
+        _with_all_columns(made.rows, made.columns),
         made.conversational,
         made.notes,
         rows.mixture,
@@ -151,8 +151,22 @@ def prepare_prompts(
     )
 
 
+class KeptRows(View):
+    """Rows as JSON in a flat array of bytes; `offsets` says where each begins."""
+
+    def __init__(self, text: np.ndarray, offsets: np.ndarray):
+        self.text, self.offsets = text, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, i: int) -> dict:
+        return json.loads(self.text[self.offsets[i] : self.offsets[i + 1]].tobytes())
+
+
 class _Prepared(NamedTuple):
     ids: TokenLists
+    rows: Sequence[dict]
     conversational: bool
     columns: dict[str, Column]
     notes: tuple[str, ...]
@@ -161,15 +175,18 @@ class _Prepared(NamedTuple):
 
 def _kept(make, writer: Writer) -> dict:
     about = make(writer)._asdict()
-    del about["ids"]
+    del about["ids"], about["rows"]
     return about
 
 
-def _found(entry: Entry) -> _Prepared:
-    about = entry.about
+def _found(entry: Entry, rows: Sequence[dict]) -> _Prepared:
+    about, arrays = entry.about, entry.columns
     columns = {name: Column(*facts) for name, facts in about["columns"].items()}
-    ids = TokenLists(entry.columns["input_ids"], entry.columns["offsets"])
-    return _Prepared(ids, about["conversational"], columns, tuple(about["notes"]), about["digest"])
+    if "rows" in arrays:
+        rows = KeptRows(arrays["rows"], arrays["row_offsets"])
+    ids = TokenLists(arrays["input_ids"], arrays["offsets"])
+    notes, digest = tuple(about["notes"]), about["digest"]
+    return _Prepared(ids, rows, about["conversational"], columns, notes, digest)
 
 
 def _prepared(
@@ -185,12 +202,11 @@ def _prepared(
     conversational = _checked(rows, tokenizer, options)
     columns = describe_columns(rows.rows)
     renderer = ChatRenderer(tokenizer, options.limits)
-    digest = 0
+    digest, kept = 0, rows.rows
 
     def blocks() -> Iterator[list[list[int]]]:
         nonlocal digest
-        full = _with_all_columns(rows.rows, columns)
-        for first, block in _blocks(full):
+        for first, block in _blocks(_with_all_columns(kept, columns)):
             texts = [row["prompt"] for row in block]
             if conversational:
                 numbered = enumerate(block, first)
@@ -199,13 +215,31 @@ def _prepared(
             ids = tokenize(tokenizer, texts, special=not conversational)
             for i, prompt in enumerate(ids, first):
                 _check_ids(prompt, rows, i, vocab_size, max_prompt_length)
-            content = json.dumps([ids, block], default=str)
-            digest = zlib.crc32(content.encode("utf-8", "surrogatepass"), digest)
+            digest = zlib.crc32(_content([ids, block]), digest)
             yield ids
 
+    if writer is not None and all(column.odd_row is None for column in columns.values()):
+        kept = _keep_rows(rows.rows, writer)  # they are read in any order, also of parquet files
     lists = _token_lists(blocks(), writer)
     notes = (*rows.notes, *notes_of(rows.rows), *renderer.notes())
-    return _Prepared(lists, conversational, columns, notes, digest)
+    return _Prepared(lists, kept, conversational, columns, notes, digest)
+
+
+def _content(value) -> bytes:
+    """A value as bytes for a checksum."""
+    try:
+        return json.dumps(value, default=str).encode()
+    except TypeError:  # keys of dicts from Python
+        return repr(value).encode("utf-8", "surrogatepass")
+
+
+def _keep_rows(rows: Iterable[dict], writer: Writer) -> KeptRows:
+    ends: Any = array.array("q", [0])
+    with writer.growing("rows", np.uint8) as file:
+        for row in rows:
+            ends.append(ends[-1] + file.write(json.dumps(row).encode()))
+    writer.save("row_offsets", np.frombuffer(ends, np.int64))
+    return KeptRows(writer.mapped("rows"), writer.mapped("row_offsets"))
 
 
 def _checked(rows: Rows, tokenizer, options: FormatOptions) -> bool:

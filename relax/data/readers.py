@@ -282,10 +282,31 @@ def _arrow_rows(path: Path, schema, batches) -> FileRows:
     shapes = shape_of_schema(schema)
     rows: list[dict] = []
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in python_rows(batch, path):
             where = f"{path}:{len(rows) + 1}"
             rows.append({n: read_json(v, shapes[n], where) for n, v in row.items()})
     return FileRows(rows, list(range(1, len(rows) + 1)), shapes)
+
+
+def python_rows(batch, path: Path) -> list[dict]:
+    """The rows of an Arrow batch or table.
+
+    Raises:
+      DataError: names the column with a value that Python does not have, such as nanoseconds.
+    """
+    try:
+        return batch.to_pylist()
+    except (ValueError, LookupError):
+        for name in batch.schema.names:
+            try:
+                batch.column(name).to_pylist()
+            except (ValueError, LookupError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise DataError(
+                    f"{path}: column {name!r} holds a value that Python does not have: {reason}. "
+                    "Write it as a text or a number, or leave the column out."
+                ) from error
+        raise
 
 
 def import_pyarrow(path: Path):

@@ -138,10 +138,10 @@ def _file_rows(files: list[Path], name: str, limits: Limits, stored_from: int | 
     notes = (f"the split is read from {', '.join(names)}",) if len(names) > 1 else ()
     sizes = [file.stat().st_size for file in files]
     is_large = stored_from is not None and sum(sizes) >= stored_from
-    key = files_key(files, limits) if is_large else None
     if is_large and all(file.suffix in STORED for file in files):
-        stored = StoredRows(files, limits)
-        return Rows(stored, stored.origin, notes, key=key)
+        stored = StoredRows(files, limits)  # first, since it refuses files that are changed later
+        return Rows(stored, stored.origin, notes, key=files_key(files, limits))
+    key = files_key(files, limits) if is_large else None
     check_files(sizes, name, limits)
     joined = _join([(file, read_file(file, limits)) for file in files])
     rows, changes = normalize([*joined.rows], joined.origin, limits)

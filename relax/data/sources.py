@@ -62,13 +62,13 @@ def read_sources(
     )
     keys = [part.key for part in parts]
     key = None if None in keys else digest_of(keys)
-    return Rows(_joined(parts), origin, notes, Mixture(names, sizes, weights, strategy), key)
+    return Rows(_joined(parts, names), origin, notes, Mixture(names, sizes, weights, strategy), key)
 
 
-def _joined(parts: Sequence[Rows]) -> Sequence[dict]:
+def _joined(parts: Sequence[Rows], names: Sequence[str]) -> Sequence[dict]:
     if all(isinstance(part.rows, list) for part in parts):
         return [row for part in parts for row in part.rows]
-    return Chained([part.rows for part in parts])
+    return Chained([part.rows for part in parts], names)
 
 
 def by_source(rows: Rows, change: Callable[[Rows], Rows]) -> Rows:
@@ -77,13 +77,15 @@ def by_source(rows: Rows, change: Callable[[Rows], Rows]) -> Rows:
         return change(rows)
     starts = [*rows.firsts, len(rows)]
     parts = []
-    for first, stop in zip(starts, starts[1:], strict=False):
+    for i, (first, stop) in enumerate(zip(starts, starts[1:], strict=False)):
         some: Sequence[dict] = Selected(rows.rows, range(first, stop))
         if isinstance(rows.rows, list):
             some = rows.rows[first:stop]
+        elif isinstance(rows.rows, Chained) and len(rows.rows.parts[i]) == stop - first:
+            some = rows.rows.parts[i]
         parts.append(change(Rows(some, partial(_from, rows.origin, first))))
     notes = dict.fromkeys((*rows.notes, *(note for part in parts for note in part.notes)))
-    return dataclasses.replace(rows, rows=_joined(parts), notes=tuple(notes))
+    return dataclasses.replace(rows, rows=_joined(parts, rows.mixture.names), notes=tuple(notes))
 
 
 def _from(origin: Callable[[int], str], first: int, i: int) -> str:

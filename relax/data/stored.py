@@ -50,6 +50,7 @@ class StoredRows(View):
 
     def __init__(self, files: Sequence[Path], limits: Limits):
         makers = {".parquet": _Parquet}
+        self._stamps = {path: _stamp(path) for path in files}
         self.limits, self.changes = limits, Counter[str]()
         self._is_normal = False  # known after a pass in which nothing was changed
         self.files = [makers.get(path.suffix, _JsonLines)(path, limits) for path in files]
@@ -70,12 +71,22 @@ class StoredRows(View):
                 yield self._normal(row, f"{file.path}:{number}", changes)
             if not count:
                 raise DataError(f"{file.path}: the file holds no rows.")
+            self._check_unchanged(file.path)
         self.changes = changes
         self._is_normal = not changes
 
     def row(self, i: int) -> dict:
         file, place = self._place(i)
+        self._check_unchanged(file.path)
         return self._normal(file.row(place), f"{file.path}:{file.number(place)}", Counter())
+
+    def _check_unchanged(self, path: Path) -> None:
+        """Rows that are read again must be those that were tokenised."""
+        if _stamp(path) != self._stamps[path]:
+            raise DataError(
+                f"{path}: the file was changed while this run reads it, so that its rows are no "
+                "longer those that were tokenised. Leave it as it is, and start again."
+            )
 
     def origin(self, i: int) -> str:
         """The file and line of a row."""
@@ -119,6 +130,12 @@ class StoredRows(View):
         return row
 
 
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What differs after a change of a file."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 class _JsonLines:
     """A file of JSON lines; blank lines are no rows."""
 
@@ -139,7 +156,8 @@ class _JsonLines:
         offsets, numbers, offset = array.array("q"), array.array("q"), 0
         with readers.readable(self.path), self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip(b" \t\r\n"):
+                # What is blank is decided by the text, as in a pass over the rows.
+                if line.startswith(b"{") or self._text(line, number).strip():
                     offsets.append(offset)
                     numbers.append(number)
                 offset += len(line)
@@ -159,8 +177,10 @@ class _JsonLines:
             weakref.finalize(self, self._file.close)
         self._file.seek(int(self._index[0][i]))
         where = f"{self.path}:{self.number(i)}"
-        raw = self._file.readline()
-        return readers.parse_row(readers.decode(raw, where, first=self.number(i) == 1), where)
+        return readers.parse_row(self._text(self._file.readline(), self.number(i)), where)
+
+    def _text(self, raw: bytes, number: int) -> str:
+        return readers.decode(raw, f"{self.path}:{number}", first=number == 1)
 
 
 class _Parquet:
@@ -184,7 +204,7 @@ class _Parquet:
         number = 0
         with readers.readable_arrow(self.path, self.pyarrow):
             for batch in self.file.iter_batches(batch_size=readers.BATCH):
-                for row in batch.to_pylist():
+                for row in readers.python_rows(batch, self.path):
                     number += 1
                     yield number, self._read(row, number)
 
@@ -196,7 +216,8 @@ class _Parquet:
         if self._group[0] != group:
             with readers.readable_arrow(self.path, self.pyarrow):
                 self._group = group, self.file.read_row_group(group)
-        (row,) = self._group[1].slice(i - self._starts[group], 1).to_pylist()
+        one = self._group[1].slice(i - self._starts[group], 1)
+        (row,) = readers.python_rows(one, self.path)
         return self._read(row, i + 1)
 
     def _read(self, row: dict, number: int) -> dict:
@@ -218,10 +239,10 @@ class Selected(View):
 
 
 class Chained(View):
-    """The rows of several sequences, one behind the other."""
+    """The rows of several sequences, one behind the other, named in their notes."""
 
-    def __init__(self, parts: Sequence[Sequence[dict]]):
-        self.parts = parts
+    def __init__(self, parts: Sequence[Sequence[dict]], names: Sequence[str]):
+        self.parts, self.names = parts, names
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -232,7 +253,8 @@ class Chained(View):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(note for part in self.parts for note in notes_of(part)))
+        named = zip(self.names, self.parts, strict=True)
+        return tuple(f"{name}: {note}" for name, part in named for note in notes_of(part))
 
     def __len__(self) -> int:
         return self._starts[-1]
