@@ -221,3 +221,10 @@ def test_states_without_columns_are_continued_whole_or_not_at_all():
     row = requests.submit(Request(changed, key(0), 5, temperature=0.0))
     finish(requests, row)
     assert row.reused == 0
+
+
+def test_a_length_above_the_models_positions_is_refused(tiny_model, tiny_params):
+    room = tiny_model.config.max_position_embeddings
+    assert Requests(tiny_model, tiny_params, (EOS,), decode, max_length=room).room == room
+    with pytest.raises(ConfigError, match=rf"max_length={room + 1} .* above the {room} pos"):
+        Requests(tiny_model, tiny_params, (EOS,), decode, max_length=room + 1)

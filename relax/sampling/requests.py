@@ -104,6 +104,9 @@ class Requests:
         on what was asked before. Without effect on a mesh.
       segment: tokens per row between two looks at waiting and cancelled rows (>= 1).
 
+    Raises:
+      ConfigError: `max_length` is above the model's positions.
+
     Attributes:
       prefilled_tokens: tokens of prompts that were computed, for metrics.
     """
@@ -122,6 +125,11 @@ class Requests:
         segment: int = 8,
     ):
         room, why = max_positions(model.config)
+        if max_length is not None and max_length > room:
+            raise ConfigError(
+                f"max_length={max_length} (--max_model_len, or --agent_max_length) is above the "
+                f"{room} positions {why}: give {room} at most, or leave it out."
+            )
         if max_length is not None and max_length < room:
             room, why = max_length, "allowed here"
         self.model, self.room, self.why = model, room, why
