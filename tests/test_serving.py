@@ -283,7 +283,12 @@ BAD = [
     ({"stream_options": {}, "stream": False, "tempreature": 1}, "tempreature", "is not a field"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream true"),
     ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages", "do not fit the 128"),
-    ({"chat_template_kwargs": {"messages": []}}, "messages", "which rows cannot"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "which rows cannot"),
+    ({"chat_template_kwargs": {"x": "\ud800"}}, "chat_template_kwargs", "surrogate pair"),
+    ({"tools": [TOOL | {"x": "\ud800"}]}, "tools", "surrogate pair"),
+    ({"\ud800": 1}, "\N{REPLACEMENT CHARACTER}", "is not a field"),
+    ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options", 'got "yes"'),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options", "true or false"),
 ]  # fmt: skip
 
 
@@ -323,6 +328,62 @@ def test_a_bad_text_request_too(policy, tokenizer, body, status, param, message)
         code, found = call(url, "/v1/completions", body)
         assert (code, found["error"]["param"]) == (status, param)
         assert message in found["error"]["message"]
+
+
+def deep(levels):
+    return {"x": deep(levels - 1)} if levels else 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        {"messages": [USER[0] | deep(70)]},
+        {"tools": [TOOL | deep(70)]},
+        {"messages": [{"role": "martian", "content": "x"}]},
+    ],
+)
+def test_errors_of_chats_give_no_advice_on_data_sets(url, fields):
+    status, found = chat(url, **fields)
+    message = found["error"]["message"]
+    assert status == 400 and message.endswith(".") and found["error"]["param"] == [*fields][0]
+    assert not {"row", "rows", "trained"} & {*message.split()} and "--" not in message
+
+
+def test_the_type_of_a_body_may_have_capitals(url):
+    head = {"content-type": "Application/JSON; charset=utf-8"}
+    body = {"prompt": "a", "max_tokens": 1}
+    assert call(url, "/v1/completions", body, head)[0] == 200
+
+
+def test_half_of_a_surrogate_pair_that_the_model_writes_is_replaced():
+    text = r'<tool_call>{"name": "f", "arguments": {"x": "\ud83d"}}</tool_call>'
+    sampler, tokenizer = scripted(text)
+    with serving(sampler, tokenizer) as (url, _):
+        status, found = chat(url, tools=[TOOL])
+        assert status == 200
+        (made,) = found["choices"][0]["message"]["tool_calls"]
+        chunks = events(url, "/v1/chat/completions", {"messages": USER, "tools": [TOOL]})
+    assert json.loads(made["function"]["arguments"]) == {"x": "\N{REPLACEMENT CHARACTER}"}
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    (calls,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert calls[0]["function"] == made["function"]
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+def test_a_prompt_alone_is_echoed_without_sampling(url, logprobs):
+    """A prompt of all positions too, which leaves no room for a token."""
+    body = {"prompt": [40] * 128, "echo": True, "max_tokens": 0, "logprobs": logprobs, "n": 2}
+    status, found = call(url, "/v1/completions", body)
+    assert status == 200
+    usage = {"prompt_tokens": 128, "completion_tokens": 0, "total_tokens": 128}
+    assert found["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 0}}
+    first, second = found["choices"]
+    assert first["finish_reason"] == "length" and first == second | {"index": 0}
+    if logprobs is not None:
+        assert len(first["logprobs"]["token_logprobs"]) == 128
+    status, found = call(url, "/v1/completions", body | {"prompt": [40] * 129})
+    assert (status, found["error"]["param"]) == (400, "prompt")
 
 
 def test_unknown_paths_methods_and_forms_get_the_form_of_errors(url):

@@ -127,8 +127,8 @@ class Requests:
         room, why = max_positions(model.config)
         if max_length is not None and max_length > room:
             raise ConfigError(
-                f"a maximum length of {max_length} tokens is above the {room} positions {why}. "
-                f"Lower it to {room} or less, or leave it out."
+                f"max_length={max_length} (--max_model_len, or --agent_max_length) is above the "
+                f"{room} positions {why}: give {room} at most, or leave it out."
             )
         if max_length is not None and max_length < room:
             room, why = max_length, "allowed here"

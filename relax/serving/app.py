@@ -9,11 +9,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from relax.serving.endpoint import Answer, Endpoint, OwnSettings, Session
 from relax.serving.errors import ApiError, broken
+from relax.serving.replies import encoded
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -90,15 +91,15 @@ class _Routes:
         self.sessions, self.own = sessions, OwnSettings()
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return _json({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
         self._session(request)
-        return JSONResponse(self.endpoint.models())
+        return _json(self.endpoint.models())
 
     async def model(self, request: Request) -> Response:
         self._session(request)
-        return JSONResponse(self.endpoint.model(request.path_params["name"]))
+        return _json(self.endpoint.model(request.path_params["name"]))
 
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, self.endpoint.chat)
@@ -114,7 +115,7 @@ class _Routes:
             return _Events(answer, media_type="text/event-stream", headers=headers)
         with contextlib.suppress(ClientDisconnect):
             async with _watched(request, answer):
-                return JSONResponse(await answer.body())
+                return _json(await answer.body())
         raise ApiError(499, "the client has gone.")
 
     def _session(self, request: Request) -> Session:
@@ -127,7 +128,7 @@ class _Routes:
 
     async def _read(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip()
-        if kind != "application/json":
+        if kind.lower() != "application/json":
             raise ApiError(415, f"the body must be application/json, got {kind!r}.")
         body = bytearray()
         try:
@@ -175,11 +176,15 @@ async def _watched(request: Request, answer: Answer):
         answer.abandon()
 
 
+def _json(body: dict, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encoded(body), status, headers, "application/json")
+
+
 def _response(error: ApiError) -> Response:
     headers = {"retry-after": "1"} if error.status == 429 else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers)
+    return _json(error.body(), error.status, headers)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

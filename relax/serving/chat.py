@@ -10,6 +10,10 @@ from relax.errors import DataError
 from relax.serving.errors import ApiError
 
 _WHERE = re.compile(r"^[^:]{1,40}: ")  # the place of the row, which is no place of the client's
+# What the errors of data sets advise, with flags and rows that the client does not have.
+_ADVICE = re.compile(r": (?:leave|flatten|split) the row.*|: use another one \(--.*", re.DOTALL)
+_WORDS = {"the chat template refuses the row": "the chat template refuses the request"}
+_WORDS |= {"models are trained on text parts only": "text parts only are read"}
 _DROPPED = re.compile(r"the chat template does not render the (.+) of 1 rows")
 
 
@@ -44,11 +48,9 @@ class PromptEncoder:
         if kwargs:
             row["chat_template_kwargs"] = kwargs
         try:
-            prompts = prepare_prompts(
-                [row], self.tokenizer, vocab_size=self.vocab_size, limits=self.limits
-            )
+            prompts = self._prepared(row)
         except (DataError, RecursionError) as error:
-            raise ApiError(400, _WHERE.sub("", str(error)), "messages") from None
+            raise ApiError(400, _for_clients(str(error)), self._wrong_field(row)) from None
         for note in prompts.notes:
             found = _DROPPED.match(note)
             if found and found.group(1) != "reasoning_content":
@@ -57,6 +59,23 @@ class PromptEncoder:
                 message = f"the model's chat template does not render {what}."
                 raise ApiError(400, message, param)
         return prompts.prompt_ids[0]
+
+    def _prepared(self, row: dict):
+        return prepare_prompts(
+            [row], self.tokenizer, vocab_size=self.vocab_size, limits=self.limits
+        )
+
+    def _wrong_field(self, row: dict) -> str:
+        """The field without which a refused row is rendered; if there is none, the messages."""
+        for name in ("tools", "chat_template_kwargs"):
+            if name not in row:
+                continue
+            try:
+                self._prepared({k: v for k, v in row.items() if k != name})
+            except (DataError, RecursionError):
+                continue
+            return name
+        return "messages"
 
     def tool_format(self, tools: Sequence[dict]) -> str | None:
         """The format of tool calls; None without tools, unless it has channels.
@@ -96,3 +115,12 @@ class PromptEncoder:
             message = f"prompt must hold token ids from 0 to {self.vocab_size - 1}, {got}."
             raise ApiError(400, message, "prompt")
         return list(map(int, ids))
+
+
+def _for_clients(message: str) -> str:
+    """An error of a data set's row in the words of a request."""
+    message = _ADVICE.sub(".", _WHERE.sub("", message))
+    for words, others in _WORDS.items():
+        message = message.replace(words, others)
+    message = re.sub(r"\bprompt\[(?=\d)", "messages[", message)
+    return message if message.endswith((".", "!", "?")) else f"{message}."

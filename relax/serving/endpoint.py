@@ -131,7 +131,7 @@ class Endpoint:
         for prompt in body.prompts:
             ids = await self._encode(self.encoder.text, prompt)
             most = self._most(len(ids), fields.max_tokens, "prompt")
-            groups.append(await self._encode(session.requests, ids, fields, max(most, 1)))
+            groups.append(await self._encode(session.requests, ids, fields, most))
         count = sum(map(len, groups))
         replies = [Reply(self.text, fields.stop, fields.alternatives) for _ in range(count)]
         return TextAnswer(self, session, fields, groups, replies, echo=body.echo)
@@ -165,8 +165,9 @@ class Endpoint:
             raise ApiError(404, message, "model", "model_not_found")
 
     def _most(self, prompt: int, asked: int | None, param: str) -> int:
+        """The most tokens of a completion; 0 if nothing is asked but the prompt's."""
         room = self.sampler.room - prompt
-        if room < 1 or (asked is not None and asked > room):
+        if room < (1 if asked is None else asked):
             new = "" if asked is None else f" and {asked} new ones"
             raise ApiError(
                 400,
@@ -194,7 +195,9 @@ class Answer:
         self.endpoint, self.session, self.fields = endpoint, session, fields
         self.groups, self.replies = groups, replies
         self.header = header(self.kind, self.object, fields.model or endpoint.name or "policy")
-        self.job: Job = endpoint.worker.submit([r for group in groups for r in group])
+        self.samples = fields.max_tokens != 0
+        asked = [r for group in groups for r in group] if self.samples else []
+        self.job: Job = endpoint.worker.submit(asked)
 
     @property
     def usage(self) -> dict:
@@ -242,6 +245,8 @@ class Answer:
         return event(self.header | {"choices": choices} | empty)
 
     def _record(self) -> None:
+        if not self.samples:
+            return
         first = 0
         for group in self.groups:
             self.session.record(group, self.replies[first : first + len(group)])
@@ -318,12 +323,13 @@ class TextAnswer(Answer):
         self.echo = echo
 
     async def choice(self, index: int) -> dict:
-        reply = self.replies[index]
-        message, finish = reply.message("")
-        text, logprobs = message["content"], reply.text_logprobs(0)
+        reply, text, finish = self.replies[index], "", "length"
+        if self.samples:
+            message, finish = reply.message("")
+            text = message["content"]
+        logprobs = reply.text_logprobs(0)
         if self.echo:
             text, logprobs = await self._echoed(index, text)
-            finish = "length" if self.fields.max_tokens == 0 else finish
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def chunks(self, index: int, before: int, new: list[int], reason: str | None) -> list[dict]:
@@ -340,9 +346,8 @@ class TextAnswer(Answer):
         reply, endpoint = self.replies[index], self.endpoint
         prompt = list(self.groups[index // self.fields.n][0].prompt)
         shown = endpoint.text.text(prompt)
-        nothing_new = self.fields.max_tokens == 0
         if self.fields.alternatives is None:
-            return shown if nothing_new else shown + text, None
+            return shown + text, None
         K = self.fields.alternatives
         found, ids, top = await endpoint.prompt_logprobs(prompt, max(K, 1))
         names = [endpoint.text.of_token(token) for token in prompt]
@@ -356,8 +361,8 @@ class TextAnswer(Answer):
             "top_logprobs": [None, *tops[1:]] if K else None,
             "text_offset": [sum(map(len, names[:i])) for i in range(len(names))],
         }
-        rest = None if nothing_new else reply.text_logprobs(sum(map(len, names)))
+        rest = reply.text_logprobs(sum(map(len, names)))
         if rest is not None:
             for name, values in logprobs.items():
                 logprobs[name] = None if values is None else values + rest[name]
-        return shown if nothing_new else shown + text, logprobs
+        return shown + text, logprobs

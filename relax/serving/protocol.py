@@ -6,6 +6,7 @@ is ignored but what says nothing about the answer (`user`, `metadata`, `store`, 
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,9 @@ def _sampling(fields: _Fields, max_tokens: int | None, alternatives: int | None)
     if unknown := set(options) - {"include_usage", "include_obfuscation"}:
         message = f"stream_options has no field {min(unknown)!r}."
         raise ApiError(400, message, "stream_options")
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise _wrong(f"stream_options.{name}", "true or false", value)
     return SamplingFields(
         model=fields.take("model", str, "a text"),
         max_tokens=max_tokens,
@@ -194,7 +198,7 @@ def _sampling(fields: _Fields, max_tokens: int | None, alternatives: int | None)
         seed=fields.number("seed", None, -(2**63), 2**63 - 1, int),
         stop=tuple(stops),
         stream=stream,
-        include_usage=options.get("include_usage") is True,
+        include_usage=options.get("include_usage", False),
         alternatives=alternatives,
     )
 
@@ -206,7 +210,9 @@ def _is_ids(value) -> bool:
 
 
 def _wrong(name: str, what: str, value) -> ApiError:
-    return ApiError(400, f"{name} must be {what}, got {_shown(value)}.", name.partition("[")[0])
+    return ApiError(
+        400, f"{name} must be {what}, got {_shown(value)}.", re.split(r"[\[.]", name)[0]
+    )
 
 
 def _shown(value) -> str:

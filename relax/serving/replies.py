@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 
+from relax.data.call_text import whole
 from relax.data.tool_calls import parse_tool_calls
 from relax.serving.text import INCOMPLETE, TextStream, TokenText
 
@@ -45,7 +46,7 @@ class Reply:
 
     @property
     def tokens(self) -> list[int]:
-        return self.values["tokens"]
+        return self.values.get("tokens", [])
 
     def message(self, call_id: str) -> tuple[dict, str]:
         """The message of a chat, and the finish reason.
@@ -140,7 +141,12 @@ def usage(prompt_tokens: int, reused: int, replies: Sequence[Reply]) -> dict:
     return made | {"prompt_tokens_details": {"cached_tokens": reused}}
 
 
+def encoded(body: dict) -> bytes:
+    """JSON of a body; what clients and models write may hold halves of surrogate pairs."""
+    return whole(json.dumps(body, ensure_ascii=False)).encode()
+
+
 def event(body: dict | str) -> bytes:
     """A server-sent event."""
-    text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
-    return f"data: {text}\n\n".encode()
+    data = body.encode() if isinstance(body, str) else encoded(body)
+    return b"data: " + data + b"\n\n"
