@@ -199,6 +199,30 @@ def test_a_task_that_is_none_is_refused_before_a_model_is_loaded(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "reward", "words"),
+    [
+        ({"prompt": "1", "answer": "1"}, "exact_mtch", "unknown reward 'exact_mtch'"),
+        ({"prompt": "1"}, "exact_match", "needs the column 'answer'"),
+        ({"prompt": "1" * 46, "answer": "1"}, "exact_match", "a.jsonl:2: the prompt of 46 tokens"),
+        ({"prompt": "1"}, "reward.py:one", "must return a list"),
+    ],
+)
+def test_completions_that_cannot_be_scored_are_refused_before_a_model_is_loaded(
+    directory, tmp_path, monkeypatch, row, reward, words
+):
+    monkeypatch.setattr("relax.engine.model_source.load_pretrained", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.py").write_text("def one(completions, **columns):\n    return [1.0]\n")
+    tasks = [write(tmp_path / "a.jsonl", [row | {"prompt": "1"}, row])]
+    config = EvalConfig().replace(
+        model_name_or_path=str(directory), tasks=tasks, reward_funcs=[reward], chat=False,
+        max_new_tokens=4,
+    )  # fmt: skip
+    with pytest.raises((ConfigError, DataError), match=words):
+        evaluate(config)
+
+
 def test_what_is_not_said_is_asked_for():
     for options, words in (
         ({"tasks": ["a"]}, "model_name_or_path must name a model"),

@@ -20,6 +20,7 @@ from relax.errors import ConfigError, DataError
 from relax.models.config import TransformerConfig
 from relax.rewards import RewardRunner, collect_columns
 from relax.sampling import generate, stop_decoder
+from relax.sampling.config import max_positions
 
 RowTask = Callable[[Subject], TaskResult]
 
@@ -49,7 +50,8 @@ def row_task(name: str, options: TaskOptions, tokenizer, config: TransformerConf
     """Reads and checks the rows of a task, before a model is loaded.
 
     Raises:
-      ConfigError, DataError: see `rows_of`; or rows are of no kind that is evaluated.
+      ConfigError, DataError: see `rows_of`; or rows are of no kind that is evaluated, a prompt is
+        too long, or a reward function cannot score the rows.
     """
     rows = rows_of(name, options)
     if not rows.rows:
@@ -89,6 +91,12 @@ def _prompts(rows: data.Rows, options: TaskOptions, tokenizer, config):
 def _rewards(rows, functions: list[str], options: TaskOptions, tokenizer, config) -> RowTask:
     profile, prompts = _prompts(rows, options, tokenizer, config)
     named = options.reward_kwargs if functions == list(options.reward_funcs) else {}
+    # The ids that end a completion are not known here, and the room does not depend on them.
+    most = options.sampling((0,), profile.get_stop_sequences()).max_new_tokens
+    _check_room(rows, prompts, most, config)
+    with RewardRunner(functions, parameters=named) as checker:
+        checker.check_rows(prompts.rows, prompts.facts)
+        checker.probe(prompts.rows, prompts.conversational)
 
     def evaluate(subject: Subject) -> TaskResult:
         stop = profile.get_stop_sequences()
@@ -109,7 +117,6 @@ def _rewards(rows, functions: list[str], options: TaskOptions, tokenizer, config
         ]
         special = _special_texts(subject, prompts, out, sampling.n)
         with RewardRunner(functions, parameters=named) as runner:
-            runner.check_rows(repeated)
             scores = runner.score(
                 [row["prompt"] for row in repeated],
                 completions,
@@ -121,6 +128,17 @@ def _rewards(rows, functions: list[str], options: TaskOptions, tokenizer, config
         return _rewarded(prompts, texts, out, names, scores, sampling.n)
 
     return evaluate
+
+
+def _check_room(rows: data.Rows, prompts, most: int, config: TransformerConfig) -> None:
+    """Refuses prompts that leave no room for `most` new tokens."""
+    room, why = max_positions(config)
+    for i, length in enumerate(prompts.lengths):
+        if length + most > room:
+            raise DataError(
+                f"{rows.origin(i)}: the prompt of {length} tokens and {most} new ones do not fit "
+                f"the {room} positions {why}. Shorten the prompt or lower the number of new tokens."
+            )
 
 
 def _special_texts(subject: Subject, prompts, out, n: int) -> dict[str, list[str]]:
