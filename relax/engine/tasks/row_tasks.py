@@ -12,7 +12,7 @@ from relax.config.names import suggestion
 from relax.config.text import join_some
 from relax.data.profiles import remaining_system_prompt
 from relax.data.tasks import PREFIX, is_task
-from relax.engine.tasks.likelihood import windows
+from relax.engine.tasks.likelihood import Pair, windows
 from relax.engine.tasks.options import Subject, TaskOptions
 from relax.engine.tasks.prompts import as_conversations, profiled
 from relax.engine.tasks.results import Estimate, TaskResult, exponential, mean, ratio
@@ -179,17 +179,16 @@ def _rewarded(prompts, texts, out, names, scores, n: int) -> TaskResult:
 def _choices(rows, options: TaskOptions, tokenizer, config) -> RowTask:
     answers = [_answer(row, rows.origin(i)) for i, row in enumerate(rows.rows)]
     _, prompts = _prompts(rows, options, tokenizer, config)
-    pairs = [
-        _pair(tokenizer, prompts, i, choice)
-        for i, row in enumerate(prompts.rows)
-        for choice in row["choices"]
-    ]
-    longest = max(len(a) + len(b) for a, b in pairs) - 1
-    if longest > config.max_position_embeddings:
-        raise DataError(
-            f"a prompt with its choice has {longest} tokens, and the model takes "
-            f"{config.max_position_embeddings}; leave the row out."
-        )
+    pairs: list[Pair] = []
+    for i, row in enumerate(prompts.rows):
+        found = _pairs(tokenizer, prompts, i, row["choices"], rows.origin(i))
+        longest = max(len(a) + len(b) for a, b in found) - 1
+        if longest > config.max_position_embeddings:
+            raise DataError(
+                f"{rows.origin(i)}: the prompt with a choice has {longest} tokens, and the model "
+                f"takes {config.max_position_embeddings}; leave the row out."
+            )
+        pairs += found
 
     def evaluate(subject: Subject) -> TaskResult:
         found = iter(subject.scorer(pairs))
@@ -222,16 +221,29 @@ def _answer(row: dict, where: str) -> int:
     return index
 
 
-def _pair(tokenizer, prompts, i: int, choice: str) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt, and those that follow it where the choice does."""
-    prompt, ids = prompts.rows[i]["prompt"], prompts.prompt_ids[i]
-    if prompts.conversational:
-        return ids, tokenizer(choice, add_special_tokens=False)["input_ids"]
-    kept = prompt.rstrip()  # a space belongs to the word after it
-    if not kept:
-        return ids, tokenizer(choice, add_special_tokens=False)["input_ids"]
-    context = tokenizer(kept)["input_ids"]
-    return context, tokenizer(prompt + choice)["input_ids"][len(context) :]
+def _pairs(tokenizer, prompts, i: int, choices: list[str], where: str) -> list[Pair]:
+    """Tokens of a prompt, and those that follow it where each of the choices does.
+
+    The first letters of a choice may form one token with the last ones of the prompt. All choices
+    of the row then start before that token, so that their likelihoods can be compared.
+    """
+    prompt, context = prompts.rows[i]["prompt"], prompts.prompt_ids[i]
+    if prompts.conversational or not prompt.strip():
+        pairs = [(context, tokenizer(c, add_special_tokens=False)["input_ids"]) for c in choices]
+    else:
+        kept = tokenizer(prompt.rstrip())["input_ids"]  # a space belongs to the word after it
+        wholes = [tokenizer(prompt + choice)["input_ids"] for choice in choices]
+        shared = len(os.path.commonprefix([kept, *wholes]))
+        pairs = [(whole[:shared], whole[shared:]) for whole in wholes]
+    for choice, (before, after) in zip(choices, pairs, strict=True):
+        if not before:
+            raise DataError(
+                f"{where}: the prompt {prompt!r:.80} has no token that stays apart from its "
+                "choices. Make the prompt longer."
+            )
+        if not after:
+            raise DataError(f"{where}: the choice {choice!r:.80} adds no token to the prompt.")
+    return pairs
 
 
 def _perplexity(name: str, rows, tokenizer, config) -> RowTask:
