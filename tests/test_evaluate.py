@@ -262,6 +262,15 @@ def test_a_choice_that_leaves_no_token_of_its_prompt_or_adds_none_is_refused():
         _pairs(tokenizer, prompts, 0, ["a", ""], "a:1")
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_texts_without_a_word_have_no_word_perplexity_and_a_note(directory, tmp_path, capsys):
+    tasks = [write(tmp_path / "a.jsonl", [{"text": "  "}, {"text": " \n"}])]
+    config = EvalConfig().replace(model_name_or_path=str(directory), tasks=tasks)
+    (result,) = evaluate(config).values()
+    assert set(result.metrics) == {"token_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert "the texts have no words: no word_perplexity" in capsys.readouterr().err
+
+
 def test_what_is_not_said_is_asked_for():
     for options, words in (
         ({"tasks": ["a"]}, "model_name_or_path must name a model"),

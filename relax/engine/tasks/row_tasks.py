@@ -272,8 +272,8 @@ def _perplexity(name: str, rows, tokenizer, config) -> RowTask:
             "word": [len(text.split()) for text in texts],
             "byte": [len(text.encode()) for text in texts],
         }
-        per = {unit: ratio(nats, numbers) for unit, numbers in counts.items()}
-        metrics = {f"{unit}_perplexity": exponential(per[unit]) for unit in counts}
+        per = {unit: ratio(nats, numbers) for unit, numbers in counts.items() if any(numbers)}
+        metrics = {f"{unit}_perplexity": exponential(estimate) for unit, estimate in per.items()}
         value, error = per["byte"]
         scale = np.log(2)
         bits = Estimate(float(value / scale), None if error is None else float(error / scale))
@@ -282,6 +282,10 @@ def _perplexity(name: str, rows, tokenizer, config) -> RowTask:
             for text, nat, n in zip(texts, nats, counts["token"], strict=True)
         ]
         metrics["bits_per_byte"] = bits
-        return TaskResult("perplexity", len(texts), metrics, samples, rows.notes)
+        none = [
+            f"the texts have no {unit}s: no {unit}_perplexity" for unit in counts if unit not in per
+        ]
+        notes = (*rows.notes, *none)
+        return TaskResult("perplexity", len(texts), metrics, samples, notes)
 
     return evaluate
