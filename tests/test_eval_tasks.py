@@ -135,6 +135,8 @@ def test_grpo_measures_tasks_with_its_own_rewards(directory, tmp_path, tasks):
         ({"eval_tasks": ["no.jsonl"]}, "there is no task 'no.jsonl'"),
         ({"eval_tasks": [], "eval_tasks_limit": 3}, "eval_tasks_limit has no effect"),
         ({"eval_reward_funcs": []}, "need reward_funcs"),
+        ({"eval_reward_funcs": ["exact_mtch"]}, "unknown reward 'exact_mtch'"),
+        ({"eval_reward_funcs": ["accuracy_reward"]}, "needs the column 'solution'"),
         ({"algorithm": "reward"}, "a reward model scores"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from relax.data.prompts import Prompts
 from relax.engine.tasks.likelihood import LikelihoodScorer, windows
 from relax.engine.tasks.results import exponential, mean, ratio
+from relax.engine.tasks.row_tasks import _pairs
 from relax.errors import ConfigError, DataError, ModelLoadError
 from relax.models import Transformer, TransformerConfig, save_pretrained
 from relax.tools.evaluate.config import EvalConfig
@@ -197,6 +200,75 @@ def test_a_task_that_is_none_is_refused_before_a_model_is_loaded(
     with pytest.raises(error, match=words) as caught:
         evaluate(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reward", "words"),
+    [
+        ({"prompt": "1", "answer": "1"}, "exact_mtch", "unknown reward 'exact_mtch'"),
+        ({"prompt": "1"}, "exact_match", "needs the column 'answer'"),
+        ({"prompt": "1" * 46, "answer": "1"}, "exact_match", "a.jsonl:2: the prompt of 46 tokens"),
+        ({"prompt": "1"}, "reward.py:one", "must return a list"),
+    ],
+)
+def test_completions_that_cannot_be_scored_are_refused_before_a_model_is_loaded(
+    directory, tmp_path, monkeypatch, row, reward, words
+):
+    monkeypatch.setattr("relax.engine.model_source.load_pretrained", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.py").write_text("def one(completions, **columns):\n    return [1.0]\n")
+    tasks = [write(tmp_path / "a.jsonl", [row | {"prompt": "1"}, row])]
+    config = EvalConfig().replace(
+        model_name_or_path=str(directory), tasks=tasks, reward_funcs=[reward], chat=False,
+        max_new_tokens=4,
+    )  # fmt: skip
+    with pytest.raises((ConfigError, DataError), match=words):
+        evaluate(config)
+
+
+class Merging:
+    """A tokenizer of one token a letter, in which `un` and `unit` are one token."""
+
+    chat_template = None
+
+    def __call__(self, text, add_special_tokens=True):
+        found = re.findall("unit|un|.", text) if isinstance(text, str) else map(self, text)
+        if not isinstance(text, str):
+            return {"input_ids": [one["input_ids"] for one in found]}
+        return {"input_ids": [ord(p) if len(p) == 1 else 200 + len(p) for p in found]}
+
+
+def test_a_choice_that_merges_with_its_prompt_is_scored_by_the_merged_token():
+    """All choices of the row start before it; those of other rows where the prompt ends."""
+    tokenizer = Merging()
+    texts = ["a un", "a b "]
+    ids = tokenizer(texts)["input_ids"]
+    prompts = Prompts(ids, [{"prompt": text} for text in texts], conversational=False)
+    one, two = ([ord(c) for c in text] for text in ("a ", "a b"))
+    assert _pairs(tokenizer, prompts, 0, ["it", "do"], "a:1") == [
+        (one, [204]),
+        (one, [202, ord("d"), ord("o")]),
+    ]
+    expected = [(two, [ord(" "), ord(c)]) for c in "xy"]
+    assert _pairs(tokenizer, prompts, 1, ["x", "y"], "a:2") == expected
+
+
+def test_a_choice_that_leaves_no_token_of_its_prompt_or_adds_none_is_refused():
+    tokenizer = Merging()
+    prompts = Prompts([[202]], [{"prompt": "un"}], conversational=False)
+    with pytest.raises(DataError, match="a:1: the prompt 'un' has no token that"):
+        _pairs(tokenizer, prompts, 0, ["kindness", "it"], "a:1")
+    with pytest.raises(DataError, match="a:1: the choice '' adds no token"):
+        _pairs(tokenizer, prompts, 0, ["a", ""], "a:1")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_texts_without_a_word_have_no_word_perplexity_and_a_note(directory, tmp_path, capsys):
+    tasks = [write(tmp_path / "a.jsonl", [{"text": "  "}, {"text": " \n"}])]
+    config = EvalConfig().replace(model_name_or_path=str(directory), tasks=tasks)
+    (result,) = evaluate(config).values()
+    assert set(result.metrics) == {"token_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert "the texts have no words: no word_perplexity" in capsys.readouterr().err
 
 
 def test_what_is_not_said_is_asked_for():

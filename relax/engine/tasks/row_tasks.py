@@ -12,7 +12,7 @@ from relax.config.names import suggestion
 from relax.config.text import join_some
 from relax.data.profiles import remaining_system_prompt
 from relax.data.tasks import PREFIX, is_task
-from relax.engine.tasks.likelihood import windows
+from relax.engine.tasks.likelihood import Pair, windows
 from relax.engine.tasks.options import Subject, TaskOptions
 from relax.engine.tasks.prompts import as_conversations, profiled
 from relax.engine.tasks.results import Estimate, TaskResult, exponential, mean, ratio
@@ -20,6 +20,7 @@ from relax.errors import ConfigError, DataError
 from relax.models.config import TransformerConfig
 from relax.rewards import RewardRunner, collect_columns
 from relax.sampling import generate, stop_decoder
+from relax.sampling.config import max_positions
 
 RowTask = Callable[[Subject], TaskResult]
 
@@ -49,7 +50,8 @@ def row_task(name: str, options: TaskOptions, tokenizer, config: TransformerConf
     """Reads and checks the rows of a task, before a model is loaded.
 
     Raises:
-      ConfigError, DataError: see `rows_of`; or rows are of no kind that is evaluated.
+      ConfigError, DataError: see `rows_of`; or rows are of no kind that is evaluated, a prompt is
+        too long, or a reward function cannot score the rows.
     """
     rows = rows_of(name, options)
     if not rows.rows:
@@ -89,6 +91,12 @@ def _prompts(rows: data.Rows, options: TaskOptions, tokenizer, config):
 def _rewards(rows, functions: list[str], options: TaskOptions, tokenizer, config) -> RowTask:
     profile, prompts = _prompts(rows, options, tokenizer, config)
     named = options.reward_kwargs if functions == list(options.reward_funcs) else {}
+    # The ids that end a completion are not known here, and the room does not depend on them.
+    most = options.sampling((0,), profile.get_stop_sequences()).max_new_tokens
+    _check_room(rows, prompts, most, config)
+    with RewardRunner(functions, parameters=named) as checker:
+        checker.check_rows(prompts.rows, prompts.facts)
+        checker.probe(prompts.rows, prompts.conversational)
 
     def evaluate(subject: Subject) -> TaskResult:
         stop = profile.get_stop_sequences()
@@ -109,7 +117,6 @@ def _rewards(rows, functions: list[str], options: TaskOptions, tokenizer, config
         ]
         special = _special_texts(subject, prompts, out, sampling.n)
         with RewardRunner(functions, parameters=named) as runner:
-            runner.check_rows(repeated)
             scores = runner.score(
                 [row["prompt"] for row in repeated],
                 completions,
@@ -121,6 +128,17 @@ def _rewards(rows, functions: list[str], options: TaskOptions, tokenizer, config
         return _rewarded(prompts, texts, out, names, scores, sampling.n)
 
     return evaluate
+
+
+def _check_room(rows: data.Rows, prompts, most: int, config: TransformerConfig) -> None:
+    """Refuses prompts that leave no room for `most` new tokens."""
+    room, why = max_positions(config)
+    for i, length in enumerate(prompts.lengths):
+        if length + most > room:
+            raise DataError(
+                f"{rows.origin(i)}: the prompt of {length} tokens and {most} new ones do not fit "
+                f"the {room} positions {why}. Shorten the prompt or lower the number of new tokens."
+            )
 
 
 def _special_texts(subject: Subject, prompts, out, n: int) -> dict[str, list[str]]:
@@ -161,17 +179,16 @@ def _rewarded(prompts, texts, out, names, scores, n: int) -> TaskResult:
 def _choices(rows, options: TaskOptions, tokenizer, config) -> RowTask:
     answers = [_answer(row, rows.origin(i)) for i, row in enumerate(rows.rows)]
     _, prompts = _prompts(rows, options, tokenizer, config)
-    pairs = [
-        _pair(tokenizer, prompts, i, choice)
-        for i, row in enumerate(prompts.rows)
-        for choice in row["choices"]
-    ]
-    longest = max(len(a) + len(b) for a, b in pairs) - 1
-    if longest > config.max_position_embeddings:
-        raise DataError(
-            f"a prompt with its choice has {longest} tokens, and the model takes "
-            f"{config.max_position_embeddings}; leave the row out."
-        )
+    pairs: list[Pair] = []
+    for i, row in enumerate(prompts.rows):
+        found = _pairs(tokenizer, prompts, i, row["choices"], rows.origin(i))
+        longest = max(len(a) + len(b) for a, b in found) - 1
+        if longest > config.max_position_embeddings:
+            raise DataError(
+                f"{rows.origin(i)}: the prompt with a choice has {longest} tokens, and the model "
+                f"takes {config.max_position_embeddings}; leave the row out."
+            )
+        pairs += found
 
     def evaluate(subject: Subject) -> TaskResult:
         found = iter(subject.scorer(pairs))
@@ -204,16 +221,29 @@ def _answer(row: dict, where: str) -> int:
     return index
 
 
-def _pair(tokenizer, prompts, i: int, choice: str) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt, and those that follow it where the choice does."""
-    prompt, ids = prompts.rows[i]["prompt"], prompts.prompt_ids[i]
-    if prompts.conversational:
-        return ids, tokenizer(choice, add_special_tokens=False)["input_ids"]
-    kept = prompt.rstrip()  # a space belongs to the word after it
-    if not kept:
-        return ids, tokenizer(choice, add_special_tokens=False)["input_ids"]
-    context = tokenizer(kept)["input_ids"]
-    return context, tokenizer(prompt + choice)["input_ids"][len(context) :]
+def _pairs(tokenizer, prompts, i: int, choices: list[str], where: str) -> list[Pair]:
+    """Tokens of a prompt, and those that follow it where each of the choices does.
+
+    The first letters of a choice may form one token with the last ones of the prompt. All choices
+    of the row then start before that token, so that their likelihoods can be compared.
+    """
+    prompt, context = prompts.rows[i]["prompt"], prompts.prompt_ids[i]
+    if prompts.conversational or not prompt.strip():
+        pairs = [(context, tokenizer(c, add_special_tokens=False)["input_ids"]) for c in choices]
+    else:
+        kept = tokenizer(prompt.rstrip())["input_ids"]  # a space belongs to the word after it
+        wholes = [tokenizer(prompt + choice)["input_ids"] for choice in choices]
+        shared = len(os.path.commonprefix([kept, *wholes]))
+        pairs = [(whole[:shared], whole[shared:]) for whole in wholes]
+    for choice, (before, after) in zip(choices, pairs, strict=True):
+        if not before:
+            raise DataError(
+                f"{where}: the prompt {prompt!r:.80} has no token that stays apart from its "
+                "choices. Make the prompt longer."
+            )
+        if not after:
+            raise DataError(f"{where}: the choice {choice!r:.80} adds no token to the prompt.")
+    return pairs
 
 
 def _perplexity(name: str, rows, tokenizer, config) -> RowTask:
@@ -242,8 +272,8 @@ def _perplexity(name: str, rows, tokenizer, config) -> RowTask:
             "word": [len(text.split()) for text in texts],
             "byte": [len(text.encode()) for text in texts],
         }
-        per = {unit: ratio(nats, numbers) for unit, numbers in counts.items()}
-        metrics = {f"{unit}_perplexity": exponential(per[unit]) for unit in counts}
+        per = {unit: ratio(nats, numbers) for unit, numbers in counts.items() if any(numbers)}
+        metrics = {f"{unit}_perplexity": exponential(estimate) for unit, estimate in per.items()}
         value, error = per["byte"]
         scale = np.log(2)
         bits = Estimate(float(value / scale), None if error is None else float(error / scale))
@@ -252,6 +282,10 @@ def _perplexity(name: str, rows, tokenizer, config) -> RowTask:
             for text, nat, n in zip(texts, nats, counts["token"], strict=True)
         ]
         metrics["bits_per_byte"] = bits
-        return TaskResult("perplexity", len(texts), metrics, samples, rows.notes)
+        none = [
+            f"the texts have no {unit}s: no {unit}_perplexity" for unit in counts if unit not in per
+        ]
+        notes = (*rows.notes, *none)
+        return TaskResult("perplexity", len(texts), metrics, samples, notes)
 
     return evaluate
