@@ -10,6 +10,7 @@ from test_data_prepare import byte_tokenizer
 from relax.data.chat_turns import ChatTurns, assistant_message
 from relax.data.tool_calls import ToolCall, Turn
 from relax.errors import ConfigError
+from relax.models import Transformer, TransformerConfig
 from relax.rewards import EpisodeRunner
 from relax.rewards.counterpart import schema_of
 from relax.sampling import SamplingConfig
@@ -20,6 +21,18 @@ from tests import tool_files
 from tests.tool_files import PLAIN, TEMPLATES, add
 
 SPECIAL = ["<|tool_call_start|>", "<|tool_call_end|>", "[TOOL_CALLS]"]
+MODEL = Transformer(
+    TransformerConfig(
+        vocab_size=300,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=10_000,
+    )
+)
 FORMAT = {"qwen3": "hermes", "qwen3.5": "hermes"}
 
 
@@ -82,7 +95,7 @@ def play(tokenizer, scripts, tools=(add,), environment=None, limit=4000, **row):
     sampling = SamplingConfig(max_new_tokens=limit, n=len(scripts))
     item = {"prompt_ids": [prompt], "rows": [{"prompt": user, **row}]}
     found = rollout_episodes(
-        None,
+        MODEL,
         None,
         item,
         jax.random.key(0),

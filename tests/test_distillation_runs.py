@@ -35,7 +35,7 @@ def config(**fields) -> DistillConfig:
 def test_the_list_of_flags_is_frozen():
     shared = set(options(GRPOConfig)) - set(GRPOSection.__dataclass_fields__)
     shared -= {"steps_per_generation", "num_iterations"}  # of a rollout of GRPO alone
-    shared -= {"agent", "agent_timeout_s", "agent_max_length"}
+    shared -= {"agent", "agent_timeout_s", "agent_max_length", "dataset_cache_dir"}
     assert set(options(DistillConfig)) == shared | set(OWN_FLAGS)
 
 

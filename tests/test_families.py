@@ -20,6 +20,7 @@ from families import (
     HEAD,
     IDS,
     NEWER,
+    NO_DROPOUT,
     POSITIONS,
     RECURRENT,
     ROWS,
@@ -353,6 +354,7 @@ SMALL = {
 # What the files of a family must say so that it is one of ours.
 NEEDED = {
     "granitemoehybrid": {"layer_types": ["attention"] * 8, "num_local_experts": 0},
+    "seed_oss": NO_DROPOUT,  # transformers asks for some by default
 }
 
 

@@ -382,7 +382,7 @@ BAD_FIELDS = [
         {"hidden_act": "relu"},
         "hidden_act must be silu, gelu, gelu_pytorch_tanh or relu2, got 'relu'",
     ),
-    ({"attention_dropout": 0.1}, "attention_dropout is 0.1, which is not implemented; only 0 is"),
+    ({"attention_dropout": 1}, "attention_dropout must be a number from 0 to below 1, got 1"),
     ({"sliding_window": 512}, "sliding_window is 512, which is not implemented; only its absence"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     ({"auto_map": {"AutoModel": "m.M"}}, "auto_map is {'AutoModel': 'm.M'}"),
